@@ -1,0 +1,191 @@
+"""The nouns: the Problem that one call poses, the Support it can report, the Impl that solves it, and every check."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "triton", "torch", "reference"]
+
+MAX_HEAD_SIZE = 256
+WORD_BITS = 32
+
+
+class Support(NamedTuple):
+    """Which keys each query attends to, in numbers.
+
+    ``z = (alpha - 1) * scale * query . key`` is the unit of ``maximum``, ``offset`` and ``tau``. A key has positive
+    probability exactly when its ``z`` is above the row's ``tau``.
+
+    Attributes:
+        maximum: (batch, heads, query length), the largest visible ``z`` of each row; +inf where no key is visible.
+        offset: (batch, heads, query length), how far ``tau`` lies below the maximum, in ``(0, 1]``.
+        size: (batch, heads, query length) int32, the number of keys with positive probability.
+        tiles: (batch, heads, query tiles, key tiles) bool, True where the tile holds a positive probability.
+        tile_shape: (queries, keys) of one tile of ``tiles``.
+    """
+
+    maximum: Tensor
+    offset: Tensor
+    size: Tensor
+    tiles: Tensor
+    tile_shape: tuple[int, int]
+
+    @property
+    def tau(self) -> Tensor:
+        """(batch, heads, query length), the threshold of each row: ``maximum - offset``; +inf where no key is visible.
+
+        Next to a large maximum a single float cannot hold the offset's digits: compute with the two numbers.
+        """
+        return self.maximum - self.offset
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes and scalars of one attention call, after every check has passed."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    query_length: int
+    key_length: int
+    head_size: int
+    value_size: int
+    alpha: float
+    scale: float
+    is_causal: bool
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, alpha: float, is_causal: bool, scale: float) -> "Problem":
+        batch, heads, query_length, head_size = query.shape
+        _, key_heads, key_length, value_size = value.shape
+        return cls(
+            batch,
+            heads,
+            key_heads,
+            query_length,
+            key_length,
+            head_size,
+            value_size,
+            float(alpha),
+            float(scale),
+            is_causal,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads // self.key_heads if self.key_heads else 1
+
+    @property
+    def slope(self) -> float:
+        """z = slope * (query . key)."""
+        return (self.alpha - 1.0) * self.scale
+
+    @property
+    def diagonal(self) -> int:
+        """With a causal mask, query i sees keys 0 .. i + diagonal: the last query sees the last key."""
+        return self.key_length - self.query_length
+
+    @property
+    def is_empty(self) -> bool:
+        """No score exists: some extent is zero, so every output is zero."""
+        return 0 in (self.batch, self.heads, self.key_heads, self.query_length, self.key_length)
+
+    def visible(self, device: torch.device) -> Tensor:
+        """(query length,) int64, the number of keys that each query sees."""
+        rows = torch.arange(self.query_length, device=device)
+        if not self.is_causal:
+            return torch.full_like(rows, self.key_length)
+        return (rows + self.diagonal + 1).clamp(0, self.key_length)
+
+    def live_shape(self, tile: int) -> tuple[int, int, int, int]:
+        """Shape of the packed map of live tiles: one bit for each key tile, in int32 words."""
+        words = ceil_div(ceil_div(self.key_length, tile), WORD_BITS)
+        return self.batch, self.heads, ceil_div(self.query_length, tile), words
+
+
+def ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def pack_tiles(tiles: Tensor) -> Tensor:
+    """(..., key tiles) bool -> (..., words) int32: bit b of word w is key tile 32 w + b."""
+    words = ceil_div(tiles.shape[-1], WORD_BITS)
+    padded = torch.nn.functional.pad(tiles, (0, words * WORD_BITS - tiles.shape[-1]))
+    bits = padded.unflatten(-1, (words, WORD_BITS)).to(torch.int64)
+    weights = 1 << torch.arange(WORD_BITS, device=tiles.device, dtype=torch.int64)
+    unsigned = (bits * weights).sum(-1)
+    return torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32)
+
+
+def unpack_tiles(words: Tensor, key_tiles: int) -> Tensor:
+    """(..., words) int32 -> (..., key tiles) bool, the inverse of pack_tiles."""
+    bits = torch.arange(WORD_BITS, device=words.device, dtype=torch.int32)
+    return (words.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :key_tiles].bool()
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, alpha: float, scale: float | None, impl: str) -> None:
+    """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape (batch, heads, length, dim), got {tuple(tensor.shape)}")
+    _check_dtypes_and_devices(tensors)
+    _check_shapes(query, key, value)
+    _check_scalars(alpha, scale, impl)
+
+
+def _check_dtypes_and_devices(tensors: dict[str, Tensor]) -> None:
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"query, key and value must have one dtype, got {_listed(dtypes)}")
+    accepted = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if dtypes["query"] not in accepted:
+        raise TypeError(f"query, key and value must be float16, bfloat16, float32 or float64, got {dtypes['query']}")
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"query, key and value must be on one device, got {_listed(devices)}")
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(
+            f"query, key and value must have one batch size, got {query.shape[0]}, {key.shape[0]} and {value.shape[0]}"
+        )
+    if key.shape[1] != value.shape[1]:
+        raise ValueError(f"key and value must have the same number of heads, got {key.shape[1]} and {value.shape[1]}")
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"key and value must have the same length, got {key.shape[2]} and {value.shape[2]}")
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads != key_heads and (key_heads == 0 or heads % key_heads):
+        raise ValueError(
+            f"query heads must be a multiple of key heads, got {heads} query heads and {key_heads} key heads"
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have the same head size, got {query.shape[3]} and {key.shape[3]}")
+    for name, size in (("query and key", query.shape[3]), ("value", value.shape[3])):
+        if not 1 <= size <= MAX_HEAD_SIZE:
+            raise ValueError(f"head size of {name} must be from 1 to {MAX_HEAD_SIZE}, got {size}")
+
+
+def _check_scalars(alpha: float, scale: float | None, impl: str) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha must be a float in [1, 2], got {type(alpha).__name__}")
+    if not 1.0 <= alpha <= 2.0:
+        raise ValueError(f"alpha must be in [1, 2] (1 is softmax, 2 is sparsemax), got {alpha}")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale must be a positive float or None, got {type(scale).__name__}")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"scale must be positive and finite, got {scale}")
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(map(repr, get_args(Impl)))}, got {impl!r}")
+
+
+def _listed(values: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

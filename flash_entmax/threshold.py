@@ -1,0 +1,186 @@
+"""Solvers for the threshold tau in plain PyTorch, independent of each other so that they can check each other.
+
+Every solver takes z of shape (..., n), with -inf where a key is masked, and returns two tensors of shape (...): the row's
+maximum and the offset of tau below it, tau = maximum - offset. The offset is the one root of
+
+    F(offset) = sum_j [z_j - maximum + offset]_+^r = 1        r = 1 / (alpha - 1)
+
+and lies in [n^(1 - alpha), 1]. A row without a visible key gets maximum +inf, so that none of its keys is above tau.
+docs/math.md derives the steps.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_STEPS = 64
+
+
+def tolerance(like: Tensor) -> float:
+    """How far from 1 a row's probabilities may sum: a few roundings of the dtype that computes them."""
+    return 1e-6 if like.dtype == torch.float32 else 1e-13
+
+
+def row_maximum(z: Tensor) -> Tensor:
+    """The largest entry of each row; +inf where every entry is masked."""
+    if z.shape[-1] == 0:
+        return z.new_full(z.shape[:-1], torch.inf)
+    maximum = z.amax(-1)
+    return torch.where(maximum == -torch.inf, torch.inf, maximum)
+
+
+def power(distance: Tensor, exponent: float) -> Tensor:
+    """distance^exponent for distance >= 0, with the integer cases in multiplications only."""
+    if exponent == 2.0:
+        return distance * distance
+    if exponent == 1.0:
+        return distance
+    return distance.pow(exponent)
+
+
+def probability(distance: Tensor, alpha: float) -> Tensor:
+    """p = d^(1 / (alpha - 1)), with d = [z - tau]_+."""
+    return power(distance, 1.0 / (alpha - 1.0))
+
+
+def support_weight(distance: Tensor, alpha: float) -> Tensor:
+    """u = p^(2 - alpha) = d^(1 / (alpha - 1) - 1) on the support, 0 elsewhere."""
+    if alpha == 2.0:
+        return (distance > 0).to(distance.dtype)
+    return power(distance, 1.0 / (alpha - 1.0) - 1.0)
+
+
+def newton_step(offset: Tensor, total: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """Newton's step on the norm F^(alpha - 1) - 1, from total = F and weight = sum u at this offset.
+
+    The norm of [z - maximum + offset]_+ is convex in the offset, so its tangent lies below it: from any offset the step
+    lands at or above the root, that is, at a certified lower bound of tau.
+    """
+    return offset - (total - total.pow(2.0 - alpha)) / weight
+
+
+def quadratic_step(offset: Tensor, total: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """The exact step for alpha = 1.5 while the support stands still: the root of count t^2 - 2 weight t + total - 1.
+
+    NaN where the parabola has no root; the caller's bracket rejects it.
+    """
+    return offset - (weight - (weight * weight - count * (total - 1.0)).sqrt()) / count
+
+
+def certified_offset(maxima: Tensor, maximum: Tensor, alpha: float, steps: int = 4) -> Tensor:
+    """An offset at or above the root, from a subset of each row's scores (here: maxima of blocks of keys).
+
+    A subset has a smaller F, hence a larger root, and Newton's steps on it end at or above that root. The relative 2^-14
+    covers the rounding of up to 2^10 float32 additions one after the other (2^-24 each).
+    """
+    offset = torch.ones_like(maximum)
+    for _ in range(steps):
+        distance = (maxima - maximum.unsqueeze(-1) + offset.unsqueeze(-1)).clamp_min(0)
+        stepped = newton_step(
+            offset, probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1), alpha
+        )
+        offset = torch.where(stepped < offset, stepped, offset)
+    return (offset * (1 + 2.0**-14)).clamp_max(1.0)
+
+
+class Bracket:
+    """The interval that holds each row's offset, and the safeguarded step inside it."""
+
+    def __init__(self, low: Tensor, high: Tensor, alpha: float) -> None:
+        self.low, self.high, self.alpha = low, high, alpha
+
+    def step(self, offset: Tensor, total: Tensor, weight: Tensor, count: Tensor | None) -> Tensor:
+        """Tighten the interval by F at this offset, then step; the midpoint where the step leaves the interval."""
+        self.low = torch.where(total < 1, offset, self.low)
+        self.high = torch.where(total < 1, self.high, offset)
+        if self.alpha == 1.5:
+            candidate = quadratic_step(offset, total, weight, count)
+        else:
+            candidate = newton_step(offset, total, weight, self.alpha)
+        inside = (candidate >= self.low) & (candidate <= self.high)
+        return torch.where(inside, candidate, (self.low + self.high) / 2)
+
+    def keep(self, active: Tensor, offset: Tensor) -> None:
+        """Close the interval of the rows that are not active on their offset, which then no step can move."""
+        self.low = torch.where(active, self.low, offset)
+        self.high = torch.where(active, self.high, offset)
+
+
+def smallest_offset(visible: Tensor, alpha: float) -> Tensor:
+    """n^(1 - alpha), the offset of n equal scores, just below its rounding."""
+    return visible.clamp_min(1).pow(1.0 - alpha) * (1 - 1e-6)
+
+
+def threshold_by_steps(z: Tensor, alpha: float, start: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+    """Safeguarded steps from a start (default 1: all that a row can reach); also returns the passes over z it took."""
+    maximum = row_maximum(z)
+    relative = z - maximum.unsqueeze(-1)
+    low = smallest_offset((z > -torch.inf).sum(-1).to(z.dtype), alpha)
+    bracket = Bracket(low, torch.ones_like(maximum), alpha)
+    offset = torch.ones_like(maximum) if start is None else start
+    empty = maximum == torch.inf
+    for passes in range(1, MAX_STEPS + 1):
+        distance = (relative + offset.unsqueeze(-1)).clamp_min(0)
+        total, weight = probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1)
+        if not ((total - 1).abs() > tolerance(z)).logical_and(~empty).any():
+            break
+        count = (distance > 0).sum(-1).to(z.dtype)
+        offset = torch.where(empty, offset, bracket.step(offset, total, weight, count))
+    return maximum, offset, passes
+
+
+def threshold_by_histogram(z: Tensor, alpha: float, bins: int = 8) -> tuple[Tensor, Tensor, int]:
+    """AdaSplash-2's idea (arXiv 2604.15180): a histogram of the distances to the maximum starts the steps near the root.
+
+    The bins are geometric, with edges 1, 1/2, 1/4, ..., since the offset lies in [n^(1 - alpha), 1]: the bin of a score
+    is the floating-point exponent of its distance. The start solves F with every score at the middle of its bin.
+    """
+    maximum = row_maximum(z)
+    gap = maximum.unsqueeze(-1) - z
+    bin_of = (-torch.frexp(gap.clamp(2.0**-bins, 2.0)).exponent).clamp(0, bins - 1)
+    reached = (gap < 1).to(z.dtype)
+    counts = z.new_zeros(*z.shape[:-1], bins).scatter_add_(-1, bin_of.long(), reached)
+    middles = 0.75 * 2.0 ** -torch.arange(bins, device=z.device, dtype=z.dtype)
+    offset = torch.ones_like(maximum)
+    for _ in range(4):
+        distance = (offset.unsqueeze(-1) - middles).clamp_min(0)
+        total = (counts * probability(distance, alpha)).sum(-1)
+        weight = (counts * support_weight(distance, alpha)).sum(-1)
+        stepped = newton_step(offset, total, weight, alpha)
+        offset = torch.where((stepped > 0) & (stepped < 1), stepped, offset)
+    low = smallest_offset((z > -torch.inf).sum(-1).to(z.dtype), alpha)
+    return threshold_by_steps(z, alpha, offset.clamp_min(low))
+
+
+def threshold_by_bisection(z: Tensor, alpha: float, steps: int = 60) -> tuple[Tensor, Tensor]:
+    """Halve [n^(1 - alpha), 1] until the digits end. Slow, and with nothing that could go wrong."""
+    maximum = row_maximum(z)
+    relative = z - maximum.unsqueeze(-1)
+    low = smallest_offset((z > -torch.inf).sum(-1).to(z.dtype), alpha)
+    high = torch.ones_like(low)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        total = probability((relative + middle.unsqueeze(-1)).clamp_min(0), alpha).sum(-1)
+        low, high = torch.where(total < 1, middle, low), torch.where(total < 1, high, middle)
+    return maximum, (low + high) / 2
+
+
+def threshold_by_sort(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Exact for alpha 1.5 and 2 (Martins and Astudillo 2016; Peters et al. 2019): the k largest scores are the support.
+
+    With the k largest taken as the support, F = 1 is linear (2) or quadratic (1.5) in the offset; the right k is the
+    largest whose k-th score is still above the threshold that the k largest give.
+    """
+    if alpha not in (1.5, 2.0):
+        raise ValueError(f"threshold_by_sort solves alpha 1.5 and 2, got {alpha}")
+    maximum = row_maximum(z)
+    below_reach = -2.0
+    relative = (torch.sort(z, dim=-1, descending=True).values - maximum.unsqueeze(-1)).clamp_min(below_reach)
+    k = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+    mean = relative.cumsum(-1) / k
+    if alpha == 2.0:
+        offsets = 1.0 / k - mean
+    else:
+        spread = (relative * relative).cumsum(-1) - k * mean * mean
+        offsets = ((1.0 - spread).clamp_min(0) / k).sqrt() - mean
+    size = (relative + offsets > 0).sum(-1, keepdim=True)
+    return maximum, offsets.gather(-1, (size - 1).clamp_min(0)).squeeze(-1)

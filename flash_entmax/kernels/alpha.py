@@ -1,0 +1,58 @@
+"""The only kernel file that knows alpha: probabilities, their weights, and the steps towards the threshold.
+
+POWER is 1 / (alpha - 1) where that is 1 (sparsemax) or 2 (entmax-1.5); 0 stands for any other alpha, whose exponent
+1 / (alpha - 1) is then a run-time number. docs/math.md derives the steps; threshold.py has them in PyTorch.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def probability(d, exponent, POWER: tl.constexpr):
+    """p = d^(1 / (alpha - 1)) of distances d >= 0; NaN stays NaN."""
+    if POWER == 1:
+        p = d
+    elif POWER == 2:
+        p = d * d
+    else:
+        p = tl.where(d <= 0, 0.0, tl.exp2(exponent * tl.log2(d)))
+    return p
+
+
+@triton.jit
+def support_weight(d, exponent, POWER: tl.constexpr):
+    """u = p^(2 - alpha) = d^(1 / (alpha - 1) - 1) where d > 0, else 0."""
+    if POWER == 1:
+        u = tl.where(d > 0, 1.0, 0.0)
+    elif POWER == 2:
+        u = d
+    else:
+        u = tl.where(d <= 0, 0.0, tl.exp2((exponent - 1.0) * tl.log2(d)))
+    return u
+
+
+@triton.jit
+def newton_step(offset, total, weight, exponent):
+    """From F = total and sum u = weight at an offset, Newton's step on F^(alpha - 1) = 1, a convex function.
+
+    It ends at or above the root from wherever it starts: a certified lower bound of tau. 2 - alpha = 1 - 1 / exponent.
+    """
+    return offset - (total - tl.exp2((1.0 - 1.0 / exponent) * tl.log2(total))) / weight
+
+
+@triton.jit
+def step(offset, total, weight, count, exponent, POWER: tl.constexpr):
+    """The best step there is: for alpha = 1.5 the root of the parabola that F is while the support stands still."""
+    if POWER == 2:
+        discriminant = weight * weight - count * (total - 1.0)
+        stepped = offset - (weight - tl.sqrt(tl.maximum(discriminant, 0.0))) / count
+    else:
+        stepped = newton_step(offset, total, weight, exponent)
+    return stepped
+
+
+@triton.jit
+def smallest_offset(visible, exponent):
+    """n^(1 - alpha), the offset of n equal scores, just below its rounding."""
+    return tl.exp2(-tl.log2(tl.maximum(visible, 1).to(tl.float32)) / exponent) * (1.0 - 1e-6)

@@ -1,0 +1,91 @@
+"""The output over the live tiles: O = sum p v, and for training O1 = sum u v / sum u; the support on request."""
+
+import triton
+import triton.language as tl
+
+from .alpha import probability, support_weight
+from .tile import (
+    Extent,
+    heaviest_first,
+    key_head,
+    load_row,
+    load_tile,
+    open_list,
+    query_head,
+    relative_distance,
+    store_row,
+    store_tile,
+    visible_keys,
+    walk,
+)
+
+
+@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "capacity"])
+def output_kernel(
+    query, key, value, maximum, offset, lists, counts, output, value_mean, slope, exponent, heads, group,
+    query_length, key_length, first_unit, units, first_tile, capacity, S: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = S.TILE
+    VALUE_PADDED: tl.constexpr = S.VALUE_PADDED
+    extent = Extent(heads, group, query_length, key_length)
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    row = tile * TILE + tl.arange(0, TILE)
+    top = load_row(maximum, unit, row, extent, float("inf"))
+    reach = load_row(offset, unit, row, extent, 1.0)
+    q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
+    tiles = open_list(lists, counts, (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile, capacity)
+
+    limit = visible_keys(row, extent, S.CAUSAL)
+    context = q, key_head(key, unit, extent), key_head(value, unit, extent), limit, top, slope / reach, exponent, extent
+    nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
+    state = nothing, nothing, tl.zeros((TILE,), tl.float32)
+    total, mean, weight = walk(accumulate, state, context, tiles, False, S)
+
+    total *= probability(reach, exponent, S.POWER)[:, None]
+    store_tile(query_head(output, unit, extent), tile * TILE, query_length, total, TILE, S.VALUE, VALUE_PADDED)
+    mean /= tl.where(weight == 0, 1.0, weight)[:, None]
+    store_tile(query_head(value_mean, unit, extent), tile * TILE, query_length, mean, TILE, S.VALUE, VALUE_PADDED)
+
+
+@triton.jit
+def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+    q, key, value, limit, top, slope, exponent, extent = context
+    total, mean, weight = state
+    x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
+    v = load_tile(value, key_tile * S.TILE, extent.key_length, S.TILE, S.VALUE, S.VALUE_PADDED)
+    p = probability(x, exponent, S.POWER)
+    u = support_weight(x, exponent, S.POWER)
+    total = tl.dot(p.to(v.dtype), v, total, input_precision=S.PRECISION)
+    mean = tl.dot(u.to(v.dtype), v, mean, input_precision=S.PRECISION)
+    return total, mean, weight + tl.sum(u, 1)
+
+
+@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "key_tiles", "capacity"])
+def support_kernel(
+    query, key, maximum, offset, lists, counts, size, marks, slope, heads, group,
+    query_length, key_length, first_unit, units, first_tile, key_tiles, capacity, S: tl.constexpr,
+):  # fmt: skip
+    """Support size of each row, and a mark on each tile that holds a positive probability."""
+    TILE: tl.constexpr = S.TILE
+    extent = Extent(heads, group, query_length, key_length)
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    row = tile * TILE + tl.arange(0, TILE)
+    top = load_row(maximum, unit, row, extent, float("inf"))
+    reach = load_row(offset, unit, row, extent, 1.0)
+    q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
+    tiles = open_list(lists, counts, (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile, capacity)
+
+    query_tiles = (query_length + TILE - 1) // TILE
+    row_of_marks = marks + (tl.cast(unit, tl.int64) * query_tiles + tile) * key_tiles
+    limit = visible_keys(row, extent, S.CAUSAL)
+    context = q, key_head(key, unit, extent), limit, top, slope / reach, row_of_marks, extent
+    store_row(size, unit, row, extent, walk(count_tile, tl.zeros((TILE,), tl.int32), context, tiles, False, S))
+
+
+@triton.jit
+def count_tile(count, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+    q, key, limit, top, slope, row_of_marks, extent = context
+    x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
+    reached = tl.sum(tl.where(x > 0, 1, 0), 1)
+    tl.store(row_of_marks + key_tile, tl.max(reached, 0) > 0)
+    return count + reached

@@ -1,0 +1,150 @@
+"""The threshold: certify which tiles can hold support from the block maxima, then solve exactly on those tiles.
+
+Both store the row's offset, tau = slope * maximum - offset in units of z, and mark the tiles that may hold support.
+"""
+
+import triton
+import triton.language as tl
+
+from .alpha import newton_step, probability, smallest_offset, step, support_weight
+from .tile import (
+    Extent,
+    distance,
+    heaviest_first,
+    key_head,
+    load_row,
+    load_tile,
+    open_list,
+    query_head,
+    relative_distance,
+    store_row,
+    visible_keys,
+    visible_tiles,
+    walk,
+)
+
+CERTIFY_STEPS = tl.constexpr(4)
+MAX_STEPS = tl.constexpr(40)
+TOLERANCE = tl.constexpr(1e-6)
+WORD = tl.constexpr(32)
+# Certificates add up to 2^10 spans of maxima one after the other, each addition rounded by at most 2^-24.
+CERTIFICATE_ROUNDING = tl.constexpr(2.0**-14)
+
+
+@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "rows", "blocks", "words"])
+def certify_kernel(
+    maxima, maximum, slack, offset, live, slope, exponent, heads, group, query_length, key_length,
+    first_unit, units, first_tile, rows, blocks, words, S: tl.constexpr,
+):  # fmt: skip
+    """An offset at or above the true one: the maxima are a subset of the scores, and Newton's steps end above the root."""
+    TILE: tl.constexpr = S.TILE
+    extent = Extent(heads, group, query_length, key_length)
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    row = tile * TILE + tl.arange(0, TILE)
+    top = load_row(maximum, unit, row, extent, float("inf"))
+    noise = load_row(slack, unit, row, extent, 0.0)
+    column = maxima + tl.cast(unit - first_unit, tl.int64) * blocks * rows + (row - first_tile * TILE)
+    _, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
+
+    reach = tl.full((TILE,), 1.0, tl.float32)
+    for _ in range(CERTIFY_STEPS):
+        total = tl.zeros((TILE,), tl.float32)
+        weight = tl.zeros((TILE,), tl.float32)
+        for word in range(0, tl.cdiv(some, WORD)):
+            d = distance(load_maxima(column, word, some, rows, S), top[:, None], slope, reach[:, None])
+            total += tl.sum(probability(d, exponent, S.POWER), 1)
+            weight += tl.sum(support_weight(d, exponent, S.POWER), 1)
+        stepped = newton_step(reach, total, weight, exponent)
+        reach = tl.where(stepped < reach, stepped, reach)
+    reach = tl.minimum(reach * (1.0 + CERTIFICATE_ROUNDING), 1.0) + noise
+    store_row(offset, unit, row, extent, reach)
+    mark_tiles(column, top, reach + noise, live, unit, tile, slope, some, rows, words, extent, S)
+
+
+@triton.jit
+def load_maxima(column, word, some, rows, S: tl.constexpr):
+    """(TILE, maxima of 32 tiles of keys); -inf past the last tile that some query sees."""
+    RATIO: tl.constexpr = S.TILE // S.BLOCK
+    SPAN: tl.constexpr = WORD * RATIO
+    block = tl.arange(0, SPAN) + word * SPAN
+    return tl.load(
+        column[:, None] + tl.cast(block, tl.int64)[None, :] * rows,
+        mask=(block < some * RATIO)[None, :],
+        other=float("-inf"),
+    )
+
+
+@triton.jit
+def mark_tiles(column, top, reach, live, unit, tile, slope, some, rows, words, extent, S: tl.constexpr):
+    """Set the bit of every tile of keys of which some row has a maximum above its threshold. NaN sets it too."""
+    RATIO: tl.constexpr = S.TILE // S.BLOCK
+    tiles = (extent.query_length + S.TILE - 1) // S.TILE
+    row_of_words = live + (tl.cast(unit, tl.int64) * tiles + tile) * words
+    bit = tl.arange(0, WORD)
+    for word in range(0, tl.cdiv(some, WORD)):
+        score = load_maxima(column, word, some, rows, S)
+        dead = (score - top[:, None]) * slope + reach[:, None] <= 0
+        alive = tl.max(tl.where(dead, 0, 1), 0)
+        alive = tl.max(tl.reshape(alive, (WORD, RATIO)), 1)
+        alive = tl.where(bit + word * WORD < some, alive, 0)
+        tl.store(row_of_words + word, tl.sum(alive << bit, 0))
+
+
+@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "rows", "blocks", "words", "capacity"])
+def solve_kernel(
+    query, key, maxima, maximum, slack, offset, live, lists, counts, slope, exponent, heads, group, query_length,
+    key_length, first_unit, units, first_tile, rows, blocks, words, capacity, S: tl.constexpr,
+):  # fmt: skip
+    """Safeguarded steps over the listed tiles until every row of the tile sums to 1, then a tighter map."""
+    TILE: tl.constexpr = S.TILE
+    extent = Extent(heads, group, query_length, key_length)
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    row = tile * TILE + tl.arange(0, TILE)
+    limit = visible_keys(row, extent, S.CAUSAL)
+    top = load_row(maximum, unit, row, extent, float("inf"))
+    noise = load_row(slack, unit, row, extent, 0.0)
+    reach = load_row(offset, unit, row, extent, 1.0)
+    q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
+    tiles = open_list(lists, counts, (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile, capacity)
+
+    high = reach
+    low = tl.maximum(smallest_offset(limit, exponent) - noise, 1e-30)
+    zero = tl.zeros((TILE,), tl.float32)
+    passes = 0
+    unfinished = tiles.count
+    while (unfinished > 0) & (passes < MAX_STEPS):
+        context = q, key_head(key, unit, extent), limit, top, slope / reach, exponent, extent
+        total, _, weight, count = walk(accumulate, (zero, zero, zero, zero), context, tiles, False, S)
+        total = total * probability(reach, exponent, S.POWER)
+        weight = weight * support_weight(reach, exponent, S.POWER)
+        pending = (limit > 0) & (tl.abs(total - 1.0) > TOLERANCE)
+        low = tl.where(total < 1.0, reach, low)
+        high = tl.where(total < 1.0, high, reach)
+        stepped = step(reach, total, weight, count, exponent, S.POWER)
+        stepped = tl.where((stepped >= low) & (stepped <= high), stepped, 0.5 * (low + high))
+        stepped = tl.where(pending, stepped, reach)
+        unfinished = tl.max(tl.where(stepped != reach, 1, 0), 0)
+        reach = stepped
+        passes += 1
+    store_row(offset, unit, row, extent, reach)
+
+    column = maxima + tl.cast(unit - first_unit, tl.int64) * blocks * rows + (row - first_tile * TILE)
+    _, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
+    # 2^-20 covers the rounding of slope / offset in the relative distances that the output sees.
+    mark_tiles(column, top, reach * (1.0 + 2.0**-20) + noise, live, unit, tile, slope, some, rows, words, extent, S)
+
+
+@triton.jit
+def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+    """Add one tile to F (with the rounding error that the additions left), sum u and the support size of each row."""
+    q, key, limit, top, slope, exponent, extent = context
+    total, error, weight, count = state
+    x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
+    # Compensated addition (Kahan 1965): thousands of equal parts must still sum to 1 within 1e-5.
+    part = tl.sum(probability(x, exponent, S.POWER), 1) - error
+    raised = total + part
+    error = (raised - total) - part
+    weight += tl.sum(support_weight(x, exponent, S.POWER), 1)
+    if S.POWER == 2:
+        count += tl.sum(tl.where(x > 0, 1.0, 0.0), 1)
+    return raised, error, weight, count

@@ -1,0 +1,173 @@
+"""Words shared by all kernels: which tile a program has, load and store a tile, which keys a query sees, walk a list.
+
+A unit is one query head of one batch row, numbered batch * heads + head. Every row statistic (maximum, offset, ...) is a
+contiguous (batch, heads, query length) float32 tensor.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Matrix(NamedTuple):
+    """A (batch, heads, length, dim) tensor of any strides."""
+
+    data: Tensor
+    batch_stride: int
+    head_stride: int
+    row_stride: int
+    column_stride: int
+
+
+class Extent(NamedTuple):
+    """The sizes that may change from call to call."""
+
+    heads: int
+    group: int
+    query_length: int
+    key_length: int
+
+
+class TileList(NamedTuple):
+    """Indices of live tiles in ascending order; `split` divides those without a mask from those with one."""
+
+    tiles: Tensor
+    split: int
+    count: int
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    return Matrix(tensor, *tensor.stride())
+
+
+@triton.jit
+def heaviest_first(units, first_unit, first_tile):
+    """(unit, tile) of this program: the last tiles, which see the most keys under a causal mask, start first."""
+    tiles = tl.num_programs(0) // units
+    program = tl.program_id(0)
+    return first_unit + program % units, first_tile + tiles - 1 - program // units
+
+
+@triton.jit
+def query_head(m, unit, extent):
+    """The matrix of one query head, its data pointer at the head's first row."""
+    return head_of(m, unit // extent.heads, unit % extent.heads)
+
+
+@triton.jit
+def key_head(m, unit, extent):
+    """The matrix of the key head that a query head reads."""
+    return head_of(m, unit // extent.heads, unit % extent.heads // extent.group)
+
+
+@triton.jit
+def head_of(m, batch, head):
+    data = m.data + tl.cast(batch, tl.int64) * m.batch_stride + tl.cast(head, tl.int64) * m.head_stride
+    return Matrix(data, m.batch_stride, m.head_stride, m.row_stride, m.column_stride)
+
+
+@triton.jit
+def tile_pointers(m, first, TILE: tl.constexpr, PADDED: tl.constexpr):
+    row = tl.cast(tl.arange(0, TILE), tl.int64)
+    column = tl.arange(0, PADDED)
+    return m.data + tl.cast(first, tl.int64) * m.row_stride + (row[:, None] * m.row_stride + column[None, :] * m.column_stride)
+
+
+@triton.jit
+def tile_mask(first, rows, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    inside = (tl.arange(0, TILE) < rows - first)[:, None]
+    if SIZE != PADDED:
+        inside = inside & (tl.arange(0, PADDED) < SIZE)[None, :]
+    return inside
+
+
+@triton.jit
+def load_tile(m, first, rows, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """(TILE, PADDED) of the rows from `first` on; zeros past the last row and past the head size."""
+    return tl.load(
+        tile_pointers(m, first, TILE, PADDED), mask=tile_mask(first, rows, TILE, SIZE, PADDED), other=0.0
+    )
+
+
+@triton.jit
+def store_tile(m, first, rows, tile, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    tile = tile.to(m.data.dtype.element_ty)
+    tl.store(tile_pointers(m, first, TILE, PADDED), tile, mask=tile_mask(first, rows, TILE, SIZE, PADDED))
+
+
+@triton.jit
+def row_pointers(rows, unit, row, extent):
+    return rows + tl.cast(unit, tl.int64) * extent.query_length + row
+
+
+@triton.jit
+def load_row(rows, unit, row, extent, other):
+    return tl.load(row_pointers(rows, unit, row, extent), mask=row < extent.query_length, other=other)
+
+
+@triton.jit
+def store_row(rows, unit, row, extent, value):
+    tl.store(row_pointers(rows, unit, row, extent), value, mask=row < extent.query_length)
+
+
+@triton.jit
+def visible_keys(row, extent, CAUSAL: tl.constexpr):
+    """How many keys a query sees, from key 0 on; 0 past the last query."""
+    limit = extent.key_length
+    if CAUSAL:
+        limit = tl.minimum(tl.maximum(row + (extent.key_length - extent.query_length) + 1, 0), limit)
+    return tl.where(row < extent.query_length, limit, 0)
+
+
+@triton.jit
+def visible_tiles(tile, extent, CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """(full, some): tiles of keys that every query of this tile sees whole; tiles of which some query sees a key."""
+    first = tile * QUERIES
+    last = tl.minimum(first + QUERIES, extent.query_length) - 1
+    full = visible_keys(first, extent, CAUSAL) // KEYS
+    some = (visible_keys(last, extent, CAUSAL) + KEYS - 1) // KEYS
+    return full, some
+
+
+@triton.jit
+def hide(score, key, limit):
+    """-inf where the query does not see the key; key and limit broadcast to the shape of the scores."""
+    return tl.where(key < limit, score, float("-inf"))
+
+
+@triton.jit
+def distance(score, maximum, slope, intercept):
+    """d = [slope (score - maximum) + intercept]_+; NaN stays NaN.
+
+    With (slope, offset) it is [z - tau]_+ itself; with (slope / offset, 1) it is relative to the offset, so that its
+    powers neither underflow nor overflow in 16 bits. The subtraction comes first: it is exact where it matters.
+    """
+    return tl.maximum((score - maximum) * slope + intercept, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+    """x = [z - tau]_+ / offset of one tile of queries and keys, from the row's slope / offset."""
+    TILE: tl.constexpr = S.TILE
+    k = load_tile(key, key_tile * TILE, extent.key_length, TILE, S.HEAD, S.HEAD_PADDED)
+    score = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
+    if MASKED:
+        score = hide(score, (key_tile * TILE + tl.arange(0, TILE))[None, :], limit[:, None])
+    return distance(score, top[:, None], slope[:, None], 1.0)
+
+
+@triton.jit
+def open_list(lists, counts, index, capacity):
+    return TileList(lists + tl.cast(index, tl.int64) * capacity, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1))
+
+
+@triton.jit
+def walk(body: tl.constexpr, state, context, tiles, MASKED_FIRST: tl.constexpr, S: tl.constexpr):
+    """Fold `body` over a list of tiles, with the mask only on the side of the split that needs it."""
+    for n in range(0, tiles.split):
+        state = body(state, context, tl.load(tiles.tiles + n), MASKED_FIRST, S)
+    for n in range(tiles.split, tiles.count):
+        state = body(state, context, tl.load(tiles.tiles + n), not MASKED_FIRST, S)
+    return state

@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?=
 
+# Threads that wait sleep instead of spin: cores may be shared.
+export OMP_WAIT_POLICY := passive
+
 .PHONY: demo test lint clean
 
 demo: $(VENV)/ready

@@ -28,8 +28,9 @@ def entmax_attention(
 
         p_j = [(alpha - 1) s_j - tau]_+ ^ (1 / (alpha - 1)),   sum_j p_j = 1,   output = sum_j p_j value_j
 
-    Tiles of keys that provably get probability zero are skipped, in the forward pass and in the gradient; the result is
-    exact. Peters et al. (2019, arXiv 1905.05702) define alpha-entmax, AdaSplash-2 (arXiv 2604.15180) the fast algorithm.
+    Tiles of keys that provably get probability zero are skipped, in the forward pass and in the gradient; the result
+    is exact. Peters et al. (2019, arXiv 1905.05702) define alpha-entmax, AdaSplash-2 (arXiv 2604.15180) the algorithm
+    that this one builds on.
 
     Args:
         query: (batch, heads, query length, head size); float16, bfloat16, float32 or float64, any strides.
@@ -39,8 +40,9 @@ def entmax_attention(
         alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax, computed by
             ``scaled_dot_product_attention``. In float32 the relative rounding of a probability is about
             2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
-        is_causal: query i sees keys 0 .. i + (key length - query length): the mask is aligned to the lower right, so that
-            the last query sees every key (PyTorch's ``is_causal`` aligns to the upper left; they agree at equal lengths).
+        is_causal: query i sees keys 0 .. i + (key length - query length): the mask is aligned to the lower right, so
+            that the last query sees every key. PyTorch's ``is_causal`` aligns to the upper left; at equal lengths the
+            two agree.
         scale: positive; default ``1 / sqrt(head size)``.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton where it can run, else torch.

@@ -1,4 +1,4 @@
-"""Operator contracts: schemas, shapes for tracing, autograd, and lazy dispatch to the implementations. Imports no Triton.
+"""Operator contracts: schemas, shapes for tracing, autograd, lazy dispatch to the implementations. Imports no Triton.
 
     flash_entmax::attention           -> output, value_mean, maximum, offset, live
     flash_entmax::attention_backward  -> grad_query, grad_key, grad_value

@@ -10,8 +10,8 @@ from .threshold import threshold_by_bisection, threshold_by_sort
 def entmax_rows(z: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities p = [z - tau]_+^(1 / (alpha - 1)) over the last dimension, with the row's maximum and offset.
 
-    Differentiable in z, and in alpha where it is a tensor. tau is found without autograd; one Newton step, zero in value,
-    then gives it the gradient of the implicit function: d tau / d z_j = u_j / sum u.
+    Differentiable in z, and in alpha where it is a tensor. tau is found without autograd; one Newton step, next to zero
+    in value, then gives it the gradient of the implicit function: d tau / d z_j = u_j / sum u.
     """
     if z.shape[-1] == 0:
         return z, torch.full_like(z.sum(-1), torch.inf), torch.ones_like(z.sum(-1))
@@ -40,7 +40,7 @@ def visible_mask(problem: Problem, device: torch.device) -> Tensor:
 
 
 def attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor, tile: int = 64) -> tuple[Tensor, Support]:
-    """Output and support of entmax attention; softmax where alpha is exactly 1 (then every visible key is attended to)."""
+    """Output and support of entmax attention; softmax where alpha is exactly 1, which attends to every visible key."""
     key = key.repeat_interleave(problem.group, dim=1)
     value = value.repeat_interleave(problem.group, dim=1)
     visible = visible_mask(problem, query.device)

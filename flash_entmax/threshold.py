@@ -1,7 +1,7 @@
 """Solvers for the threshold tau in plain PyTorch, independent of each other so that they can check each other.
 
-Every solver takes z of shape (..., n), with -inf where a key is masked, and returns two tensors of shape (...): the row's
-maximum and the offset of tau below it, tau = maximum - offset. The offset is the one root of
+Every solver takes z of shape (..., n), with -inf where a key is masked, and returns two tensors of shape (...): the
+row's maximum and the offset of tau below it, tau = maximum - offset. The offset is the one root of
 
     F(offset) = sum_j [z_j - maximum + offset]_+^r = 1        r = 1 / (alpha - 1)
 
@@ -69,8 +69,8 @@ def quadratic_step(offset: Tensor, total: Tensor, weight: Tensor, count: Tensor)
 def certified_offset(maxima: Tensor, maximum: Tensor, alpha: float, steps: int = 4) -> Tensor:
     """An offset at or above the root, from a subset of each row's scores (here: maxima of blocks of keys).
 
-    A subset has a smaller F, hence a larger root, and Newton's steps on it end at or above that root. The relative 2^-14
-    covers the rounding of up to 2^10 float32 additions one after the other (2^-24 each).
+    A subset has a smaller F, hence a larger root, and Newton's steps on it end at or above that root. The relative
+    2^-14 covers the rounding of up to 2^10 float32 additions one after the other (2^-24 each).
     """
     offset = torch.ones_like(maximum)
     for _ in range(steps):
@@ -118,7 +118,9 @@ def threshold_by_steps(z: Tensor, alpha: float, start: Tensor | None = None) -> 
     bracket = Bracket(low, torch.ones_like(maximum), alpha)
     offset = torch.ones_like(maximum) if start is None else start
     empty = maximum == torch.inf
-    for passes in range(1, MAX_STEPS + 1):
+    passes = 0
+    while passes < MAX_STEPS:
+        passes += 1
         distance = (relative + offset.unsqueeze(-1)).clamp_min(0)
         total, weight = probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1)
         if not ((total - 1).abs() > tolerance(z)).logical_and(~empty).any():
@@ -129,7 +131,7 @@ def threshold_by_steps(z: Tensor, alpha: float, start: Tensor | None = None) -> 
 
 
 def threshold_by_histogram(z: Tensor, alpha: float, bins: int = 8) -> tuple[Tensor, Tensor, int]:
-    """AdaSplash-2's idea (arXiv 2604.15180): a histogram of the distances to the maximum starts the steps near the root.
+    """AdaSplash-2's idea (arXiv 2604.15180): a histogram of the distances to the maximum starts near the root.
 
     The bins are geometric, with edges 1, 1/2, 1/4, ..., since the offset lies in [n^(1 - alpha), 1]: the bin of a score
     is the floating-point exponent of its distance. The start solves F with every score at the middle of its bin.

@@ -2,13 +2,16 @@
 
 The stages are those of the kernels. Scores are computed once, densely, for a bounded chunk of rows; the maxima of their
 blocks of keys certify which tiles can hold support; the solve, the output and the gradient then touch only those tiles.
-Arithmetic is in float32 (float64 for float64 inputs). A chunk's scores never exceed CHUNK_SCORES numbers.
+Tiles of rows that read about as many tiles of keys form a group, so that each stage is a few batched operations.
+Arithmetic is in float32 (float64 for float64 inputs). No temporary holds more than a few times CHUNK_SCORES numbers.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .problem import Problem, ceil_div, pack_tiles, unpack_tiles
 from .threshold import (
@@ -16,15 +19,13 @@ from .threshold import (
     Bracket,
     certified_offset,
     probability,
-    row_maximum,
     smallest_offset,
     support_weight,
     tolerance,
 )
 
 TILE = 64
-CHUNK_SCORES = 2**24
-CHUNK_TILES = CHUNK_SCORES // (4 * TILE * TILE)
+CHUNK_SCORES = 2**22
 
 
 class Solution(NamedTuple):
@@ -37,44 +38,75 @@ class Solution(NamedTuple):
     live: Tensor
 
 
-class Tiles(NamedTuple):
-    """A list of tiles: (n,) int64 each. A unit is one query head of one batch row."""
+class Gradients(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Group(NamedTuple):
+    """Some tiles of rows and, of each, its live tiles of keys, filled up to one number with unused ones.
+
+    A unit is one query head of one batch row. Shapes: unit and query_tile (n,), key_tile and used (n, m).
+    """
 
     unit: Tensor
     query_tile: Tensor
     key_tile: Tensor
+    used: Tensor
 
-    def __getitem__(self, selection) -> "Tiles":
-        return Tiles(*(index[selection] for index in tuple(self)))
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        return self.unit, self.query_tile
+
+    def keys(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """Index of the tiles of keys in a (key heads of all batch rows, key tiles, ...) tensor."""
+        return (self.unit // problem.group).unsqueeze(-1), self.key_tile
+
+
+def groups(live: Tensor) -> Iterator[Group]:
+    """Group the tiles of rows of a (units, query tiles, key tiles) map by live tiles: each at least half the most."""
+    counts = live.sum(-1).flatten()
+    order = counts.argsort(descending=True, stable=True)
+    sizes = counts[order].tolist()
+    start = 0
+    while start < len(sizes) and sizes[start] > 0:
+        most = sizes[start]
+        room = max(1, CHUNK_SCORES // (most * TILE * TILE))
+        stop = start + 1
+        while stop < len(sizes) and stop - start < room and 2 * sizes[stop] >= most:
+            stop += 1
+        rows = order[start:stop]
+        marks = live.flatten(0, 1)[rows]
+        key_tile = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+        yield Group(rows // live.shape[1], rows % live.shape[1], key_tile, marks.gather(-1, key_tile))
+        start = stop
 
 
 def attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Solution:
-    """Output (input dtype), value_mean, maximum and offset (compute dtype), and the packed map of live tiles."""
-    key_tiles = ceil_div(problem.key_length, TILE)
+    """Output and value_mean (input dtype), maximum and offset (compute dtype), and the packed map of live tiles."""
+    query_tiles, key_tiles = ceil_div(problem.query_length, TILE), ceil_div(problem.key_length, TILE)
+    units = problem.batch * problem.heads
     output, value_mean = (
-        query.new_zeros(problem.batch, problem.heads, problem.query_length, problem.value_size) for _ in range(2)
+        torch.zeros(units, problem.query_length, problem.value_size, dtype=query.dtype, device=query.device)
+        for _ in range(2)
     )
-    rows = torch.empty_like(output[..., 0], dtype=compute_dtype(query))
-    maximum, offset = rows.fill_(torch.inf), torch.ones_like(rows)
-    live = torch.zeros(
-        *output.shape[:2], ceil_div(problem.query_length, TILE), key_tiles, dtype=torch.bool, device=query.device
-    )
-    if problem.is_empty:
-        return Solution(output, value_mean, maximum, offset, pack_tiles(live))
-
-    for heads, chunk in chunks(problem):
-        flat = [tensor.flatten(0, 1)[heads] for tensor in (output, value_mean, maximum, offset)]
-        part = attend_chunk(problem, query, key, value, heads, chunk)
-        for whole, piece in zip(flat, part[:4], strict=True):
-            whole[:, chunk] = piece[:, : whole[:, chunk].shape[1]].to(whole.dtype)
-        tiles = part[4]
-        first = chunk.start // TILE
-        live.flatten(0, 1)[heads, first : first + tiles.shape[1], : tiles.shape[2]] = tiles
-    return Solution(output, value_mean, maximum, offset, pack_tiles(live))
+    maximum = torch.full(output.shape[:2], torch.inf, dtype=compute_dtype(query), device=query.device)
+    offset = torch.ones_like(maximum)
+    live = torch.zeros(units, query_tiles, key_tiles, dtype=torch.bool, device=query.device)
+    if not problem.is_empty:
+        for heads, chunk in chunks(problem):
+            part = attend_chunk(problem, query, key, value, heads, chunk)
+            for whole, piece in zip((output, value_mean, maximum, offset), part, strict=False):
+                whole[heads, chunk] = piece.flatten(1, 2)[:, : chunk.stop - chunk.start].to(whole.dtype)
+            marks = part[-1]
+            live[heads, chunk.start // TILE :, : marks.shape[2]][:, : marks.shape[1]] = marks
+    whole = output, value_mean, maximum, offset, pack_tiles(live)
+    return Solution(*(tensor.unflatten(0, (problem.batch, problem.heads)) for tensor in whole))
 
 
-def chunks(problem: Problem):
-    """Slices of heads and of rows (whole tiles) whose scores fit CHUNK_SCORES, or one tile of rows where none do."""
+def chunks(problem: Problem) -> Iterator[tuple[slice, slice]]:
+    """Slices of units and of rows (whole tiles) whose scores fit CHUNK_SCORES, or one tile of rows where none do."""
     units = problem.batch * problem.heads
     rows = min(problem.query_length, max(TILE, CHUNK_SCORES // problem.key_length // TILE * TILE))
     step = max(1, CHUNK_SCORES // (rows * problem.key_length))
@@ -84,33 +116,33 @@ def chunks(problem: Problem):
 
 
 def attend_chunk(problem: Problem, query: Tensor, key: Tensor, value: Tensor, heads: slice, chunk: slice):
-    """All stages for some heads and rows; every returned tensor is padded to whole tiles."""
+    """All stages for some units and rows: output, value_mean, maximum, offset by (unit, tile, row), and live tiles."""
     units = torch.arange(heads.start, heads.stop, device=query.device)
-    visible_keys = (
-        min(problem.key_length, max(1, chunk.stop + problem.diagonal)) if problem.is_causal else problem.key_length
-    )
+    most = int(problem.visible(query.device)[chunk.stop - 1])
     q = padded(rows_of(query, units)[:, chunk])
-    k = padded(rows_of(key, key_units(problem, units))[:, :visible_keys])
-    v = padded(rows_of(value, key_units(problem, units))[:, :visible_keys])
-    visible = torch.nn.functional.pad(
-        problem.visible(query.device)[chunk], (0, q.shape[1] - (chunk.stop - chunk.start))
-    )
+    k, v = (padded(rows_of(tensor, units // problem.group)[:, :most]) for tensor in (key, value))
+    visible = pad(problem.visible(query.device)[chunk], (0, q.shape[1] - (chunk.stop - chunk.start)))
 
-    scores = torch.bmm(q, k.mT) * problem.slope
+    scores = torch.bmm(q, k.mT).mul_(problem.slope)
     hide(scores, visible)
     scores = scores.unflatten(1, (-1, TILE)).unflatten(-1, (-1, TILE))
+    visible = visible.view(-1, TILE)
     block_maxima = scores.amax(-1)
-    maximum = torch.where(visible.view(-1, TILE) > 0, block_maxima.amax(-1), torch.inf)
+    maximum = torch.where(visible > 0, block_maxima.amax(-1), torch.inf)
     offset = certified_offset(block_maxima, maximum, problem.alpha)
     live = survivors(block_maxima, maximum, offset)
 
-    tiles = Tiles(*live.nonzero(as_tuple=True))
-    relative = scores.transpose(2, 3)[live] - maximum[tiles.unit, tiles.query_tile].unsqueeze(-1)
-    offset = solve(problem, relative, tiles, maximum, offset, visible.view(-1, TILE))
-    live = survivors(block_maxima, maximum, offset)
-    output, value_mean = outputs(problem, relative, tiles, offset, v)
-    flat = [tensor.flatten(1, 2) for tensor in (output, value_mean, maximum, offset)]
-    return *flat, live
+    output, value_mean = (v.new_zeros(*maximum.shape, v.shape[-1]) for _ in range(2))
+    values = v.unflatten(1, (-1, TILE))
+    for group in groups(live):
+        relative = gathered(scores, group) - maximum[group.rows].unsqueeze(-1)
+        low = smallest_offset(visible[group.query_tile].to(offset.dtype), problem.alpha)
+        pending = maximum[group.rows] < torch.inf
+        offset[group.rows] = solve(problem.alpha, relative, pending, low, offset[group.rows])
+        v_group = values[group.unit.unsqueeze(-1), group.key_tile].flatten(1, 2)
+        parts = outputs(problem.alpha, relative, offset[group.rows], v_group)
+        output[group.rows], value_mean[group.rows] = parts
+    return output, value_mean, maximum, offset, survivors(block_maxima, maximum, offset)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -123,14 +155,10 @@ def rows_of(tensor: Tensor, units: Tensor) -> Tensor:
     return tensor[units // heads, units % heads].to(compute_dtype(tensor))
 
 
-def key_units(problem: Problem, units: Tensor) -> Tensor:
-    """The key head, counted over the batch, that each query head reads."""
-    return units // problem.group
-
-
 def padded(rows: Tensor) -> Tensor:
-    """Rows of zeros up to a whole number of tiles."""
-    return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % TILE))
+    """(..., length, dim) with rows of zeros up to a whole number of tiles, at least one."""
+    length = rows.shape[-2]
+    return pad(rows, (0, 0, 0, TILE * max(1, ceil_div(length, TILE)) - length))
 
 
 def hide(scores: Tensor, visible: Tensor) -> None:
@@ -146,60 +174,44 @@ def survivors(block_maxima: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
     return ~(distance <= 0).all(2)
 
 
-def reduce_rows(values: Tensor, tiles: Tiles, like: Tensor) -> Tensor:
-    """Sum what each tile contributes into its tile of rows; the order of addition is the order of the list."""
-    total = torch.zeros(like.shape[0] * like.shape[1], *values.shape[1:], dtype=values.dtype, device=values.device)
-    total.index_add_(0, tiles.unit * like.shape[1] + tiles.query_tile, values)
-    return total.unflatten(0, like.shape[:2])
+def gathered(scores: Tensor, group: Group) -> Tensor:
+    """(n, TILE, m TILE): the live tiles of each tile of rows side by side; -inf in the unused ones."""
+    tiles = scores[group.unit.unsqueeze(-1), group.query_tile.unsqueeze(-1), :, group.key_tile]
+    tiles.masked_fill_(~group.used[:, :, None, None], -torch.inf)
+    return tiles.transpose(1, 2).flatten(2)
 
 
-def solve(problem: Problem, relative: Tensor, tiles: Tiles, maximum: Tensor, offset: Tensor, visible: Tensor) -> Tensor:
-    """The offset of every row, from z - maximum on the surviving tiles. A tile of rows leaves once all have converged."""
-    alpha = problem.alpha
-    low = smallest_offset(visible.to(offset.dtype), alpha).expand_as(offset)
-    bracket = Bracket(low, offset, alpha)
+def solve(alpha: float, relative: Tensor, pending: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The offset of every row, from z - maximum over its live tiles, starting from the certified `high`.
+
+    A tile of rows leaves once all its pending rows have converged.
+    """
+    result, offset = high.clone(), high
+    bracket = Bracket(low, high, alpha)
+    active = torch.arange(high.shape[0], device=high.device)
     for _ in range(MAX_STEPS):
-        distance = (relative + offset[tiles.unit, tiles.query_tile].unsqueeze(-1)).clamp_min(0)
-        total = reduce_rows(probability(distance, alpha).sum(-1), tiles, offset)
-        weight = reduce_rows(support_weight(distance, alpha).sum(-1), tiles, offset)
-        count = reduce_rows((distance > 0).sum(-1).to(offset.dtype), tiles, offset) if alpha == 1.5 else None
-        pending = ((total - 1).abs() > tolerance(offset)) & (maximum < torch.inf)
+        distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
+        total, weight = probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1)
+        count = (distance > 0).sum(-1).to(offset.dtype) if alpha == 1.5 else None
+        pending = pending & ((total - 1).abs() > tolerance(offset))
         stepped = torch.where(pending, bracket.step(offset, total, weight, count), offset)
-        unfinished = (stepped != offset).any(-1)
-        offset = stepped
-        if not unfinished.any():
+        pending, offset = pending & (stepped != offset), stepped
+        result[active] = offset
+        keep = pending.any(-1)
+        if not keep.any():
             break
-        keep = unfinished[tiles.unit, tiles.query_tile]
-        relative, tiles = relative[keep], tiles[keep]
-        bracket.keep(unfinished.unsqueeze(-1), offset)
-    return offset
+        if not keep.all():
+            relative, offset, pending, active = relative[keep], offset[keep], pending[keep], active[keep]
+            bracket.low, bracket.high = bracket.low[keep], bracket.high[keep]
+    return result
 
 
-def outputs(problem: Problem, relative: Tensor, tiles: Tiles, offset: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """O = sum p v, and O1 = sum u v / sum u, over the tiles."""
-    values = v.unflatten(1, (-1, TILE))
-    output, value_mean = (offset.new_zeros(*offset.shape, v.shape[-1]) for _ in range(2))
-    weight = torch.zeros_like(offset)
-    for part in slices(tiles):
-        some = tiles[part]
-        distance = (relative[part] + offset[some.unit, some.query_tile].unsqueeze(-1)).clamp_min(0)
-        u = support_weight(distance, problem.alpha)
-        block = values[some.unit, some.key_tile]
-        output += reduce_rows(probability(distance, problem.alpha) @ block, some, offset)
-        value_mean += reduce_rows(u @ block, some, offset)
-        weight += reduce_rows(u.sum(-1), some, offset)
-    return output, value_mean / torch.where(weight == 0, 1, weight).unsqueeze(-1)
-
-
-def slices(tiles: Tiles):
-    for start in range(0, tiles.unit.shape[0], CHUNK_TILES):
-        yield slice(start, start + CHUNK_TILES)
-
-
-class Gradients(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
+def outputs(alpha: float, relative: Tensor, offset: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """O = sum p v, and O1 = sum u v / sum u."""
+    distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
+    u = support_weight(distance, alpha)
+    weight = u.sum(-1, keepdim=True)
+    return probability(distance, alpha) @ v, (u @ v) / torch.where(weight == 0, 1, weight)
 
 
 def attention_backward(
@@ -213,66 +225,72 @@ def attention_backward(
     offset: Tensor,
     live: Tensor,
 ) -> Gradients:
-    """dQ, dK and dV over the live tiles: dS = u (dP - delta), delta = dO . O1."""
-    q, k, v, do = (
-        padded(t.flatten(0, 1)).to(compute_dtype(query)).unflatten(1, (-1, TILE))
-        for t in (query, key, value, grad_output)
-    )
-    delta = (grad_output.to(offset.dtype) * value_mean.to(offset.dtype)).sum(-1)
-    delta = pad_rows(delta, 0.0)
+    """dQ, dK and dV over the live tiles: dS = u (dP - delta), delta = dO . O1. Sums run in one order on every call."""
+    q, k, v, do = (tiles_of(tensor) for tensor in (query, key, value, grad_output))
+    delta = pad_rows((grad_output.to(offset.dtype) * value_mean.to(offset.dtype)).sum(-1), 0.0)
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-
-    tiles = Tiles(*unpack_tiles(live, ceil_div(problem.key_length, TILE)).flatten(0, 1).nonzero(as_tuple=True))
-    for part in slices(tiles):
-        some = tiles[part]
-        rows, keys = (some.unit, some.query_tile), (key_units(problem, some.unit), some.key_tile)
-        distance = distances(problem, q[rows], k[keys], maximum[rows], offset[rows], some)
+    for group in groups(unpack_tiles(live, ceil_div(problem.key_length, TILE)).flatten(0, 1)):
+        rows, keys = group.rows, group.keys(problem)
+        k_group, v_group = k[keys].flatten(1, 2), v[keys].flatten(1, 2)
+        distance = distances(problem, q[rows], k_group, maximum[rows], offset[rows], group)
         p, u = probability(distance, problem.alpha), support_weight(distance, problem.alpha)
-        ds = u * (do[rows] @ v[keys].mT - delta[rows].unsqueeze(-1))
-        dq.index_put_(rows, ds @ k[keys], accumulate=True)
-        dk.index_put_(keys, ds.mT @ q[rows], accumulate=True)
-        dv.index_put_(keys, p.mT @ do[rows], accumulate=True)
-    return Gradients(unpadded(dq * problem.scale, query), unpadded(dk * problem.scale, key), unpadded(dv, value))
+        ds = u.mul_(torch.bmm(do[rows], v_group.mT).sub_(delta[rows].unsqueeze(-1)))
+        dq[rows] = ds @ k_group
+        add_tiles(dk, keys, group.used, ds.mT @ q[rows])
+        add_tiles(dv, keys, group.used, p.mT @ do[rows])
+    gradients = zip((dq * problem.scale, dk * problem.scale, dv), (query, key, value), strict=True)
+    return Gradients(*(unpadded(blocks, like) for blocks, like in gradients))
 
 
-def distances(problem: Problem, q: Tensor, k: Tensor, maximum: Tensor, offset: Tensor, tiles: Tiles) -> Tensor:
-    """[z - tau]_+ of the given tiles (n, TILE, TILE), computed anew; 0 where the key is not visible."""
-    z = (q @ k.mT) * problem.slope
-    step = torch.arange(TILE, device=z.device)
-    visible = torch.nn.functional.pad(problem.visible(z.device), (0, -problem.query_length % TILE)).view(-1, TILE)
-    limit = visible[tiles.query_tile] - TILE * tiles.key_tile.unsqueeze(-1)
-    partial = (limit < TILE).any(-1)
-    z[partial] = z[partial].masked_fill(step >= limit[partial].unsqueeze(-1), -torch.inf)
-    return (z - maximum.unsqueeze(-1) + offset.unsqueeze(-1)).clamp_min(0)
+def tiles_of(tensor: Tensor) -> Tensor:
+    """(batch, heads, length, dim) -> (units, tiles, TILE, dim) in the compute dtype."""
+    return padded(tensor.flatten(0, 1)).to(compute_dtype(tensor)).unflatten(1, (-1, TILE))
 
 
 def pad_rows(rows: Tensor, fill: float) -> Tensor:
     """(batch, heads, length) -> (units, query tiles, TILE)."""
     flat = rows.flatten(0, 1)
-    return torch.nn.functional.pad(flat, (0, -flat.shape[-1] % TILE), value=fill).unflatten(-1, (-1, TILE))
+    return pad(flat, (0, -flat.shape[-1] % TILE), value=fill).unflatten(-1, (-1, TILE))
+
+
+def distances(problem: Problem, q: Tensor, k: Tensor, maximum: Tensor, offset: Tensor, group: Group) -> Tensor:
+    """[z - tau]_+ of (n, TILE, m TILE) computed anew; 0 where the key is not visible and in unused tiles."""
+    z = torch.bmm(q, k.mT).mul_(problem.slope)
+    visible = pad(problem.visible(z.device), (0, -problem.query_length % TILE)).view(-1, TILE)[group.query_tile]
+    key = group.key_tile.unsqueeze(-1) * TILE + torch.arange(TILE, device=z.device)
+    key = key.masked_fill_(~group.used.unsqueeze(-1), problem.key_length).flatten(1)
+    z.masked_fill_(key.unsqueeze(1) >= visible.unsqueeze(-1), -torch.inf)
+    return z.sub_(maximum.unsqueeze(-1)).add_(offset.unsqueeze(-1)).clamp_min_(0)
+
+
+def add_tiles(total: Tensor, keys: tuple[Tensor, Tensor], used: Tensor, parts: Tensor) -> None:
+    """Add (n, m TILE, dim) to the tiles of keys, one tile of rows after the other: within one, no tile comes twice."""
+    unit, key_tile = keys
+    for row, count in enumerate(used.sum(-1).tolist()):
+        total[unit[row, 0]][key_tile[row, :count]] += parts[row, : count * TILE].unflatten(0, (count, TILE))
 
 
 def unpadded(blocks: Tensor, like: Tensor) -> Tensor:
-    """(units, tiles, TILE, dim) -> the shape and dtype of `like`."""
-    rows = blocks.flatten(1, 2)[:, : like.shape[2]].to(like.dtype)
-    return rows.reshape(like.shape)
+    """(units, tiles, TILE, dim) -> the shape and dtype of `like`, contiguous."""
+    return blocks.flatten(1, 2)[:, : like.shape[2]].to(like.dtype).reshape(like.shape).contiguous()
 
 
 def support(
     problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Support size of each row (int32) and the exact map of live tiles (bool), by one more pass over the live tiles."""
-    q, k = (padded(t.flatten(0, 1)).to(compute_dtype(query)).unflatten(1, (-1, TILE)) for t in (query, key))
+    q, k = tiles_of(query), tiles_of(key)
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
-    marks = unpack_tiles(live, ceil_div(problem.key_length, TILE))
-    tiles = Tiles(*marks.flatten(0, 1).nonzero(as_tuple=True))
+    marks = unpack_tiles(live, ceil_div(problem.key_length, TILE)).flatten(0, 1)
     size = torch.zeros(offset.shape, dtype=torch.int32, device=query.device)
-    for part in slices(tiles):
-        some = tiles[part]
-        rows, keys = (some.unit, some.query_tile), (key_units(problem, some.unit), some.key_tile)
-        reached = distances(problem, q[rows], k[keys], maximum[rows], offset[rows], some) > 0
-        size.index_put_(rows, reached.sum(-1, dtype=torch.int32), accumulate=True)
-        marks.view(-1, *marks.shape[2:])[(*tuple(some),)] = reached.any(-1).any(-1)
-    size = size.flatten(1)[:, : problem.query_length].reshape(problem.batch, problem.heads, problem.query_length)
-    return size, marks
+    for group in groups(marks.clone()):
+        rows = group.rows
+        k_group = k[group.keys(problem)].flatten(1, 2)
+        reached = distances(problem, q[rows], k_group, maximum[rows], offset[rows], group) > 0
+        size[rows] = reached.sum(-1, dtype=torch.int32)
+        exact = reached.unflatten(-1, (-1, TILE)).any(-1).any(1)
+        unit, query_tile = (index.unsqueeze(-1).expand_as(exact)[group.used] for index in rows)
+        marks[unit, query_tile, group.key_tile[group.used]] = exact[group.used]
+    size = size.flatten(1)[:, : problem.query_length]
+    return tuple(tensor.unflatten(0, (problem.batch, problem.heads)).contiguous() for tensor in (size, marks))

@@ -1,7 +1,7 @@
 """The stages in order, on a GPU: scan, certify, solve, output; then the gradient over the tiles that were live.
 
-Scratch is bounded: block maxima and lists exist for one chunk of heads and rows at a time, and the next chunk writes over
-them. What stays for the gradient is one bit for each tile.
+Scratch is bounded: block maxima and lists exist for one chunk of heads and rows at a time, and the next chunk writes
+over them. What stays for the gradient is one bit for each tile.
 """
 
 from collections.abc import Iterator
@@ -41,13 +41,15 @@ class Chunk(NamedTuple):
 
 
 def chunks(units: int, tiles: int, numbers: int, align: int = 1) -> Iterator[Chunk]:
-    """Split units x tiles so that `numbers` of scratch for each tile fit SCRATCH; tiles are split in multiples of `align`."""
+    """Split units x tiles so that `numbers` of scratch for each tile fit SCRATCH; tiles in multiples of `align`."""
     most = max(1, SCRATCH // max(1, numbers))
     tiles_each = tiles if tiles <= most else max(align, most // align * align)
     units_each = max(1, most // tiles_each)
     for first_unit in range(0, units, units_each):
         for first_tile in range(0, tiles, tiles_each):
-            yield Chunk(first_unit, min(units_each, units - first_unit), first_tile, min(tiles_each, tiles - first_tile))
+            yield Chunk(
+                first_unit, min(units_each, units - first_unit), first_tile, min(tiles_each, tiles - first_tile)
+            )
 
 
 class Call(NamedTuple):
@@ -103,14 +105,14 @@ def device_of(tensor: Tensor):
 def attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """(output, value_mean, maximum, offset, live) of flash_entmax::attention."""
     call = Call.of(problem, query)
-    output = query.new_zeros(problem.batch, problem.heads, problem.query_length, problem.value_size)
-    value_mean = torch.zeros_like(output)
-    maximum = torch.full(output.shape[:3], torch.inf, dtype=torch.float32, device=query.device)
-    offset = torch.ones_like(maximum)
+    output = query.new_empty(problem.batch, problem.heads, problem.query_length, problem.value_size)
+    value_mean = torch.empty_like(output)
+    maximum, offset = (output.new_empty(output.shape[:3], dtype=torch.float32) for _ in range(2))
     live = torch.zeros(problem.live_shape(call.shape.TILE), dtype=torch.int32, device=query.device)
-    if not problem.is_empty:
-        with device_of(query):
-            forward_stages(call, query, key, value, output, value_mean, maximum, offset, live)
+    if problem.is_empty:
+        return output.zero_(), value_mean.zero_(), maximum.fill_(torch.inf), offset.fill_(1.0), live
+    with device_of(query):
+        forward_stages(call, query, key, value, output, value_mean, maximum, offset, live)
     return output, value_mean, maximum, offset, live
 
 
@@ -156,16 +158,19 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value) of flash_entmax::attention_backward."""
     call = Call.of(problem, query)
-    gradients = tuple(tensor.new_zeros(tensor.shape) for tensor in (query, key, value))
-    if not problem.is_empty:
-        delta = torch.empty_like(maximum)
-        with device_of(query):
-            query_stage(call, grad_output, query, key, value, value_mean, maximum, offset, live, delta, gradients[0])
-            key_value_stage(call, grad_output, query, key, value, maximum, offset, live, delta, *gradients[1:])
+    if problem.is_empty:
+        return tuple(tensor.new_zeros(tensor.shape) for tensor in (query, key, value))
+    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    delta = torch.empty_like(maximum)
+    with device_of(query):
+        query_stage(call, grad_output, query, key, value, value_mean, maximum, offset, live, delta, gradients[0])
+        key_value_stage(call, grad_output, query, key, value, maximum, offset, live, delta, *gradients[1:])
     return gradients
 
 
-def query_stage(call: Call, grad_output, query, key, value, value_mean, maximum, offset, live, delta, grad_query) -> None:
+def query_stage(
+    call: Call, grad_output, query, key, value, value_mean, maximum, offset, live, delta, grad_query
+) -> None:
     parts = list(chunks(call.units, call.query_tiles, call.key_tiles))
     lists, counts = call.new_lists(live, parts[0].units * parts[0].tiles, call.key_tiles)
     for chunk in parts:
@@ -178,7 +183,9 @@ def query_stage(call: Call, grad_output, query, key, value, value_mean, maximum,
         )  # fmt: skip
 
 
-def key_value_stage(call: Call, grad_output, query, key, value, maximum, offset, live, delta, grad_key, grad_value) -> None:
+def key_value_stage(
+    call: Call, grad_output, query, key, value, maximum, offset, live, delta, grad_key, grad_value
+) -> None:
     group = call.problem.group
     parts = list(chunks(call.units // group, call.key_tiles, group * call.query_tiles))
     lists, counts = call.new_lists(live, parts[0].units * group * parts[0].tiles, call.query_tiles)

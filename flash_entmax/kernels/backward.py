@@ -1,7 +1,7 @@
 """The gradient over the live tiles: dS = u (dP - delta) with dP = dO V^T and delta = dO . O1.
 
-dQ = scale dS K walks each tile of queries; dK = scale dS^T Q and dV = P^T dO walk the transposed lists. No atomics: every
-number is added in one order, so repeated runs agree bit for bit.
+dQ = scale dS K walks each tile of queries; dK = scale dS^T Q and dV = P^T dO walk the transposed lists. No atomics:
+every number is added in one order, so repeated runs agree bit for bit.
 """
 
 import triton
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .alpha import probability, support_weight
 from .tile import (
+    SIZES,
     Extent,
     distance,
     head_of,
@@ -20,6 +21,7 @@ from .tile import (
     open_list,
     query_head,
     relative_distance,
+    row_list,
     store_row,
     store_tile,
     visible_keys,
@@ -27,7 +29,7 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "capacity"])
+@triton.jit(do_not_specialize=SIZES)
 def gradient_query_kernel(
     query, key, value, value_mean, grad_output, maximum, offset, delta, lists, counts, grad_query,
     scale, slope, exponent, heads, group, query_length, key_length, first_unit, units, first_tile, capacity,
@@ -47,7 +49,7 @@ def gradient_query_kernel(
     mean = load_tile(query_head(value_mean, unit, extent), first, query_length, TILE, S.VALUE, S.VALUE_PADDED)
     shift = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
     store_row(delta, unit, row, extent, shift)
-    tiles = open_list(lists, counts, (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile, capacity)
+    tiles = row_list(lists, counts, unit - first_unit, tile - first_tile, units, capacity)
 
     limit = visible_keys(row, extent, S.CAUSAL)
     context = (
@@ -70,7 +72,7 @@ def accumulate_query(dq, context, key_tile, MASKED: tl.constexpr, S: tl.constexp
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=S.PRECISION)
 
 
-@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "capacity"])
+@triton.jit(do_not_specialize=SIZES)
 def gradient_key_value_kernel(
     query, key, value, grad_output, maximum, offset, delta, lists, counts, grad_key, grad_value,
     scale, slope, exponent, heads, group, query_length, key_length, first_unit, units, first_tile, capacity,
@@ -94,7 +96,7 @@ def gradient_key_value_kernel(
     v = load_tile(head_of(value, batch, head), first, key_length, TILE, S.VALUE, VALUE_PADDED)
 
     state = tl.zeros((TILE, HEAD_PADDED), tl.float32), tl.zeros((TILE, VALUE_PADDED), tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         query_unit = batch * heads + head * group + member
         index = ((unit - first_unit) * group + member) * tiles_of_unit + tile - first_tile
         tiles = open_list(lists, counts, index, capacity)
@@ -125,7 +127,7 @@ def accumulate_key_value(state, context, query_tile, MASKED: tl.constexpr, S: tl
     score = tl.dot(k, tl.trans(q), input_precision=S.PRECISION)
     if MASKED:
         limit = visible_keys(row, extent, S.CAUSAL)
-        score = hide(score, (first_key + tl.arange(0, TILE))[:, None], limit[None, :])
+        score = hide(score, tl.arange(0, TILE)[:, None], (limit - first_key)[None, :])
     d = distance(score, top[None, :], slope, reach[None, :])
     dv = tl.dot(probability(d, exponent, S.POWER).to(do.dtype), do, dv, input_precision=S.PRECISION)
     dp = tl.dot(v, tl.trans(do), input_precision=S.PRECISION)

@@ -5,14 +5,15 @@ import triton.language as tl
 
 from .alpha import probability, support_weight
 from .tile import (
+    SIZES,
     Extent,
     heaviest_first,
     key_head,
     load_row,
     load_tile,
-    open_list,
     query_head,
     relative_distance,
+    row_list,
     store_row,
     store_tile,
     visible_keys,
@@ -20,7 +21,7 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "capacity"])
+@triton.jit(do_not_specialize=SIZES)
 def output_kernel(
     query, key, value, maximum, offset, lists, counts, output, value_mean, slope, exponent, heads, group,
     query_length, key_length, first_unit, units, first_tile, capacity, S: tl.constexpr,
@@ -33,7 +34,7 @@ def output_kernel(
     top = load_row(maximum, unit, row, extent, float("inf"))
     reach = load_row(offset, unit, row, extent, 1.0)
     q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
-    tiles = open_list(lists, counts, (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile, capacity)
+    tiles = row_list(lists, counts, unit - first_unit, tile - first_tile, units, capacity)
 
     limit = visible_keys(row, extent, S.CAUSAL)
     context = q, key_head(key, unit, extent), key_head(value, unit, extent), limit, top, slope / reach, exponent, extent
@@ -60,7 +61,7 @@ def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     return total, mean, weight + tl.sum(u, 1)
 
 
-@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "key_tiles", "capacity"])
+@triton.jit(do_not_specialize=SIZES)
 def support_kernel(
     query, key, maximum, offset, lists, counts, size, marks, slope, heads, group,
     query_length, key_length, first_unit, units, first_tile, key_tiles, capacity, S: tl.constexpr,
@@ -73,7 +74,7 @@ def support_kernel(
     top = load_row(maximum, unit, row, extent, float("inf"))
     reach = load_row(offset, unit, row, extent, 1.0)
     q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
-    tiles = open_list(lists, counts, (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile, capacity)
+    tiles = row_list(lists, counts, unit - first_unit, tile - first_tile, units, capacity)
 
     query_tiles = (query_length + TILE - 1) // TILE
     row_of_marks = marks + (tl.cast(unit, tl.int64) * query_tiles + tile) * key_tiles

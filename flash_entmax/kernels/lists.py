@@ -3,21 +3,20 @@
 import triton
 import triton.language as tl
 
-from .tile import Extent, visible_keys, visible_tiles
+from .tile import SIZES, Extent, visible_keys, visible_tiles
 
 SPAN = tl.constexpr(128)
 
 
-@triton.jit(
-    do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "words", "candidates", "capacity"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def list_kernel(
     live, lists, counts, heads, group, query_length, key_length,
     first_unit, units, first_tile, words, candidates, capacity, TRANSPOSED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Lists this program's live tiles in ascending order, and stores where the masked ones begin or end.
 
-    For a tile of queries the last tiles of keys need the mask; for a tile of keys (TRANSPOSED) the first tiles of queries.
+    For a tile of queries the last tiles of keys need the mask; for a tile of keys (TRANSPOSED) the first tiles of
+    queries do.
     """
     extent = Extent(heads, group, query_length, key_length)
     tiles = tl.num_programs(0) // units

@@ -8,22 +8,24 @@ import triton.language as tl
 
 from .alpha import newton_step, probability, smallest_offset, step, support_weight
 from .tile import (
+    SIZES,
     Extent,
     distance,
     heaviest_first,
     key_head,
     load_row,
     load_tile,
-    open_list,
+    maxima_column,
     query_head,
     relative_distance,
+    row_list,
     store_row,
     visible_keys,
     visible_tiles,
     walk,
 )
 
-CERTIFY_STEPS = tl.constexpr(4)
+CERTIFY_STEPS = tl.constexpr(3)
 MAX_STEPS = tl.constexpr(40)
 TOLERANCE = tl.constexpr(1e-6)
 WORD = tl.constexpr(32)
@@ -31,26 +33,26 @@ WORD = tl.constexpr(32)
 CERTIFICATE_ROUNDING = tl.constexpr(2.0**-14)
 
 
-@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "rows", "blocks", "words"])
+@triton.jit(do_not_specialize=SIZES)
 def certify_kernel(
     maxima, maximum, slack, offset, live, slope, exponent, heads, group, query_length, key_length,
     first_unit, units, first_tile, rows, blocks, words, S: tl.constexpr,
 ):  # fmt: skip
-    """An offset at or above the true one: the maxima are a subset of the scores, and Newton's steps end above the root."""
+    """An offset at or above the true one: maxima are a subset of the scores, and Newton's steps end above the root."""
     TILE: tl.constexpr = S.TILE
     extent = Extent(heads, group, query_length, key_length)
     unit, tile = heaviest_first(units, first_unit, first_tile)
     row = tile * TILE + tl.arange(0, TILE)
     top = load_row(maximum, unit, row, extent, float("inf"))
     noise = load_row(slack, unit, row, extent, 0.0)
-    column = maxima + tl.cast(unit - first_unit, tl.int64) * blocks * rows + (row - first_tile * TILE)
+    column = maxima_column(maxima, unit - first_unit, row - first_tile * TILE, blocks, rows)
     _, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
 
     reach = tl.full((TILE,), 1.0, tl.float32)
     for _ in range(CERTIFY_STEPS):
         total = tl.zeros((TILE,), tl.float32)
         weight = tl.zeros((TILE,), tl.float32)
-        for word in range(0, tl.cdiv(some, WORD)):
+        for word in range(tl.cdiv(some, WORD)):
             d = distance(load_maxima(column, word, some, rows, S), top[:, None], slope, reach[:, None])
             total += tl.sum(probability(d, exponent, S.POWER), 1)
             weight += tl.sum(support_weight(d, exponent, S.POWER), 1)
@@ -68,7 +70,7 @@ def load_maxima(column, word, some, rows, S: tl.constexpr):
     SPAN: tl.constexpr = WORD * RATIO
     block = tl.arange(0, SPAN) + word * SPAN
     return tl.load(
-        column[:, None] + tl.cast(block, tl.int64)[None, :] * rows,
+        column[:, None] + tl.cast(block, tl.int64)[None, :] * tl.multiple_of(rows, 32),
         mask=(block < some * RATIO)[None, :],
         other=float("-inf"),
     )
@@ -81,7 +83,7 @@ def mark_tiles(column, top, reach, live, unit, tile, slope, some, rows, words, e
     tiles = (extent.query_length + S.TILE - 1) // S.TILE
     row_of_words = live + (tl.cast(unit, tl.int64) * tiles + tile) * words
     bit = tl.arange(0, WORD)
-    for word in range(0, tl.cdiv(some, WORD)):
+    for word in range(tl.cdiv(some, WORD)):
         score = load_maxima(column, word, some, rows, S)
         dead = (score - top[:, None]) * slope + reach[:, None] <= 0
         alive = tl.max(tl.where(dead, 0, 1), 0)
@@ -90,7 +92,7 @@ def mark_tiles(column, top, reach, live, unit, tile, slope, some, rows, words, e
         tl.store(row_of_words + word, tl.sum(alive << bit, 0))
 
 
-@triton.jit(do_not_specialize=["query_length", "key_length", "first_unit", "units", "first_tile", "rows", "blocks", "words", "capacity"])
+@triton.jit(do_not_specialize=SIZES)
 def solve_kernel(
     query, key, maxima, maximum, slack, offset, live, lists, counts, slope, exponent, heads, group, query_length,
     key_length, first_unit, units, first_tile, rows, blocks, words, capacity, S: tl.constexpr,
@@ -105,7 +107,7 @@ def solve_kernel(
     noise = load_row(slack, unit, row, extent, 0.0)
     reach = load_row(offset, unit, row, extent, 1.0)
     q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
-    tiles = open_list(lists, counts, (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile, capacity)
+    tiles = row_list(lists, counts, unit - first_unit, tile - first_tile, units, capacity)
 
     high = reach
     low = tl.maximum(smallest_offset(limit, exponent) - noise, 1e-30)
@@ -128,7 +130,7 @@ def solve_kernel(
         passes += 1
     store_row(offset, unit, row, extent, reach)
 
-    column = maxima + tl.cast(unit - first_unit, tl.int64) * blocks * rows + (row - first_tile * TILE)
+    column = maxima_column(maxima, unit - first_unit, row - first_tile * TILE, blocks, rows)
     _, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
     # 2^-20 covers the rounding of slope / offset in the relative distances that the output sees.
     mark_tiles(column, top, reach * (1.0 + 2.0**-20) + noise, live, unit, tile, slope, some, rows, words, extent, S)

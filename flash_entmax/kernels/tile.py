@@ -1,7 +1,7 @@
 """Words shared by all kernels: which tile a program has, load and store a tile, which keys a query sees, walk a list.
 
-A unit is one query head of one batch row, numbered batch * heads + head. Every row statistic (maximum, offset, ...) is a
-contiguous (batch, heads, query length) float32 tensor.
+A unit is one query head of one batch row, numbered batch * heads + head. Every row statistic (maximum, offset, ...) is
+a contiguous (batch, heads, query length) float32 tensor.
 """
 
 from typing import NamedTuple
@@ -9,6 +9,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# Names of the kernels' sizes that may change from call to call: a new value of one compiles nothing.
+SIZES = (
+    "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile",
+    "rows", "blocks", "words", "key_tiles", "candidates", "capacity",
+)  # fmt: skip
 
 
 class Matrix(NamedTuple):
@@ -72,7 +78,11 @@ def head_of(m, batch, head):
 def tile_pointers(m, first, TILE: tl.constexpr, PADDED: tl.constexpr):
     row = tl.cast(tl.arange(0, TILE), tl.int64)
     column = tl.arange(0, PADDED)
-    return m.data + tl.cast(first, tl.int64) * m.row_stride + (row[:, None] * m.row_stride + column[None, :] * m.column_stride)
+    return (
+        m.data
+        + tl.cast(first, tl.int64) * m.row_stride
+        + (row[:, None] * m.row_stride + column[None, :] * m.column_stride)
+    )
 
 
 @triton.jit
@@ -86,9 +96,7 @@ def tile_mask(first, rows, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.co
 @triton.jit
 def load_tile(m, first, rows, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """(TILE, PADDED) of the rows from `first` on; zeros past the last row and past the head size."""
-    return tl.load(
-        tile_pointers(m, first, TILE, PADDED), mask=tile_mask(first, rows, TILE, SIZE, PADDED), other=0.0
-    )
+    return tl.load(tile_pointers(m, first, TILE, PADDED), mask=tile_mask(first, rows, TILE, SIZE, PADDED), other=0.0)
 
 
 @triton.jit
@@ -133,7 +141,10 @@ def visible_tiles(tile, extent, CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEY
 
 @triton.jit
 def hide(score, key, limit):
-    """-inf where the query does not see the key; key and limit broadcast to the shape of the scores."""
+    """-inf where the query does not see the key; key and limit broadcast to the shape of the scores.
+
+    Both count from the tile's first key, so that the keys are constants of the compiled loop and cost no registers.
+    """
     return tl.where(key < limit, score, float("-inf"))
 
 
@@ -154,19 +165,33 @@ def relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED: tl.co
     k = load_tile(key, key_tile * TILE, extent.key_length, TILE, S.HEAD, S.HEAD_PADDED)
     score = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
     if MASKED:
-        score = hide(score, (key_tile * TILE + tl.arange(0, TILE))[None, :], limit[:, None])
+        score = hide(score, tl.arange(0, TILE)[None, :], (limit - key_tile * TILE)[:, None])
     return distance(score, top[:, None], slope[:, None], 1.0)
 
 
 @triton.jit
+def maxima_column(maxima, unit, row, blocks, rows):
+    """Pointers to the rows' first block maxima, which are stored as (unit, block of keys, row of the chunk)."""
+    return maxima + tl.cast(unit, tl.int64) * blocks * tl.multiple_of(rows, 32) + row
+
+
+@triton.jit
 def open_list(lists, counts, index, capacity):
-    return TileList(lists + tl.cast(index, tl.int64) * capacity, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1))
+    return TileList(
+        lists + tl.cast(index, tl.int64) * capacity, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1)
+    )
+
+
+@triton.jit
+def row_list(lists, counts, unit, tile, units, capacity):
+    """The tiles of keys of one tile of queries, by its unit and tile within the chunk."""
+    return open_list(lists, counts, unit * (tl.num_programs(0) // units) + tile, capacity)
 
 
 @triton.jit
 def walk(body: tl.constexpr, state, context, tiles, MASKED_FIRST: tl.constexpr, S: tl.constexpr):
     """Fold `body` over a list of tiles, with the mask only on the side of the split that needs it."""
-    for n in range(0, tiles.split):
+    for n in range(tiles.split):
         state = body(state, context, tl.load(tiles.tiles + n), MASKED_FIRST, S)
     for n in range(tiles.split, tiles.count):
         state = body(state, context, tl.load(tiles.tiles + n), not MASKED_FIRST, S)

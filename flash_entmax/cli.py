@@ -1,0 +1,115 @@
+"""The command line: flash-entmax info, check, demo."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return options.command(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="flash-entmax", description="Exact, data-dependent sparse attention for PyTorch."
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    about = "versions, devices, and which implementation each device and dtype takes"
+    commands.add_parser("info", help=about, description=about).set_defaults(command=info)
+
+    about = "compare the implementations that run here with the float64 reference"
+    commands.add_parser("check", help=about, description=about).set_defaults(command=check)
+
+    about = "train a small language model with entmax attention on real text, and picture what it attends to"
+    demo_parser = commands.add_parser("demo", help=about, description=about)
+    demo_parser.set_defaults(command=demo)
+    add = demo_parser.add_argument
+    add("--text", type=Path, metavar="PATH", help="a file or folder of text (default: PyTorch's Python sources)")
+    add("--out", type=Path, metavar="DIR", default=Path("out/demo"), help="where the results go (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="training steps (default: what the device does in two minutes)")
+    add("--smallest", action="store_true", help="a tiny model and few steps: every stage within half a minute")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--alpha", type=float, default=1.5, help="above 1, at most 2; larger is sparser (default: %(default)s)")
+    return top
+
+
+def info(options: argparse.Namespace) -> int:
+    lines = [*versions(), *devices()]
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        print(f"{label:{width}}  {text}")
+    print("\nimpl='auto' takes")
+    for line in choices():
+        print(f"  {line}")
+    return 0
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    from .functional import triton_is_installed
+
+    yield "flash-entmax", version("flash-entmax")
+    yield "python", platform.python_version()
+    yield "torch", torch.__version__
+    yield "triton", version("triton") if triton_is_installed() else "not installed"
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    import os
+
+    import torch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    yield "triton interpreter", "on (TRITON_INTERPRET=1)" if interpreted else "off"
+    yield "cpu threads", str(torch.get_num_threads())
+    if not torch.cuda.is_available():
+        yield "gpu", "none"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield f"gpu {index}", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+
+
+def choices() -> Iterator[str]:
+    """For each device and dtype, the implementation that impl="auto" takes, and the reason."""
+    import torch
+
+    from .functional import choose_impl, why_not_triton
+
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            query = torch.empty(0, dtype=dtype, device=device)
+            impl, obstacle = choose_impl(query, "auto"), why_not_triton(query)
+            if impl == "triton":
+                reason = "the kernels run here"
+            else:
+                reason = obstacle or "the interpreter is for checking the kernels: impl='triton' asks for it"
+            yield f"{device:4}  {str(dtype).removeprefix('torch.'):8}  {impl:6}  {reason}"
+
+
+def check(options: argparse.Namespace) -> int:
+    from .selfcheck import self_check
+
+    return 0 if self_check() else 1
+
+
+def demo(options: argparse.Namespace) -> int:
+    from .demo.settings import DemoError, settings_for
+
+    try:
+        settings = settings_for(
+            options.device, options.out, options.text, options.alpha, options.steps, options.smallest
+        )
+        from .demo import run
+
+        run(settings)
+    except DemoError as error:
+        print(f"flash-entmax demo: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,70 @@
+"""The demo: train a byte-level transformer with entmax attention on real text, then show what it attends to.
+
+Needs matplotlib and rich: pip install "flash-entmax[demo]".
+"""
+
+import time
+
+from .settings import DemoError, Settings
+
+CLEAR_FALL = 0.9
+
+
+def run(settings: Settings) -> None:
+    """Read, train, measure, draw. Raises a DemoError, also where the validation loss did not clearly fall."""
+    require_extras()
+    import torch
+    from rich.console import Console
+
+    from . import report, train
+    from .model import Transformer
+    from .text import read_corpus
+
+    start = time.perf_counter()
+    console = Console(highlight=False)
+    make_folder(settings)
+    corpus = read_corpus(settings.text, settings.context)
+    console.print(corpus.origin, soft_wrap=True)
+    torch.manual_seed(settings.seed)
+    model = Transformer(settings).to(settings.device)
+    before = train.bits_per_byte(model, settings, corpus.validation)
+    console.print(f"untrained model: {before:.2f} bits per byte on the validation text")
+
+    training = train.train(model, settings, corpus.training, console)
+    if training.was_cut:
+        console.print(
+            f"[yellow]training was cut off after {training.seconds:.0f} s, at step {training.steps} "
+            f"of {settings.steps}: this machine is slow or busy",
+            soft_wrap=True,
+        )
+    by_frequency = train.bits_by_frequency(corpus.training, corpus.validation)
+    losses = report.Losses(before, train.bits_per_byte(model, settings, corpus.validation), by_frequency)
+    layers, tile = report.measure_sparsity(model, settings, corpus.validation)
+    picture = report.draw(model, settings, corpus.validation)
+    facts = report.conditions(model, settings, training)
+    seconds = time.perf_counter() - start
+    numbers = settings.out / "results.json"
+    report.write_results(numbers, losses, layers, tile, training, seconds, facts)
+    report.print_report(console, losses, layers, tile, training.tokens_per_second, facts)
+    console.print(f"\n{seconds:.0f} s in all; the picture is {picture}, the numbers are {numbers}", soft_wrap=True)
+    if not losses.after <= CLEAR_FALL * before:
+        raise DemoError(
+            f"the validation loss did not clearly fall: {before:.2f} bits per byte before training, "
+            f"{losses.after:.2f} after {training.steps} steps"
+        )
+
+
+def require_extras() -> None:
+    """Refuse before any work, rather than after the training, where a package is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("matplotlib", "rich") if find_spec(name) is None]
+    if missing:
+        raise DemoError(f"needs {' and '.join(missing)}: pip install 'flash-entmax[demo]'")
+
+
+def make_folder(settings: Settings) -> None:
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {settings.out}: {error.strerror}") from error

@@ -1,0 +1,121 @@
+"""The training loop, with its progress display, and the validation loss."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .model import Transformer
+from .settings import Settings
+from .text import even_windows, windows
+
+BITS = 1.0 / math.log(2.0)
+PLAIN_LINES = 10
+SLACK = 0.1
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training did. ``was_cut`` says that the time ran out before the steps did."""
+
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    was_cut: bool
+
+
+def train(model: Transformer, settings: Settings, training: Tensor, console: Console) -> Training:
+    """AdamW with a warm-up and a cosine, until the steps or the time run out.
+
+    The steps pace the learning rate, so that a run repeats; on a machine so slow that it is cut off, the time does.
+    """
+    draw = torch.Generator().manual_seed(settings.seed)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=settings.learning_rate, betas=(0.9, 0.95))
+    start, step, elapsed = time.perf_counter(), 0, 0.0
+    with progress(console, settings) as show:
+        while step < settings.steps and elapsed < settings.seconds:
+            along = max((step + 1) / settings.steps, elapsed / settings.seconds - SLACK)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * pace(along)
+            starts = torch.randint(len(training) - settings.context, (settings.batch,), generator=draw)
+            loss = next_byte_loss(model, windows(training, starts, settings.context + 1), settings)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            show(step, loss.item() * BITS)
+            elapsed = time.perf_counter() - start
+    tokens = step * settings.batch * settings.context
+    return Training(step, elapsed, tokens / elapsed, step < settings.steps)
+
+
+def parameter_groups(model: Transformer) -> list[dict]:
+    """Weight decay for the matrices only: not for the gains of the norms, nor for the embedding."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embed")]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or name.startswith("embed")]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+def pace(along: float) -> float:
+    """The share of the peak learning rate, ``along`` of the way: up over a twentieth, then a cosine to a twentieth."""
+    if along < 0.05:
+        return along / 0.05
+    return 0.05 + 0.95 * (1 + math.cos(math.pi * (along - 0.05) / 0.95)) / 2
+
+
+def next_byte_loss(model: Transformer, data: Tensor, settings: Settings) -> Tensor:
+    """Mean loss in nats of each byte of (batch, context + 1) given those before it; on CUDA in bfloat16 autocast."""
+    data = data.to(settings.device)
+    with precision(settings.device):
+        logits = model(data[:, :-1])
+    return cross_entropy(logits.float().flatten(0, 1), data[:, 1:].flatten())
+
+
+def precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def bits_per_byte(model: Transformer, settings: Settings, validation: Tensor) -> float:
+    """Mean over windows that are evenly spaced in the validation text."""
+    data = even_windows(validation, settings.validation_windows, settings.context + 1)
+    losses = [next_byte_loss(model, part, settings).item() * len(part) for part in data.split(settings.batch)]
+    return BITS * sum(losses) / len(data)
+
+
+def bits_by_frequency(training: Tensor, validation: Tensor) -> float:
+    """Bits per byte of a predictor that knows how often each byte occurs, and nothing of the bytes before it."""
+    counts = torch.bincount(training, minlength=256).double() + 1
+    expected = torch.bincount(validation, minlength=256).double()
+    return float(-(expected * (counts / counts.sum()).log2()).sum() / expected.sum())
+
+
+@contextmanager
+def progress(console: Console, settings: Settings) -> Iterator:
+    """Yields show(step, bits per byte): a bar on a terminal, else a line every so often."""
+    if not console.is_terminal:
+        every = max(1, settings.steps // PLAIN_LINES)
+
+        def show_line(step: int, bits: float) -> None:
+            if step % every == 0 or step == 1:
+                console.print(f"  step {step:>5} of {settings.steps}   training loss {bits:.2f} bits per byte")
+
+        yield show_line
+        return
+    columns = (
+        TextColumn("  training"),
+        BarColumn(),
+        TextColumn("step {task.completed} of {task.total}   loss {task.fields[bits]:.2f} bits per byte"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=settings.steps, bits=8.0)
+        yield lambda step, bits: bar.update(task, completed=step, bits=bits)

@@ -1,0 +1,64 @@
+"""Where the tests run: the kernels on CUDA, or in Triton's interpreter without it; plain PyTorch everywhere."""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hypothesis import settings
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is first imported
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation on one device, and the shapes and dtypes that it has the time for."""
+
+    impl: str
+    device: str
+
+    @property
+    def is_interpreted(self) -> bool:
+        return self.impl == "triton" and self.device == "cpu"
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        if self.is_interpreted:
+            return torch.float32, torch.float16
+        if self.impl == "triton":
+            return torch.float32, torch.float16, torch.bfloat16
+        return torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+    def sizes(self, interpreter, processor, cuda):
+        """The size for where this backend runs: the interpreter takes about 5 ms for each 64 x 64 tile and pass."""
+        if self.is_interpreted:
+            return interpreter
+        return cuda if self.device == "cuda" else processor
+
+
+def backends() -> list[Backend]:
+    found = [Backend("torch", "cpu")]
+    if HAS_CUDA:
+        found.append(Backend("triton", "cuda"))
+    elif find_spec("triton"):
+        found.append(Backend("triton", "cpu"))
+    return found
+
+
+@pytest.fixture(scope="session", params=backends(), ids=lambda backend: f"{backend.impl}-{backend.device}")
+def backend(request) -> Backend:
+    return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> None:
+    """Workers of pytest-xdist share the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

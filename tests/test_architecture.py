@@ -1,0 +1,158 @@
+"""The shape of the package: imports go down only, importing it is light, and the README's tree is the real one."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "flash_entmax"
+
+# What each module of the core may import from the package; lower layers stand first.
+CORE = {
+    "problem": set(),
+    "threshold": {"problem"},
+    "reference": {"threshold", "problem"},
+    "tiled": {"threshold", "problem"},
+    "ops": {"tiled", "problem", "kernels"},
+    "functional": {"ops", "reference", "problem"},
+    "__init__": {"functional", "problem"},
+    "testing": set(),
+}
+# The outer programs use the public calls, the specification, and each other; never the private stages.
+OUTER = ("cli", "plot", "demo", "selfcheck")
+PUBLIC = {"", "functional", "problem", "reference"}
+KERNEL_WORDS = {"tile", "alpha", "schedule", "launch", "lists"}
+CONDUCTOR = "attention"
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package, e.g. kernels.tau, of every Python file; a package has the name __init__."""
+    return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str, path: Path) -> tuple[set[str], set[str]]:
+    """(modules of the package, top-level names of everything else) that a file imports, at any depth of its code."""
+    inside, outside = set(), set()
+    parents = name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = (["flash_entmax", *parents][: len(parents) + 2 - node.level]) if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            below = [f"{stem}.{alias.name}" for alias in node.names]
+            targets = [t if is_module(t) else stem for t in below]
+        else:
+            continue
+        for target in targets:
+            top, _, rest = target.partition(".")
+            (inside.add(rest) if top == "flash_entmax" else outside.add(top))
+    return inside, outside
+
+
+def is_module(dotted: str) -> bool:
+    path = ROOT.joinpath(*dotted.split("."))
+    return dotted.startswith("flash_entmax.") and (path.with_suffix(".py").exists() or path.is_dir())
+
+
+def layer(name: str) -> str:
+    return name.partition(".")[0]
+
+
+MODULES = modules()
+
+
+def test_every_module_has_a_place():
+    """A new file must be given its layer here."""
+    places = {*CORE, *OUTER, "kernels"}
+    assert {layer(name) for name in MODULES} <= places
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if layer(n) in CORE])
+def test_core_imports_go_down(name):
+    inside, _ = imports(name, MODULES[name])
+    assert {layer(target) for target in inside} <= CORE[name]
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if layer(n) in OUTER])
+def test_outer_programs_use_the_public_package(name):
+    inside, _ = imports(name, MODULES[name])
+    assert {layer(target) for target in inside} <= PUBLIC | set(OUTER)
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if layer(n) == "kernels"])
+def test_kernels_import_only_their_shared_words(name):
+    """Stages do not know each other; the conductor, which launches them in order, knows them all."""
+    inside, outside = imports(name, MODULES[name])
+    words = {target.removeprefix("kernels.") for target in inside if target.startswith("kernels.")}
+    assert {target for target in inside if not target.startswith("kernels.")} <= {"problem"}
+    if name != f"kernels.{CONDUCTOR}":
+        assert words <= KERNEL_WORDS
+    assert outside <= {"torch", "triton", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nobody_imports_testing_and_only_kernels_import_triton(name):
+    inside, outside = imports(name, MODULES[name])
+    assert "testing" not in inside
+    assert "triton" not in outside or layer(name) == "kernels"
+    if layer(name) in CORE:
+        assert outside <= {"torch", *sys.stdlib_module_names}
+
+
+def test_the_parser_sees_imports_of_every_form(tmp_path):
+    source = (
+        "import torch.nn\nfrom . import tiled, nothing\nfrom .kernels import tau\nfrom flash_entmax import problem\n"
+    )
+    path = tmp_path / "ops.py"
+    path.write_text(source + "def f():\n    from .reference import attention\n    import flash_entmax.cli\n")
+    inside, outside = imports("ops", path)
+    assert outside == {"torch"}
+    assert inside >= {"tiled", "problem", "reference", ""}
+    inside, _ = imports("kernels.x", _written(tmp_path, "from ..problem import P\nfrom .tile import t\n"))
+    assert inside == {"problem", "kernels.tile"}
+
+
+def _written(folder: Path, source: str) -> Path:
+    path = folder / "written.py"
+    path.write_text(source)
+    return path
+
+
+def test_import_is_light():
+    code = "import flash_entmax, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "flash_entmax" in loaded
+    assert not loaded & {"triton", "matplotlib", "rich"}
+
+
+def tree_in_readme() -> set[str]:
+    """Paths below the repository in the first ```text block: indented names, then, after two spaces, a comment."""
+    block = re.search(r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert block, "README.md has no fenced ```text block with the tree of flash_entmax/"
+    paths, folders = set(), []
+    for line in block[1].splitlines():
+        if not line.strip():
+            continue
+        indent = len(line) - len(line.lstrip())
+        folders = [(depth, name) for depth, name in folders if depth < indent]
+        for name in re.split(r"\s{2,}", line.strip())[0].split():
+            paths.add("".join(folder for _, folder in folders) + name)
+            if name.endswith("/"):
+                folders.append((indent, name))
+    return {path for path in paths if path.startswith("flash_entmax/")}
+
+
+def test_readme_tree_is_the_real_tree():
+    files = {p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    folders = {parent for path in files for parent in path.parents if parent.is_relative_to(PACKAGE)}
+    real = {f.relative_to(ROOT).as_posix() for f in files} | {f"{f.relative_to(ROOT).as_posix()}/" for f in folders}
+    listed = tree_in_readme()
+    unlisted = {path for path in real - listed if not path.endswith(("/__init__.py", "py.typed"))}
+    assert listed <= real, f"listed, but not there: {sorted(listed - real)}"
+    assert not unlisted, f"there, but not listed: {sorted(unlisted)}"

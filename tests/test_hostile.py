@@ -1,0 +1,208 @@
+"""Inputs and memory that break attention kernels: NaN and inf, poisoned buffers, defects known from other packages."""
+
+import pytest
+import torch
+from checks import Case, check_attention, check_bad_key, check_bad_query, check_row_sums, flat, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_entmax import entmax_attention
+from flash_entmax.testing import iid_inputs, poisoned, score_rows, topic_inputs
+
+BAD = (torch.nan, torch.inf, -torch.inf)
+each_bad = pytest.mark.parametrize("bad", BAD)
+each_mask = pytest.mark.parametrize("is_causal", [False, True])
+
+
+def attend(case, backend):
+    return entmax_attention(
+        case.query, case.key, case.value, alpha=case.alpha, is_causal=case.is_causal, scale=case.scale,
+        impl=backend.impl,
+    )  # fmt: skip
+
+
+@each_bad
+@each_mask
+@pytest.mark.parametrize("alpha", [1.5, 1.3])
+def test_a_bad_query_spoils_its_own_row_only(backend, bad, is_causal, alpha):
+    check_bad_query(bad, alpha, is_causal, backend.impl, backend.device)
+
+
+@pytest.mark.parametrize("bad", BAD[:2])
+@each_mask
+@pytest.mark.parametrize("alpha", [1.5, 1.3])
+def test_a_bad_key_spoils_the_rows_that_see_it(backend, bad, is_causal, alpha):
+    check_bad_key(bad, alpha, is_causal, backend.impl, backend.device)
+
+
+@each_bad
+@each_mask
+def test_a_bad_value_spoils_the_rows_that_attend_to_it(backend, bad, is_causal):
+    """Rows with positive probability on the key are NaN or inf. Other rows may be either, since 0 times NaN is NaN in
+    the product of a tile, but for those in whose tiles no row sees the key (tiles have at most 64 queries)."""
+    query, key, value = iid_inputs(1, 1, 110, 16, device=backend.device)
+    case = Case(query, key, value, is_causal=is_causal, scale=0.05)
+    clean = attend(case, backend)
+    exact = case.in_float64()
+    one_hot = torch.zeros_like(exact.value)
+    one_hot[0, 0, 100] = 1.0
+    attends = (
+        attend(Case(exact.query, exact.key, one_hot, is_causal=is_causal, scale=0.05), REFERENCE)[0, 0, :, 0] > 1e-4
+    )
+    case.value[0, 0, 100] = bad
+    output = attend(case, backend)[0, 0]
+    assert attends.any()
+    assert not output[attends].isfinite().any()
+    if is_causal:
+        assert torch.equal(output[:64], clean[0, 0, :64])
+
+
+class REFERENCE:
+    impl = "reference"
+
+
+@each_bad
+@pytest.mark.parametrize("where", ["query", "key", "value", "grad_output"])
+def test_gradients_of_bad_inputs_end_and_spare_the_other_tiles(backend, bad, where):
+    """Nothing hangs; a bad token leaves the query gradients of the tiles before it, which do not see it, as they were,
+    and a bad query or incoming gradient that of every other query."""
+    query, key, value = iid_inputs(1, 1, 110, 16, device=backend.device)
+    case = Case(query, key, value, is_causal=True)
+    grad_output = case.grad_output()
+    clean = run(case, backend.impl, grad_output)
+    tensor = grad_output if where == "grad_output" else getattr(case, where)
+    tensor[0, 0, 100, 3] = bad
+    result = run(case, backend.impl, grad_output)
+    assert torch.equal(result.gradients[0][:, :, :64], clean.gradients[0][:, :, :64])
+    if where == "grad_output":
+        assert torch.equal(result.output, clean.output)
+    if where in ("query", "grad_output"):
+        others = torch.arange(110) != 100
+        assert torch.equal(result.gradients[0][:, :, others], clean.gradients[0][:, :, others])
+        assert not result.gradients[0][0, 0, 100].isfinite().all()
+
+
+def test_poison_reaches_every_way_to_allocate(backend):
+    """The tool itself: without this, the tests below would pass whatever the code leaves unwritten."""
+    like = torch.zeros(3, device=backend.device)
+    whole = torch.zeros(3, dtype=torch.int32, device=backend.device)
+    makers = (
+        lambda t: torch.empty(5, dtype=t.dtype, device=t.device),
+        torch.empty_like,
+        lambda t: torch.empty_strided((2, 2), (1, 2), dtype=t.dtype, device=t.device),
+        lambda t: t.new_empty(4),
+        lambda t: t.new_empty_strided((2, 2), (2, 1)),
+        lambda t: torch.empty_permuted((2, 3), (1, 0), dtype=t.dtype, device=t.device),
+    )
+    before = torch.are_deterministic_algorithms_enabled()
+    with poisoned():
+        for make in makers:
+            assert make(like).isnan().all()
+            assert make(like.half()).isnan().all()
+            assert (make(whole) == torch.iinfo(torch.int32).max).all()
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def test_poison_shows_in_a_result_that_is_not_written(backend):
+    @torch.library.custom_op("flash_entmax_tests::forgets_the_last", mutates_args=())
+    def forgets_the_last(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        out[:-1] = x[:-1]
+        return out
+
+    with poisoned():
+        assert forgets_the_last(torch.zeros(4, device=backend.device)).isnan().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.3])
+@pytest.mark.parametrize(("queries", "keys"), [(40, 130), (70, 40), (1, 65), (64, 64)])
+@each_mask
+def test_nothing_is_read_before_it_is_written(backend, alpha, queries, keys, is_causal):
+    query, key, value = iid_inputs(1, 2, queries, 24, key_length=keys, key_heads=1, device=backend.device)
+    with poisoned():
+        case = Case(query, key, value, alpha=alpha, is_causal=is_causal)
+        poison = run(case, backend.impl, case.grad_output())
+        assert all(tensor.isfinite().all() for tensor in flat(poison))
+        check_attention(case, backend.impl)
+
+
+def test_nothing_is_read_before_it_is_written_where_tiles_are_dead(backend):
+    length = backend.sizes(128, 1000, 4096)
+    with poisoned():
+        tensors = topic_inputs(1, 1, length, 32, 4, device=backend.device)
+        check_attention(Case(*tensors, is_causal=True), backend.impl)
+
+
+@pytest.mark.parametrize("outside", ["query", "key", "value"])
+@each_mask
+def test_memory_past_the_end_of_a_tensor_does_not_matter(backend, outside, is_causal):
+    """The inputs are slices of larger tensors that hold NaN everywhere else: in rows, columns and heads."""
+    query, key, value = iid_inputs(1, 2, 40, 20, key_length=70, device=backend.device)
+    expected = run(Case(query, key, value, is_causal=is_causal), backend.impl, torch.ones_like(query))
+
+    def surrounded(tensor):
+        whole = tensor.new_full(
+            [extent + more for extent, more in zip(tensor.shape, (2, 2, 70, 20), strict=True)], torch.nan
+        )
+        inner = whole[tuple(slice(1, 1 + extent) for extent in tensor.shape)]
+        return inner.copy_(tensor)
+
+    tensors = {"query": query, "key": key, "value": value}
+    tensors[outside] = surrounded(tensors[outside])
+    actual = run(Case(**tensors, is_causal=is_causal), backend.impl, torch.ones_like(query))
+    for ours, theirs in zip(flat(actual), flat(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+# What AdaSplash-2's package (adasplash 0.2.2) gets wrong or refuses
+
+
+@pytest.mark.parametrize("distribution", ["all equal", "nearly equal"])
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+def test_flat_rows_sum_to_one(backend, distribution, alpha):
+    """An untrained layer: there, rows sum to 4 at 16,384 keys and to 14 at 65,536."""
+    for length in backend.sizes((1000,), (16384, 65536), (16384, 65536)):
+        z = score_rows(distribution, length, dtype=torch.float32, device=backend.device)
+        check_row_sums(z, alpha, backend.impl)
+
+
+def test_scores_all_below_minus_1000(backend):
+    z = score_rows("all below -1000", 500, rows=3, dtype=torch.float32, device=backend.device)
+    check_row_sums(z, 1.5, backend.impl)
+    check_row_sums(3 * z, 1.5, backend.impl)
+
+
+def test_a_query_without_a_key(backend):
+    query, key, value = iid_inputs(1, 1, 10, 16, key_length=4, device=backend.device)
+    result = check_attention(Case(query, key, value, is_causal=True), backend.impl)
+    assert (result.output[:, :, :6] == 0).all()
+    assert all(tensor.isfinite().all() for tensor in flat(result))
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 100, 127, 129])
+@each_mask
+def test_short_lengths_and_lengths_that_are_no_power_of_two(backend, length, is_causal):
+    tensors = iid_inputs(1, 1, length, 32, device=backend.device)
+    check_attention(Case(*tensors, is_causal=is_causal), backend.impl)
+
+
+@pytest.mark.parametrize("dim", [32, 128])
+def test_backward_sees_the_scores_of_the_forward(backend, dim):
+    """There, q and k are scaled in different kernels, and in 16 bits head sizes that are no power of 4 differ.
+
+    Scores of size 30 with a few keys near the top: rounding a scaled query would move them by up to 0.1.
+    """
+    for dtype in backend.dtypes[-2:]:
+        query, key, value = iid_inputs(1, 1, 100, dim, dtype=dtype, device=backend.device)
+        check_attention(Case(query, key, value, scale=4 * dim**-0.5), backend.impl)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 130), st.integers(1, 130))
+def test_transformers_layout(length, dim):
+    """(batch, length, heads, dim) storage seen through transpose(1, 2), as Transformers passes it."""
+    for impl in ("torch", "reference"):
+        tensors = [t.transpose(1, 2) for t in iid_inputs(1, length, 2, dim)]
+        copies = [t.contiguous() for t in tensors]
+        actual = entmax_attention(*tensors, is_causal=True, impl=impl)
+        torch.testing.assert_close(actual, entmax_attention(*copies, is_causal=True, impl=impl), rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops, reference
-from .problem import Impl, Problem, Support, check_inputs
+from .problem import Impl, Problem, Support, check_inputs, check_slope
 
 
 def entmax_attention(
@@ -61,6 +61,7 @@ def entmax_attention(
     check_inputs(query, key, value, alpha, scale, impl)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     problem = Problem.of(query, key, value, alpha, is_causal, scale)
+    check_slope(problem)
     impl = choose_impl(query, impl)
 
     if impl == "reference":
@@ -74,10 +75,10 @@ def entmax_attention(
     output, _, maximum, offset, live = ops.attention(query, key, value, float(alpha), is_causal, float(scale), impl)
     if not return_support:
         return output
-    size, tiles = ops.attention_support(
+    maximum, size, tiles = ops.attention_support(
         query.detach(), key.detach(), value.detach(), maximum, offset, live, float(alpha), is_causal, float(scale), impl
     )
-    extent = ops.tile(impl, query, value)
+    extent = ops.tile(impl, query)
     return output, Support(maximum, offset, size, tiles, (extent, extent))
 
 

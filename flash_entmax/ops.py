@@ -2,10 +2,11 @@
 
     flash_entmax::attention           -> output, value_mean, maximum, offset, live
     flash_entmax::attention_backward  -> grad_query, grad_key, grad_value
-    flash_entmax::attention_support   -> support size of each row, map of live tiles
+    flash_entmax::attention_support   -> maximum in units of z, support size of each row, map of live tiles
 
 `value_mean` is O1 = sum u v / sum u, so that the backward has delta = dO . O1 without another pass; `maximum` and
-`offset` are the threshold, tau = maximum - offset; `live` is the packed map of the tiles that may hold support.
+`offset` are the threshold (the kernels' maximum is that of query . key, which slope turns into z; the torch path's is
+that of z); `live` is the packed map of the tiles that may hold support.
 """
 
 import torch
@@ -29,7 +30,7 @@ def _(query, key, value, alpha, is_causal, scale, impl):
     output = query.new_empty(problem.batch, problem.heads, problem.query_length, problem.value_size)
     row_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     row = query.new_empty(problem.batch, problem.heads, problem.query_length, dtype=row_dtype)
-    live = query.new_empty(problem.live_shape(tile(impl, query, value)), dtype=torch.int32)
+    live = query.new_empty(problem.live_shape(tile(impl, query)), dtype=torch.int32)
     return output, torch.empty_like(output), row, torch.empty_like(row), live
 
 
@@ -71,16 +72,16 @@ def attention_support(
     is_causal: bool,
     scale: float,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem.of(query, key, value, alpha, is_causal, scale)
     return stages(impl).support(problem, query, key, maximum, offset, live)
 
 
 @attention_support.register_fake
 def _(query, key, value, maximum, offset, live, alpha, is_causal, scale, impl):
-    key_tiles = ceil_div(key.shape[2], tile(impl, query, value))
+    key_tiles = ceil_div(key.shape[2], tile(impl, query))
     size = torch.empty_like(maximum, dtype=torch.int32)
-    return size, live.new_empty(*live.shape[:3], key_tiles, dtype=torch.bool)
+    return torch.empty_like(maximum), size, live.new_empty(*live.shape[:3], key_tiles, dtype=torch.bool)
 
 
 def stages(impl: str):
@@ -92,12 +93,12 @@ def stages(impl: str):
     return module
 
 
-def tile(impl: str, query: Tensor, value: Tensor) -> int:
+def tile(impl: str, query: Tensor) -> int:
     """Queries and keys of one tile of the live map."""
     if impl == "triton":
         from .kernels.schedule import tile_size
 
-        return tile_size(query.dtype, query.shape[-1], value.shape[-1])
+        return tile_size(query.dtype)
     return TILE
 
 

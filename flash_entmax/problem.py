@@ -187,5 +187,13 @@ def _check_scalars(alpha: float, scale: float | None, impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(map(repr, get_args(Impl)))}, got {impl!r}")
 
 
+def check_slope(problem: Problem) -> None:
+    """(alpha - 1) * scale must be an ordinary float32."""
+    if problem.alpha > 1.0 and not 1e-30 <= problem.slope <= 1e30:
+        raise ValueError(
+            f"(alpha - 1) * scale must be from 1e-30 to 1e30, got alpha {problem.alpha} and scale {problem.scale}"
+        )
+
+
 def _listed(values: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -45,7 +45,7 @@ def probability(distance: Tensor, alpha: float) -> Tensor:
 def support_weight(distance: Tensor, alpha: float) -> Tensor:
     """u = p^(2 - alpha) = d^(1 / (alpha - 1) - 1) on the support, 0 elsewhere."""
     if alpha == 2.0:
-        return (distance > 0).to(distance.dtype)
+        return torch.where(distance > 0, 1.0, distance)
     return power(distance, 1.0 / (alpha - 1.0) - 1.0)
 
 
@@ -66,11 +66,12 @@ def quadratic_step(offset: Tensor, total: Tensor, weight: Tensor, count: Tensor)
     return offset - (weight - (weight * weight - count * (total - 1.0)).sqrt()) / count
 
 
-def certified_offset(maxima: Tensor, maximum: Tensor, alpha: float, steps: int = 4) -> Tensor:
+def certified_offset(maxima: Tensor, maximum: Tensor, alpha: float, steps: int = 3) -> Tensor:
     """An offset at or above the root, from a subset of each row's scores (here: maxima of blocks of keys).
 
-    A subset has a smaller F, hence a larger root, and Newton's steps on it end at or above that root. The relative
-    2^-14 covers the rounding of up to 2^10 float32 additions one after the other (2^-24 each).
+    A subset has a smaller F, hence a larger root, and Newton's steps on it end at or above that root. A step from an
+    offset is rounded relative to that offset (F / weight is at most the offset), so each is lifted by 2^-16 of it: more
+    than F, its power and the weight can be off in float32.
     """
     offset = torch.ones_like(maximum)
     for _ in range(steps):
@@ -78,8 +79,9 @@ def certified_offset(maxima: Tensor, maximum: Tensor, alpha: float, steps: int =
         stepped = newton_step(
             offset, probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1), alpha
         )
+        stepped = stepped + 2.0**-16 * offset
         offset = torch.where(stepped < offset, stepped, offset)
-    return (offset * (1 + 2.0**-14)).clamp_max(1.0)
+    return offset
 
 
 class Bracket:
@@ -89,14 +91,17 @@ class Bracket:
         self.low, self.high, self.alpha = low, high, alpha
 
     def step(self, offset: Tensor, total: Tensor, weight: Tensor, count: Tensor | None) -> Tensor:
-        """Tighten the interval by F at this offset, then step; the midpoint where the step leaves the interval."""
+        """Tighten the interval by F at this offset, then step; the midpoint where the step leaves the interval.
+
+        Its ends were tried already: a step back to one could go on for ever between two neighbouring numbers.
+        """
         self.low = torch.where(total < 1, offset, self.low)
         self.high = torch.where(total < 1, self.high, offset)
         if self.alpha == 1.5:
             candidate = quadratic_step(offset, total, weight, count)
         else:
             candidate = newton_step(offset, total, weight, self.alpha)
-        inside = (candidate >= self.low) & (candidate <= self.high)
+        inside = (candidate > self.low) & (candidate < self.high) | (candidate == offset)
         return torch.where(inside, candidate, (self.low + self.high) / 2)
 
     def keep(self, active: Tensor, offset: Tensor) -> None:

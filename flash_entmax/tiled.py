@@ -139,7 +139,7 @@ def attend_chunk(problem: Problem, query: Tensor, key: Tensor, value: Tensor, he
         low = smallest_offset(visible[group.query_tile].to(offset.dtype), problem.alpha)
         pending = maximum[group.rows] < torch.inf
         offset[group.rows] = solve(problem.alpha, relative, pending, low, offset[group.rows])
-        v_group = values[group.unit.unsqueeze(-1), group.key_tile].flatten(1, 2)
+        v_group = tiles_of_keys(values, group.unit.unsqueeze(-1), group)
         parts = outputs(problem.alpha, relative, offset[group.rows], v_group)
         output[group.rows], value_mean[group.rows] = parts
     return output, value_mean, maximum, offset, survivors(block_maxima, maximum, offset)
@@ -211,7 +211,17 @@ def outputs(alpha: float, relative: Tensor, offset: Tensor, v: Tensor) -> tuple[
     distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
     u = support_weight(distance, alpha)
     weight = u.sum(-1, keepdim=True)
-    return probability(distance, alpha) @ v, (u @ v) / torch.where(weight == 0, 1, weight)
+    return product(probability(distance, alpha), v), product(u, v) / torch.where(weight == 0, 1, weight)
+
+
+def product(p: Tensor, v: Tensor, block: int = 512) -> Tensor:
+    """p @ v, a block of keys at a time: a float32 sum of 131,072 equal parts in one go would be off by 5e-4."""
+    return sum(p[..., start : start + block] @ v[:, start : start + block] for start in range(0, p.shape[-1], block))
+
+
+def tiles_of_keys(tiles: Tensor, unit: Tensor, group: Group) -> Tensor:
+    """(n, m TILE, dim) of a (units, key tiles, TILE, dim) tensor; zeros in the unused tiles, whatever is there."""
+    return tiles[unit, group.key_tile].masked_fill_(~group.used[:, :, None, None], 0.0).flatten(1, 2)
 
 
 def attention_backward(
@@ -232,7 +242,7 @@ def attention_backward(
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for group in groups(unpack_tiles(live, ceil_div(problem.key_length, TILE)).flatten(0, 1)):
         rows, keys = group.rows, group.keys(problem)
-        k_group, v_group = k[keys].flatten(1, 2), v[keys].flatten(1, 2)
+        k_group, v_group = (tiles_of_keys(tensor, keys[0], group) for tensor in (k, v))
         distance = distances(problem, q[rows], k_group, maximum[rows], offset[rows], group)
         p, u = probability(distance, problem.alpha), support_weight(distance, problem.alpha)
         ds = u.mul_(torch.bmm(do[rows], v_group.mT).sub_(delta[rows].unsqueeze(-1)))
@@ -278,19 +288,21 @@ def unpadded(blocks: Tensor, like: Tensor) -> Tensor:
 
 def support(
     problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Support size of each row (int32) and the exact map of live tiles (bool), by one more pass over the live tiles."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The maximum in units of z, the support size of each row (int32) and the exact map of live tiles (bool)."""
+    row_maximum = maximum.clone()
     q, k = tiles_of(query), tiles_of(key)
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
     marks = unpack_tiles(live, ceil_div(problem.key_length, TILE)).flatten(0, 1)
     size = torch.zeros(offset.shape, dtype=torch.int32, device=query.device)
     for group in groups(marks.clone()):
         rows = group.rows
-        k_group = k[group.keys(problem)].flatten(1, 2)
+        k_group = tiles_of_keys(k, group.keys(problem)[0], group)
         reached = distances(problem, q[rows], k_group, maximum[rows], offset[rows], group) > 0
         size[rows] = reached.sum(-1, dtype=torch.int32)
         exact = reached.unflatten(-1, (-1, TILE)).any(-1).any(1)
         unit, query_tile = (index.unsqueeze(-1).expand_as(exact)[group.used] for index in rows)
         marks[unit, query_tile, group.key_tile[group.used]] = exact[group.used]
     size = size.flatten(1)[:, : problem.query_length]
-    return tuple(tensor.unflatten(0, (problem.batch, problem.heads)).contiguous() for tensor in (size, marks))
+    counted = (tensor.unflatten(0, (problem.batch, problem.heads)).contiguous() for tensor in (size, marks))
+    return row_maximum, *counted

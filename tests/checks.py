@@ -191,7 +191,7 @@ def live_map(case: Case, impl: str) -> tuple[Tensor, int]:
     problem = case.problem
     tensors = case.query.detach(), case.key.detach(), case.value.detach()
     *_, words = ops.attention(*tensors, problem.alpha, problem.is_causal, problem.scale, impl)
-    extent = ops.tile(impl, case.query, case.value)
+    extent = ops.tile(impl, case.query)
     assert words.shape == problem.live_shape(extent)
     return unpack_tiles(words, -(-problem.key_length // extent)), extent
 
@@ -255,15 +255,19 @@ def positive_case(device: str, **options) -> Case:
     return Case(query.abs() + 0.1, key.abs() + 0.1, value, **options)
 
 
+def assert_unchanged(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def check_spoiled(case: Case, clean: Tensor, expected: Tensor, impl: str) -> None:
-    """The expected rows are NaN throughout, the others bit for bit what they were."""
+    """The expected rows are NaN throughout, the others what they were, to rounding: the bracket may start elsewhere."""
     output = entmax_attention(case.query, case.key, case.value, alpha=case.alpha, is_causal=case.is_causal, impl=impl)[
         0
     ]
     spoiled = output.isnan().all(-1)
     assert torch.equal(output.isnan().any(-1), spoiled), "a row is NaN in some columns only"
     assert torch.equal(spoiled, expected), "other rows than the expected ones are NaN"
-    assert torch.equal(output[~expected], clean[0][~expected]), "a row that sees nothing bad has changed"
+    torch.testing.assert_close(output[~expected], clean[0][~expected], rtol=1e-5, atol=2e-6)
 
 
 def check_bad_query(bad: float, alpha: float, is_causal: bool, impl: str, device: str) -> None:

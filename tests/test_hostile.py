@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import Case, check_attention, check_bad_key, check_bad_query, check_row_sums, flat, run
+from checks import Case, assert_unchanged, check_attention, check_bad_key, check_bad_query, check_row_sums, flat, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +54,7 @@ def test_a_bad_value_spoils_the_rows_that_attend_to_it(backend, bad, is_causal):
     assert attends.any()
     assert not output[attends].isfinite().any()
     if is_causal:
-        assert torch.equal(output[:64], clean[0, 0, :64])
+        assert_unchanged(output[:64], clean[0, 0, :64])
 
 
 class REFERENCE:
@@ -73,12 +73,12 @@ def test_gradients_of_bad_inputs_end_and_spare_the_other_tiles(backend, bad, whe
     tensor = grad_output if where == "grad_output" else getattr(case, where)
     tensor[0, 0, 100, 3] = bad
     result = run(case, backend.impl, grad_output)
-    assert torch.equal(result.gradients[0][:, :, :64], clean.gradients[0][:, :, :64])
+    torch.testing.assert_close(result.gradients[0][:, :, :64], clean.gradients[0][:, :, :64], rtol=1e-4, atol=1e-5)
     if where == "grad_output":
         assert torch.equal(result.output, clean.output)
     if where in ("query", "grad_output"):
         others = torch.arange(110) != 100
-        assert torch.equal(result.gradients[0][:, :, others], clean.gradients[0][:, :, others])
+        assert_unchanged(result.gradients[0][:, :, others], clean.gradients[0][:, :, others])
         assert not result.gradients[0][0, 0, 100].isfinite().all()
 
 

@@ -22,9 +22,9 @@ def probability(d, exponent, POWER: tl.constexpr):
 
 @triton.jit
 def support_weight(d, exponent, POWER: tl.constexpr):
-    """u = p^(2 - alpha) = d^(1 / (alpha - 1) - 1) where d > 0, else 0."""
+    """u = p^(2 - alpha) = d^(1 / (alpha - 1) - 1) where d > 0, else 0; NaN stays NaN."""
     if POWER == 1:
-        u = tl.where(d > 0, 1.0, 0.0)
+        u = tl.where(d > 0, 1.0, d)
     elif POWER == 2:
         u = d
     else:

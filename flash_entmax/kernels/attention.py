@@ -92,7 +92,7 @@ class Call(NamedTuple):
     def list_tiles(self, live: Tensor, lists: Tensor, counts: Tensor, chunk: Chunk, transposed: bool = False) -> None:
         candidates = self.query_tiles if transposed else self.key_tiles
         chunk.run(
-            list_kernel, Launch(1, 1), live, lists, counts, *self.extent,
+            list_kernel, schedule.LISTS, live, lists, counts, *self.extent,
             chunk.first_unit, chunk.units, chunk.first_tile, self.words, candidates, lists.shape[1],
             TRANSPOSED=transposed, S=self.shape,
         )  # fmt: skip
@@ -119,7 +119,7 @@ def attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tu
 def forward_stages(call: Call, query, key, value, output, value_mean, maximum, offset, live) -> None:
     problem, shape = call.problem, call.shape
     ratio = shape.SCAN // shape.TILE
-    blocks = ceil_div(problem.key_length, shape.SCAN) * (shape.SCAN // shape.BLOCK)
+    blocks = ceil_div(problem.key_length, shape.SCAN) * ratio
     parts = list(chunks(call.units, call.query_tiles, blocks * shape.TILE, align=ratio))
     padded_rows = ceil_div(parts[0].tiles, ratio) * shape.SCAN
     maxima = torch.empty(parts[0].units * blocks * padded_rows, dtype=torch.float32, device=query.device)
@@ -138,7 +138,7 @@ def forward_stages(call: Call, query, key, value, output, value_mean, maximum, o
         )  # fmt: skip
         place = chunk.first_unit, chunk.units, chunk.first_tile
         chunk.run(
-            certify_kernel, schedule.certify_launch(shape), maxima, maximum, slack, offset, live, problem.slope,
+            certify_kernel, schedule.CERTIFY, maxima, maximum, slack, offset, live, problem.slope,
             call.exponent, *call.extent, *place, rows, blocks, call.words, S=shape,
         )  # fmt: skip
         call.list_tiles(live, lists, counts, chunk)
@@ -202,13 +202,13 @@ def key_value_stage(
 
 def support(
     problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(support size of each row, exact map of live tiles) of flash_entmax::attention_support."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(maximum in units of z, support size, exact map of live tiles) of flash_entmax::attention_support."""
     call = Call.of(problem, query)
     size = torch.zeros(maximum.shape, dtype=torch.int32, device=query.device)
     marks = torch.zeros(*live.shape[:3], call.key_tiles, dtype=torch.bool, device=query.device)
     if problem.is_empty:
-        return size, marks
+        return maximum.clone(), size, marks
     parts = list(chunks(call.units, call.query_tiles, call.key_tiles))
     lists, counts = call.new_lists(live, parts[0].units * parts[0].tiles, call.key_tiles)
     with device_of(query):
@@ -219,4 +219,4 @@ def support(
                 counts, size, marks, call.problem.slope, *call.extent,
                 chunk.first_unit, chunk.units, chunk.first_tile, call.key_tiles, call.key_tiles, S=call.shape,
             )  # fmt: skip
-    return size, marks
+    return maximum * problem.slope, size, marks

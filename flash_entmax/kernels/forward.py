@@ -7,6 +7,7 @@ from .alpha import probability, support_weight
 from .tile import (
     SIZES,
     Extent,
+    add_compensated,
     heaviest_first,
     key_head,
     load_row,
@@ -39,8 +40,8 @@ def output_kernel(
     limit = visible_keys(row, extent, S.CAUSAL)
     context = q, key_head(key, unit, extent), key_head(value, unit, extent), limit, top, slope / reach, exponent, extent
     nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
-    state = nothing, nothing, tl.zeros((TILE,), tl.float32)
-    total, mean, weight = walk(accumulate, state, context, tiles, False, S)
+    state = nothing, nothing, nothing, tl.zeros((TILE,), tl.float32)
+    total, _, mean, weight = walk(accumulate, state, context, tiles, False, S)
 
     total *= probability(reach, exponent, S.POWER)[:, None]
     store_tile(query_head(output, unit, extent), tile * TILE, query_length, total, TILE, S.VALUE, VALUE_PADDED)
@@ -51,14 +52,17 @@ def output_kernel(
 @triton.jit
 def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     q, key, value, limit, top, slope, exponent, extent = context
-    total, mean, weight = state
+    total, error, mean, weight = state
     x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
     v = load_tile(value, key_tile * S.TILE, extent.key_length, S.TILE, S.VALUE, S.VALUE_PADDED)
     p = probability(x, exponent, S.POWER)
     u = support_weight(x, exponent, S.POWER)
-    total = tl.dot(p.to(v.dtype), v, total, input_precision=S.PRECISION)
+    if S.COMPENSATED:
+        total, error = add_compensated(total, error, tl.dot(p.to(v.dtype), v, input_precision=S.PRECISION))
+    else:
+        total = tl.dot(p.to(v.dtype), v, total, input_precision=S.PRECISION)
     mean = tl.dot(u.to(v.dtype), v, mean, input_precision=S.PRECISION)
-    return total, mean, weight + tl.sum(u, 1)
+    return total, error, mean, weight + tl.sum(u, 1)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import SIZES, Extent, visible_keys, visible_tiles
+from .tile import SIZES, WORD, Extent, visible_keys, visible_tiles
 
 SPAN = tl.constexpr(128)
 
@@ -37,13 +37,13 @@ def list_kernel(
         candidate = first + tl.arange(0, SPAN)
         inside = candidate < last
         if TRANSPOSED:
-            word = tl.load(base + tl.cast(candidate, tl.int64) * words + tile // 32, mask=inside, other=0)
-            alive = (word >> (tile % 32)) & 1
+            word = tl.load(base + tl.cast(candidate, tl.int64) * words + tile // WORD, mask=inside, other=0)
+            alive = (word >> (tile % WORD)) & 1
             seen = visible_keys(candidate * S.TILE, extent, S.CAUSAL)
             early = seen < tl.minimum((tile + 1) * S.TILE, key_length)
         else:
-            word = tl.load(base + tl.cast(tile, tl.int64) * words + candidate // 32, mask=inside, other=0)
-            alive = (word >> (candidate % 32)) & 1
+            word = tl.load(base + tl.cast(tile, tl.int64) * words + candidate // WORD, mask=inside, other=0)
+            alive = (word >> (candidate % WORD)) & 1
             early = candidate < full
         position = count + tl.cumsum(alive, 0) - 1
         tl.store(out + position, candidate, mask=alive > 0)

@@ -1,4 +1,4 @@
-"""The one dense pass over Q K^T: the maximum of each row over each block of keys, and nothing else.
+"""The one dense pass over Q K^T: the maximum of each row over each block of keys (a tile's), and nothing else.
 
 Maxima are stored for a chunk of units and rows as (unit, block of keys, row): neighbouring rows are neighbours in
 memory.
@@ -55,8 +55,8 @@ def scan_kernel(
 def scan_tile(best, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     q, key, limit, column, rows, extent = context
     SCAN: tl.constexpr = S.SCAN
-    BLOCKS: tl.constexpr = S.SCAN // S.BLOCK
-    BLOCK: tl.constexpr = S.BLOCK
+    BLOCKS: tl.constexpr = S.SCAN // S.TILE
+    BLOCK: tl.constexpr = S.TILE
     k = load_tile(key, key_tile * SCAN, extent.key_length, SCAN, S.HEAD, S.HEAD_PADDED)
     score = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
     if MASKED:

@@ -16,7 +16,6 @@ class Shape:
 
     TILE: int  # queries and keys of one tile of the live map
     SCAN: int  # queries and keys of one tile of the dense scan, a multiple of TILE
-    BLOCK: int  # keys that share one stored maximum, a divisor of TILE
     HEAD: int  # head size of queries and keys, and the power of two that holds it
     HEAD_PADDED: int
     VALUE: int  # head size of values, likewise
@@ -24,6 +23,7 @@ class Shape:
     POWER: int  # 1 / (alpha - 1) where it is 1 or 2; 0 for any other alpha, whose exponent is a run-time number
     CAUSAL: bool
     PRECISION: str  # of float32 matrix products
+    COMPENSATED: bool  # outputs keep all digits of float32 over thousands of tiles
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,17 @@ def padded_size(size: int) -> int:
     return max(32, 1 << (size - 1).bit_length())
 
 
-def tile_size(dtype: torch.dtype, head_size: int, value_size: int) -> int:
+def tile_size(dtype: torch.dtype) -> int:
     """64 x 64 keeps the matrix units busy; float32 products run on the vector units and fill twice the memory."""
     return 32 if dtype == torch.float32 else 64
 
 
 def shape_of(problem: Problem, dtype: torch.dtype) -> Shape:
-    tile = tile_size(dtype, problem.head_size, problem.value_size)
+    tile = tile_size(dtype)
     head, value = padded_size(problem.head_size), padded_size(problem.value_size)
     return Shape(
         TILE=tile,
         SCAN=tile if dtype == torch.float32 or head > 128 else 128,
-        BLOCK=tile,
         HEAD=problem.head_size,
         HEAD_PADDED=head,
         VALUE=problem.value_size,
@@ -68,17 +67,18 @@ def shape_of(problem: Problem, dtype: torch.dtype) -> Shape:
         POWER={2.0: 1, 1.5: 2}.get(problem.alpha, 0),
         CAUSAL=problem.is_causal,
         PRECISION="ieee",
+        COMPENSATED=dtype == torch.float32,
     )
+
+
+CERTIFY = Launch(4, 2)
+LISTS = Launch(1, 1)
 
 
 def scan_launch(shape: Shape) -> Launch:
     """At head sizes up to 64 two programs share a multiprocessor, which has 2 x 256 x 128 registers."""
     if shape.SCAN == 128:
         return Launch(8, 3, registers=128 if shape.HEAD_PADDED <= 64 else None)
-    return Launch(4, 2)
-
-
-def certify_launch(shape: Shape) -> Launch:
     return Launch(4, 2)
 
 

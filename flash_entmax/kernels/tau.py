@@ -9,7 +9,9 @@ import triton.language as tl
 from .alpha import newton_step, probability, smallest_offset, step, support_weight
 from .tile import (
     SIZES,
+    WORD,
     Extent,
+    add_compensated,
     distance,
     heaviest_first,
     key_head,
@@ -28,9 +30,6 @@ from .tile import (
 CERTIFY_STEPS = tl.constexpr(3)
 MAX_STEPS = tl.constexpr(40)
 TOLERANCE = tl.constexpr(1e-6)
-WORD = tl.constexpr(32)
-# Certificates add up to 2^10 spans of maxima one after the other, each addition rounded by at most 2^-24.
-CERTIFICATE_ROUNDING = tl.constexpr(2.0**-14)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -44,34 +43,46 @@ def certify_kernel(
     unit, tile = heaviest_first(units, first_unit, first_tile)
     row = tile * TILE + tl.arange(0, TILE)
     top = load_row(maximum, unit, row, extent, float("inf"))
-    noise = load_row(slack, unit, row, extent, 0.0)
+    noise, doubt = load_noise(slack, unit, row, extent)
     column = maxima_column(maxima, unit - first_unit, row - first_tile * TILE, blocks, rows)
     _, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
+    spans = tl.cdiv(some, WORD)
+    # A step is rounded relative to the offset that it starts from: by 2^-24 for each span of maxima, added one after
+    # the other, and by less than 2^-17 for the powers and the sums within a span.
+    rounding = (spans + 64) * 2.0**-22
 
     reach = tl.full((TILE,), 1.0, tl.float32)
     for _ in range(CERTIFY_STEPS):
         total = tl.zeros((TILE,), tl.float32)
         weight = tl.zeros((TILE,), tl.float32)
-        for word in range(tl.cdiv(some, WORD)):
+        for word in range(spans):
             d = distance(load_maxima(column, word, some, rows, S), top[:, None], slope, reach[:, None])
             total += tl.sum(probability(d, exponent, S.POWER), 1)
             weight += tl.sum(support_weight(d, exponent, S.POWER), 1)
-        stepped = newton_step(reach, total, weight, exponent)
+        stepped = newton_step(reach, total, weight, exponent) + rounding * reach
         reach = tl.where(stepped < reach, stepped, reach)
-    reach = tl.minimum(reach * (1.0 + CERTIFICATE_ROUNDING), 1.0) + noise
+    reach += noise
     store_row(offset, unit, row, extent, reach)
-    mark_tiles(column, top, reach + noise, live, unit, tile, slope, some, rows, words, extent, S)
+    mark_tiles(column, top, reach + doubt, live, unit, tile, slope, some, rows, words, extent, S)
+
+
+@triton.jit
+def load_noise(slack, unit, row, extent):
+    """(noise, doubt): how far rounding may move a z, cut off at 1; the same, but NaN where it is not below 1.
+
+    A bound of 1 or more, or NaN (something in the head is not finite), certifies nothing: then every tile survives.
+    """
+    bound = load_row(slack, unit, row, extent, 0.0)
+    return tl.minimum(bound, 1.0), tl.where(bound < 1.0, bound, float("nan"))
 
 
 @triton.jit
 def load_maxima(column, word, some, rows, S: tl.constexpr):
-    """(TILE, maxima of 32 tiles of keys); -inf past the last tile that some query sees."""
-    RATIO: tl.constexpr = S.TILE // S.BLOCK
-    SPAN: tl.constexpr = WORD * RATIO
-    block = tl.arange(0, SPAN) + word * SPAN
+    """(TILE, 32): maxima over 32 tiles of keys; -inf past the last tile that some query sees."""
+    block = tl.arange(0, WORD) + word * WORD
     return tl.load(
         column[:, None] + tl.cast(block, tl.int64)[None, :] * tl.multiple_of(rows, 32),
-        mask=(block < some * RATIO)[None, :],
+        mask=(block < some)[None, :],
         other=float("-inf"),
     )
 
@@ -79,7 +90,6 @@ def load_maxima(column, word, some, rows, S: tl.constexpr):
 @triton.jit
 def mark_tiles(column, top, reach, live, unit, tile, slope, some, rows, words, extent, S: tl.constexpr):
     """Set the bit of every tile of keys of which some row has a maximum above its threshold. NaN sets it too."""
-    RATIO: tl.constexpr = S.TILE // S.BLOCK
     tiles = (extent.query_length + S.TILE - 1) // S.TILE
     row_of_words = live + (tl.cast(unit, tl.int64) * tiles + tile) * words
     bit = tl.arange(0, WORD)
@@ -87,7 +97,6 @@ def mark_tiles(column, top, reach, live, unit, tile, slope, some, rows, words, e
         score = load_maxima(column, word, some, rows, S)
         dead = (score - top[:, None]) * slope + reach[:, None] <= 0
         alive = tl.max(tl.where(dead, 0, 1), 0)
-        alive = tl.max(tl.reshape(alive, (WORD, RATIO)), 1)
         alive = tl.where(bit + word * WORD < some, alive, 0)
         tl.store(row_of_words + word, tl.sum(alive << bit, 0))
 
@@ -104,7 +113,7 @@ def solve_kernel(
     row = tile * TILE + tl.arange(0, TILE)
     limit = visible_keys(row, extent, S.CAUSAL)
     top = load_row(maximum, unit, row, extent, float("inf"))
-    noise = load_row(slack, unit, row, extent, 0.0)
+    noise, doubt = load_noise(slack, unit, row, extent)
     reach = load_row(offset, unit, row, extent, 1.0)
     q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
     tiles = row_list(lists, counts, unit - first_unit, tile - first_tile, units, capacity)
@@ -123,17 +132,19 @@ def solve_kernel(
         low = tl.where(total < 1.0, reach, low)
         high = tl.where(total < 1.0, high, reach)
         stepped = step(reach, total, weight, count, exponent, S.POWER)
-        stepped = tl.where((stepped >= low) & (stepped <= high), stepped, 0.5 * (low + high))
+        # The ends were tried already: a step back to one could go on for ever between two neighbouring numbers.
+        inside = (stepped > low) & (stepped < high) | (stepped == reach)
+        stepped = tl.where(inside, stepped, 0.5 * (low + high))
         stepped = tl.where(pending, stepped, reach)
-        unfinished = tl.max(tl.where(stepped != reach, 1, 0), 0)
+        unfinished = tl.max(tl.where(pending & (stepped != reach), 1, 0), 0)
         reach = stepped
         passes += 1
-    store_row(offset, unit, row, extent, reach)
+    store_row(offset, unit, row, extent, tl.where(limit > 0, reach, 1.0))
 
     column = maxima_column(maxima, unit - first_unit, row - first_tile * TILE, blocks, rows)
     _, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
     # 2^-20 covers the rounding of slope / offset in the relative distances that the output sees.
-    mark_tiles(column, top, reach * (1.0 + 2.0**-20) + noise, live, unit, tile, slope, some, rows, words, extent, S)
+    mark_tiles(column, top, reach * (1.0 + 2.0**-20) + doubt, live, unit, tile, slope, some, rows, words, extent, S)
 
 
 @triton.jit
@@ -142,11 +153,8 @@ def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     q, key, limit, top, slope, exponent, extent = context
     total, error, weight, count = state
     x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
-    # Compensated addition (Kahan 1965): thousands of equal parts must still sum to 1 within 1e-5.
-    part = tl.sum(probability(x, exponent, S.POWER), 1) - error
-    raised = total + part
-    error = (raised - total) - part
+    total, error = add_compensated(total, error, tl.sum(probability(x, exponent, S.POWER), 1))
     weight += tl.sum(support_weight(x, exponent, S.POWER), 1)
     if S.POWER == 2:
         count += tl.sum(tl.where(x > 0, 1.0, 0.0), 1)
-    return raised, error, weight, count
+    return total, error, weight, count

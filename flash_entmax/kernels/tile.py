@@ -10,6 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..problem import WORD_BITS
+
+WORD = tl.constexpr(WORD_BITS)
+
 # Names of the kernels' sizes that may change from call to call: a new value of one compiles nothing.
 SIZES = (
     "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile",
@@ -77,7 +81,7 @@ def head_of(m, batch, head):
 @triton.jit
 def tile_pointers(m, first, TILE: tl.constexpr, PADDED: tl.constexpr):
     row = tl.cast(tl.arange(0, TILE), tl.int64)
-    column = tl.arange(0, PADDED)
+    column = tl.cast(tl.arange(0, PADDED), tl.int64)
     return (
         m.data
         + tl.cast(first, tl.int64) * m.row_stride
@@ -156,6 +160,14 @@ def distance(score, maximum, slope, intercept):
     powers neither underflow nor overflow in 16 bits. The subtraction comes first: it is exact where it matters.
     """
     return tl.maximum((score - maximum) * slope + intercept, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def add_compensated(total, error, part):
+    """(total + part, what rounding made of it), by Kahan (1965): thousands of equal parts lose no digits."""
+    part -= error
+    raised = total + part
+    return raised, (raised - total) - part
 
 
 @triton.jit

@@ -1,0 +1,122 @@
+"""What only a GPU can show: every dtype and common head size at its real lengths, scratch, and what is compiled."""
+
+import pytest
+import torch
+from checks import Case, check_attention, check_live_map, run
+from conftest import HAS_CUDA
+
+from flash_entmax import entmax_attention
+from flash_entmax.testing import iid_inputs, relative_error, topic_inputs
+
+pytestmark = pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MIB = 2**20
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request) -> torch.dtype:
+    return DTYPES[request.param]
+
+
+@pytest.mark.parametrize("head_size", [40, 64, 80, 128, 256])
+def test_head_sizes_and_groups(dtype, head_size):
+    """Queries 8 to 1 key head, odd lengths, causal; the same kernels then serve other lengths and groups."""
+    for heads, key_heads, queries, keys in ((8, 1, 777, 777), (4, 1, 1, 300), (2, 2, 129, 1025), (4, 4, 65, 31)):
+        inputs = iid_inputs(
+            1, heads, queries, head_size, key_heads=key_heads, key_length=keys, dtype=dtype, device="cuda"
+        )
+        check_attention(Case(*inputs, is_causal=True), "triton")
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.3])
+def test_lengths(dtype, alpha):
+    for length in (1, 2, 31, 33, 64, 127, 1000, 2049, 4097):
+        inputs = iid_inputs(1, 2, length, 64, key_heads=1, dtype=dtype, device="cuda", seed=length)
+        check_attention(Case(*inputs, is_causal=True, alpha=alpha), "triton")
+
+
+@pytest.mark.parametrize("topics", [1, 2, 4, 10, 20])
+def test_topics(dtype, topics):
+    """Dead tiles are dead, live ones live, at the sparsity that the inputs were made for."""
+    inputs = topic_inputs(1, 1, 6144, 64, topics, dtype=dtype, device="cuda")
+    result = check_attention(Case(*inputs, is_causal=True), "triton")
+    tiles = result.support.tiles
+    visible = torch.ones_like(tiles).tril()
+    density = (tiles.sum() / visible.sum()).item()
+    assert density == pytest.approx(1 / topics, abs=0.06 if dtype != torch.float32 else 0.08)
+
+
+@pytest.mark.parametrize("length", [16383, 32768])
+@pytest.mark.parametrize("kind", ["topics", "iid"])
+def test_long_rows_against_the_reference(dtype, length, kind):
+    """Slices of queries against the dense reference: with the keys up to their last, alignment stays lower right."""
+    maker = {"topics": lambda: topic_inputs(1, 2, length, 64, 4, dtype=dtype, device="cuda")}
+    maker["iid"] = lambda: iid_inputs(1, 2, length, 64, dtype=dtype, device="cuda")
+    query, key, value = maker[kind]()
+    whole = Case(query, key, value, is_causal=True)
+    grad_output = whole.grad_output()
+    result = run(whole, "triton", grad_output)
+    for stop in (300, length // 2 + 17, length):
+        rows = slice(max(0, stop - 257), stop)
+        part = Case(query[:, :, rows], key[:, :, :stop], value[:, :, :stop], is_causal=True)
+        exact = run(part.in_float64(), "reference", grad_output[:, :, rows].double())
+        bound = {torch.float32: 5e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+        assert relative_error(result.output[:, :, rows], exact.output) < bound
+        assert relative_error(result.gradients[0][:, :, rows], exact.gradients[0]) < bound
+        sizes = result.support.size[:, :, rows].double()
+        assert (sizes - exact.support.size).abs().mean() < 0.01 * sizes.mean()
+
+
+def test_repeats_are_bit_identical_at_32768():
+    inputs = topic_inputs(1, 8, 32768, 64, 4, key_heads=2, dtype=torch.bfloat16, device="cuda")
+    case = Case(*inputs, is_causal=True)
+    grad_output = case.grad_output()
+    first = run(case, "triton", grad_output)
+    for _ in range(3):
+        again = run(case, "triton", grad_output)
+        assert torch.equal(first.output, again.output)
+        assert all(torch.equal(a, b) for a, b in zip(first.gradients, again.gradients, strict=True))
+
+
+def test_scratch_is_bounded():
+    """Beyond inputs, outputs and gradients: 300 MiB of chunks at most, whatever the length, and row statistics."""
+    for length in (8192, 65536):
+        inputs = [t.requires_grad_() for t in topic_inputs(1, 8, length, 64, 10, dtype=torch.bfloat16, device="cuda")]
+        grad_output = torch.randn_like(inputs[0])
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(entmax_attention(*inputs, is_causal=True), inputs, grad_output)
+        torch.cuda.synchronize()
+        scratch = torch.cuda.max_memory_allocated() - before
+        results = 5 * inputs[0].numel() * 2  # output, value_mean and three gradients
+        rows = 8 * length * 4 * 4  # maximum, offset, slack and delta
+        assert scratch <= results + rows + 300 * MIB
+
+
+def test_a_new_length_compiles_nothing():
+    from flash_entmax.kernels import backward, forward, lists, scan, tau
+
+    def step(length, heads):
+        inputs = [t.requires_grad_() for t in iid_inputs(1, heads, length, 64, dtype=torch.float16, device="cuda")]
+        entmax_attention(*inputs, is_causal=True).sum().backward()
+
+    kernels = (
+        scan.scan_kernel, tau.certify_kernel, tau.solve_kernel, lists.list_kernel, forward.output_kernel,
+        backward.gradient_query_kernel, backward.gradient_key_value_kernel,
+    )  # fmt: skip
+    step(1000, 2)
+    compiled = [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
+    assert compiled
+    for length, heads in ((1, 2), (17, 1), (4096, 16), (5000, 3)):
+        step(length, heads)
+    assert compiled == [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
+
+
+def test_live_map_at_16384_keys_drops_nothing():
+    inputs = topic_inputs(1, 1, 16384, 64, 4, dtype=torch.bfloat16, device="cuda", seed=11)
+    case = Case(inputs[0][:, :, -512:], *inputs[1:], is_causal=True)
+    exact = entmax_attention(*(t.double() for t in (case.query, case.key, case.value)), is_causal=True,
+                             impl="reference", return_support=True)[1]  # fmt: skip
+    check_live_map(case, "triton", exact)

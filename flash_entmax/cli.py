@@ -53,12 +53,12 @@ def versions() -> Iterator[tuple[str, str]]:
 
     import torch
 
-    from .functional import triton_is_installed
+    from .functional import TRITON_IS_INSTALLED
 
     yield "flash-entmax", version("flash-entmax")
     yield "python", platform.python_version()
     yield "torch", torch.__version__
-    yield "triton", version("triton") if triton_is_installed() else "not installed"
+    yield "triton", version("triton") if TRITON_IS_INSTALLED else "not installed"
 
 
 def devices() -> Iterator[tuple[str, str]]:

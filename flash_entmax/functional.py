@@ -2,6 +2,7 @@
 
 import math
 import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops, reference
 from .problem import Impl, Problem, Support, check_inputs, check_slope
+
+TRITON_IS_INSTALLED = find_spec("triton") is not None
 
 
 def entmax_attention(
@@ -120,12 +123,6 @@ def why_not_triton(query: Tensor) -> str:
         return f"the kernels run on CUDA devices, got {query.device}"
     elif not torch.version.hip and torch.cuda.get_device_capability(query.device) < (8, 0):
         return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(query.device)} has less"
-    if not triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     return ""
-
-
-def triton_is_installed() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("triton") is not None

@@ -131,7 +131,10 @@ def threshold_by_steps(z: Tensor, alpha: float, start: Tensor | None = None) -> 
         if not ((total - 1).abs() > tolerance(z)).logical_and(~empty).any():
             break
         count = (distance > 0).sum(-1).to(z.dtype)
-        offset = torch.where(empty, offset, bracket.step(offset, total, weight, count))
+        stepped = torch.where(empty, offset, bracket.step(offset, total, weight, count))
+        if torch.equal(stepped, offset):
+            break
+        offset = stepped
     return maximum, offset, passes
 
 

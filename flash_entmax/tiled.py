@@ -207,11 +207,15 @@ def solve(alpha: float, relative: Tensor, pending: Tensor, low: Tensor, high: Te
 
 
 def outputs(alpha: float, relative: Tensor, offset: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """O = sum p v, and O1 = sum u v / sum u."""
+    """O = sum p v and O1 = sum u v / sum u, with one more step of tau on the output itself.
+
+    dO / d offset = r sum u v, so the step (1 - sum p) / (r sum u) adds (1 - sum p) O1.
+    """
     distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
-    u = support_weight(distance, alpha)
+    p, u = probability(distance, alpha), support_weight(distance, alpha)
     weight = u.sum(-1, keepdim=True)
-    return product(probability(distance, alpha), v), product(u, v) / torch.where(weight == 0, 1, weight)
+    mean = product(u, v) / torch.where(weight == 0, 1, weight)
+    return product(p, v) + (1 - p.sum(-1, keepdim=True)) * mean, mean
 
 
 def product(p: Tensor, v: Tensor, block: int = 512) -> Tensor:

@@ -74,7 +74,7 @@ def test_any_shape(backend):
     # To shrink a failure would take the interpreter minutes.
     phases = [phase for phase in Phase if phase is not Phase.shrink or not backend.is_interpreted]
 
-    @settings(max_examples=backend.sizes(12, 100, 10), phases=phases)
+    @settings(max_examples=backend.sizes(12, 100, 8), phases=phases)
     @given(st.data())
     def check(data):
         check_drawn(backend, data, backend.sizes(80, 300, 700))

@@ -40,19 +40,23 @@ def output_kernel(
     limit = visible_keys(row, extent, S.CAUSAL)
     context = q, key_head(key, unit, extent), key_head(value, unit, extent), limit, top, slope / reach, exponent, extent
     nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
-    state = nothing, nothing, nothing, tl.zeros((TILE,), tl.float32)
-    total, _, mean, weight = walk(accumulate, state, context, tiles, False, S)
+    zero = tl.zeros((TILE,), tl.float32)
+    state = nothing, nothing, nothing, zero, zero, zero
+    total, _, mean, mass, _, weight = walk(accumulate, state, context, tiles, False, S)
 
-    total *= probability(reach, exponent, S.POWER)[:, None]
-    store_tile(query_head(output, unit, extent), tile * TILE, query_length, total, TILE, S.VALUE, VALUE_PADDED)
     mean /= tl.where(weight == 0, 1.0, weight)[:, None]
+    # p = offset^r x^r. Then one more step of tau, on the output itself: dO / d offset = r sum u v, so the step
+    # (1 - sum p) / (r sum u) adds (1 - sum p) O1. Long crowded rows feel the last bit of the offset without it.
+    power = probability(reach, exponent, S.POWER)
+    total = total * power[:, None] + (1.0 - mass * power)[:, None] * mean
+    store_tile(query_head(output, unit, extent), tile * TILE, query_length, total, TILE, S.VALUE, VALUE_PADDED)
     store_tile(query_head(value_mean, unit, extent), tile * TILE, query_length, mean, TILE, S.VALUE, VALUE_PADDED)
 
 
 @triton.jit
 def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     q, key, value, limit, top, slope, exponent, extent = context
-    total, error, mean, weight = state
+    total, error, mean, mass, mass_error, weight = state
     x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
     v = load_tile(value, key_tile * S.TILE, extent.key_length, S.TILE, S.VALUE, S.VALUE_PADDED)
     p = probability(x, exponent, S.POWER)
@@ -62,7 +66,8 @@ def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     else:
         total = tl.dot(p.to(v.dtype), v, total, input_precision=S.PRECISION)
     mean = tl.dot(u.to(v.dtype), v, mean, input_precision=S.PRECISION)
-    return total, error, mean, weight + tl.sum(u, 1)
+    mass, mass_error = add_compensated(mass, mass_error, tl.sum(p, 1))
+    return total, error, mean, mass, mass_error, weight + tl.sum(u, 1)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -36,7 +36,9 @@ def entmax_attention(
     that this one builds on.
 
     Args:
-        query: (batch, heads, query length, head size); float16, bfloat16, float32 or float64, any strides.
+        query: (batch, heads, query length, head size); float16, bfloat16, float32 or float64, any strides. The kernels
+            read views in place if their rows are contiguous and start at multiples of 16 elements, as (batch, length,
+            heads, dim) views of common head sizes do; they copy other tensors first.
         key: (batch, key heads, key length, head size). ``heads`` must be a multiple of ``key heads``; consecutive query
             heads share a key head (grouped-query attention).
         value: (batch, key heads, key length, value size). Head sizes are from 1 to 256.

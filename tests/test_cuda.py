@@ -120,3 +120,12 @@ def test_live_map_at_16384_keys_drops_nothing():
     exact = entmax_attention(*(t.double() for t in (case.query, case.key, case.value)), is_causal=True,
                              impl="reference", return_support=True)[1]  # fmt: skip
     check_live_map(case, "triton", exact)
+
+
+@pytest.mark.parametrize("sizes", [(40, 24), (40, 8), (256, 64), (64, 256), (256, 24), (17, 3), (128, 16), (160, 96)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_keys_and_values_of_different_sizes(sizes, is_causal):
+    """Head sizes that rows do not align for, and pairs that need different matrix shapes."""
+    head_size, value_size = sizes
+    inputs = iid_inputs(1, 2, 200, head_size, value_dim=value_size, dtype=torch.float16, device="cuda")
+    check_attention(Case(*inputs, is_causal=is_causal), "triton")

@@ -19,7 +19,7 @@ from .lists import list_kernel
 from .scan import scan_kernel
 from .schedule import Launch, Shape
 from .tau import certify_kernel, solve_kernel
-from .tile import matrix
+from .tile import aligned, matrix
 
 SCRATCH = 2**25  # numbers of 4 bytes in the scratch of one chunk: 128 MiB
 
@@ -111,6 +111,7 @@ def attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tu
     live = torch.zeros(problem.live_shape(call.shape.TILE), dtype=torch.int32, device=query.device)
     if problem.is_empty:
         return output.zero_(), value_mean.zero_(), maximum.fill_(torch.inf), offset.fill_(1.0), live
+    query, key, value = aligned(query), aligned(key), aligned(value)
     with device_of(query):
         forward_stages(call, query, key, value, output, value_mean, maximum, offset, live)
     return output, value_mean, maximum, offset, live
@@ -162,6 +163,7 @@ def attention_backward(
         return tuple(tensor.new_zeros(tensor.shape) for tensor in (query, key, value))
     gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     delta = torch.empty_like(maximum)
+    query, key, value, grad_output = aligned(query), aligned(key), aligned(value), aligned(grad_output)
     with device_of(query):
         query_stage(call, grad_output, query, key, value, value_mean, maximum, offset, live, delta, gradients[0])
         key_value_stage(call, grad_output, query, key, value, maximum, offset, live, delta, *gradients[1:])
@@ -209,6 +211,7 @@ def support(
     marks = torch.zeros(*live.shape[:3], call.key_tiles, dtype=torch.bool, device=query.device)
     if problem.is_empty:
         return maximum.clone(), size, marks
+    query, key = aligned(query), aligned(key)
     parts = list(chunks(call.units, call.query_tiles, call.key_tiles))
     lists, counts = call.new_lists(live, parts[0].units * parts[0].tiles, call.key_tiles)
     with device_of(query):

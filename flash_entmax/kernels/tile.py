@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import WORD_BITS
+from ..problem import WORD_BITS, ceil_div
 
 WORD = tl.constexpr(WORD_BITS)
+ROW_ALIGNMENT = 16  # elements; Triton takes a stride for aligned when 16 divides it
 
 # Names of the kernels' sizes that may change from call to call: a new value of one compiles nothing.
 SIZES = (
@@ -49,7 +50,23 @@ class TileList(NamedTuple):
 
 
 def matrix(tensor: Tensor) -> Matrix:
-    return Matrix(tensor, *tensor.stride())
+    """Dimensions of extent 1 get stride 0: whatever stride a view left there, it decides nothing."""
+    *strides, column_stride = tensor.stride()
+    strides = (stride if extent > 1 else 0 for stride, extent in zip(strides, tensor.shape, strict=False))
+    return Matrix(tensor, *strides, column_stride if tensor.shape[-1] > 1 else 1)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself, if all its rows start at multiples of 16 elements and 16 bytes; else a copy whose rows do.
+
+    Only aligned rows are copied into shared memory asynchronously; see docs/design.md for what went wrong without.
+    """
+    m = matrix(tensor)
+    if m.column_stride == 1 and all(stride % ROW_ALIGNMENT == 0 for stride in m[1:4]) and tensor.data_ptr() % 16 == 0:
+        return tensor
+    size = tensor.shape[-1]
+    copy = tensor.new_empty(*tensor.shape[:-1], ceil_div(size, ROW_ALIGNMENT) * ROW_ALIGNMENT)[..., :size]
+    return copy.copy_(tensor)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ CPU = {
     "width": 128,
     "head_size": 32,
     "batch": 4,
-    "steps": 250,
+    "steps": 200,
     "learning_rate": 3e-3,
     "seconds": 140.0,
     "validation_windows": 24,

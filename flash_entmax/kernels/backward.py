@@ -13,15 +13,14 @@ from .tile import (
     Extent,
     distance,
     head_of,
-    heaviest_first,
     hide,
     key_head,
     load_row,
     load_tile,
     open_list,
+    open_rows,
     query_head,
     relative_distance,
-    row_list,
     store_row,
     store_tile,
     visible_keys,
@@ -39,32 +38,24 @@ def gradient_query_kernel(
     TILE: tl.constexpr = S.TILE
     HEAD_PADDED: tl.constexpr = S.HEAD_PADDED
     extent = Extent(heads, group, query_length, key_length)
-    unit, tile = heaviest_first(units, first_unit, first_tile)
-    row = tile * TILE + tl.arange(0, TILE)
-    first = tile * TILE
-    top = load_row(maximum, unit, row, extent, float("inf"))
-    reach = load_row(offset, unit, row, extent, 1.0)
-    q = load_tile(query_head(query, unit, extent), first, query_length, TILE, S.HEAD, HEAD_PADDED)
+    rows = open_rows(query, maximum, offset, lists, counts, extent, first_unit, units, first_tile, capacity, S)
+    unit, first = rows.unit, rows.tile * TILE
     do = load_tile(query_head(grad_output, unit, extent), first, query_length, TILE, S.VALUE, S.VALUE_PADDED)
     mean = load_tile(query_head(value_mean, unit, extent), first, query_length, TILE, S.VALUE, S.VALUE_PADDED)
     shift = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
-    store_row(delta, unit, row, extent, shift)
-    tiles = row_list(lists, counts, unit - first_unit, tile - first_tile, units, capacity)
+    store_row(delta, unit, rows.row, extent, shift)
 
-    limit = visible_keys(row, extent, S.CAUSAL)
-    context = (
-        q, do, key_head(key, unit, extent), key_head(value, unit, extent), limit, top, slope / reach, shift,
-        exponent, extent,
-    )  # fmt: skip
-    dq = walk(accumulate_query, tl.zeros((TILE, HEAD_PADDED), tl.float32), context, tiles, False, S)
-    dq *= (support_weight(reach, exponent, S.POWER) * scale)[:, None]
+    key, value = key_head(key, unit, extent), key_head(value, unit, extent)
+    context = rows, slope / rows.reach, do, key, value, shift, exponent, extent
+    dq = walk(accumulate_query, tl.zeros((TILE, HEAD_PADDED), tl.float32), context, rows.tiles, False, S)
+    dq *= (support_weight(rows.reach, exponent, S.POWER) * scale)[:, None]
     store_tile(query_head(grad_query, unit, extent), first, query_length, dq, TILE, S.HEAD, HEAD_PADDED)
 
 
 @triton.jit
 def accumulate_query(dq, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    q, do, key, value, limit, top, slope, shift, exponent, extent = context
-    x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
+    rows, slope, do, key, value, shift, exponent, extent = context
+    x = relative_distance(rows, slope, key, extent, key_tile, MASKED, S)
     v = load_tile(value, key_tile * S.TILE, extent.key_length, S.TILE, S.VALUE, S.VALUE_PADDED)
     dp = tl.dot(do, tl.trans(v), input_precision=S.PRECISION)
     ds = support_weight(x, exponent, S.POWER) * (dp - shift[:, None])

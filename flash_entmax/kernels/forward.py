@@ -8,16 +8,13 @@ from .tile import (
     SIZES,
     Extent,
     add_compensated,
-    heaviest_first,
     key_head,
-    load_row,
     load_tile,
+    open_rows,
     query_head,
     relative_distance,
-    row_list,
     store_row,
     store_tile,
-    visible_keys,
     walk,
 )
 
@@ -30,34 +27,29 @@ def output_kernel(
     TILE: tl.constexpr = S.TILE
     VALUE_PADDED: tl.constexpr = S.VALUE_PADDED
     extent = Extent(heads, group, query_length, key_length)
-    unit, tile = heaviest_first(units, first_unit, first_tile)
-    row = tile * TILE + tl.arange(0, TILE)
-    top = load_row(maximum, unit, row, extent, float("inf"))
-    reach = load_row(offset, unit, row, extent, 1.0)
-    q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
-    tiles = row_list(lists, counts, unit - first_unit, tile - first_tile, units, capacity)
+    rows = open_rows(query, maximum, offset, lists, counts, extent, first_unit, units, first_tile, capacity, S)
+    unit, first = rows.unit, rows.tile * TILE
 
-    limit = visible_keys(row, extent, S.CAUSAL)
-    context = q, key_head(key, unit, extent), key_head(value, unit, extent), limit, top, slope / reach, exponent, extent
+    context = rows, slope / rows.reach, key_head(key, unit, extent), key_head(value, unit, extent), exponent, extent
     nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
     zero = tl.zeros((TILE,), tl.float32)
     state = nothing, nothing, nothing, zero, zero, zero
-    total, _, mean, mass, _, weight = walk(accumulate, state, context, tiles, False, S)
+    total, _, mean, mass, _, weight = walk(accumulate, state, context, rows.tiles, False, S)
 
     mean /= tl.where(weight == 0, 1.0, weight)[:, None]
     # p = offset^r x^r. Then one more step of tau, on the output itself: dO / d offset = r sum u v, so the step
     # (1 - sum p) / (r sum u) adds (1 - sum p) O1. Long crowded rows feel the last bit of the offset without it.
-    power = probability(reach, exponent, S.POWER)
+    power = probability(rows.reach, exponent, S.POWER)
     total = total * power[:, None] + (1.0 - mass * power)[:, None] * mean
-    store_tile(query_head(output, unit, extent), tile * TILE, query_length, total, TILE, S.VALUE, VALUE_PADDED)
-    store_tile(query_head(value_mean, unit, extent), tile * TILE, query_length, mean, TILE, S.VALUE, VALUE_PADDED)
+    store_tile(query_head(output, unit, extent), first, query_length, total, TILE, S.VALUE, VALUE_PADDED)
+    store_tile(query_head(value_mean, unit, extent), first, query_length, mean, TILE, S.VALUE, VALUE_PADDED)
 
 
 @triton.jit
 def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    q, key, value, limit, top, slope, exponent, extent = context
+    rows, slope, key, value, exponent, extent = context
     total, error, mean, mass, mass_error, weight = state
-    x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
+    x = relative_distance(rows, slope, key, extent, key_tile, MASKED, S)
     v = load_tile(value, key_tile * S.TILE, extent.key_length, S.TILE, S.VALUE, S.VALUE_PADDED)
     p = probability(x, exponent, S.POWER)
     u = support_weight(x, exponent, S.POWER)
@@ -78,24 +70,19 @@ def support_kernel(
     """Support size of each row, and a mark on each tile that holds a positive probability."""
     TILE: tl.constexpr = S.TILE
     extent = Extent(heads, group, query_length, key_length)
-    unit, tile = heaviest_first(units, first_unit, first_tile)
-    row = tile * TILE + tl.arange(0, TILE)
-    top = load_row(maximum, unit, row, extent, float("inf"))
-    reach = load_row(offset, unit, row, extent, 1.0)
-    q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
-    tiles = row_list(lists, counts, unit - first_unit, tile - first_tile, units, capacity)
+    rows = open_rows(query, maximum, offset, lists, counts, extent, first_unit, units, first_tile, capacity, S)
 
     query_tiles = (query_length + TILE - 1) // TILE
-    row_of_marks = marks + (tl.cast(unit, tl.int64) * query_tiles + tile) * key_tiles
-    limit = visible_keys(row, extent, S.CAUSAL)
-    context = q, key_head(key, unit, extent), limit, top, slope / reach, row_of_marks, extent
-    store_row(size, unit, row, extent, walk(count_tile, tl.zeros((TILE,), tl.int32), context, tiles, False, S))
+    row_of_marks = marks + (tl.cast(rows.unit, tl.int64) * query_tiles + rows.tile) * key_tiles
+    context = rows, slope / rows.reach, key_head(key, rows.unit, extent), row_of_marks, extent
+    count = walk(count_tile, tl.zeros((TILE,), tl.int32), context, rows.tiles, False, S)
+    store_row(size, rows.unit, rows.row, extent, count)
 
 
 @triton.jit
 def count_tile(count, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    q, key, limit, top, slope, row_of_marks, extent = context
-    x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
+    rows, slope, key, row_of_marks, extent = context
+    x = relative_distance(rows, slope, key, extent, key_tile, MASKED, S)
     reached = tl.sum(tl.where(x > 0, 1, 0), 1)
     tl.store(row_of_marks + key_tile, tl.max(reached, 0) > 0)
     return count + reached

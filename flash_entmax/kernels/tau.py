@@ -16,13 +16,10 @@ from .tile import (
     heaviest_first,
     key_head,
     load_row,
-    load_tile,
     maxima_column,
-    query_head,
+    open_rows,
     relative_distance,
-    row_list,
     store_row,
-    visible_keys,
     visible_tiles,
     walk,
 )
@@ -109,23 +106,19 @@ def solve_kernel(
     """Safeguarded steps over the listed tiles until every row of the tile sums to 1, then a tighter map."""
     TILE: tl.constexpr = S.TILE
     extent = Extent(heads, group, query_length, key_length)
-    unit, tile = heaviest_first(units, first_unit, first_tile)
-    row = tile * TILE + tl.arange(0, TILE)
-    limit = visible_keys(row, extent, S.CAUSAL)
-    top = load_row(maximum, unit, row, extent, float("inf"))
-    noise, doubt = load_noise(slack, unit, row, extent)
-    reach = load_row(offset, unit, row, extent, 1.0)
-    q = load_tile(query_head(query, unit, extent), tile * TILE, query_length, TILE, S.HEAD, S.HEAD_PADDED)
-    tiles = row_list(lists, counts, unit - first_unit, tile - first_tile, units, capacity)
+    listed = open_rows(query, maximum, offset, lists, counts, extent, first_unit, units, first_tile, capacity, S)
+    unit, tile, limit, reach = listed.unit, listed.tile, listed.limit, listed.reach
+    noise, doubt = load_noise(slack, unit, listed.row, extent)
 
+    key = key_head(key, unit, extent)
     high = reach
     low = tl.maximum(smallest_offset(limit, exponent) - noise, 1e-30)
     zero = tl.zeros((TILE,), tl.float32)
     passes = 0
-    unfinished = tiles.count
+    unfinished = listed.tiles.count
     while (unfinished > 0) & (passes < MAX_STEPS):
-        context = q, key_head(key, unit, extent), limit, top, slope / reach, exponent, extent
-        total, _, weight, count = walk(accumulate, (zero, zero, zero, zero), context, tiles, False, S)
+        context = listed, slope / reach, key, exponent, extent
+        total, _, weight, count = walk(accumulate, (zero, zero, zero, zero), context, listed.tiles, False, S)
         total = total * probability(reach, exponent, S.POWER)
         weight = weight * support_weight(reach, exponent, S.POWER)
         pending = (limit > 0) & (tl.abs(total - 1.0) > TOLERANCE)
@@ -139,20 +132,22 @@ def solve_kernel(
         unfinished = tl.max(tl.where(pending & (stepped != reach), 1, 0), 0)
         reach = stepped
         passes += 1
-    store_row(offset, unit, row, extent, tl.where(limit > 0, reach, 1.0))
+    store_row(offset, unit, listed.row, extent, tl.where(limit > 0, reach, 1.0))
 
-    column = maxima_column(maxima, unit - first_unit, row - first_tile * TILE, blocks, rows)
+    column = maxima_column(maxima, unit - first_unit, listed.row - first_tile * TILE, blocks, rows)
     _, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
     # 2^-20 covers the rounding of slope / offset in the relative distances that the output sees.
-    mark_tiles(column, top, reach * (1.0 + 2.0**-20) + doubt, live, unit, tile, slope, some, rows, words, extent, S)
+    mark_tiles(
+        column, listed.top, reach * (1.0 + 2.0**-20) + doubt, live, unit, tile, slope, some, rows, words, extent, S
+    )
 
 
 @triton.jit
 def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     """Add one tile to F (with the rounding error that the additions left), sum u and the support size of each row."""
-    q, key, limit, top, slope, exponent, extent = context
+    rows, slope, key, exponent, extent = context
     total, error, weight, count = state
-    x = relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED, S)
+    x = relative_distance(rows, slope, key, extent, key_tile, MASKED, S)
     total, error = add_compensated(total, error, tl.sum(probability(x, exponent, S.POWER), 1))
     weight += tl.sum(support_weight(x, exponent, S.POWER), 1)
     if S.POWER == 2:

@@ -49,6 +49,19 @@ class TileList(NamedTuple):
     count: int
 
 
+class Rows(NamedTuple):
+    """One tile of queries: which it is, how many keys each query sees, its threshold, and where to look."""
+
+    unit: int
+    tile: int
+    row: Tensor
+    limit: Tensor
+    top: Tensor  # the maximum of query . key
+    reach: Tensor  # the offset of tau below it, in units of z
+    q: Tensor
+    tiles: TileList
+
+
 def matrix(tensor: Tensor) -> Matrix:
     """Dimensions of extent 1 get stride 0: whatever stride a view left there, it decides nothing."""
     *strides, column_stride = tensor.stride()
@@ -188,14 +201,14 @@ def add_compensated(total, error, part):
 
 
 @triton.jit
-def relative_distance(q, key, limit, top, slope, extent, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+def relative_distance(rows, slope, key, extent, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     """x = [z - tau]_+ / offset of one tile of queries and keys, from the row's slope / offset."""
     TILE: tl.constexpr = S.TILE
     k = load_tile(key, key_tile * TILE, extent.key_length, TILE, S.HEAD, S.HEAD_PADDED)
-    score = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
+    score = tl.dot(rows.q, tl.trans(k), input_precision=S.PRECISION)
     if MASKED:
-        score = hide(score, tl.arange(0, TILE)[None, :], (limit - key_tile * TILE)[:, None])
-    return distance(score, top[:, None], slope[:, None], 1.0)
+        score = hide(score, tl.arange(0, TILE)[None, :], (rows.limit - key_tile * TILE)[:, None])
+    return distance(score, rows.top[:, None], slope[:, None], 1.0)
 
 
 @triton.jit
@@ -212,9 +225,19 @@ def open_list(lists, counts, index, capacity):
 
 
 @triton.jit
-def row_list(lists, counts, unit, tile, units, capacity):
-    """The tiles of keys of one tile of queries, by its unit and tile within the chunk."""
-    return open_list(lists, counts, unit * (tl.num_programs(0) // units) + tile, capacity)
+def open_rows(
+    query, maximum, offset, lists, counts, extent, first_unit, units, first_tile, capacity, S: tl.constexpr
+):  # fmt: skip
+    """What a program needs of its tile of queries, and the list of its live tiles of keys."""
+    TILE: tl.constexpr = S.TILE
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    row = tile * TILE + tl.arange(0, TILE)
+    top = load_row(maximum, unit, row, extent, float("inf"))
+    reach = load_row(offset, unit, row, extent, 1.0)
+    q = load_tile(query_head(query, unit, extent), tile * TILE, extent.query_length, TILE, S.HEAD, S.HEAD_PADDED)
+    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile
+    tiles = open_list(lists, counts, index, capacity)
+    return Rows(unit, tile, row, visible_keys(row, extent, S.CAUSAL), top, reach, q, tiles)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build of PyTorch is small; a CUDA machine takes its own build: make TORCH=torch demo
+# Any torch from 2.8 on serves, such as one that is already downloaded: make demo TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
 DEMO ?=
 

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Any torch from 2.8 on serves, such as one that is already downloaded: make demo TORCH=torch==2.11.0
+# Tested with torch 2.11 and 2.13; another one is taken by: make demo TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
 DEMO ?=
 

@@ -1,13 +1,16 @@
-"""The command line: flash-entmax info, check, demo."""
+"""The command line: flash-entmax info, check, bench, demo."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    options.typed = shlex.join(["flash-entmax", *arguments])
     return options.command(options)
 
 
@@ -33,7 +36,27 @@ def parser() -> argparse.ArgumentParser:
     add("--smallest", action="store_true", help="a tiny model and few steps: every stage within half a minute")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     add("--alpha", type=float, default=1.5, help="above 1, at most 2; larger is sparser (default: %(default)s)")
+
+    about = "time and memory beside softmax and other entmax attention, cold start, and refinement steps"
+    add_bench_options(commands.add_parser("bench", help=about, description=about))
     return top
+
+
+def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
+    bench_parser.set_defaults(command=bench)
+    add = bench_parser.add_argument
+    add(
+        "--out", type=Path, metavar="DIR", default=Path("out/bench"), help="where the results go (default: %(default)s)"
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--smallest", action="store_true", help="one short length: every part within seconds")
+    add("--parts", nargs="+", metavar="PART", help="of speed, memory, roofline, cold-start, refinement (default: all)")
+    add("--only", nargs="+", metavar="NAME", help="competitors, as the results name them (default: all that run here)")
+    grid = bench_parser.add_argument_group("cases", "each flag replaces its part of the default grid")
+    grid.add_argument("--lengths", nargs="+", type=int, metavar="N", help="tokens")
+    grid.add_argument("--head-sizes", nargs="+", type=int, metavar="D")
+    grid.add_argument("--topics", nargs="+", type=int, metavar="T", help="block sparsity is about 1 - 1/T")
+    grid.add_argument("--groups", nargs="+", type=int, metavar="G", help="query heads for each key head")
 
 
 def info(options: argparse.Namespace) -> int:
@@ -113,3 +136,26 @@ def demo(options: argparse.Namespace) -> int:
         print(f"flash-entmax demo: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    from .benchmarks import BenchError, run
+    from .benchmarks.settings import settings_for
+
+    try:
+        settings = settings_for(
+            options.device,
+            options.out,
+            lengths=options.lengths,
+            head_sizes=options.head_sizes,
+            topics=options.topics,
+            groups=options.groups,
+            only=options.only,
+            parts=options.parts,
+            smallest=options.smallest,
+            command=options.typed,
+        )
+        return 0 if run(settings) else 1
+    except BenchError as error:
+        print(f"flash-entmax bench: {error}", file=sys.stderr)
+        return 1

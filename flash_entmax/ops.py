@@ -15,16 +15,32 @@ from torch import Tensor
 from .problem import Problem, ceil_div
 from .tiled import TILE
 
+# torch.library.custom_op would take fewer lines here, and longer than the kernels of a short sequence at each call.
+_library = torch.library.Library("flash_entmax", "DEF")
+_SCALARS = "float alpha, bool is_causal, float scale, str impl"
+_INPUTS = "Tensor query, Tensor key, Tensor value"
+_STATE = "Tensor maximum, Tensor offset, Tensor live"
 
-@torch.library.custom_op("flash_entmax::attention", mutates_args=())
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, alpha: float, is_causal: bool, scale: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+
+def _operator(arguments: str, results: int):
+    """Define an operator of the decorated function's name, computed by it on any device."""
+
+    def define(function):
+        schema = f"{function.__name__}({arguments}, {_SCALARS}) -> ({', '.join(['Tensor'] * results)})"
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(function.__name__, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.flash_entmax, function.__name__).default
+
+    return define
+
+
+@_operator(_INPUTS, results=5)
+def attention(query, key, value, alpha, is_causal, scale, impl):
     problem = Problem.of(query, key, value, alpha, is_causal, scale)
-    return tuple(stages(impl).attention(problem, query, key, value))
+    return stages(impl).attention(problem, query, key, value)
 
 
-@attention.register_fake
+@torch.library.register_fake("flash_entmax::attention", lib=_library)
 def _(query, key, value, alpha, is_causal, scale, impl):
     problem = Problem.of(query, key, value, alpha, is_causal, scale)
     output = query.new_empty(problem.batch, problem.heads, problem.query_length, problem.value_size)
@@ -34,50 +50,26 @@ def _(query, key, value, alpha, is_causal, scale, impl):
     return output, torch.empty_like(output), row, torch.empty_like(row), live
 
 
-@torch.library.custom_op("flash_entmax::attention_backward", mutates_args=())
+@_operator(f"Tensor grad_output, {_INPUTS}, Tensor value_mean, {_STATE}", results=3)
 def attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    value_mean: Tensor,
-    maximum: Tensor,
-    offset: Tensor,
-    live: Tensor,
-    alpha: float,
-    is_causal: bool,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output, query, key, value, value_mean, maximum, offset, live, alpha, is_causal, scale, impl
+):  # fmt: skip
     problem = Problem.of(query, key, value, alpha, is_causal, scale)
-    return tuple(
-        stages(impl).attention_backward(problem, grad_output, query, key, value, value_mean, maximum, offset, live)
-    )
+    return stages(impl).attention_backward(problem, grad_output, query, key, value, value_mean, maximum, offset, live)
 
 
-@attention_backward.register_fake
+@torch.library.register_fake("flash_entmax::attention_backward", lib=_library)
 def _(grad_output, query, key, value, value_mean, maximum, offset, live, alpha, is_causal, scale, impl):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
 
 
-@torch.library.custom_op("flash_entmax::attention_support", mutates_args=())
-def attention_support(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    maximum: Tensor,
-    offset: Tensor,
-    live: Tensor,
-    alpha: float,
-    is_causal: bool,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@_operator(f"{_INPUTS}, {_STATE}", results=3)
+def attention_support(query, key, value, maximum, offset, live, alpha, is_causal, scale, impl):
     problem = Problem.of(query, key, value, alpha, is_causal, scale)
     return stages(impl).support(problem, query, key, maximum, offset, live)
 
 
-@attention_support.register_fake
+@torch.library.register_fake("flash_entmax::attention_support", lib=_library)
 def _(query, key, value, maximum, offset, live, alpha, is_causal, scale, impl):
     key_tiles = ceil_div(key.shape[2], tile(impl, query))
     size = torch.empty_like(maximum, dtype=torch.int32)
@@ -102,16 +94,25 @@ def tile(impl: str, query: Tensor) -> int:
     return TILE
 
 
-def _save(ctx, inputs, output) -> None:
-    query, key, value, ctx.alpha, ctx.is_causal, ctx.scale, ctx.impl = inputs
-    _, value_mean, maximum, offset, live = output
-    ctx.save_for_backward(query, key, value, value_mean, maximum, offset, live)
-    ctx.mark_non_differentiable(value_mean, maximum, offset, live)
+class Attention(torch.autograd.Function):
+    """The gradient of flash_entmax::attention, by its query, key and value, through its output alone."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, *scalars):
+        with torch._C._AutoDispatchBelowAutograd():
+            results = attention(query, key, value, *scalars)
+        ctx.scalars = scalars
+        ctx.save_for_backward(query, key, value, *results[1:])
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * 7
+        return *attention_backward(grad_output, *ctx.saved_tensors, *ctx.scalars), None, None, None, None
 
 
-def _differentiate(ctx, grad_output, *_):
-    gradients = attention_backward(grad_output, *ctx.saved_tensors, ctx.alpha, ctx.is_causal, ctx.scale, ctx.impl)
-    return *gradients, None, None, None, None
-
-
-attention.register_autograd(_differentiate, setup_context=_save)
+_library.impl("attention", lambda *arguments: Attention.apply(*arguments), "Autograd")

@@ -1,6 +1,6 @@
 """Shared by the tests and the benchmarks: inputs with known properties, error budgets, poisoned memory.
 
-Nothing in the package imports this file, and it needs nothing beyond torch.
+Nothing in the package but its benchmarks imports this file, and it needs nothing beyond torch.
 """
 
 from collections.abc import Callable, Iterator

@@ -139,7 +139,12 @@ def threshold_by_steps(z: Tensor, alpha: float, start: Tensor | None = None) -> 
 
 
 def threshold_by_histogram(z: Tensor, alpha: float, bins: int = 8) -> tuple[Tensor, Tensor, int]:
-    """AdaSplash-2's idea (arXiv 2604.15180): a histogram of the distances to the maximum starts near the root.
+    """AdaSplash-2's idea (arXiv 2604.15180): a histogram of the distances to the maximum starts near the root."""
+    return threshold_by_steps(z, alpha, histogram_offset(z, alpha, bins))
+
+
+def histogram_offset(z: Tensor, alpha: float, bins: int = 8) -> Tensor:
+    """Near the root, from one pass that counts scores in bins.
 
     The bins are geometric, with edges 1, 1/2, 1/4, ..., since the offset lies in [n^(1 - alpha), 1]: the bin of a score
     is the floating-point exponent of its distance. The start solves F with every score at the middle of its bin.
@@ -157,8 +162,7 @@ def threshold_by_histogram(z: Tensor, alpha: float, bins: int = 8) -> tuple[Tens
         weight = (counts * support_weight(distance, alpha)).sum(-1)
         stepped = newton_step(offset, total, weight, alpha)
         offset = torch.where((stepped > 0) & (stepped < 1), stepped, offset)
-    low = smallest_offset((z > -torch.inf).sum(-1).to(z.dtype), alpha)
-    return threshold_by_steps(z, alpha, offset.clamp_min(low))
+    return offset.clamp_min(smallest_offset((z > -torch.inf).sum(-1).to(z.dtype), alpha))
 
 
 def threshold_by_bisection(z: Tensor, alpha: float, steps: int = 60) -> tuple[Tensor, Tensor]:

@@ -39,20 +39,3 @@ def newton_step(offset, total, weight, exponent):
     It ends at or above the root from wherever it starts: a certified lower bound of tau. 2 - alpha = 1 - 1 / exponent.
     """
     return offset - (total - tl.exp2((1.0 - 1.0 / exponent) * tl.log2(total))) / weight
-
-
-@triton.jit
-def step(offset, total, weight, count, exponent, POWER: tl.constexpr):
-    """The best step there is: for alpha = 1.5 the root of the parabola that F is while the support stands still."""
-    if POWER == 2:
-        discriminant = weight * weight - count * (total - 1.0)
-        stepped = offset - (weight - tl.sqrt(tl.maximum(discriminant, 0.0))) / count
-    else:
-        stepped = newton_step(offset, total, weight, exponent)
-    return stepped
-
-
-@triton.jit
-def smallest_offset(visible, exponent):
-    """n^(1 - alpha), the offset of n equal scores, just below its rounding."""
-    return tl.exp2(-tl.log2(tl.maximum(visible, 1).to(tl.float32)) / exponent) * (1.0 - 1e-6)

@@ -1,10 +1,9 @@
-"""The stages in order, on a GPU: scan, certify, solve, output; then the gradient over the tiles that were live.
+"""The stages in order, on a GPU: threshold and output; then the gradient over the tiles that were live.
 
-Scratch is bounded: block maxima and lists exist for one chunk of heads and rows at a time, and the next chunk writes
-over them. What stays for the gradient is one bit for each tile.
+Scratch is bounded: maxima and lists exist for one chunk of heads and rows at a time, and the next chunk writes over
+them. What stays for the gradient is one bit for each tile.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,42 +13,51 @@ from torch import Tensor
 from ..problem import WORD_BITS, Problem, ceil_div
 from . import schedule
 from .backward import gradient_key_value_kernel, gradient_query_kernel
+from .bound import summary_kernel
 from .forward import output_kernel, support_kernel
-from .lists import list_kernel
-from .scan import scan_kernel
 from .schedule import Launch, Shape
-from .tau import certify_kernel, solve_kernel
-from .tile import aligned, matrix
+from .tau import threshold_kernel
+from .tile import Matrix, aligned, aligned_size, matrix, trimmed
 
-SCRATCH = 2**25  # numbers of 4 bytes in the scratch of one chunk: 128 MiB
+MAXIMA = 7 * 2**24  # maxima of 2 bytes in the scratch of one chunk: 224 MiB
+LISTED = 2**24  # listed tiles of 4 bytes in the scratch of one chunk: 64 MiB
 
 
 class Chunk(NamedTuple):
-    """Some units and, of each, some tiles."""
+    """Some units and, of each, some tiles, whose lists have `capacity` places each."""
 
     first_unit: int
     units: int
     first_tile: int
     tiles: int
+    capacity: int
+
+    @property
+    def places(self) -> int:
+        return self.units * self.tiles * self.capacity
 
     def run(self, kernel, launch: Launch, *arguments, **constants) -> None:
         kernel[(self.units * self.tiles,)](*arguments, **constants, **launch.options, enable_fp_fusion=True)
 
-    def coarser(self, factor: int) -> "Chunk":
-        """The same rows in tiles `factor` times as large."""
-        return Chunk(self.first_unit, self.units, self.first_tile // factor, ceil_div(self.tiles, factor))
 
+def chunks(units: int, tiles: int, capacity: int, limit: int, later: int | None = None) -> list[Chunk]:
+    """Split units x tiles so that no chunk has more than `limit` places; whole units side by side while they fit.
 
-def chunks(units: int, tiles: int, numbers: int, align: int = 1) -> Iterator[Chunk]:
-    """Split units x tiles so that `numbers` of scratch for each tile fit SCRATCH; tiles in multiples of `align`."""
-    most = max(1, SCRATCH // max(1, numbers))
-    tiles_each = tiles if tiles <= most else max(align, most // align * align)
-    units_each = max(1, most // tiles_each)
-    for first_unit in range(0, units, units_each):
-        for first_tile in range(0, tiles, tiles_each):
-            yield Chunk(
-                first_unit, min(units_each, units - first_unit), first_tile, min(tiles_each, tiles - first_tile)
-            )
+    Tile t sees at most t + 1 + later of the `capacity` tiles on the other side; without `later`, any of them.
+    """
+    if tiles * capacity <= limit:
+        parts = ceil_div(units, limit // max(1, tiles * capacity))
+        each = ceil_div(units, parts)
+        return [Chunk(unit, min(each, units - unit), 0, tiles, capacity) for unit in range(0, units, each)]
+    result = []
+    for unit in range(units):
+        last = tiles
+        while last > 0:  # from the end, where the lists are longest
+            seen = capacity if later is None else min(capacity, max(1, last + later))
+            count = min(last, max(1, limit // seen))
+            result.append(Chunk(unit, 1, last - count, count, seen))
+            last -= count
+    return result
 
 
 class Call(NamedTuple):
@@ -57,45 +65,39 @@ class Call(NamedTuple):
 
     problem: Problem
     shape: Shape
+    units: int
+    query_tiles: int
+    key_tiles: int
+    words: int
+    extent: tuple[int, int, int, int]
+    exponent: float
 
     @classmethod
     def of(cls, problem: Problem, query: Tensor) -> "Call":
-        return cls(problem, schedule.shape_of(problem, query.dtype))
+        shape = schedule.shape_of(problem, query.dtype)
+        key_tiles = ceil_div(problem.key_length, shape.TILE)
+        return cls(
+            problem,
+            shape,
+            units=problem.batch * problem.heads,
+            query_tiles=ceil_div(problem.query_length, shape.TILE),
+            key_tiles=key_tiles,
+            words=ceil_div(key_tiles, WORD_BITS),
+            extent=(problem.heads, problem.group, problem.query_length, problem.key_length),
+            exponent=1.0 / (problem.alpha - 1.0),
+        )
 
-    @property
-    def units(self) -> int:
-        return self.problem.batch * self.problem.heads
+    def query_chunks(self, limit: int) -> list[Chunk]:
+        """Chunks of tiles of queries, with lists of tiles of keys."""
+        later = None
+        if self.problem.is_causal:
+            later = ceil_div(self.problem.key_length - self.problem.query_length, self.shape.TILE)
+        return chunks(self.units, self.query_tiles, self.key_tiles, limit, later)
 
-    @property
-    def query_tiles(self) -> int:
-        return ceil_div(self.problem.query_length, self.shape.TILE)
 
-    @property
-    def key_tiles(self) -> int:
-        return ceil_div(self.problem.key_length, self.shape.TILE)
-
-    @property
-    def words(self) -> int:
-        return ceil_div(self.key_tiles, WORD_BITS)
-
-    @property
-    def extent(self) -> tuple[int, int, int, int]:
-        return self.problem.heads, self.problem.group, self.problem.query_length, self.problem.key_length
-
-    @property
-    def exponent(self) -> float:
-        return 1.0 / (self.problem.alpha - 1.0)
-
-    def new_lists(self, live: Tensor, lists: int, capacity: int) -> tuple[Tensor, Tensor]:
-        return live.new_empty(lists, capacity), live.new_empty(lists, 2)
-
-    def list_tiles(self, live: Tensor, lists: Tensor, counts: Tensor, chunk: Chunk, transposed: bool = False) -> None:
-        candidates = self.query_tiles if transposed else self.key_tiles
-        chunk.run(
-            list_kernel, schedule.LISTS, live, lists, counts, *self.extent,
-            chunk.first_unit, chunk.units, chunk.first_tile, self.words, candidates, lists.shape[1],
-            TRANSPOSED=transposed, S=self.shape,
-        )  # fmt: skip
+def new_lists(parts: list[Chunk], device: torch.device) -> Tensor:
+    """Places for the lists of the largest chunk."""
+    return torch.empty(max(chunk.places for chunk in parts), dtype=torch.int32, device=device)
 
 
 def device_of(tensor: Tensor):
@@ -105,100 +107,91 @@ def device_of(tensor: Tensor):
 def attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """(output, value_mean, maximum, offset, live) of flash_entmax::attention."""
     call = Call.of(problem, query)
-    output = query.new_empty(problem.batch, problem.heads, problem.query_length, problem.value_size)
+    output = query.new_empty(problem.batch, problem.heads, problem.query_length, aligned_size(problem.value_size))
     value_mean = torch.empty_like(output)
     maximum, offset = (output.new_empty(output.shape[:3], dtype=torch.float32) for _ in range(2))
-    live = torch.zeros(problem.live_shape(call.shape.TILE), dtype=torch.int32, device=query.device)
+    live = output.new_empty(problem.live_shape(call.shape.TILE), dtype=torch.int32)
     if problem.is_empty:
-        return output.zero_(), value_mean.zero_(), maximum.fill_(torch.inf), offset.fill_(1.0), live
-    query, key, value = aligned(query), aligned(key), aligned(value)
-    with device_of(query):
-        forward_stages(call, query, key, value, output, value_mean, maximum, offset, live)
-    return output, value_mean, maximum, offset, live
+        output.zero_(), value_mean.zero_(), maximum.fill_(torch.inf), offset.fill_(1.0), live.zero_()
+    else:
+        with device_of(query):
+            results = matrix(output), matrix(value_mean), maximum, offset, live
+            forward_stages(call, aligned(query), aligned(key), aligned(value), *results)
+    return trimmed(output, problem.value_size), trimmed(value_mean, problem.value_size), maximum, offset, live
 
 
-def forward_stages(call: Call, query, key, value, output, value_mean, maximum, offset, live) -> None:
-    problem, shape = call.problem, call.shape
-    ratio = shape.SCAN // shape.TILE
-    blocks = ceil_div(problem.key_length, shape.SCAN) * ratio
-    parts = list(chunks(call.units, call.query_tiles, blocks * shape.TILE, align=ratio))
-    padded_rows = ceil_div(parts[0].tiles, ratio) * shape.SCAN
-    maxima = torch.empty(parts[0].units * blocks * padded_rows, dtype=torch.float32, device=query.device)
-    lists, counts = call.new_lists(live, parts[0].units * parts[0].tiles, call.key_tiles)
-    slack = torch.empty_like(maximum)
-    key_bound = torch.linalg.vector_norm(key, torch.inf, dim=(2, 3), dtype=torch.float32)
-    rounding = abs(problem.slope) * problem.head_size * 2.0**-22
-    q, k, v = matrix(query), matrix(key), matrix(value)
-
+def forward_stages(
+    call: Call, query: Matrix, key: Matrix, value: Matrix, output: Matrix, value_mean: Matrix, maximum, offset, live
+) -> None:
+    shape, slope = call.shape, call.problem.slope
+    parts = call.query_chunks(MAXIMA // shape.TILE)
+    lists = new_lists(parts, live.device)
+    maxima = torch.empty(len(lists) * shape.TILE, dtype=torch.float16, device=live.device)
+    counts = lists.new_empty(max(chunk.units * chunk.tiles for chunk in parts), 2)
+    summary = summarise(call, key)
+    rounding = slope * call.problem.head_size * 2.0**-22
     for chunk in parts:
-        rows = ceil_div(chunk.tiles, ratio) * shape.SCAN
-        scan = chunk.coarser(ratio)
-        scan.run(
-            scan_kernel, schedule.scan_launch(shape), q, k, key_bound, maxima, maximum, slack, rounding,
-            *call.extent, scan.first_unit, scan.units, scan.first_tile, rows, blocks, S=shape,
-        )  # fmt: skip
-        place = chunk.first_unit, chunk.units, chunk.first_tile
+        sizes = *call.extent, chunk.first_unit, chunk.units, chunk.first_tile
         chunk.run(
-            certify_kernel, schedule.CERTIFY, maxima, maximum, slack, offset, live, problem.slope,
-            call.exponent, *call.extent, *place, rows, blocks, call.words, S=shape,
+            threshold_kernel, schedule.threshold_launch(shape), query, key, *summary, maxima, maximum, offset, live,
+            lists, counts, slope, rounding, call.exponent, *sizes, call.words, chunk.capacity, S=shape,
         )  # fmt: skip
-        call.list_tiles(live, lists, counts, chunk)
         chunk.run(
-            solve_kernel, schedule.solve_launch(shape), q, k, maxima, maximum, slack, offset, live, lists, counts,
-            problem.slope, call.exponent, *call.extent, *place, rows, blocks, call.words, call.key_tiles, S=shape,
+            output_kernel, schedule.output_launch(shape), query, key, value, maximum, offset, lists, counts, output,
+            value_mean, slope, call.exponent, *sizes, chunk.capacity, S=shape,
         )  # fmt: skip
-        call.list_tiles(live, lists, counts, chunk)
-        chunk.run(
-            output_kernel, schedule.output_launch(shape), q, k, v, maximum, offset, lists, counts, matrix(output),
-            matrix(value_mean), problem.slope, call.exponent, *call.extent, *place, call.key_tiles, S=shape,
-        )  # fmt: skip
+
+
+def summarise(call: Call, key: Matrix) -> tuple[Matrix, Tensor, Tensor, Tensor]:
+    """(centre, radius, error, largest component) of each block of keys."""
+    batch, key_heads, _, size = key.data.shape
+    centre = matrix(key.data.new_empty(batch, key_heads, call.key_tiles, size))
+    blocks = batch * key_heads * call.key_tiles
+    # Each of the three starts at a multiple of 16 bytes, or Triton would compile for another alignment.
+    numbers = key.data.new_empty(3, ceil_div(blocks, 4) * 4, dtype=torch.float32).unbind()
+    whole = Chunk(0, batch * key_heads, 0, call.key_tiles, capacity=0)
+    whole.run(summary_kernel, schedule.SUMMARY, key, centre, *numbers, *call.extent, S=call.shape)
+    return centre, *numbers
 
 
 def attention_backward(
     problem: Problem, grad_output, query, key, value, value_mean, maximum, offset, live
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value) of flash_entmax::attention_backward."""
-    call = Call.of(problem, query)
     if problem.is_empty:
         return tuple(tensor.new_zeros(tensor.shape) for tensor in (query, key, value))
-    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
-    delta = torch.empty_like(maximum)
-    query, key, value, grad_output = aligned(query), aligned(key), aligned(value), aligned(grad_output)
+    call = Call.of(problem, query)
+    packed = maximum.new_empty(call.units * call.query_tiles * call.shape.TILE * 4)
+    sizes = query.shape[-1], key.shape[-1], value.shape[-1]
     with device_of(query):
-        query_stage(call, grad_output, query, key, value, value_mean, maximum, offset, live, delta, gradients[0])
-        key_value_stage(call, grad_output, query, key, value, maximum, offset, live, delta, *gradients[1:])
-    return gradients
+        tensors = aligned(query), aligned(key), aligned(value), aligned(grad_output)
+        gradients = [matrix(tensor.data.new_empty(tensor.data.shape)) for tensor in tensors[:3]]
+        query_stage(call, *tensors, aligned(value_mean), maximum, offset, packed, live, gradients[0])
+        key_value_stage(call, *tensors, packed, live, *gradients[1:])
+    return tuple(trimmed(gradient.data, size) for gradient, size in zip(gradients, sizes, strict=True))
 
 
 def query_stage(
-    call: Call, grad_output, query, key, value, value_mean, maximum, offset, live, delta, grad_query
+    call: Call, query, key, value, grad_output, value_mean, maximum, offset, packed, live, grad_query
 ) -> None:
-    parts = list(chunks(call.units, call.query_tiles, call.key_tiles))
-    lists, counts = call.new_lists(live, parts[0].units * parts[0].tiles, call.key_tiles)
+    parts = call.query_chunks(LISTED)
+    lists = new_lists(parts, live.device)
     for chunk in parts:
-        call.list_tiles(live, lists, counts, chunk)
         chunk.run(
-            gradient_query_kernel, schedule.gradient_launch(call.shape), matrix(query), matrix(key), matrix(value),
-            matrix(value_mean), matrix(grad_output), maximum, offset, delta, lists, counts, matrix(grad_query),
-            call.problem.scale, call.problem.slope, call.exponent, *call.extent,
-            chunk.first_unit, chunk.units, chunk.first_tile, call.key_tiles, S=call.shape,
+            gradient_query_kernel, schedule.gradient_launch(call.shape), query, key, value, value_mean, grad_output,
+            maximum, offset, packed, live, lists, grad_query, call.problem.scale, call.problem.slope, call.exponent,
+            *call.extent, chunk.first_unit, chunk.units, chunk.first_tile, call.words, chunk.capacity, S=call.shape,
         )  # fmt: skip
 
 
-def key_value_stage(
-    call: Call, grad_output, query, key, value, maximum, offset, live, delta, grad_key, grad_value
-) -> None:
-    group = call.problem.group
-    parts = list(chunks(call.units // group, call.key_tiles, group * call.query_tiles))
-    lists, counts = call.new_lists(live, parts[0].units * group * parts[0].tiles, call.query_tiles)
+def key_value_stage(call: Call, query, key, value, grad_output, packed, live, grad_key, grad_value) -> None:
+    parts = chunks(call.units // call.problem.group, call.key_tiles, call.query_tiles, LISTED)
+    lists = new_lists(parts, live.device)
     for chunk in parts:
-        group_chunk = Chunk(chunk.first_unit * group, chunk.units * group, chunk.first_tile, chunk.tiles)
-        call.list_tiles(live, lists, counts, group_chunk, transposed=True)
         chunk.run(
-            gradient_key_value_kernel, schedule.gradient_launch(call.shape), matrix(query), matrix(key), matrix(value),
-            matrix(grad_output), maximum, offset, delta, lists, counts, matrix(grad_key), matrix(grad_value),
-            call.problem.scale, call.problem.slope, call.exponent, *call.extent,
-            chunk.first_unit, chunk.units, chunk.first_tile, call.query_tiles, S=call.shape,
+            gradient_key_value_kernel, schedule.gradient_launch(call.shape), query, key, value, grad_output, packed,
+            live, lists, grad_key, grad_value, call.problem.scale, call.problem.slope, call.exponent,
+            *call.extent, chunk.first_unit, chunk.units, chunk.first_tile, call.words, chunk.capacity, S=call.shape,
         )  # fmt: skip
 
 
@@ -211,15 +204,14 @@ def support(
     marks = torch.zeros(*live.shape[:3], call.key_tiles, dtype=torch.bool, device=query.device)
     if problem.is_empty:
         return maximum.clone(), size, marks
-    query, key = aligned(query), aligned(key)
-    parts = list(chunks(call.units, call.query_tiles, call.key_tiles))
-    lists, counts = call.new_lists(live, parts[0].units * parts[0].tiles, call.key_tiles)
+    parts = call.query_chunks(LISTED)
+    lists = new_lists(parts, query.device)
     with device_of(query):
+        tensors = aligned(query), aligned(key)
         for chunk in parts:
-            call.list_tiles(live, lists, counts, chunk)
             chunk.run(
-                support_kernel, schedule.solve_launch(call.shape), matrix(query), matrix(key), maximum, offset, lists,
-                counts, size, marks, call.problem.slope, *call.extent,
-                chunk.first_unit, chunk.units, chunk.first_tile, call.key_tiles, call.key_tiles, S=call.shape,
+                support_kernel, schedule.threshold_launch(call.shape), *tensors, maximum, offset, live, lists, size,
+                marks, call.problem.slope, *call.extent, chunk.first_unit, chunk.units, chunk.first_tile, call.words,
+                chunk.capacity, S=call.shape,
             )  # fmt: skip
     return maximum * problem.slope, size, marks

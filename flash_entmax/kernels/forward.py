@@ -3,20 +3,29 @@
 import triton
 import triton.language as tl
 
-from .alpha import probability, support_weight
+from .alpha import newton_step, probability, support_weight
+from .lists import listed_tiles
 from .tile import (
     SIZES,
     Extent,
+    TileList,
     add_compensated,
+    heaviest_first,
     key_head,
-    load_tile,
+    list_of,
+    load_keys,
+    no_sums,
     open_rows,
     query_head,
     relative_distance,
     store_row,
     store_tile,
+    sum_keys,
     walk,
 )
+
+MAX_PASSES = tl.constexpr(40)
+ACCEPTED = tl.constexpr(1e-3)  # of F - 1, where one more step on the output itself leaves its square
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -24,23 +33,43 @@ def output_kernel(
     query, key, value, maximum, offset, lists, counts, output, value_mean, slope, exponent, heads, group,
     query_length, key_length, first_unit, units, first_tile, capacity, S: tl.constexpr,
 ):  # fmt: skip
+    """O and O1. Where some row's F is still above what is accepted, the tile takes a step and another pass: rare."""
     TILE: tl.constexpr = S.TILE
     VALUE_PADDED: tl.constexpr = S.VALUE_PADDED
     extent = Extent(heads, group, query_length, key_length)
-    rows = open_rows(query, maximum, offset, lists, counts, extent, first_unit, units, first_tile, capacity, S)
-    unit, first = rows.unit, rows.tile * TILE
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    index, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
+    tiles = TileList(places, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1))
+    rows = open_rows(query, maximum, offset, unit, tile, tiles, extent, S)
+    first, reach = tile * TILE, rows.reach
 
-    context = rows, slope / rows.reach, key_head(key, unit, extent), key_head(value, unit, extent), exponent, extent
-    nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
-    zero = tl.zeros((TILE,), tl.float32)
-    state = nothing, nothing, nothing, zero, zero, zero
-    total, _, mean, mass, _, weight = walk(accumulate, state, context, rows.tiles, False, S)
+    key, value = key_head(key, unit, extent), key_head(value, unit, extent)
+    total = tl.zeros((TILE, VALUE_PADDED), tl.float32)
+    mean = total
+    mass = tl.zeros((TILE,), tl.float32)
+    weight, stepped = mass, reach
+    passes = 0
+    unfinished = 1
+    while (unfinished > 0) & (passes < MAX_PASSES):
+        reach = stepped
+        context = rows, slope / reach, key, value, exponent, extent
+        nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
+        state = nothing, nothing, nothing, no_sums(S), no_sums(S)
+        total, _, mean, masses, weights = walk(accumulate, state, context, rows.tiles, False, S)
+        weight = tl.sum(weights[0], 1)
+        mass = tl.sum(masses[0], 1) * probability(reach, exponent, S.POWER)
+        stepped = newton_step(reach, mass, weight * support_weight(reach, exponent, S.POWER), exponent)
+        falls = (mass > 1.0) & (stepped < reach)
+        stepped = tl.where(falls, stepped, reach)
+        unfinished = tl.max(tl.where(falls & (mass > 1.0 + ACCEPTED), 1, 0), 0)
+        passes += 1
+    store_row(offset, unit, rows.row, extent, stepped)
 
-    mean /= tl.where(weight == 0, 1.0, weight)[:, None]
-    # p = offset^r x^r. Then one more step of tau, on the output itself: dO / d offset = r sum u v, so the step
+    # p = offset^r x^r. Then the last step of tau, on the output itself: dO / d offset = r sum u v, so the step
     # (1 - sum p) / (r sum u) adds (1 - sum p) O1. Long crowded rows feel the last bit of the offset without it.
-    power = probability(rows.reach, exponent, S.POWER)
-    total = total * power[:, None] + (1.0 - mass * power)[:, None] * mean
+    mean /= tl.where(weight == 0, 1.0, weight)[:, None]
+    total = total * probability(reach, exponent, S.POWER)[:, None]
+    total += (1.0 - mass)[:, None] * mean
     store_tile(query_head(output, unit, extent), first, query_length, total, TILE, S.VALUE, VALUE_PADDED)
     store_tile(query_head(value_mean, unit, extent), first, query_length, mean, TILE, S.VALUE, VALUE_PADDED)
 
@@ -48,9 +77,9 @@ def output_kernel(
 @triton.jit
 def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     rows, slope, key, value, exponent, extent = context
-    total, error, mean, mass, mass_error, weight = state
+    total, error, mean, mass, weight = state
     x = relative_distance(rows, slope, key, extent, key_tile, MASKED, S)
-    v = load_tile(value, key_tile * S.TILE, extent.key_length, S.TILE, S.VALUE, S.VALUE_PADDED)
+    v = load_keys(value, key_tile, extent, MASKED, S.TILE, S.VALUE, S.VALUE_PADDED)
     p = probability(x, exponent, S.POWER)
     u = support_weight(x, exponent, S.POWER)
     if S.COMPENSATED:
@@ -58,25 +87,27 @@ def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     else:
         total = tl.dot(p.to(v.dtype), v, total, input_precision=S.PRECISION)
     mean = tl.dot(u.to(v.dtype), v, mean, input_precision=S.PRECISION)
-    mass, mass_error = add_compensated(mass, mass_error, tl.sum(p, 1))
-    return total, error, mean, mass, mass_error, weight + tl.sum(u, 1)
+    return total, error, mean, sum_keys(mass, p, S), sum_keys(weight, u, S)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def support_kernel(
-    query, key, maximum, offset, lists, counts, size, marks, slope, heads, group,
-    query_length, key_length, first_unit, units, first_tile, key_tiles, capacity, S: tl.constexpr,
+    query, key, maximum, offset, live, lists, size, marks, slope, heads, group,
+    query_length, key_length, first_unit, units, first_tile, words, capacity, S: tl.constexpr,
 ):  # fmt: skip
     """Support size of each row, and a mark on each tile that holds a positive probability."""
     TILE: tl.constexpr = S.TILE
     extent = Extent(heads, group, query_length, key_length)
-    rows = open_rows(query, maximum, offset, lists, counts, extent, first_unit, units, first_tile, capacity, S)
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    _, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
+    tiles = listed_tiles(places, live, unit, tile, words, extent, False, S)
+    rows = open_rows(query, maximum, offset, unit, tile, tiles, extent, S)
 
     query_tiles = (query_length + TILE - 1) // TILE
-    row_of_marks = marks + (tl.cast(rows.unit, tl.int64) * query_tiles + rows.tile) * key_tiles
-    context = rows, slope / rows.reach, key_head(key, rows.unit, extent), row_of_marks, extent
+    row_of_marks = marks + (tl.cast(unit, tl.int64) * query_tiles + tile) * tl.cdiv(key_length, TILE)
+    context = rows, slope / rows.reach, key_head(key, unit, extent), row_of_marks, extent
     count = walk(count_tile, tl.zeros((TILE,), tl.int32), context, rows.tiles, False, S)
-    store_row(size, rows.unit, rows.row, extent, count)
+    store_row(size, unit, rows.row, extent, count)
 
 
 @triton.jit

@@ -1,67 +1,36 @@
-"""The one dense pass over Q K^T: the maximum of each row over each block of keys (a tile's), and nothing else.
+"""One pass over Q K^T on the listed tiles: the maximum of each row over each tile of keys, and nothing else.
 
-Maxima are stored for a chunk of units and rows as (unit, block of keys, row): neighbouring rows are neighbours in
-memory.
+Maxima are stored in 16 bits, in units of z and relative to a bound from below on the row's maximum, by place in the
+list. A difference that 16 bits cannot hold becomes +inf, which certifies nothing and kills nothing, or -inf, which is
+out of reach of any threshold.
 """
 
 import triton
 import triton.language as tl
 
-from .tile import (
-    SIZES,
-    Extent,
-    heaviest_first,
-    hide,
-    key_head,
-    load_tile,
-    maxima_column,
-    query_head,
-    store_row,
-    visible_keys,
-    visible_tiles,
-)
+from .tile import listed_scores, masked_scores
 
-
-@triton.jit(do_not_specialize=SIZES)
-def scan_kernel(
-    query, key, key_bound, maxima, maximum, slack, rounding, heads, group, query_length, key_length,
-    first_unit, units, first_tile, rows, blocks, S: tl.constexpr,
-):  # fmt: skip
-    """Stores `maxima` of the raw products, the row's `maximum` (+inf where no key is visible) and its `slack`."""
-    SCAN: tl.constexpr = S.SCAN
-    extent = Extent(heads, group, query_length, key_length)
-    unit, tile = heaviest_first(units, first_unit, first_tile)
-    row = tile * SCAN + tl.arange(0, SCAN)
-    limit = visible_keys(row, extent, S.CAUSAL)
-    q = load_tile(query_head(query, unit, extent), tile * SCAN, query_length, SCAN, S.HEAD, S.HEAD_PADDED)
-    # Two ways to add the same products differ by at most rounding * sum_i |q_i k_i| <= rounding * |q|_1 * max |k|.
-    size = tl.sum(tl.abs(q.to(tl.float32)), 1)
-    bound = tl.load(key_bound + unit // heads * (heads // group) + unit % heads // group)
-    store_row(slack, unit, row, extent, size * bound * rounding)
-
-    column = maxima_column(maxima, unit - first_unit, row - first_tile * SCAN, blocks, rows)
-    context = q, key_head(key, unit, extent), limit, column, rows, extent
-    best = tl.full((SCAN,), float("-inf"), tl.float32)
-    full, some = visible_tiles(tile, extent, S.CAUSAL, SCAN, SCAN)
-    for key_tile in range(full):
-        best = scan_tile(best, context, key_tile, False, S)
-    for key_tile in range(full, some):
-        best = scan_tile(best, context, key_tile, True, S)
-
-    store_row(maximum, unit, row, extent, tl.where(limit > 0, best, float("inf")))
+ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum, twice that of its 11 bits
 
 
 @triton.jit
-def scan_tile(best, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    q, key, limit, column, rows, extent = context
-    SCAN: tl.constexpr = S.SCAN
-    BLOCKS: tl.constexpr = S.SCAN // S.TILE
-    BLOCK: tl.constexpr = S.TILE
-    k = load_tile(key, key_tile * SCAN, extent.key_length, SCAN, S.HEAD, S.HEAD_PADDED)
-    score = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
-    if MASKED:
-        score = hide(score, tl.arange(0, SCAN)[None, :], (limit - key_tile * SCAN)[:, None])
-    block_maxima = tl.max(tl.reshape(score, (SCAN, BLOCKS, BLOCK)), 2)
-    block = tl.cast(key_tile * BLOCKS + tl.arange(0, BLOCKS), tl.int64)
-    tl.store(column[:, None] + block[None, :] * tl.multiple_of(rows, 32), block_maxima)
-    return tl.maximum(best, tl.max(block_maxima, 1))
+def scan_tiles(q, key, limit, below, tiles, column, slope, extent, S: tl.constexpr):
+    """(maximum, shift, noise): each row's maximum of query . key (+inf where no key is visible), what makes the stored
+    maxima relative to it, and how far storing them may move a z."""
+    TILE: tl.constexpr = S.TILE
+    ABREAST: tl.constexpr = S.ABREAST
+    best = tl.full((TILE,), float("-inf"), tl.float32)
+    unmasked = tiles.split // ABREAST * ABREAST
+    for place in range(0, unmasked, ABREAST):
+        score = listed_scores(q, key, tiles, place, S)
+        highest = tl.max(tl.reshape(score, (TILE, ABREAST, TILE)), 2)
+        pointers = column[:, None] + tl.cast(place + tl.arange(0, ABREAST), tl.int64)[None, :] * TILE
+        tl.store(pointers, ((highest - below[:, None]) * slope).to(tl.float16))
+        best = tl.maximum(best, tl.max(highest, 1))
+    for place in range(unmasked, tiles.count):
+        score = masked_scores(q, key, limit, tl.load(tiles.tiles + place), extent, S)
+        highest = tl.max(score, 1)
+        tl.store(column + tl.cast(place, tl.int64) * TILE, ((highest - below) * slope).to(tl.float16))
+        best = tl.maximum(best, highest)
+    shift = tl.where(limit > 0, (below - best) * slope, 0.0)
+    return tl.where(limit > 0, best, float("inf")), shift, ROUNDING * (1.0 + tl.abs(shift))

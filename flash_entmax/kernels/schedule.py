@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..problem import Problem
+from .tile import aligned_size
 
 
 @dataclass(frozen=True)
@@ -15,15 +16,17 @@ class Shape:
     """Everything that the kernels are compiled for."""
 
     TILE: int  # queries and keys of one tile of the live map
-    SCAN: int  # queries and keys of one tile of the dense scan, a multiple of TILE
-    HEAD: int  # head size of queries and keys, and the power of two that holds it
+    HEAD: int  # head size of queries and keys, a multiple of 16, and the power of two that holds it
     HEAD_PADDED: int
     VALUE: int  # head size of values, likewise
     VALUE_PADDED: int
     POWER: int  # 1 / (alpha - 1) where it is 1 or 2; 0 for any other alpha, whose exponent is a run-time number
     CAUSAL: bool
     PRECISION: str  # of float32 matrix products
-    COMPENSATED: bool  # outputs keep all digits of float32 over thousands of tiles
+    COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
+    ABREAST: int  # tiles of keys that the threshold's stages multiply at a time where no mask is needed
+    LANES: int  # parts in which a row's sums are kept until its last tile
+    SOLVED: float  # the solve leaves it to the output to confirm a last step from F - 1 up to this
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Launch:
 
 
 def padded_size(size: int) -> int:
-    """The power of two that holds a head size; matrix units need at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+    """The power of two that holds a head size."""
+    return 1 << (size - 1).bit_length()
 
 
 def tile_size(dtype: torch.dtype) -> int:
@@ -52,42 +55,48 @@ def tile_size(dtype: torch.dtype) -> int:
 
 def shape_of(problem: Problem, dtype: torch.dtype) -> Shape:
     tile = tile_size(dtype)
-    head, value = padded_size(problem.head_size), padded_size(problem.value_size)
+    power = {2.0: 1, 1.5: 2}.get(problem.alpha, 0)
+    head, value = aligned_size(problem.head_size), aligned_size(problem.value_size)
     return Shape(
         TILE=tile,
-        SCAN=tile if dtype == torch.float32 or head > 128 else 128,
-        HEAD=problem.head_size,
-        HEAD_PADDED=head,
-        VALUE=problem.value_size,
-        VALUE_PADDED=value,
-        POWER={2.0: 1, 1.5: 2}.get(problem.alpha, 0),
+        HEAD=head,
+        HEAD_PADDED=padded_size(head),
+        VALUE=value,
+        VALUE_PADDED=padded_size(value),
+        POWER=power,
         CAUSAL=problem.is_causal,
         PRECISION="ieee",
         COMPENSATED=dtype == torch.float32,
+        ABREAST=2 if tile == 64 and head <= 64 and power else 1,
+        LANES=1 if dtype == torch.float32 else 8,
+        SOLVED=1e-6 if dtype == torch.float32 else 0.05,
     )
 
 
-CERTIFY = Launch(4, 2)
-LISTS = Launch(1, 1)
+SUMMARY = Launch(4, 1)
 
 
-def scan_launch(shape: Shape) -> Launch:
-    """At head sizes up to 64 two programs share a multiprocessor, which has 2 x 256 x 128 registers."""
-    if shape.SCAN == 128:
-        return Launch(8, 3, registers=128 if shape.HEAD_PADDED <= 64 else None)
-    return Launch(4, 2)
+def registers(shape: Shape, programs: int) -> int | None:
+    """So many that `programs` of 128 threads share a multiprocessor; float32 needs all that there are."""
+    return None if shape.COMPENSATED else 65536 // (128 * programs) // 8 * 8
 
 
-def solve_launch(shape: Shape) -> Launch:
-    return Launch(4, 3 if shape.HEAD_PADDED <= 128 else 2)
+def threshold_launch(shape: Shape) -> Launch:
+    if shape.HEAD_PADDED <= 64:
+        return Launch(4, 3, registers(shape, 4))
+    return Launch(4, 2, registers(shape, 3)) if shape.HEAD_PADDED <= 128 else Launch(4, 2)
 
 
 def output_launch(shape: Shape) -> Launch:
-    return Launch(4, 3) if max(shape.HEAD_PADDED, shape.VALUE_PADDED) <= 64 else wide_launch(shape)
+    return Launch(4, 3, registers(shape, 3)) if is_narrow(shape) else wide_launch(shape)
 
 
 def gradient_launch(shape: Shape) -> Launch:
-    return Launch(4, 2) if max(shape.HEAD_PADDED, shape.VALUE_PADDED) <= 64 else wide_launch(shape)
+    return Launch(4, 2, registers(shape, 3)) if is_narrow(shape) else wide_launch(shape)
+
+
+def is_narrow(shape: Shape) -> bool:
+    return max(shape.HEAD_PADDED, shape.VALUE_PADDED) <= 64
 
 
 def wide_launch(shape: Shape) -> Launch:

@@ -1,155 +1,137 @@
-"""The threshold: certify which tiles can hold support from the block maxima, then solve exactly on those tiles.
+"""The threshold of each row, and the tiles that hold support: bound, scan, certify, solve, one after the other.
 
-Both store the row's offset, tau = slope * maximum - offset in units of z, and mark the tiles that may hold support.
+One program takes one tile of queries through all four. The row's offset, tau = slope * maximum - offset in units of z,
+is at or above the true one at every moment, so that each list of tiles holds all support, and only gets shorter.
 """
 
 import triton
 import triton.language as tl
 
-from .alpha import newton_step, probability, smallest_offset, step, support_weight
+from .alpha import newton_step, probability, support_weight
+from .bound import bound_tiles
+from .certify import PLACES, certify_offset, shorten
+from .scan import scan_tiles
 from .tile import (
     SIZES,
     WORD,
     Extent,
-    add_compensated,
+    Rows,
     distance,
     heaviest_first,
     key_head,
-    load_row,
-    maxima_column,
-    open_rows,
-    relative_distance,
+    list_of,
+    listed_scores,
+    load_queries,
+    masked_scores,
+    no_sums,
     store_row,
+    sum_keys,
+    visible_keys,
     visible_tiles,
-    walk,
 )
 
-CERTIFY_STEPS = tl.constexpr(3)
 MAX_STEPS = tl.constexpr(40)
-TOLERANCE = tl.constexpr(1e-6)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def certify_kernel(
-    maxima, maximum, slack, offset, live, slope, exponent, heads, group, query_length, key_length,
-    first_unit, units, first_tile, rows, blocks, words, S: tl.constexpr,
+def threshold_kernel(
+    query, key, centre, radius, error, largest, maxima, maximum, offset, live, lists, counts, slope, rounding, exponent,
+    heads, group, query_length, key_length, first_unit, units, first_tile, words, capacity, S: tl.constexpr,
 ):  # fmt: skip
-    """An offset at or above the true one: maxima are a subset of the scores, and Newton's steps end above the root."""
+    """Stores each row's `maximum` (of query . key; +inf where no key is visible) and `offset`, the list of tiles that
+    may hold support, and their bits in `live`."""
     TILE: tl.constexpr = S.TILE
     extent = Extent(heads, group, query_length, key_length)
     unit, tile = heaviest_first(units, first_unit, first_tile)
     row = tile * TILE + tl.arange(0, TILE)
-    top = load_row(maximum, unit, row, extent, float("inf"))
-    noise, doubt = load_noise(slack, unit, row, extent)
-    column = maxima_column(maxima, unit - first_unit, row - first_tile * TILE, blocks, rows)
-    _, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
-    spans = tl.cdiv(some, WORD)
-    # A step is rounded relative to the offset that it starts from: by 2^-24 for each span of maxima, added one after
-    # the other, and by less than 2^-17 for the powers and the sums within a span.
-    rounding = (spans + 64) * 2.0**-22
+    limit = visible_keys(row, extent, S.CAUSAL)
+    full, _ = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
+    q = load_queries(query, unit, tile, extent, S)
+    index, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
+    column = maxima + tl.cast(index, tl.int64) * capacity * TILE + tl.arange(0, TILE)
 
-    reach = tl.full((TILE,), 1.0, tl.float32)
-    for _ in range(CERTIFY_STEPS):
-        total = tl.zeros((TILE,), tl.float32)
-        weight = tl.zeros((TILE,), tl.float32)
-        for word in range(spans):
-            d = distance(load_maxima(column, word, some, rows, S), top[:, None], slope, reach[:, None])
-            total += tl.sum(probability(d, exponent, S.POWER), 1)
-            weight += tl.sum(support_weight(d, exponent, S.POWER), 1)
-        stepped = newton_step(reach, total, weight, exponent) + rounding * reach
-        reach = tl.where(stepped < reach, stepped, reach)
-    reach += noise
-    store_row(offset, unit, row, extent, reach)
-    mark_tiles(column, top, reach + doubt, live, unit, tile, slope, some, rows, words, extent, S)
-
-
-@triton.jit
-def load_noise(slack, unit, row, extent):
-    """(noise, doubt): how far rounding may move a z, cut off at 1; the same, but NaN where it is not below 1.
-
-    A bound of 1 or more, or NaN (something in the head is not finite), certifies nothing: then every tile survives.
-    """
-    bound = load_row(slack, unit, row, extent, 0.0)
-    return tl.minimum(bound, 1.0), tl.where(bound < 1.0, bound, float("nan"))
-
-
-@triton.jit
-def load_maxima(column, word, some, rows, S: tl.constexpr):
-    """(TILE, 32): maxima over 32 tiles of keys; -inf past the last tile that some query sees."""
-    block = tl.arange(0, WORD) + word * WORD
-    return tl.load(
-        column[:, None] + tl.cast(block, tl.int64)[None, :] * tl.multiple_of(rows, 32),
-        mask=(block < some)[None, :],
-        other=float("-inf"),
-    )
-
-
-@triton.jit
-def mark_tiles(column, top, reach, live, unit, tile, slope, some, rows, words, extent, S: tl.constexpr):
-    """Set the bit of every tile of keys of which some row has a maximum above its threshold. NaN sets it too."""
-    tiles = (extent.query_length + S.TILE - 1) // S.TILE
-    row_of_words = live + (tl.cast(unit, tl.int64) * tiles + tile) * words
-    bit = tl.arange(0, WORD)
-    for word in range(tl.cdiv(some, WORD)):
-        score = load_maxima(column, word, some, rows, S)
-        dead = (score - top[:, None]) * slope + reach[:, None] <= 0
-        alive = tl.max(tl.where(dead, 0, 1), 0)
-        alive = tl.where(bit + word * WORD < some, alive, 0)
-        tl.store(row_of_words + word, tl.sum(alive << bit, 0))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def solve_kernel(
-    query, key, maxima, maximum, slack, offset, live, lists, counts, slope, exponent, heads, group, query_length,
-    key_length, first_unit, units, first_tile, rows, blocks, words, capacity, S: tl.constexpr,
-):  # fmt: skip
-    """Safeguarded steps over the listed tiles until every row of the tile sums to 1, then a tighter map."""
-    TILE: tl.constexpr = S.TILE
-    extent = Extent(heads, group, query_length, key_length)
-    listed = open_rows(query, maximum, offset, lists, counts, extent, first_unit, units, first_tile, capacity, S)
-    unit, tile, limit, reach = listed.unit, listed.tile, listed.limit, listed.reach
-    noise, doubt = load_noise(slack, unit, listed.row, extent)
+    summary = centre, radius, error, largest
+    tiles, below, noise = bound_tiles(places, q, unit, tile, limit, summary, slope, rounding, extent, S)
+    tl.debug_barrier()  # the list is there for all
 
     key = key_head(key, unit, extent)
-    high = reach
-    low = tl.maximum(smallest_offset(limit, exponent) - noise, 1e-30)
-    zero = tl.zeros((TILE,), tl.float32)
-    passes = 0
-    unfinished = listed.tiles.count
-    while (unfinished > 0) & (passes < MAX_STEPS):
-        context = listed, slope / reach, key, exponent, extent
-        total, _, weight, count = walk(accumulate, (zero, zero, zero, zero), context, listed.tiles, False, S)
-        total = total * probability(reach, exponent, S.POWER)
-        weight = weight * support_weight(reach, exponent, S.POWER)
-        pending = (limit > 0) & (tl.abs(total - 1.0) > TOLERANCE)
-        low = tl.where(total < 1.0, reach, low)
-        high = tl.where(total < 1.0, high, reach)
-        stepped = step(reach, total, weight, count, exponent, S.POWER)
-        # The ends were tried already: a step back to one could go on for ever between two neighbouring numbers.
-        inside = (stepped > low) & (stepped < high) | (stepped == reach)
-        stepped = tl.where(inside, stepped, 0.5 * (low + high))
-        stepped = tl.where(pending, stepped, reach)
-        unfinished = tl.max(tl.where(pending & (stepped != reach), 1, 0), 0)
-        reach = stepped
-        passes += 1
-    store_row(offset, unit, listed.row, extent, tl.where(limit > 0, reach, 1.0))
+    top, shift, stored = scan_tiles(q, key, limit, below, tiles, column, slope, extent, S)
+    tl.debug_barrier()  # the maxima are there for all
 
-    column = maxima_column(maxima, unit - first_unit, listed.row - first_tile * TILE, blocks, rows)
-    _, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
+    # A slack of 1 or more, or NaN (something in the head is not finite), certifies nothing: every tile survives.
+    slack = noise + stored
+    doubt = tl.where(slack < 1.0, slack, float("nan"))
+    reach = certify_offset(column, tiles.count, shift, exponent, S) + tl.minimum(slack, 1.0)
+    tiles = shorten(tiles, column, shift + reach + doubt, full, S)
+
+    reach = solve(Rows(unit, tile, row, limit, top, reach, q, tiles), key, slope, exponent, extent, S)
     # 2^-20 covers the rounding of slope / offset in the relative distances that the output sees.
-    mark_tiles(
-        column, listed.top, reach * (1.0 + 2.0**-20) + doubt, live, unit, tile, slope, some, rows, words, extent, S
-    )
+    tiles = shorten(tiles, column, shift + reach * (1.0 + 2.0**-20) + doubt, full, S)
+
+    store_row(maximum, unit, row, extent, top)
+    store_row(offset, unit, row, extent, tl.where(limit > 0, reach, 1.0))
+    tl.store(counts + 2 * index, tiles.split)
+    tl.store(counts + 2 * index + 1, tiles.count)
+    query_tiles = (query_length + TILE - 1) // TILE
+    mark_tiles(tiles, live + (tl.cast(unit, tl.int64) * query_tiles + tile) * words, words)
 
 
 @triton.jit
-def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    """Add one tile to F (with the rounding error that the additions left), sum u and the support size of each row."""
-    rows, slope, key, exponent, extent = context
-    total, error, weight, count = state
-    x = relative_distance(rows, slope, key, extent, key_tile, MASKED, S)
-    total, error = add_compensated(total, error, tl.sum(probability(x, exponent, S.POWER), 1))
-    weight += tl.sum(support_weight(x, exponent, S.POWER), 1)
-    if S.POWER == 2:
-        count += tl.sum(tl.where(x > 0, 1.0, 0.0), 1)
-    return total, error, weight, count
+def solve(rows, key, slope, exponent, extent, S: tl.constexpr):
+    """Newton's steps over the listed tiles until no row of the tile has F above 1 by more than S.SOLVED.
+
+    Each step ends at or above the true offset, so any of them may be the last.
+    """
+    reach = rows.reach
+    passes = 0
+    unfinished = rows.tiles.count
+    unmasked = rows.tiles.split // S.ABREAST * S.ABREAST
+    while (unfinished > 0) & (passes < MAX_STEPS):
+        relative = slope / reach
+        context = rows.top, relative, 1.0 - rows.top * relative, exponent
+        total, weight = no_sums(S), no_sums(S)
+        for place in range(0, unmasked, S.ABREAST):
+            score = listed_scores(rows.q, key, rows.tiles, place, S)
+            total, weight = accumulate(total, weight, score, context, S)
+        for place in range(unmasked, rows.tiles.count):
+            score = masked_scores(rows.q, key, rows.limit, tl.load(rows.tiles.tiles + place), extent, S)
+            total, weight = accumulate(total, weight, score, context, S)
+        total = tl.sum(total[0], 1) * probability(reach, exponent, S.POWER)
+        weight = tl.sum(weight[0], 1) * support_weight(reach, exponent, S.POWER)
+        stepped = newton_step(reach, total, weight, exponent)
+        falls = (total > 1.0) & (stepped < reach)
+        unfinished = tl.max(tl.where(falls & (total > 1.0 + S.SOLVED), 1, 0), 0)
+        reach = tl.where(falls, stepped, reach)
+        passes += 1
+    if not S.COMPENSATED:  # what the multiply-add may have lost
+        reach += tl.where(rows.limit > 0, tl.abs(rows.top * slope) * 2.0**-22, 0.0)
+    return reach
+
+
+@triton.jit
+def accumulate(total, weight, score, context, S: tl.constexpr):
+    """Add scores to F and to sum u of each row, both relative to the offset.
+
+    In 16-bit types one multiply-add gives the distance, off by at most 2^-23 of the largest z.
+    """
+    top, slope, intercept, exponent = context
+    if S.COMPENSATED:
+        x = distance(score, top[:, None], slope[:, None], 1.0)
+    else:
+        x = tl.maximum(score * slope[:, None] + intercept[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    total = sum_keys(total, probability(x, exponent, S.POWER), S)
+    return total, sum_keys(weight, support_weight(x, exponent, S.POWER), S)
+
+
+@triton.jit
+def mark_tiles(tiles, row_of_words, words):
+    """Write the row's words of the map: the bits of the listed tiles, and no others."""
+    for first in range(0, words, PLACES):
+        word = first + tl.arange(0, PLACES)
+        tl.store(row_of_words + word, tl.zeros((PLACES,), tl.int32), mask=word < words)
+    tl.debug_barrier()
+    for first in range(0, tiles.count, PLACES):
+        place = first + tl.arange(0, PLACES)
+        tile = tl.load(tiles.tiles + place, mask=place < tiles.count, other=0)
+        bit = tl.full((PLACES,), 1, tl.int32) << (tile % WORD)
+        tl.atomic_or(row_of_words + tile // WORD, bit, mask=place < tiles.count, sem="relaxed")

@@ -14,22 +14,22 @@ from ..problem import WORD_BITS, ceil_div
 
 WORD = tl.constexpr(WORD_BITS)
 ROW_ALIGNMENT = 16  # elements; Triton takes a stride for aligned when 16 divides it
+LONGEST_ROW = 2**24  # elements from row to row, so that offsets inside a tile fit 32 bits
 
 # Names of the kernels' sizes that may change from call to call: a new value of one compiles nothing.
 SIZES = (
     "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile",
-    "rows", "blocks", "words", "key_tiles", "candidates", "capacity",
+    "words", "key_tiles", "candidates", "capacity",
 )  # fmt: skip
 
 
 class Matrix(NamedTuple):
-    """A (batch, heads, length, dim) tensor of any strides."""
+    """A (batch, heads, length, dim) tensor with contiguous rows."""
 
     data: Tensor
     batch_stride: int
     head_stride: int
     row_stride: int
-    column_stride: int
 
 
 class Extent(NamedTuple):
@@ -64,22 +64,36 @@ class Rows(NamedTuple):
 
 def matrix(tensor: Tensor) -> Matrix:
     """Dimensions of extent 1 get stride 0: whatever stride a view left there, it decides nothing."""
-    *strides, column_stride = tensor.stride()
-    strides = (stride if extent > 1 else 0 for stride, extent in zip(strides, tensor.shape, strict=False))
-    return Matrix(tensor, *strides, column_stride if tensor.shape[-1] > 1 else 1)
+    batch, heads, length, _ = tensor.shape
+    strides = tensor.stride()
+    return Matrix(
+        tensor, strides[0] if batch > 1 else 0, strides[1] if heads > 1 else 0, strides[2] if length > 1 else 0
+    )
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself, if all its rows start at multiples of 16 elements and 16 bytes; else a copy whose rows do.
+def aligned_size(size: int) -> int:
+    return ceil_div(size, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
-    Only aligned rows are copied into shared memory asynchronously; see docs/design.md for what went wrong without.
+
+def aligned(tensor: Tensor) -> Matrix:
+    """The tensor itself, if 16 divides its head size and its rows start at multiples of 16 elements and 16 bytes.
+
+    Else a copy of which that is true, with zeros in the columns that it adds: only such rows are copied into shared
+    memory asynchronously; see docs/design.md for what went wrong without.
     """
-    m = matrix(tensor)
-    if m.column_stride == 1 and all(stride % ROW_ALIGNMENT == 0 for stride in m[1:4]) and tensor.data_ptr() % 16 == 0:
-        return tensor
-    size = tensor.shape[-1]
-    copy = tensor.new_empty(*tensor.shape[:-1], ceil_div(size, ROW_ALIGNMENT) * ROW_ALIGNMENT)[..., :size]
-    return copy.copy_(tensor)
+    size, m = tensor.shape[-1], matrix(tensor)
+    steps = size | m.batch_stride | m.head_stride | m.row_stride  # 16 divides all of them or not their union of bits
+    contiguous = tensor.stride(-1) == 1 and m.row_stride <= LONGEST_ROW
+    if contiguous and steps % ROW_ALIGNMENT == 0 and tensor.data_ptr() % 16 == 0:
+        return m
+    copy = tensor.new_zeros(*tensor.shape[:-1], aligned_size(size))
+    copy[..., :size] = tensor
+    return matrix(copy)
+
+
+def trimmed(tensor: Tensor, size: int) -> Tensor:
+    """Without the columns that `aligned` added."""
+    return tensor if tensor.shape[-1] == size else tensor[..., :size].contiguous()
 
 
 @triton.jit
@@ -105,18 +119,29 @@ def key_head(m, unit, extent):
 @triton.jit
 def head_of(m, batch, head):
     data = m.data + tl.cast(batch, tl.int64) * m.batch_stride + tl.cast(head, tl.int64) * m.head_stride
-    return Matrix(data, m.batch_stride, m.head_stride, m.row_stride, m.column_stride)
+    return Matrix(data, m.batch_stride, m.head_stride, m.row_stride)
+
+
+@triton.jit
+def row_pointers(rows, unit, row, extent):
+    return rows + tl.cast(unit, tl.int64) * extent.query_length + row
+
+
+@triton.jit
+def load_row(rows, unit, row, extent, other):
+    return tl.load(row_pointers(rows, unit, row, extent), mask=row < extent.query_length, other=other)
+
+
+@triton.jit
+def store_row(rows, unit, row, extent, value):
+    tl.store(row_pointers(rows, unit, row, extent), value, mask=row < extent.query_length)
 
 
 @triton.jit
 def tile_pointers(m, first, TILE: tl.constexpr, PADDED: tl.constexpr):
-    row = tl.cast(tl.arange(0, TILE), tl.int64)
-    column = tl.cast(tl.arange(0, PADDED), tl.int64)
-    return (
-        m.data
-        + tl.cast(first, tl.int64) * m.row_stride
-        + (row[:, None] * m.row_stride + column[None, :] * m.column_stride)
-    )
+    """64-bit to the tile, 32-bit inside it: the offsets stay in registers while the tile moves."""
+    inside = tl.arange(0, TILE)[:, None] * m.row_stride + tl.arange(0, PADDED)[None, :]
+    return m.data + tl.cast(first, tl.int64) * m.row_stride + inside
 
 
 @triton.jit
@@ -134,24 +159,39 @@ def load_tile(m, first, rows, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl
 
 
 @triton.jit
+def load_whole_tile(m, first, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """The same where all rows are there: nothing is compared."""
+    return load_columns(tile_pointers(m, first, TILE, PADDED), SIZE, PADDED)
+
+
+@triton.jit
+def load_columns(pointers, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    if SIZE == PADDED:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(tl.arange(0, PADDED) < SIZE)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def load_keys(m, tile, extent, MASKED: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """A tile of keys or values; one that needs no mask is seen whole, and so it is whole."""
+    if MASKED:
+        keys = load_tile(m, tile * TILE, extent.key_length, TILE, SIZE, PADDED)
+    else:
+        keys = load_whole_tile(m, tile * TILE, TILE, SIZE, PADDED)
+    return keys
+
+
+@triton.jit
+def load_queries(query, unit, tile, extent, S: tl.constexpr):
+    return load_tile(query_head(query, unit, extent), tile * S.TILE, extent.query_length, S.TILE, S.HEAD, S.HEAD_PADDED)
+
+
+@triton.jit
 def store_tile(m, first, rows, tile, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
     tile = tile.to(m.data.dtype.element_ty)
     tl.store(tile_pointers(m, first, TILE, PADDED), tile, mask=tile_mask(first, rows, TILE, SIZE, PADDED))
-
-
-@triton.jit
-def row_pointers(rows, unit, row, extent):
-    return rows + tl.cast(unit, tl.int64) * extent.query_length + row
-
-
-@triton.jit
-def load_row(rows, unit, row, extent, other):
-    return tl.load(row_pointers(rows, unit, row, extent), mask=row < extent.query_length, other=other)
-
-
-@triton.jit
-def store_row(rows, unit, row, extent, value):
-    tl.store(row_pointers(rows, unit, row, extent), value, mask=row < extent.query_length)
 
 
 @triton.jit
@@ -183,6 +223,29 @@ def hide(score, key, limit):
 
 
 @triton.jit
+def listed_scores(q, key, tiles, place, S: tl.constexpr):
+    """query . key of S.ABREAST listed tiles without a mask: two share the loop's overhead and make wider products."""
+    TILE: tl.constexpr = S.TILE
+    first = tl.load(tiles.tiles + place)
+    if S.ABREAST == 2:
+        row = tl.arange(0, 2 * TILE)
+        apart = tl.cast(tl.load(tiles.tiles + place + 1) - first - 1, tl.int64) * TILE * key.row_stride
+        second = tl.where(row < TILE, 0, apart)[:, None]
+        k = load_columns(tile_pointers(key, first * TILE, 2 * TILE, S.HEAD_PADDED) + second, S.HEAD, S.HEAD_PADDED)
+    else:
+        k = load_whole_tile(key, first * TILE, TILE, S.HEAD, S.HEAD_PADDED)
+    return tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
+
+
+@triton.jit
+def masked_scores(q, key, limit, key_tile, extent, S: tl.constexpr):
+    """query . key of one tile; -inf where a query does not see the key."""
+    k = load_tile(key, key_tile * S.TILE, extent.key_length, S.TILE, S.HEAD, S.HEAD_PADDED)
+    score = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
+    return hide(score, tl.arange(0, S.TILE)[None, :], (limit - key_tile * S.TILE)[:, None])
+
+
+@triton.jit
 def distance(score, maximum, slope, intercept):
     """d = [slope (score - maximum) + intercept]_+; NaN stays NaN.
 
@@ -190,6 +253,17 @@ def distance(score, maximum, slope, intercept):
     powers neither underflow nor overflow in 16 bits. The subtraction comes first: it is exact where it matters.
     """
     return tl.maximum((score - maximum) * slope + intercept, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relative_distance(rows, slope, key, extent, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+    """x = [z - tau]_+ / offset of one tile of queries and keys, from the row's slope / offset."""
+    TILE: tl.constexpr = S.TILE
+    k = load_keys(key, key_tile, extent, MASKED, TILE, S.HEAD, S.HEAD_PADDED)
+    score = tl.dot(rows.q, tl.trans(k), input_precision=S.PRECISION)
+    if MASKED:
+        score = hide(score, tl.arange(0, TILE)[None, :], (rows.limit - key_tile * TILE)[:, None])
+    return distance(score, rows.top[:, None], slope[:, None], 1.0)
 
 
 @triton.jit
@@ -201,42 +275,46 @@ def add_compensated(total, error, part):
 
 
 @triton.jit
-def relative_distance(rows, slope, key, extent, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    """x = [z - tau]_+ / offset of one tile of queries and keys, from the row's slope / offset."""
+def no_sums(S: tl.constexpr):
+    """The start of a running `sum_keys`."""
     TILE: tl.constexpr = S.TILE
-    k = load_tile(key, key_tile * TILE, extent.key_length, TILE, S.HEAD, S.HEAD_PADDED)
-    score = tl.dot(rows.q, tl.trans(k), input_precision=S.PRECISION)
-    if MASKED:
-        score = hide(score, tl.arange(0, TILE)[None, :], (rows.limit - key_tile * TILE)[:, None])
-    return distance(score, rows.top[:, None], slope[:, None], 1.0)
+    LANES: tl.constexpr = S.LANES
+    nothing = tl.zeros((TILE, LANES), tl.float32)
+    return nothing, nothing
 
 
 @triton.jit
-def maxima_column(maxima, unit, row, blocks, rows):
-    """Pointers to the rows' first block maxima, which are stored as (unit, block of keys, row of the chunk)."""
-    return maxima + tl.cast(unit, tl.int64) * blocks * tl.multiple_of(rows, 32) + row
+def sum_keys(sums, addends, S: tl.constexpr):
+    """Add one or more (TILE, TILE) tiles along their keys to running sums of each row, kept in LANES parts and, in
+    float32, exactly.
 
-
-@triton.jit
-def open_list(lists, counts, index, capacity):
-    return TileList(
-        lists + tl.cast(index, tl.int64) * capacity, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1)
-    )
-
-
-@triton.jit
-def open_rows(
-    query, maximum, offset, lists, counts, extent, first_unit, units, first_tile, capacity, S: tl.constexpr
-):  # fmt: skip
-    """What a program needs of its tile of queries, and the list of its live tiles of keys."""
+    Columns that are LANES apart lie in one thread, so no tile waits for an exchange between threads.
+    """
     TILE: tl.constexpr = S.TILE
-    unit, tile = heaviest_first(units, first_unit, first_tile)
-    row = tile * TILE + tl.arange(0, TILE)
+    LANES: tl.constexpr = S.LANES
+    total, error = sums
+    part = tl.sum(tl.reshape(addends, (TILE, addends.shape[1] // LANES, LANES)), 1)
+    if S.COMPENSATED:
+        total, error = add_compensated(total, error, part)
+    else:
+        total += part
+    return total, error
+
+
+@triton.jit
+def list_of(lists, unit, tile, units, first_unit, first_tile, capacity):
+    """(number of a tile's list among those of its chunk, its first place)."""
+    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile
+    return index, lists + tl.cast(index, tl.int64) * capacity
+
+
+@triton.jit
+def open_rows(query, maximum, offset, unit, tile, tiles, extent, S: tl.constexpr):
+    """What a program needs of its tile of queries to walk the list of its live tiles of keys."""
+    row = tile * S.TILE + tl.arange(0, S.TILE)
     top = load_row(maximum, unit, row, extent, float("inf"))
     reach = load_row(offset, unit, row, extent, 1.0)
-    q = load_tile(query_head(query, unit, extent), tile * TILE, extent.query_length, TILE, S.HEAD, S.HEAD_PADDED)
-    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile
-    tiles = open_list(lists, counts, index, capacity)
+    q = load_queries(query, unit, tile, extent, S)
     return Rows(unit, tile, row, visible_keys(row, extent, S.CAUSAL), top, reach, q, tiles)
 
 

@@ -1,0 +1,77 @@
+"""Under what a number was measured: machine, versions, settings, and how time was taken."""
+
+import json
+import platform
+import shutil
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from flash_entmax import __version__
+
+from .measure import timing_method
+from .settings import ALPHA, Settings
+
+PEERS = ("adasplash", "entmax")
+
+
+def conditions_of(settings: Settings) -> dict[str, object]:
+    return {
+        "device": device_name(settings),
+        "driver": driver() if settings.on_cuda else None,
+        "flash_entmax": __version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if settings.on_cuda else None,
+        "cudnn": torch.backends.cudnn.version() if settings.on_cuda else None,
+        "triton": version_of("triton"),
+        "python": platform.python_version(),
+        "peers": {name: version_of(name) for name in PEERS},
+        "date": time.strftime("%Y-%m-%d"),
+        "command": settings.command,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "causal": True,
+        "batch": 1,
+        "alpha": ALPHA,
+        "inputs": "testing.topic_inputs, seed 0",
+        "timing": timing_method(settings),
+        "clocks": "not changed",
+    }
+
+
+def device_name(settings: Settings) -> str:
+    if settings.on_cuda:
+        return torch.cuda.get_device_name()
+    return f"{processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The model name that Linux knows, or what Python knows."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def driver() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """In one step, so that a run that is cut short leaves the results so far and no torn file."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)

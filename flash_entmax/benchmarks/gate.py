@@ -1,0 +1,94 @@
+"""Nothing is timed before it is right: output and gradients of the very call to be timed, against float64.
+
+The output is compared on the rows that are checked, the gradients of query, key and value in full, in the first key
+head and the query heads that share it. Up to EVERY_ROW tokens all rows are checked. Beyond, the gradient of the output
+is zero but in the last LAST_ROWS rows: these see every key, and alone decide all gradients, so that the reference has
+no others to compute.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_entmax import entmax_attention
+from flash_entmax.testing import relative_error
+
+from .measure import Attend, step
+from .settings import Case
+
+EVERY_ROW = 8192
+LAST_ROWS = 256
+SLICE_SCORES = 2**24
+QUANTITIES = ("output", "gradient of query", "gradient of key", "gradient of value")
+OUR_OUTPUT_BUDGET = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+OUR_GRADIENT_BUDGET = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+# In 16 bits the rounded delta of softmax meets all keys with one sign: its gradient of query is off by up to 3e-2.
+PEER_OUTPUT_BUDGET, PEER_GRADIENT_BUDGET = 5e-2, 8e-2
+
+
+class Verdict(NamedTuple):
+    """Relative error of each quantity, max |difference| / max |exact|, and what is wrong, if anything is."""
+
+    errors: dict[str, float]
+    wrong: str
+
+
+class Truth:
+    """The gradient of the output to check a case with, and its float64 results, computed when first asked for."""
+
+    def __init__(self, case: Case, inputs: tuple[Tensor, Tensor, Tensor], grad_output: Tensor) -> None:
+        self.group, self.inputs = case.group, inputs
+        self.first_row = 0 if case.length <= EVERY_ROW else case.length - LAST_ROWS
+        self.grad_output = grad_output.clone()
+        self.grad_output[:, :, : self.first_row] = 0
+        self.known: dict[float, tuple[Tensor, ...]] = {}
+
+    def results(self, alpha: float) -> tuple[Tensor, ...]:
+        """Output and gradients in float64, by the reference; alpha 1 is softmax."""
+        if alpha not in self.known:
+            query, key, value = (tensor.detach().double() for tensor in self.of_first_key_head(self.inputs))
+            grad_output = self.of_first_key_head([self.grad_output])[0].double()
+            self.known[alpha] = exact(query, key, value, grad_output, alpha, self.first_row)
+        return self.known[alpha]
+
+    def of_first_key_head(self, tensors) -> list[Tensor]:
+        """The first key head of keys and values, and the query heads that share it."""
+        heads = self.inputs[0].shape[1]
+        return [tensor[:, : self.group if tensor.shape[1] == heads else 1] for tensor in tensors]
+
+    def judge(self, attend: Attend, alpha: float, is_ours: bool) -> Verdict:
+        results = self.of_first_key_head(step(attend, self.inputs, self.grad_output))
+        results[0], truth = results[0][:, :, self.first_row :], self.results(alpha)
+        errors, wrong = {}, ""
+        for name, result, expected in zip(QUANTITIES, results, truth, strict=True):
+            budget = self.budget(name, is_ours)
+            errors[name] = relative_error(result, expected)
+            if not errors[name] <= budget and not wrong:
+                wrong = f"relative error {errors[name]:.2g} of the {name}, over {budget:g}"
+        return Verdict(errors, wrong)
+
+    def budget(self, name: str, is_ours: bool) -> float:
+        if not is_ours:
+            return PEER_OUTPUT_BUDGET if name == "output" else PEER_GRADIENT_BUDGET
+        budgets = OUR_OUTPUT_BUDGET if name == "output" else OUR_GRADIENT_BUDGET
+        return budgets[self.inputs[0].dtype]
+
+
+def exact(
+    query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, alpha: float, first_row: int
+) -> tuple[Tensor, ...]:
+    """Output of the rows from first_row on, and the gradients, a slice of rows at a time: row i sees keys 0 .. i."""
+    length = query.shape[2]
+    outputs, gradients = [], [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    rows = max(1, SLICE_SCORES // (length * query.shape[1]))
+    for start in range(first_row, length, rows):
+        stop = min(length, start + rows)
+        parts = slice(start, stop), slice(0, stop), slice(0, stop)
+        tensors = [tensor[:, :, part].requires_grad_() for tensor, part in zip((query, key, value), parts, strict=True)]
+        output = entmax_attention(*tensors, alpha=alpha, is_causal=True, impl="reference")
+        found = torch.autograd.grad(output, tensors, grad_output[:, :, start:stop])
+        for gradient, part, piece in zip(gradients, parts, found, strict=True):
+            gradient[:, :, part] += piece
+        outputs.append(output.detach())
+    return torch.cat(outputs, dim=2), *gradients

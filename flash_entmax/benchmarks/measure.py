@@ -1,0 +1,133 @@
+"""Time and memory of one call: medians, peak allocation, our kernels one by one, the rate of a matrix product.
+
+On CUDA the times are triton.testing.do_bench's: CUDA events around each call, the L2 cache cleared before it. A call
+slower than SLOW_MS is timed three times instead, which no cache changes. Short steps may wait for the host that
+launches them; so up to GRAPH_LONGEST tokens a step is also timed as a CUDA graph, which needs no host. On CPU the times
+are those of torch.utils.benchmark.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from .settings import Settings
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+WARMUP_MS = 20
+LEAST_REPEATS = 5
+SLOW_MS = 150.0
+SLOW_REPEATS = 3
+PROFILED_STEPS = 5
+GRAPH_LONGEST = 16384
+GRAPH_REPLAYS = 30
+MIB = 2**20
+
+
+def timing_method(settings: Settings) -> str:
+    if settings.on_cuda:
+        return (
+            f"median of triton.testing.do_bench (warmup {WARMUP_MS} ms, repeats for {settings.grid.repeat_ms:g} ms and "
+            f"at least {LEAST_REPEATS} times, L2 cleared before each); of {SLOW_REPEATS} calls where one takes over "
+            f"{SLOW_MS:g} ms"
+        )
+    return f"median of torch.utils.benchmark.Timer.blocked_autorange (at least {settings.grid.repeat_ms:g} ms)"
+
+
+def step(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
+    """One training step of the attention alone: the output, and the gradients of query, key and value."""
+    output = attend(*inputs)
+    return output.detach(), *torch.autograd.grad(output, inputs, grad_output)
+
+
+def forward_and_step(
+    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings
+) -> dict[str, float]:
+    """Milliseconds of the forward pass as training runs it, of forward and backward together, and of their graph."""
+    whole = partial(step, attend, inputs, grad_output)
+    times = {"forward_ms": median_ms(partial(attend, *inputs), settings), "step_ms": median_ms(whole, settings)}
+    if settings.on_cuda and inputs[0].shape[2] <= GRAPH_LONGEST:
+        with suppress(RuntimeError):  # not every competitor can be recorded
+            times["graph_ms"] = graph_ms(whole)
+    return times
+
+
+def graph_ms(call: Callable[[], object]) -> float:
+    """Median of replays of a CUDA graph of the call, recorded after warm-up calls on the recording stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return median([event_ms(graph.replay) for _ in range(GRAPH_REPLAYS)])
+
+
+def median_ms(call: Callable[[], object], settings: Settings) -> float:
+    return median_ms_on_cuda(call, settings) if settings.on_cuda else median_ms_on_cpu(call, settings)
+
+
+def median_ms_on_cuda(call: Callable[[], object], settings: Settings) -> float:
+    from triton.testing import do_bench
+
+    call()
+    once = event_ms(call)
+    if once > SLOW_MS:
+        return median([once, *(event_ms(call) for _ in range(SLOW_REPEATS - 1))])
+    repeat = max(settings.grid.repeat_ms, LEAST_REPEATS * once)
+    return float(do_bench(call, warmup=WARMUP_MS, rep=repeat, return_mode="median"))
+
+
+def event_ms(call: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def median_ms_on_cpu(call: Callable[[], object], settings: Settings) -> float:
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=settings.grid.repeat_ms / 1e3).median
+
+
+def peak_memory_mib(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -> float:
+    """What one step allocates at its peak on CUDA beyond inputs, output and gradients; other tensors do not count."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = step(attend, inputs, grad_output)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return (peak - sum(tensor.numel() * tensor.element_size() for tensor in results)) / MIB
+
+
+def stages_ms(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -> dict[str, float]:
+    """Milliseconds per step in each of our kernels, and in everything else that ran on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED_STEPS):
+            step(attend, inputs, grad_output)
+        torch.cuda.synchronize()
+    stages = {}
+    for event in profile.key_averages():
+        if event.self_device_time_total > 0:
+            is_ours = event.key.endswith("_kernel")
+            stage = event.key.removesuffix("_kernel") if is_ours else "other"
+            stages[stage] = stages.get(stage, 0.0) + event.self_device_time_total / 1e3 / PROFILED_STEPS
+    return stages
+
+
+def matrix_rate(settings: Settings) -> float:
+    """Flop per second of a square matrix product of random numbers, in the dtype of the run."""
+    size = settings.grid.matrix_size
+    left, right = (torch.randn(size, size, device=settings.device).to(settings.dtype) for _ in range(2))
+    return 2 * size**3 / (median_ms(lambda: left @ right, settings) / 1e3)

@@ -1,0 +1,189 @@
+"""What the terminal shows: a line as each case ends, then the tables."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .conditions import conditions_of
+from .refinement import TOLERANCE, WATCHED_STEPS
+from .roofline import FORMULA
+from .settings import NAMES, OURS, TITLES, Settings
+
+
+def print_conditions(console: Console, settings: Settings) -> None:
+    facts = conditions_of(settings)
+    versions = f"torch {facts['torch']}, triton {facts['triton']}, python {facts['python']}"
+    console.print(f"{facts['device']}, {versions}, {facts['dtype']}, causal, batch 1, alpha {facts['alpha']}")
+    console.print(f"times: {facts['timing']}; clocks {facts['clocks']}", soft_wrap=True)
+    if settings.measures_cases:
+        console.print(f"{len(settings.cases)} cases\n")
+
+
+class Lines:
+    """Prints each case as it ends; a reason or a note is said once for each competitor."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.said = console, set()
+
+    def show(self, result: dict) -> None:
+        parts = []
+        if "support_failed" in result:
+            self.console.print(f"  support not measured: {result['support_failed']}", soft_wrap=True)
+        for name, entry in result["competitors"].items():
+            for kind, prefix in (("why_not", "not run: "), ("note", ""), ("failed", "failed: "), ("wrong", "WRONG: ")):
+                if kind in entry and (name, entry[kind]) not in self.said:
+                    self.said.add((name, entry[kind]))
+                    self.console.print(f"  {TITLES[name]}: {prefix}{entry[kind]}", soft_wrap=True)
+            if "step_ms" in entry:
+                parts.append(f"{TITLES[name]} {times(entry)}")
+            elif "memory_mib" in entry:
+                parts.append(f"{TITLES[name]} {memory(entry)}")
+        self.console.print(f"{place(result)}: {', '.join(parts) or 'nothing measured'}", soft_wrap=True)
+
+
+def place(result: dict) -> str:
+    return f"{result['length']:,} x {heads(result)}, block sparsity {known(result['block_sparsity'], '.2f')}"
+
+
+def known(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
+
+
+def heads(result: dict) -> str:
+    shared = "" if result["heads"] == result["key_heads"] else f"/{result['key_heads']}"
+    return f"{result['heads']}{shared} x {result['head_size']}"
+
+
+def times(entry: dict) -> str:
+    return f"{milliseconds(entry['forward_ms'])} / {milliseconds(entry['step_ms'])}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def memory(entry: dict) -> str:
+    return f"{entry['memory_mib']:,.0f} MiB"
+
+
+def measured_names(results: list[dict], key: str) -> list[str]:
+    """The competitors that have the number for some case."""
+    return [name for name in NAMES if any(key in result["competitors"].get(name, {}) for result in results)]
+
+
+def print_speed(console: Console, content: dict) -> None:
+    results = sorted(content["results"], key=lambda r: (r["length"], r["head_size"], -r["key_heads"], r["topics"]))
+    if names := measured_names(results, "step_ms"):
+        print_grid(console, results, names, "forward / training step, milliseconds", "step_ms", times)
+        print_ratios(console, results, names)
+    if names := measured_names(results, "graph_ms"):
+        title = "training step as a CUDA graph, without the host's launches, milliseconds"
+        print_grid(console, results, names, title, "graph_ms", lambda entry: milliseconds(entry["graph_ms"]))
+    if names := measured_names(results, "memory_mib"):
+        title = "peak memory of a step beyond inputs, output and gradients"
+        print_grid(console, results, names, title, "memory_mib", memory)
+    print_stages(console, results)
+    print_roofline(console, results, content["conditions"])
+
+
+def case_table(title: str, columns: list[str]) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("length", "heads x size", "block\nsparsity", "keys per\nquery", *columns):
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def case_cells(result: dict) -> tuple[str, ...]:
+    sparsity, size = known(result["block_sparsity"], ".2f"), known(result["support_size"], ".0f")
+    return f"{result['length']:,}", heads(result), sparsity, size
+
+
+def print_grid(console: Console, results: list[dict], names: list[str], title: str, key: str, cell) -> None:
+    table = case_table(title, [TITLES[name] for name in names])
+    for result in results:
+        entries = [result["competitors"].get(name, {}) for name in names]
+        cells = [cell(entry) if key in entry else "wrong" if "wrong" in entry else "-" for entry in entries]
+        table.add_row(*case_cells(result), *cells)
+    console.print(table)
+
+
+def print_ratios(console: Console, results: list[dict], names: list[str]) -> None:
+    peers = [name for name in names if name != OURS]
+    if OURS not in names or not peers:
+        return
+    table = case_table(f"training step of {TITLES[OURS]} over that of", [TITLES[name] for name in peers])
+    for result in results:
+        step = {name: result["competitors"].get(name, {}).get("step_ms") for name in names}
+        ratios = [f"{step[OURS] / step[name]:.2f}" if step[OURS] and step[name] else "-" for name in peers]
+        table.add_row(*case_cells(result), *ratios)
+    console.print(table)
+
+
+def print_stages(console: Console, results: list[dict]) -> None:
+    stages = {}
+    for result in results:
+        stages |= result["competitors"].get(OURS, {}).get("stages_ms", {})
+    if not stages:
+        return
+    table = case_table(
+        f"training step of {TITLES[OURS]} by kernel, milliseconds", [s.replace("_", "\n") for s in stages]
+    )
+    for result in results:
+        found = result["competitors"].get(OURS, {}).get("stages_ms", {})
+        table.add_row(*case_cells(result), *(f"{found[stage]:.3f}" if stage in found else "-" for stage in stages))
+    console.print(table)
+
+
+def print_roofline(console: Console, results: list[dict], conditions: dict) -> None:
+    if not any("roofline" in result for result in results):
+        return
+    rate = conditions["matrix_flop_per_second"] / 1e12
+    table = case_table(
+        f"how near to the floor that {rate:,.3g} Tflop/s of matrix products allow", ["floor", "step", "reached"]
+    )
+    for result in results:
+        if "roofline" in result:
+            floor, step = result["roofline"]["step_ms"], result["competitors"][OURS]["step_ms"]
+            attained = f"{100 * result['roofline']['attained']:.0f} %"
+            table.add_row(*case_cells(result), f"{milliseconds(floor)} ms", f"{milliseconds(step)} ms", attained)
+    console.print(table)
+    console.print(FORMULA, soft_wrap=True)
+
+
+def print_cold_start(console: Console, content: dict) -> None:
+    console.print("\ncold start: a new process with empty caches, bfloat16, 1 x 8 x 1,024 x 64, forward and backward")
+    for name, entry in content.items():
+        if "failed" in entry:
+            console.print(f"  {TITLES[name]}: failed: {entry['failed']}", soft_wrap=True)
+            continue
+        first = f"{entry['total_s']:.1f} s from the start of the process (imports {entry['imports_s']:.1f}, CUDA "
+        first += f"{entry['cuda_s']:.1f}, first step {entry['first_step_s']:.1f}); {entry['kernels']} kernels compiled"
+        console.print(f"  {TITLES[name]}: {first}", soft_wrap=True)
+        for later in entry["lengths"]:
+            again = f"{later['length']:,} tokens: {later['kernels']} more kernels, {later['seconds']:.2f} s"
+            console.print(f"    {again}", soft_wrap=True)
+
+
+def print_refinement(console: Console, content: dict) -> None:
+    """Over all distributions: mean steps of a row, mean of a tile of 64 rows, worst row."""
+    lengths = list(dict.fromkeys(result["length"] for result in content["results"]))
+    title = f"\nsteps until |sum p - 1| <= {TOLERANCE:g}: mean of rows, of tiles of 64 rows, and worst row"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    table.add_column("passes\nbefore", justify="right")
+    for length in lengths:
+        table.add_column(f"{length:,}\nkeys", justify="right", no_wrap=True)
+    for step in WATCHED_STEPS:
+        table.add_column(f"|sum p - 1|,\n{step} step{'s' * (step > 1)}", justify="right", no_wrap=True)
+    for name, method in content["methods"].items():
+        found = [result for result in content["results"] if result["method"] == name]
+        cells = [steps_cell([result for result in found if result["length"] == length]) for length in lengths]
+        worst = [max(result["residual_after"][str(step)] for result in found) for step in WATCHED_STEPS]
+        table.add_row(method["title"], str(method["passes_before"]), *cells, *(f"{value:.0e}" for value in worst))
+    console.print(table)
+    console.print("|sum p - 1|: the largest of any row of any distribution and length", soft_wrap=True)
+
+
+def steps_cell(results: list[dict]) -> str:
+    row, tile = (sum(result[key] for result in results) / len(results) for key in ("mean_steps", "mean_steps_of_tile"))
+    return f"{row:.1f} {tile:.1f} {max(result['worst_steps'] for result in results)}"

@@ -1,0 +1,130 @@
+"""Every case in turn: its inputs, their sparsity, and each competitor that is right on them, in time and memory."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from flash_entmax import Support, entmax_attention
+from flash_entmax.testing import topic_inputs
+
+from . import measure, roofline
+from .competitors import Competitor, Ready, contestants
+from .gate import Truth
+from .settings import ALPHA, OURS, Case, Settings
+
+
+def measure_cases(settings: Settings, rate: float | None, finished: Callable[[dict], None]) -> bool:
+    """Give each case's results to ``finished`` as soon as they are there. True where ours was right on all of them."""
+    is_right = True
+    for cases in settings.shapes():
+        ready: dict[str, Ready] = {}
+        for case in cases:
+            result = measure_case(case, settings, ready, rate)
+            ours = result["competitors"].get(OURS, {})
+            is_right &= not {"wrong", "failed"} & ours.keys()
+            finished(result)
+            release(settings)
+    return is_right
+
+
+def measure_case(case: Case, settings: Settings, ready: dict[str, Ready], rate: float | None) -> dict:
+    """``ready`` holds what earlier cases of this shape have prepared, and takes what this one prepares."""
+    inputs = inputs_of(case, settings)
+    grad_output = torch.randn_like(inputs[0])
+    truth = Truth(case, inputs, grad_output)
+    result = facts_of(case, inputs) | {"competitors": {}}
+    for competitor in contestants(settings):
+        entry = measure_competitor(competitor, case, settings, ready, truth, grad_output)
+        result["competitors"][competitor.name] = entry
+    ours = result["competitors"].get(OURS, {})
+    if rate is not None and "step_ms" in ours and result["block_sparsity"] is not None:
+        floor = roofline.floor(case, 1 - result["block_sparsity"], rate)
+        result["roofline"] = floor._asdict() | {"attained": floor.step_ms / ours["step_ms"]}
+    return result
+
+
+def inputs_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
+    inputs = topic_inputs(
+        1,
+        case.heads,
+        case.length,
+        case.head_size,
+        case.topics,
+        key_heads=case.key_heads,
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+    return tuple(tensor.requires_grad_() for tensor in inputs)
+
+
+def facts_of(case: Case, inputs: tuple[Tensor, ...]) -> dict:
+    """The case, and the measured sparsity of its inputs; null where measuring it failed."""
+    facts = asdict(case) | {"block_sparsity": None, "support_size": None}
+    try:
+        query, key, value = (tensor.detach() for tensor in inputs)
+        support = entmax_attention(query, key, value, alpha=ALPHA, is_causal=True, return_support=True)[1]
+        return facts | {
+            "block_sparsity": block_sparsity(support),
+            "support_size": support.size.double().mean().item(),
+            "tile": list(support.tile_shape),
+        }
+    except Exception as error:  # the competitors can still be measured
+        return facts | {"support_failed": f"{type(error).__name__}: {first_line(error)}"}
+
+
+def block_sparsity(support: Support) -> float:
+    """The share of the visible tiles of a causal call of equal lengths that holds no support."""
+    queries, keys = support.tile_shape
+    rows, columns = (torch.arange(extent) for extent in support.tiles.shape[-2:])
+    last_query = ((rows + 1) * queries).clamp_max(support.size.shape[-1]) - 1
+    visible = (columns * keys <= last_query.unsqueeze(-1)).sum().item() * support.tiles[..., 0, 0].numel()
+    return 1 - support.tiles.sum().item() / visible
+
+
+def measure_competitor(
+    competitor: Competitor,
+    case: Case,
+    settings: Settings,
+    ready: dict[str, Ready],
+    truth: Truth,
+    grad_output: Tensor,
+) -> dict:
+    """Its times and memory; or, with nothing timed, why it does not run, how it failed, or how wrong it is."""
+    if reason := competitor.why_not(case, settings):
+        return {"why_not": reason}
+    try:
+        if competitor.name not in ready:
+            ready[competitor.name] = competitor.prepare(case, truth.inputs)
+        prepared = ready[competitor.name]
+        with prepared.context():
+            verdict = truth.judge(prepared.attend, competitor.alpha, competitor.name == OURS)
+            entry = {"errors": verdict.errors} | ({"note": prepared.note} if prepared.note else {})
+            if verdict.wrong:
+                return entry | {"wrong": verdict.wrong}
+            return entry | numbers(prepared.attend, truth.inputs, grad_output, settings, competitor.name == OURS)
+    except Exception as error:  # a peer that breaks down must not take the others' results with it
+        return {"failed": f"{type(error).__name__}: {first_line(error)}"}
+
+
+def numbers(attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings, is_ours: bool) -> dict:
+    entry = {}
+    if "speed" in settings.parts:
+        entry |= measure.forward_and_step(attend, inputs, grad_output, settings)
+        if is_ours and settings.on_cuda:
+            entry["stages_ms"] = measure.stages_ms(attend, inputs, grad_output)
+    if "memory" in settings.parts and settings.on_cuda:
+        entry["memory_mib"] = measure.peak_memory_mib(attend, inputs, grad_output)
+    return entry
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+def release(settings: Settings) -> None:
+    """Give cached memory back between cases, so that one case's peak does not decide what fits in the next."""
+    if settings.on_cuda:
+        torch.cuda.empty_cache()

@@ -57,6 +57,8 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--head-sizes", nargs="+", type=int, metavar="D")
     grid.add_argument("--topics", nargs="+", type=int, metavar="T", help="block sparsity is about 1 - 1/T")
     grid.add_argument("--groups", nargs="+", type=int, metavar="G", help="query heads for each key head")
+    about = "the same scores from keys so far apart that bounds on whole blocks of them rule out nothing"
+    grid.add_argument("--wide-blocks", action="store_true", help=about)
 
 
 def info(options: argparse.Namespace) -> int:
@@ -150,6 +152,7 @@ def bench(options: argparse.Namespace) -> int:
             head_sizes=options.head_sizes,
             topics=options.topics,
             groups=options.groups,
+            wide_blocks=options.wide_blocks,
             only=options.only,
             parts=options.parts,
             smallest=options.smallest,

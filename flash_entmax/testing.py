@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 TOPIC_BLOCK = 64
 TOPIC_SCORE = 30.0
 SCORE_DEVIATION = 0.6
+WIDE = 16.0
 
 # A few roundings of the dtype, as a share of the largest number that enters the result.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -28,6 +29,7 @@ def topic_inputs(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    wide_blocks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value whose block sparsity is about 1 - 1 / topics, at the default scale 1 / sqrt(dim).
 
@@ -35,12 +37,17 @@ def topic_inputs(
     c * direction + noise, with c^2 / sqrt(dim) = 30 and the noise orthogonal to all directions. Scores are then
     30 + N(0, 0.6^2) within a topic and N(0, 0.6^2) across topics, out of reach. The directions take up `topics` of the
     `dim` dimensions, so the deviation within a topic is a little below 0.6 where topics is not small next to dim.
+
+    With `wide_blocks` the last quarter of the dimensions is 0 in queries and WIDE * N(0, 1) in keys: scores do not
+    see it, but keys of one block lie far apart, and bounds on whole blocks rule out nothing.
     """
     key_heads = heads if key_heads is None else key_heads
-    if not 1 <= topics <= dim:
-        raise ValueError(f"topics must be from 1 to the head size {dim}, to have orthonormal directions, got {topics}")
+    seen = dim - dim // 4 if wide_blocks else dim
+    if not 1 <= topics <= seen:
+        raise ValueError(f"topics must be from 1 to {seen}, to have orthonormal directions, got {topics}")
     plan = Generator().manual_seed(seed)
-    directions = torch.linalg.qr(torch.randn(dim, topics, generator=plan)).Q.mT.contiguous()
+    directions = torch.linalg.qr(torch.randn(seen, topics, generator=plan)).Q.mT.contiguous()
+    directions = torch.nn.functional.pad(directions, (0, dim - seen))
     blocks = -(-length // TOPIC_BLOCK)
     topic = torch.randint(topics, (batch, key_heads, blocks), generator=plan)
     topic = topic.repeat_interleave(TOPIC_BLOCK, dim=-1)[..., :length].to(device)
@@ -52,11 +59,14 @@ def topic_inputs(
     def noise(count: int) -> Tensor:
         # noise . noise / sqrt(dim) of two tokens has deviation (deviation of one coordinate)^2
         white = torch.randn(batch, count, length, dim, generator=generator, device=device) * SCORE_DEVIATION**0.5
+        white[..., seen:] = 0
         return white - (white @ directions.mT) @ directions
 
     query = centre.repeat_interleave(heads // key_heads, dim=1) + noise(heads)
     key = centre + noise(key_heads)
     value = torch.randn(batch, key_heads, length, dim, generator=generator, device=device)
+    if wide_blocks:
+        key[..., seen:] = WIDE * torch.randn(key[..., seen:].shape, generator=generator, device=device)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

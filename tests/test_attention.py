@@ -245,10 +245,12 @@ def test_inputs_are_not_modified(backend):
 
 
 @pytest.mark.parametrize("topics", [1, 2, 4])
-def test_dead_tiles_are_dead(backend, topics):
-    """The operator keeps about 1 / topics of the tiles, and all that hold support."""
+@pytest.mark.parametrize("wide_blocks", [False, True])
+def test_dead_tiles_are_dead(backend, topics, wide_blocks):
+    """The operator keeps about 1 / topics of the tiles, and all that hold support: by bounds on blocks or by scores."""
     length = backend.sizes(256, 2048, 8192)
-    tensors = topic_inputs(1, backend.sizes(1, 2, 2), length, 64, topics, device=backend.device, seed=3)
+    heads = backend.sizes(1, 2, 2)
+    tensors = topic_inputs(1, heads, length, 64, topics, device=backend.device, seed=3, wide_blocks=wide_blocks)
     case = Case(*tensors)
     exact = attend(case.in_float64(), REFERENCE, return_support=True)[1]
     live = check_live_map(case, backend.impl, exact)

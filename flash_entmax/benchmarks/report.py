@@ -51,7 +51,7 @@ def known(value: float | None, form: str) -> str:
 
 def heads(result: dict) -> str:
     shared = "" if result["heads"] == result["key_heads"] else f"/{result['key_heads']}"
-    return f"{result['heads']}{shared} x {result['head_size']}"
+    return f"{result['heads']}{shared} x {result['head_size']}{' wide' if result['wide_blocks'] else ''}"
 
 
 def times(entry: dict) -> str:

@@ -6,7 +6,7 @@ only two sparsities, at 131,072 only head size 64.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ class Case:
     heads: int
     key_heads: int
     topics: int
+    wide_blocks: bool = False
 
     @property
     def group(self) -> int:
@@ -60,7 +61,8 @@ class Case:
         return f"{heads} x {self.head_size}"
 
     def __str__(self) -> str:
-        return f"{self.length:,} tokens, heads {self.heads_by_size}, {self.topics} topics"
+        wide = ", wide blocks" if self.wide_blocks else ""
+        return f"{self.length:,} tokens, heads {self.heads_by_size}, {self.topics} topics{wide}"
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def settings_for(
     groups: Sequence[int] | None = None,
     only: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
+    wide_blocks: bool = False,
     smallest: bool = False,
     command: str = "flash-entmax bench",
 ) -> Settings:
@@ -171,7 +174,8 @@ def settings_for(
     parts = tuple(parts or PARTS)
     if "roofline" in parts and "speed" not in parts:
         raise BenchError(f"--parts {' '.join(parts)}: roofline compares with the measured time, so it needs speed too")
-    cases = tuple(dict.fromkeys(cases_of(grid, lengths, head_sizes, topics, groups)))
+    cases = dict.fromkeys(cases_of(grid, lengths, head_sizes, topics, groups))
+    cases = tuple(replace(case, wide_blocks=wide_blocks) for case in cases)
     return Settings(torch.device(device), out, cases, parts, tuple(only or ()), grid, command)
 
 

@@ -55,6 +55,7 @@ def inputs_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
         key_heads=case.key_heads,
         dtype=settings.dtype,
         device=settings.device,
+        wide_blocks=case.wide_blocks,
     )
     return tuple(tensor.requires_grad_() for tensor in inputs)
 

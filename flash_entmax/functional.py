@@ -70,7 +70,8 @@ def entmax_attention(
     impl = choose_impl(query, impl)
 
     if impl == "reference":
-        output, support = reference.attention(problem, query, key, value)
+        with ops.as_given(query):
+            output, support = reference.attention(problem, query, key, value)
         return (output, support) if return_support else output
     if alpha == 1.0:
         if return_support:

@@ -9,6 +9,8 @@
 that of z); `live` is the packed map of the tiles that may hold support.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ def _operator(arguments: str, results: int):
 @_operator(_INPUTS, results=5)
 def attention(query, key, value, alpha, is_causal, scale, impl):
     problem = Problem.of(query, key, value, alpha, is_causal, scale)
-    return stages(impl).attention(problem, query, key, value)
+    with as_given(query):
+        return stages(impl).attention(problem, query, key, value)
 
 
 @torch.library.register_fake("flash_entmax::attention", lib=_library)
@@ -55,7 +58,9 @@ def attention_backward(
     grad_output, query, key, value, value_mean, maximum, offset, live, alpha, is_causal, scale, impl
 ):  # fmt: skip
     problem = Problem.of(query, key, value, alpha, is_causal, scale)
-    return stages(impl).attention_backward(problem, grad_output, query, key, value, value_mean, maximum, offset, live)
+    tensors = grad_output, query, key, value, value_mean, maximum, offset, live
+    with as_given(query):
+        return stages(impl).attention_backward(problem, *tensors)
 
 
 @torch.library.register_fake("flash_entmax::attention_backward", lib=_library)
@@ -66,7 +71,8 @@ def _(grad_output, query, key, value, value_mean, maximum, offset, live, alpha, 
 @_operator(f"{_INPUTS}, {_STATE}", results=3)
 def attention_support(query, key, value, maximum, offset, live, alpha, is_causal, scale, impl):
     problem = Problem.of(query, key, value, alpha, is_causal, scale)
-    return stages(impl).support(problem, query, key, maximum, offset, live)
+    with as_given(query):
+        return stages(impl).support(problem, query, key, maximum, offset, live)
 
 
 @torch.library.register_fake("flash_entmax::attention_support", lib=_library)
@@ -74,6 +80,12 @@ def _(query, key, value, maximum, offset, live, alpha, is_causal, scale, impl):
     key_tiles = ceil_div(key.shape[2], tile(impl, query))
     size = torch.empty_like(maximum, dtype=torch.int32)
     return torch.empty_like(maximum), size, live.new_empty(*live.shape[:3], key_tiles, dtype=torch.bool)
+
+
+def as_given(tensor: Tensor):
+    """Autocast must not cast inside an operator."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def stages(impl: str):
@@ -94,6 +106,18 @@ def tile(impl: str, query: Tensor) -> int:
     return TILE
 
 
+def _differentiate(operator, function) -> None:
+    """Let autograd take `function` for the operator, where it records anything."""
+
+    def call(*arguments):
+        if torch.is_grad_enabled():
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    _library.impl(operator.name().partition("::")[2], call, "Autograd")
+
+
 class Attention(torch.autograd.Function):
     """The gradient of flash_entmax::attention, by its query, key and value, through its output alone."""
 
@@ -108,11 +132,24 @@ class Attention(torch.autograd.Function):
         return results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, *_):
         if grad_output is None:
             return (None,) * 7
         return *attention_backward(grad_output, *ctx.saved_tensors, *ctx.scalars), None, None, None, None
 
 
-_library.impl("attention", lambda *arguments: Attention.apply(*arguments), "Autograd")
+class AttentionBackward(torch.autograd.Function):
+    """The gradient has none of its own: a second derivative is refused, not left out."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return attention_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("flash_entmax::attention has no second derivative")
+
+
+_differentiate(attention, Attention)
+_differentiate(attention_backward, AttentionBackward)

@@ -190,7 +190,7 @@ def check_attention(case: Case, impl: str) -> Result:
 
 
 def score_rounding(case: Case, exact: Support) -> float:
-    """One rounding of the largest z, in the dtype of the scores: it moves a distance, and so a probability, by as much."""
+    """One rounding of the largest z in the dtype of the scores: a distance, and so a probability, moves by as much."""
     largest = exact.maximum[exact.maximum.isfinite()].abs()
     score_dtype = torch.float64 if case.query.dtype == torch.float64 else torch.float32
     return torch.finfo(score_dtype).eps / 2 * largest.max().item() if largest.numel() else 0.0

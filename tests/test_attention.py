@@ -284,3 +284,13 @@ def test_support_carries_no_gradient(backend):
     assert output.requires_grad
     assert not support.tau.requires_grad
     assert torch.equal(output, attend(case, backend))
+
+
+@pytest.mark.parametrize("queries", [1, 31, 63, 65])
+def test_a_partial_tile_of_queries_keeps_no_dead_tile(backend, queries):
+    """Rows past the last query must not keep tiles alive; equal queries have few live tiles."""
+    query, key, value = iid_inputs(1, 1, 1, 16, key_length=256, device=backend.device, seed=5)
+    case = Case(3 * query.expand(-1, -1, queries, -1), 3 * key, value, scale=1.0)
+    exact = attend(case.in_float64(), REFERENCE, return_support=True)[1]
+    live = check_live_map(case, backend.impl, exact)
+    assert live.sum() <= 2 * live.any(-1).sum()

@@ -206,3 +206,44 @@ def test_transformers_layout(length, dim):
         copies = [t.contiguous() for t in tensors]
         actual = entmax_attention(*tensors, is_causal=True, impl=impl)
         torch.testing.assert_close(actual, entmax_attention(*copies, is_causal=True, impl=impl), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", [1100, 5000, 9000, -5000])
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+def test_scores_far_from_zero(backend, base, alpha):
+    """z = base + U[0, 4] exactly, in every dtype: coarse and fine parts of a score in dimensions of their own."""
+    generator = torch.Generator().manual_seed(base % 97)
+    for length in (31, 200):
+        z = base + torch.rand(8, length, generator=generator).mul(16).round() / 4
+        coarse = (z / 64).floor() * 64
+        query = torch.eye(8).repeat(1, 2)[None, None]
+        key = 2 * torch.cat([coarse, z - coarse])[None, None].mT
+        value = torch.randn(1, 1, length, 16, generator=generator)
+        for dtype in backend.dtypes:
+            tensors = (t.to(backend.device, dtype) for t in (query, key, value))
+            check_attention(Case(*tensors, alpha=alpha, scale=0.5 / (alpha - 1)), backend.impl)
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e14, 1e24])
+def test_scores_of_any_size_give_finite_rows(backend, scale):
+    """Up to 1e28 in magnitude: each query attends to its best key, or to equal ones."""
+    query, key, value = (
+        torch.rand(1, 1, 128, 16, generator=torch.Generator().manual_seed(7)).to(backend.device) * size
+        for size in (100.0, 100.0, 1.0)
+    )
+    for dtype in backend.dtypes:
+        case = Case(query.to(dtype), key.to(dtype), value.to(dtype), scale=scale)
+        output, exact = attend(case, backend), attend(case.in_float64(), REFERENCE)
+        tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
+        torch.testing.assert_close(output.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_small_keys_are_not_taken_for_points(backend):
+    """Squares of such components underflow in float32; the best key lies in the block of the lower mean."""
+    query, key = torch.zeros(1, 1, 128, 16), torch.zeros(1, 1, 128, 16)
+    query[..., 0] = 1.0
+    key[:, :, :64, 0] = 50e-25
+    key[:, :, 64:, 0] = torch.tensor([100e-25, -100e-25]).repeat(32)
+    value = iid_inputs(1, 1, 128, 16)[2]
+    tensors = (t.to(backend.device) for t in (query, key, value))
+    check_attention(Case(*tensors, scale=2e25), backend.impl)

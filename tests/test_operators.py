@@ -168,6 +168,28 @@ def test_double_backward_is_refused(backend):
         torch.autograd.grad(gradient.square().sum(), query)
 
 
+def test_a_penalty_on_the_gradient_is_refused(backend):
+    """grad_output needs no gradient here, and still the gradient depends on the query."""
+    query, key, value = leaves(1, 1, 20, 8, device=backend.device)
+    output = entmax_attention(query, key, value, impl=backend.impl)
+    (gradient,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+    assert gradient.requires_grad
+    with pytest.raises(RuntimeError):
+        (output.sum() + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("impl", ["own", "reference"])
+def test_autocast_casts_nothing_inside(backend, impl):
+    impl = backend.impl if impl == "own" else impl
+    tensors = leaves(1, 1, 40, 16, device=backend.device)
+    plain = entmax_attention(*tensors, impl=impl)
+    with torch.autocast(backend.device, torch.bfloat16):
+        output = entmax_attention(*tensors, impl=impl)
+    gradients = torch.autograd.grad(output.sum(), tensors)
+    assert torch.equal(output, plain)
+    assert all(torch.equal(*pair) for pair in zip(gradients, torch.autograd.grad(plain.sum(), tensors), strict=True))
+
+
 def test_saved_memory_is_linear_in_the_length(backend):
     """What the backward keeps: the inputs, value_mean, two numbers a row and one bit a tile, never the scores."""
     kept = []

@@ -129,7 +129,7 @@ def forward_stages(
     maxima = torch.empty(len(lists) * shape.TILE, dtype=torch.float16, device=live.device)
     counts = lists.new_empty(max(chunk.units * chunk.tiles for chunk in parts), 2)
     summary = summarise(call, key)
-    rounding = slope * call.problem.head_size * 2.0**-22
+    rounding = slope * shape.HEAD * 2.0**-22
     for chunk in parts:
         sizes = *call.extent, chunk.first_unit, chunk.units, chunk.first_tile
         chunk.run(

@@ -38,11 +38,11 @@ def summary_kernel(key, centre, radius, error, largest, heads, group, query_leng
     row = head_of(centre, unit // key_heads, unit % key_heads)
     tl.store(row.data + tl.cast(block, tl.int64) * row.row_stride + column, rounded, mask=column < S.HEAD)
     away = k - rounded.to(tl.float32)[None, :]
-    length = tl.where(inside, tl.sqrt(tl.sum(away * away, 1)), 0.0)
+    length = tl.where(inside, norm(away, 1), 0.0)
     missed = mean - rounded.to(tl.float32)
     index = tl.program_id(0)
     tl.store(radius + index, tl.max(length, 0) * NORM_ROUNDING)
-    tl.store(error + index, tl.sqrt(tl.sum(missed * missed, 0)) * NORM_ROUNDING)
+    tl.store(error + index, tl.max(norm(missed[None, :], 1), 0) * NORM_ROUNDING)
     # Not finite if anything in the block is not: a sum sees what a maximum overlooks.
     tl.store(largest + index, tl.max(tl.max(tl.abs(k), 1), 0) + 0.0 * tl.sum(tl.sum(k, 0), 0))
 
@@ -54,7 +54,7 @@ def bound_tiles(places, q, unit, tile, limit, summary, slope, rounding, extent, 
     TILE: tl.constexpr = S.TILE
     centre, radius, error, largest = summary
     wide = q.to(tl.float32)
-    length = tl.sqrt(tl.sum(wide * wide, 1)) * NORM_ROUNDING
+    length = norm(wide, 1) * NORM_ROUNDING
     full, some = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
     blocks = (extent.key_length + TILE - 1) // TILE
     group = extent.group
@@ -75,18 +75,26 @@ def bound_tiles(places, q, unit, tile, limit, summary, slope, rounding, extent, 
     # Two ways to add the same products differ by at most rounding * sum_i |q_i k_i| <= rounding * |q|_1 * max |k|.
     noise = rounding * tl.sum(tl.abs(wide), 1) * bound
 
-    # NaN, or noise without end, leaves every tile.
-    floor = tl.where(limit > 0, below * slope - 1.0 - 4.0 * noise, float("inf"))
+    # NaN, or noise without end, leaves every tile, and so does the lack of a bound; a row without keys leaves none.
+    depth = tl.where(limit > 0, -1.0 - 4.0 * noise, float("inf"))
     count = 0
     split = 0
     for first in range(0, some, BLOCKS):
         block = first + tl.arange(0, BLOCKS)
         reach = tl.load(radius + first_block + block, mask=block < some, other=0.0)
         above = centre_scores(q, centre, first, blocks, S) + length[:, None] * reach[None, :]
-        alive = tl.max(tl.where(above * slope <= floor[:, None], 0, 1), 0)
+        alive = tl.max(tl.where((above - below[:, None]) * slope <= depth[:, None], 0, 1), 0)
         alive = tl.where(block < full, alive, tl.where(block < some, 1, 0))
         count, split = append_tiles(places, count, split, block, alive, full)
     return TileList(places, split, count), tl.where(below > float("-inf"), below, 0.0), noise
+
+
+@triton.jit
+def norm(x, AXIS: tl.constexpr):
+    """Euclidean lengths; no square under- or overflows."""
+    largest = tl.max(tl.abs(x), AXIS)
+    ratio = x / tl.expand_dims(tl.where(largest > 0, largest, 1.0), AXIS)
+    return largest * tl.sqrt(tl.sum(ratio * ratio, AXIS))
 
 
 @triton.jit

@@ -20,6 +20,7 @@ def scan_tiles(q, key, limit, below, tiles, column, slope, extent, S: tl.constex
     TILE: tl.constexpr = S.TILE
     ABREAST: tl.constexpr = S.ABREAST
     best = tl.full((TILE,), float("-inf"), tl.float32)
+    below = tl.where(limit > 0, below, float("inf"))  # rows past the last query keep no tile alive
     unmasked = tiles.split // ABREAST * ABREAST
     for place in range(0, unmasked, ABREAST):
         score = listed_scores(q, key, tiles, place, S)

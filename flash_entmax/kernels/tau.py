@@ -1,7 +1,7 @@
 """The threshold of each row, and the tiles that hold support: bound, scan, certify, solve, one after the other.
 
 One program takes one tile of queries through all four. The row's offset, tau = slope * maximum - offset in units of z,
-is at or above the true one at every moment, so that each list of tiles holds all support, and only gets shorter.
+is at or above the true one whenever the list of tiles gets shorter, so that each list holds all support.
 """
 
 import triton
@@ -58,10 +58,11 @@ def threshold_kernel(
     top, shift, stored = scan_tiles(q, key, limit, below, tiles, column, slope, extent, S)
     tl.debug_barrier()  # the maxima are there for all
 
-    # A slack of 1 or more, or NaN (something in the head is not finite), certifies nothing: every tile survives.
+    # A slack of 1 or more, or NaN (something in the head is not finite), certifies nothing: the offset stays at 1, its
+    # largest value, and every tile survives.
     slack = noise + stored
     doubt = tl.where(slack < 1.0, slack, float("nan"))
-    reach = certify_offset(column, tiles.count, shift, exponent, S) + tl.minimum(slack, 1.0)
+    reach = tl.where(slack < 1.0, certify_offset(column, tiles.count, shift, exponent, S) + slack, 1.0)
     tiles = shorten(tiles, column, shift + reach + doubt, full, S)
 
     reach = solve(Rows(unit, tile, row, limit, top, reach, q, tiles), key, slope, exponent, extent, S)
@@ -104,7 +105,8 @@ def solve(rows, key, slope, exponent, extent, S: tl.constexpr):
         reach = tl.where(falls, stepped, reach)
         passes += 1
     if not S.COMPENSATED:  # what the multiply-add may have lost
-        reach += tl.where(rows.limit > 0, tl.abs(rows.top * slope) * 2.0**-22, 0.0)
+        lost = tl.where(rows.limit > 0, tl.abs(rows.top * slope) * 2.0**-22, 0.0)
+        reach = tl.minimum(reach + lost, 1.0)
     return reach
 
 

@@ -19,7 +19,7 @@ LONGEST_ROW = 2**24  # elements from row to row, so that offsets inside a tile f
 # Names of the kernels' sizes that may change from call to call: a new value of one compiles nothing.
 SIZES = (
     "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile",
-    "words", "key_tiles", "candidates", "capacity",
+    "words", "capacity",
 )  # fmt: skip
 
 

@@ -41,35 +41,37 @@ def output_kernel(
     index, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
     tiles = TileList(places, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1))
     rows = open_rows(query, maximum, offset, unit, tile, tiles, extent, S)
-    first, reach = tile * TILE, rows.reach
+    first = tile * TILE
 
     key, value = key_head(key, unit, extent), key_head(value, unit, extent)
+    # Triton tells by identity what a loop carries: none of these names may start as another's value.
     total = tl.zeros((TILE, VALUE_PADDED), tl.float32)
-    mean = total
+    mean = tl.zeros((TILE, VALUE_PADDED), tl.float32)
     mass = tl.zeros((TILE,), tl.float32)
-    weight, stepped = mass, reach
+    weight = tl.zeros((TILE,), tl.float32)
+    power = tl.zeros((TILE,), tl.float32)
+    reach = rows.reach
     passes = 0
     unfinished = 1
     while (unfinished > 0) & (passes < MAX_PASSES):
-        reach = stepped
         context = rows, slope / reach, key, value, exponent, extent
         nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
         state = nothing, nothing, nothing, no_sums(S), no_sums(S)
         total, _, mean, masses, weights = walk(accumulate, state, context, rows.tiles, False, S)
+        power = probability(reach, exponent, S.POWER)
+        mass = tl.sum(masses[0], 1) * power
         weight = tl.sum(weights[0], 1)
-        mass = tl.sum(masses[0], 1) * probability(reach, exponent, S.POWER)
         stepped = newton_step(reach, mass, weight * support_weight(reach, exponent, S.POWER), exponent)
         falls = (mass > 1.0) & (stepped < reach)
-        stepped = tl.where(falls, stepped, reach)
         unfinished = tl.max(tl.where(falls & (mass > 1.0 + ACCEPTED), 1, 0), 0)
+        reach = tl.where(falls, stepped, reach)
         passes += 1
-    store_row(offset, unit, rows.row, extent, stepped)
+    store_row(offset, unit, rows.row, extent, reach)
 
     # p = offset^r x^r. Then the last step of tau, on the output itself: dO / d offset = r sum u v, so the step
     # (1 - sum p) / (r sum u) adds (1 - sum p) O1. Long crowded rows feel the last bit of the offset without it.
     mean /= tl.where(weight == 0, 1.0, weight)[:, None]
-    total = total * probability(reach, exponent, S.POWER)[:, None]
-    total += (1.0 - mass)[:, None] * mean
+    total = total * power[:, None] + (1.0 - mass)[:, None] * mean
     store_tile(query_head(output, unit, extent), first, query_length, total, TILE, S.VALUE, VALUE_PADDED)
     store_tile(query_head(value_mean, unit, extent), first, query_length, mean, TILE, S.VALUE, VALUE_PADDED)
 

@@ -11,6 +11,7 @@ from checks import (
     check_row_sums,
     flat,
     run,
+    score_rounding,
 )
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -65,7 +66,7 @@ def check_drawn(backend, data, longest: int) -> None:
         scale=data.draw(st.sampled_from([None, None, 1.0, 0.05]), label="scale"),
         seed=data.draw(st.integers(0, 10**6), label="seed"),
     )
-    check_attention(case, backend.impl)
+    check_attention(case, backend.impl, more=score_rounding(case))
 
 
 def test_any_shape(backend):

@@ -17,7 +17,7 @@ from torch import Tensor
 from .problem import Problem, ceil_div
 from .tiled import TILE
 
-# torch.library.custom_op would take fewer lines here, and longer than the kernels of a short sequence at each call.
+# The decorator custom_op takes fewer lines, and 0.3 ms more of a step's Python: see docs/design.md.
 _library = torch.library.Library("flash_entmax", "DEF")
 _SCALARS = "float alpha, bool is_causal, float scale, str impl"
 _INPUTS = "Tensor query, Tensor key, Tensor value"

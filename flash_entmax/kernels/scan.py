@@ -8,7 +8,7 @@ out of reach of any threshold.
 import triton
 import triton.language as tl
 
-from .tile import listed_scores, masked_scores
+from .tile import listed_scores, scores
 
 ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum, twice that of its 11 bits
 
@@ -29,7 +29,7 @@ def scan_tiles(q, key, limit, below, tiles, column, slope, extent, S: tl.constex
         tl.store(pointers, ((highest - below[:, None]) * slope).to(tl.float16))
         best = tl.maximum(best, tl.max(highest, 1))
     for place in range(unmasked, tiles.count):
-        score = masked_scores(q, key, limit, tl.load(tiles.tiles + place), extent, S)
+        score = scores(q, key, limit, tl.load(tiles.tiles + place), extent, True, S)
         highest = tl.max(score, 1)
         tl.store(column + tl.cast(place, tl.int64) * TILE, ((highest - below) * slope).to(tl.float16))
         best = tl.maximum(best, highest)

@@ -22,8 +22,8 @@ from .tile import (
     list_of,
     listed_scores,
     load_queries,
-    masked_scores,
     no_sums,
+    scores,
     store_row,
     sum_keys,
     visible_keys,
@@ -95,7 +95,7 @@ def solve(rows, key, slope, exponent, extent, S: tl.constexpr):
             score = listed_scores(rows.q, key, rows.tiles, place, S)
             total, weight = accumulate(total, weight, score, context, S)
         for place in range(unmasked, rows.tiles.count):
-            score = masked_scores(rows.q, key, rows.limit, tl.load(rows.tiles.tiles + place), extent, S)
+            score = scores(rows.q, key, rows.limit, tl.load(rows.tiles.tiles + place), extent, True, S)
             total, weight = accumulate(total, weight, score, context, S)
         total = tl.sum(total[0], 1) * probability(reach, exponent, S.POWER)
         weight = tl.sum(weight[0], 1) * support_weight(reach, exponent, S.POWER)

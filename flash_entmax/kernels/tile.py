@@ -82,7 +82,7 @@ def aligned(tensor: Tensor) -> Matrix:
     memory asynchronously; see docs/design.md for what went wrong without.
     """
     size, m = tensor.shape[-1], matrix(tensor)
-    steps = size | m.batch_stride | m.head_stride | m.row_stride  # 16 divides all of them or not their union of bits
+    steps = size | m.batch_stride | m.head_stride | m.row_stride  # 16 divides this if it divides each of them
     contiguous = tensor.stride(-1) == 1 and m.row_stride <= LONGEST_ROW
     if contiguous and steps % ROW_ALIGNMENT == 0 and tensor.data_ptr() % 16 == 0:
         return m
@@ -223,6 +223,17 @@ def hide(score, key, limit):
 
 
 @triton.jit
+def scores(q, key, limit, key_tile, extent, MASKED: tl.constexpr, S: tl.constexpr):
+    """query . key of one tile; -inf where a query does not see the key."""
+    TILE: tl.constexpr = S.TILE
+    k = load_keys(key, key_tile, extent, MASKED, TILE, S.HEAD, S.HEAD_PADDED)
+    score = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
+    if MASKED:
+        score = hide(score, tl.arange(0, TILE)[None, :], (limit - key_tile * TILE)[:, None])
+    return score
+
+
+@triton.jit
 def listed_scores(q, key, tiles, place, S: tl.constexpr):
     """query . key of S.ABREAST listed tiles without a mask: two share the loop's overhead and make wider products."""
     TILE: tl.constexpr = S.TILE
@@ -238,14 +249,6 @@ def listed_scores(q, key, tiles, place, S: tl.constexpr):
 
 
 @triton.jit
-def masked_scores(q, key, limit, key_tile, extent, S: tl.constexpr):
-    """query . key of one tile; -inf where a query does not see the key."""
-    k = load_tile(key, key_tile * S.TILE, extent.key_length, S.TILE, S.HEAD, S.HEAD_PADDED)
-    score = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
-    return hide(score, tl.arange(0, S.TILE)[None, :], (limit - key_tile * S.TILE)[:, None])
-
-
-@triton.jit
 def distance(score, maximum, slope, intercept):
     """d = [slope (score - maximum) + intercept]_+; NaN stays NaN.
 
@@ -258,11 +261,7 @@ def distance(score, maximum, slope, intercept):
 @triton.jit
 def relative_distance(rows, slope, key, extent, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     """x = [z - tau]_+ / offset of one tile of queries and keys, from the row's slope / offset."""
-    TILE: tl.constexpr = S.TILE
-    k = load_keys(key, key_tile, extent, MASKED, TILE, S.HEAD, S.HEAD_PADDED)
-    score = tl.dot(rows.q, tl.trans(k), input_precision=S.PRECISION)
-    if MASKED:
-        score = hide(score, tl.arange(0, TILE)[None, :], (rows.limit - key_tile * TILE)[:, None])
+    score = scores(rows.q, key, rows.limit, key_tile, extent, MASKED, S)
     return distance(score, rows.top[:, None], slope[:, None], 1.0)
 
 

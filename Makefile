@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?=
 BENCH ?=
+# Random calls that make fuzz draws
+FUZZ ?= 10000
 
 # Threads that wait sleep instead of spin: cores may be shared.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo bench test lint clean
+.PHONY: demo bench test fuzz sanitize lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/flash-entmax demo $(DEMO)
@@ -19,6 +21,15 @@ bench: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto
+
+fuzz: $(VENV)/ready
+	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py -n auto
+
+sanitize: $(VENV)/ready  # needs a GPU and compute-sanitizer
+	for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        $(BIN)/python tests/sanitize.py || exit 1; \
+	done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -1,6 +1,5 @@
 """The public calls: check, choose an implementation, call."""
 
-import math
 import os
 from importlib.util import find_spec
 
@@ -9,9 +8,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops, reference
-from .problem import Impl, Problem, Support, check_inputs, check_slope
+from .problem import Impl, Modifiers, Problem, Support, check_inputs, check_scalars, row_dtype
+from .sight import UNLIMITED, Sight, boundaries_are_valid, check_boundaries, check_sight, reach, tile_filter
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
+ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
+SCALES = 1e-6, 1e6  # and a tensor scale to these
 
 
 def entmax_attention(
@@ -19,88 +21,310 @@ def entmax_attention(
     key: Tensor,
     value: Tensor,
     *,
-    alpha: float = 1.5,
+    alpha: float | Tensor = 1.5,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    query_positions: int | Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    block_mask=None,
     impl: Impl = "auto",
     return_support: bool = False,
 ) -> Tensor | tuple[Tensor, Support]:
     """Attention whose weights are alpha-entmax instead of softmax: most keys get a probability of exactly zero.
 
-    For each query, with scores s_j = scale * query . key_j over the visible keys::
+    For each query, over the keys j that it may see::
 
+        s_j = cap(scale * query . key_j) - slope * |position - j|       cap(x) = softcap * tanh(x / softcap)
         p_j = [(alpha - 1) s_j - tau]_+ ^ (1 / (alpha - 1)),   sum_j p_j = 1,   output = sum_j p_j value_j
 
     Tiles of keys that provably get probability zero are skipped, in the forward pass and in the gradient; the result
     is exact. Peters et al. (2019, arXiv 1905.05702) define alpha-entmax, AdaSplash-2 (arXiv 2604.15180) the algorithm
     that this one builds on.
 
+    A key must pass every mask that is given: ``is_causal``, ``window_size``, ``key_lengths``, ``key_mask`` or
+    ``block_mask``. Keys stand at positions 0, 1, ...; query i stands at i + (key length - query length), so that the
+    last query stands at the last key, unless ``query_positions`` says otherwise.
+
     Args:
         query: (batch, heads, query length, head size); float16, bfloat16, float32 or float64, any strides. The kernels
             read views in place if their rows are contiguous and start at multiples of 16 elements, as (batch, length,
-            heads, dim) views of common head sizes do; they copy other tensors first.
+            heads, dim) views of common head sizes do; they copy other tensors first. A jagged nested tensor (batch,
+            heads, ragged length, head size) is taken too, if key and value are as well: its sequences are packed.
         key: (batch, key heads, key length, head size). ``heads`` must be a multiple of ``key heads``; consecutive query
             heads share a key head (grouped-query attention).
         value: (batch, key heads, key length, value size). Head sizes are from 1 to 256.
         alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax, computed by
-            ``scaled_dot_product_attention``. In float32 the relative rounding of a probability is about
-            2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
-        is_causal: query i sees keys 0 .. i + (key length - query length): the mask is aligned to the lower right, so
-            that the last query sees every key. PyTorch's ``is_causal`` aligns to the upper left; at equal lengths the
-            two agree.
-        scale: positive; default ``1 / sqrt(head size)``.
+            ``scaled_dot_product_attention``. A tensor, scalar or (heads,), gets its exact gradient, and no value of it
+            compiles anything; it is clamped to [1.01, 2], with gradient 0 outside. In float32 the relative rounding of
+            a probability is about 2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
+        is_causal: a query sees the keys up to its own position. PyTorch's ``is_causal`` aligns to the upper left; at
+            equal lengths the two agree.
+        scale: positive; default ``1 / sqrt(head size)``. A tensor, scalar or (heads,), gets its gradient; it is clamped
+            to [1e-6, 1e6], with gradient 0 outside.
+        window_size: (left, right): a query sees the keys from position - left to position + right; -1 is no limit.
+            Tiles outside are never visited. With ``is_causal``, right counts as 0.
+        softcap: bounds scores to (-softcap, softcap), before any bias; 0 is none.
+        alibi_slopes: (heads,) or (batch, heads), any floating dtype, with gradient: what each step of distance takes
+            from the score (Press et al. 2022, arXiv 2108.12409). An infinite slope leaves only the own position.
+        query_positions: the position of the first query, or that of each one, (query length,) or (batch, query length)
+            int32 or int64, in any order: for shards and chunks of the queries.
+        key_lengths: (batch,) int32 or int64: of each batch row, only so many keys exist (padding on the right).
+        key_mask: (batch, key length) bool, True where the key may be seen (padding on the left, or anywhere).
+        block_mask: a FlexAttention ``BlockMask`` for these lengths, as a static filter: of its partial blocks the
+            ``mask_mod`` decides, evaluated by PyTorch at its first use and kept while the mask lives. Not inside
+            ``torch.compile``.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton where it can run, else torch.
             An explicit choice never falls back.
         return_support: also return a :class:`Support`: the threshold and support size of each row, the live tiles.
 
     Returns:
-        The output, (batch, heads, query length, value size) in the dtype of the inputs, contiguous; with
-        ``return_support`` a pair of it and the ``Support``, which carries no gradient. A query without a visible key
-        gets output 0 and gradient 0. A NaN or inf in a row's scores, or in a value that it attends to, makes it NaN.
+        The output, (batch, heads, query length, value size) in the dtype of the inputs (of autocast, where that is on,
+        as for ``scaled_dot_product_attention``), stored in the order of the query's dimensions; with
+        ``return_support`` a pair of it and the ``Support``, which carries no gradient. A query that sees no key gets
+        output 0 and gradient 0. A NaN or inf in a row's scores, or in a value that it attends to, makes it NaN; so
+        padding must be finite. NaN in a tensor alpha, scale or slope does so to every row of
+        its head that sees a key.
 
     Raises:
-        TypeError: an input that is not a floating-point tensor, mixed dtypes, or a scalar of the wrong type.
-        ValueError: shapes, devices, alpha, scale or impl that do not fit.
+        TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
+        ValueError: shapes, devices or options that do not fit or exclude each other.
     """
-    check_inputs(query, key, value, alpha, scale, impl)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    problem = Problem.of(query, key, value, alpha, is_causal, scale)
-    check_slope(problem)
-    impl = choose_impl(query, impl)
+    if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
+        return jagged_attention(
+            query, key, value, alpha=alpha, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap,
+            alibi_slopes=alibi_slopes, impl=impl, return_support=return_support,
+            refused=(query_positions, key_lengths, key_mask, block_mask),
+        )  # fmt: skip
+    query, key, value = as_autocast(query, key, value)
+    check_inputs(query, key, value)
+    check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
+    sight = Sight(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
+    check_sight(query, key, sight)
+    return attend(query, key, value, alpha, scale, softcap, alibi_slopes, sight, impl, return_support)
 
-    if impl == "reference":
-        with ops.as_given(query):
-            output, support = reference.attention(problem, query, key, value)
-        return (output, support) if return_support else output
-    if alpha == 1.0:
-        if return_support:
-            raise ValueError("alpha=1 is softmax, which attends to every key: it has no support to return")
-        return softmax_attention(problem, query, key, value)
 
-    output, _, maximum, offset, live = ops.attention(query, key, value, float(alpha), is_causal, float(scale), impl)
+def entmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    impl: Impl = "auto",
+    return_support: bool = False,
+) -> Tensor | tuple[Tensor, Support]:
+    """Entmax attention over packed sequences, each of which attends to itself only: ``torch.nn.attention.varlen``.
+
+    Sequence n has the query tokens cu_seq_q[n] to cu_seq_q[n + 1] and the key tokens cu_seq_k[n] to cu_seq_k[n + 1];
+    both may be empty. Tokens past the last boundary get output 0 and gradient 0. Nothing is copied, and nothing waits
+    for the device. See :func:`entmax_attention` for the mathematics and for all options that are not listed here.
+
+    Args:
+        query: (query tokens, heads, head size).
+        key: (key tokens, key heads, head size).
+        value: (key tokens, key heads, value size).
+        cu_seq_q: (sequences + 1,) int32 or int64, from 0 upwards, on the device of the query.
+        cu_seq_k: likewise for keys; None, or the same tensor, where queries and keys have the same boundaries.
+        max_q, max_k: at least the lengths of the longest sequence. They bound the memory that is set aside; a larger
+            number costs some of it.
+        is_causal: within its sequence, the last query sees the last key. ``window_size=(-1, 0)`` says the same.
+        alibi_slopes: (heads,).
+        query_positions: (query tokens,), the position of each query within its sequence of keys.
+
+    Returns:
+        (query tokens, heads, value size), contiguous where the query is; the ``Support`` has no batch dimension, and
+        its tiles are those of all tokens.
+
+    Raises:
+        TypeError, ValueError: as :func:`entmax_attention`; ValueError for boundaries that fall, exceed the tokens or
+            the longest lengths. On CUDA, where reading them would wait for the device, that is a device-side assertion.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} must have shape (tokens, heads, dim), got {tuple(tensor.shape)}")
+    result = packed_attention(
+        *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)),
+        cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k, max_q, max_k, alpha, scale, softcap, alibi_slopes,
+        is_causal, window_size, query_positions, impl, return_support,
+    )  # fmt: skip
+    output, support = result if return_support else (result, None)
+    output = output.squeeze(0).transpose(0, 1)
     if not return_support:
         return output
-    maximum, size, tiles = ops.attention_support(
-        query.detach(), key.detach(), value.detach(), maximum, offset, live, float(alpha), is_causal, float(scale), impl
-    )
-    extent = ops.tile(impl, query)
-    return output, Support(maximum, offset, size, tiles, (extent, extent))
+    numbers = (tensor.squeeze(0) for tensor in support[:4])
+    return output, Support(*numbers, support.tile_shape)
 
 
-def softmax_attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The limit alpha = 1, with this library's causal alignment and zeros for a query without a visible key."""
-    shared = problem.heads != problem.key_heads
-    if not problem.is_causal or problem.diagonal == 0:
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=problem.is_causal, scale=problem.scale, enable_gqa=shared
+def jagged_attention(query, key, value, *, refused, **options):
+    """Nested tensors (batch, heads, ragged length, dim), through their values (heads, tokens, dim) and offsets."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        jagged = tensor.is_nested and tensor.layout == torch.jagged and tensor.dim() == 4
+        if not jagged or tensor._ragged_idx != 2 or tensor.lengths() is not None:
+            raise ValueError(
+                f"{name} must be a jagged nested tensor (batch, heads, ragged length, dim) without holes, as the other "
+                f"inputs are, got {'one of shape' if tensor.is_nested else 'a tensor of shape'} {tuple(tensor.shape)}"
+            )
+    if any(option is not None for option in refused):
+        raise ValueError(
+            "query_positions, key_lengths, key_mask and block_mask are for tensors of one length, not for nested ones"
         )
-    visible = reference.visible_mask(problem, query.device)
-    blind = max(0, -problem.diagonal)
-    output = scaled_dot_product_attention(
-        query[:, :, blind:], key, value, attn_mask=visible[blind:], scale=problem.scale, enable_gqa=shared
-    )
-    return torch.nn.functional.pad(output, (0, 0, blind, 0))
+    offsets = query.offsets(), key.offsets()
+    if key.shape[2] == query.shape[2]:  # one ragged extent
+        offsets = offsets[0], offsets[0]
+    values = tuple(tensor.values().unsqueeze(0) for tensor in tensors.values())
+    # A nested tensor may know the length of its longest sequence; all tokens are a bound as well.
+    longest = (getattr(tensor, "_maybe_max_seqlen", None) or tensor.values().shape[1] for tensor in (query, key))
+    result = packed_attention(
+        *values, *offsets, *longest,
+        *(options[name] for name in ("alpha", "scale", "softcap", "alibi_slopes", "is_causal", "window_size")),
+        None, options["impl"], options["return_support"],
+    )  # fmt: skip
+    output, support = result if options["return_support"] else (result, None)
+    output = torch.nested.nested_tensor_from_jagged(output.squeeze(0), query.offsets(), jagged_dim=2)
+    return output if support is None else (output, support)
+
+
+def packed_attention(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, alpha, scale, softcap, alibi_slopes, is_causal, window_size,
+    query_positions, impl, return_support,
+):  # fmt: skip
+    """Packed sequences as one batch row, (1, heads, tokens, dim)."""
+    query, key, value = as_autocast(query, key, value)
+    check_inputs(query, key, value)
+    check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
+    if isinstance(query_positions, int):
+        raise TypeError("query_positions of packed sequences must be a tensor or None, got int")
+    sight = Sight(is_causal, window_size, query_positions, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k)
+    check_sight(query, key, sight)
+    check_boundaries(query, key, sight)
+    check_packing(query, key, sight, max_q, max_k)
+    return attend(
+        query, key, value, alpha, scale, softcap, alibi_slopes, sight, impl, return_support,
+        reached=reach(Problem.of(query, key, value, 1.5, False, 1.0), sight, max_q, max_k),
+    )  # fmt: skip
+
+
+def check_packing(query: Tensor, key: Tensor, sight: Sight, max_q: int, max_k: int) -> None:
+    """The boundaries' values: read on the CPU; on a GPU, where that would wait for the device, asserted there."""
+    packings = [("cu_seq_q", sight.cu_seq_q, query.shape[2], max_q), ("cu_seq_k", sight.cu_seq_k, key.shape[2], max_k)]
+    if sight.cu_seq_q is sight.cu_seq_k:
+        packings = [("cu_seq_q", sight.cu_seq_q, min(query.shape[2], key.shape[2]), max(max_q, max_k))]
+    for name, boundaries, tokens, longest in packings:
+        message = f"{name} must rise from 0 to at most {tokens} tokens in steps of at most {longest}"
+        valid = boundaries_are_valid(boundaries, tokens, longest)
+        if boundaries.is_cuda or torch.compiler.is_compiling():
+            torch._assert_async(valid, message)
+        elif not valid:
+            raise ValueError(f"{message}, got {boundaries.tolist()}")
+
+
+def attend(query, key, value, alpha, scale, softcap, slopes, sight, impl, return_support, reached=None):
+    """The call itself, after all checks."""
+    impl = choose_impl(query, impl)
+    alpha, scale = parameters(query, alpha, scale)
+    numbers = (1.5, 1.0) if isinstance(alpha, Tensor) else (alpha, scale)
+    problem = Problem.of(query, key, value, numbers[0], sight.is_causal, numbers[1], softcap)
+    if slopes is not None:
+        slopes = slopes.to(row_dtype(query)).expand(problem.batch, problem.heads)
+
+    if impl == "reference" or (not isinstance(alpha, Tensor) and alpha == 1.0):
+        dense = reference.attention if impl == "reference" else softmax_attention
+        if return_support and impl != "reference":
+            raise ValueError("alpha=1 is softmax, which attends to every key: it has no support to return")
+        with ops.as_given(query):
+            result = dense(problem, query, key, value, alpha, scale, slopes, sight)
+        return result if return_support or impl != "reference" else result[0]
+
+    tiles = tile_filter(problem, sight, ops.tile(impl, query)) or (None, None)
+    reached = reach(problem, sight) if reached is None else reached
+    learned = (alpha, scale) if isinstance(alpha, Tensor) else (None, None)
+    modifiers = Modifiers(*learned, slopes, intervals(problem, sight, query), *tiles)
+    scalars = *numbers, float(softcap), sight.is_plain and sight.window[1] == 0, reached, impl
+    output, _, maximum, offset, live = ops.attention(query, key, value, *modifiers, *scalars)
+    if not return_support:
+        return output
+    detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *modifiers))
+    maximum, size, marks = ops.attention_support(*detached, maximum, offset, live, *scalars)
+    extent = ops.tile(impl, query)
+    return output, Support(maximum, offset, size, marks, (extent, extent))
+
+
+def intervals(problem: Problem, sight: Sight, query: Tensor) -> Tensor | None:
+    """Modifiers.intervals, or None where the kernels know the mask without."""
+    if sight.is_plain:
+        return None
+    given = sight.query_positions
+    positions, first = (given, 0) if isinstance(given, Tensor) else (None, problem.diagonal if given is None else given)
+    limits = positions, sight.key_lengths, sight.cu_seq_q, sight.cu_seq_k
+    return ops.intervals(query.detach(), *limits, problem.key_length, first, *sight.window)
+
+
+def parameters(query: Tensor, alpha: float | Tensor, scale: float | Tensor | None):
+    """Two floats, or two tensors (heads,) clamped to their ranges."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not isinstance(alpha, Tensor) and not isinstance(scale, Tensor):
+        return float(alpha), float(scale)
+    if not isinstance(alpha, Tensor) and alpha == 1.0:
+        return 1.0, of_heads(query, scale, SCALES)
+    return of_heads(query, alpha, ALPHAS), of_heads(query, scale, SCALES)
+
+
+def of_heads(query: Tensor, number: float | Tensor, limits: tuple[float, float]) -> Tensor:
+    """(heads,) in the dtype of rows; the gradient of what is clamped is 0."""
+    dtype, heads = row_dtype(query), query.shape[1]
+    if not isinstance(number, Tensor):
+        return torch.full((heads,), number, dtype=dtype, device=query.device)
+    return number.to(dtype).clamp(*limits).expand(heads).contiguous()
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, inputs in its dtype, as scaled_dot_product_attention takes them; float64 stays."""
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return tensors
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def softmax_attention(problem: Problem, query, key, value, alpha, scale, slopes, sight: Sight) -> Tensor:
+    """The limit alpha = 1, with this library's masks and zeros for a query without a visible key."""
+    if problem.softcap:
+        raise ValueError("softcap with alpha=1 (softmax) is not computed here: use FlexAttention, or alpha above 1")
+    shared = problem.heads != problem.key_heads
+    if isinstance(scale, Tensor):
+        query, scale = query * scale.to(query.dtype).view(-1, 1, 1), 1.0
+    masks = (sight.key_mask, sight.block_mask, slopes)
+    square = not problem.is_causal or problem.diagonal == 0
+    if sight.is_plain and square and all(mask is None for mask in masks):
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=sight.window[1] == 0, scale=scale, enable_gqa=shared
+        )
+    visible, distance = reference.visible_mask(problem, sight, query.device)
+    blind = ~visible.any(-1, keepdim=True)
+    bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible & ~blind, -torch.inf)
+    if slopes is not None:
+        bias = bias - reference.alibi(slopes, distance).to(query.dtype)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared)
+    return output.masked_fill(blind, 0.0)
 
 
 def choose_impl(query: Tensor, impl: Impl) -> Impl:

@@ -42,9 +42,31 @@ class Support(NamedTuple):
         return self.maximum - self.offset
 
 
+class Modifiers(NamedTuple):
+    """What one attention call may take beside query, key and value; each is None where it is not used.
+
+    Attributes:
+        alpha, scale: (heads,), in place of the numbers of the Problem: both or none.
+        slopes: (batch, heads), ALiBi: |position of the query - key| times this is taken from each score.
+        intervals: (batch, 3, query length) int32: the first key that a query sees, one past the last, its position.
+        kinds, bits: a mask by tiles, see ``sight.TileFilter``.
+    """
+
+    alpha: Tensor | None = None
+    scale: Tensor | None = None
+    slopes: Tensor | None = None
+    intervals: Tensor | None = None
+    kinds: Tensor | None = None
+    bits: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Problem:
-    """The sizes and scalars of one attention call, after every check has passed."""
+    """The sizes and scalars of one attention call, after every check has passed.
+
+    `softcap` is 0 for none. `is_causal` counts only without intervals. `reach` is the most keys from the first to the
+    last that 64 consecutive queries may see.
+    """
 
     batch: int
     heads: int
@@ -56,9 +78,21 @@ class Problem:
     alpha: float
     scale: float
     is_causal: bool
+    softcap: float = 0.0
+    reach: int = 0
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, alpha: float, is_causal: bool, scale: float) -> "Problem":
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        alpha: float,
+        is_causal: bool,
+        scale: float,
+        softcap: float = 0.0,
+        reach: int | None = None,
+    ) -> "Problem":
         batch, heads, query_length, head_size = query.shape
         _, key_heads, key_length, value_size = value.shape
         return cls(
@@ -72,6 +106,8 @@ class Problem:
             float(alpha),
             float(scale),
             is_causal,
+            float(softcap),
+            key_length if reach is None else reach,
         )
 
     @property
@@ -94,17 +130,31 @@ class Problem:
         """No score exists: some extent is zero, so every output is zero."""
         return 0 in (self.batch, self.heads, self.key_heads, self.query_length, self.key_length)
 
-    def visible(self, device: torch.device) -> Tensor:
-        """(query length,) int64, the number of keys that each query sees."""
-        rows = torch.arange(self.query_length, device=device)
-        if not self.is_causal:
-            return torch.full_like(rows, self.key_length)
-        return (rows + self.diagonal + 1).clamp(0, self.key_length)
+    def intervals(self, device: torch.device) -> Tensor:
+        """(batch, 3, query length) int32 of the plain mask: all keys, or the causal ones. See Modifiers."""
+        position = torch.arange(self.query_length, dtype=torch.int32, device=device) + self.diagonal
+        stop = (
+            (position + 1).clamp(0, self.key_length) if self.is_causal else torch.full_like(position, self.key_length)
+        )
+        return torch.stack((torch.zeros_like(position), stop, position)).expand(self.batch, -1, -1)
 
     def live_shape(self, tile: int) -> tuple[int, int, int, int]:
         """Shape of the packed map of live tiles: one bit for each key tile, in int32 words."""
         words = ceil_div(ceil_div(self.key_length, tile), WORD_BITS)
         return self.batch, self.heads, ceil_div(self.query_length, tile), words
+
+
+def empty_output(query: Tensor, size: int) -> Tensor:
+    """(batch, heads, query length, size), stored in the order of the query's dimensions: heads first, or rows first."""
+    batch, heads, length, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty(batch, length, heads, size).transpose(1, 2)
+    return query.new_empty(batch, heads, length, size)
+
+
+def row_dtype(query: Tensor) -> torch.dtype:
+    """The dtype of everything that a row has one of."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -127,7 +177,7 @@ def unpack_tiles(words: Tensor, key_tiles: int) -> Tensor:
     return (words.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :key_tiles].bool()
 
 
-def check_inputs(query: Tensor, key: Tensor, value: Tensor, alpha: float, scale: float | None, impl: str) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
@@ -137,7 +187,6 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, alpha: float, scale:
             raise ValueError(f"{name} must have shape (batch, heads, length, dim), got {tuple(tensor.shape)}")
     _check_dtypes_and_devices(tensors)
     _check_shapes(query, key, value)
-    _check_scalars(alpha, scale, impl)
 
 
 def _check_dtypes_and_devices(tensors: dict[str, Tensor]) -> None:
@@ -173,26 +222,49 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"head size of {name} must be from 1 to {MAX_HEAD_SIZE}, got {size}")
 
 
-def _check_scalars(alpha: float, scale: float | None, impl: str) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha must be a float in [1, 2], got {type(alpha).__name__}")
-    if not 1.0 <= alpha <= 2.0:
+def check_scalars(
+    query: Tensor, alpha: float | Tensor, scale: float | Tensor | None, softcap: float, slopes: Tensor | None, impl: str
+) -> None:
+    batch, heads = query.shape[:2]
+    if isinstance(alpha, Tensor):
+        _check_parameter("alpha", alpha, query, ((), (heads,)))
+    elif not _is_number(alpha):
+        raise TypeError(f"alpha must be a float in [1, 2] or a tensor, got {type(alpha).__name__}")
+    elif not 1.0 <= alpha <= 2.0:
         raise ValueError(f"alpha must be in [1, 2] (1 is softmax, 2 is sparsemax), got {alpha}")
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale must be a positive float or None, got {type(scale).__name__}")
-        if not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+    if isinstance(scale, Tensor):
+        _check_parameter("scale", scale, query, ((), (heads,)))
+    elif scale is not None and not _is_number(scale):
+        raise TypeError(f"scale must be a positive float, a tensor or None, got {type(scale).__name__}")
+    elif scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if not _is_number(softcap):
+        raise TypeError(f"softcap must be a positive float, or 0 for none, got {type(softcap).__name__}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or 0 for none, got {softcap}")
+    if slopes is not None:
+        _check_parameter("alibi_slopes", slopes, query, ((heads,), (batch, heads)))
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(map(repr, get_args(Impl)))}, got {impl!r}")
+    if not isinstance(alpha, Tensor) and not isinstance(scale, Tensor) and alpha > 1.0:
+        slope = (alpha - 1.0) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if not 1e-30 <= slope <= 1e30:
+            raise ValueError(f"(alpha - 1) * scale must be from 1e-30 to 1e30, got alpha {alpha} and scale {scale}")
 
 
-def check_slope(problem: Problem) -> None:
-    """(alpha - 1) * scale must be an ordinary float32."""
-    if problem.alpha > 1.0 and not 1e-30 <= problem.slope <= 1e30:
-        raise ValueError(
-            f"(alpha - 1) * scale must be from 1e-30 to 1e30, got alpha {problem.alpha} and scale {problem.scale}"
-        )
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_parameter(name: str, tensor: Tensor, query: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on the device of the query, {query.device}, got {tensor.device}")
 
 
 def _listed(values: dict) -> str:

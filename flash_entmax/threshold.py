@@ -115,6 +115,31 @@ def smallest_offset(visible: Tensor, alpha: float) -> Tensor:
     return visible.clamp_min(1).pow(1.0 - alpha) * (1 - 1e-6)
 
 
+def solve(alpha: float, relative: Tensor, pending: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The offset of every row, from z - maximum over its live tiles, starting from the certified `high`.
+
+    A tile of rows leaves once all its pending rows have converged.
+    """
+    result, offset = high.clone(), high
+    bracket = Bracket(low, high, alpha)
+    active = torch.arange(high.shape[0], device=high.device)
+    for _ in range(MAX_STEPS):
+        distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
+        total, weight = probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1)
+        count = (distance > 0).sum(-1).to(offset.dtype) if alpha == 1.5 else None
+        pending = pending & ((total - 1).abs() > tolerance(offset))
+        stepped = torch.where(pending, bracket.step(offset, total, weight, count), offset)
+        pending, offset = pending & (stepped != offset), stepped
+        result[active] = offset
+        keep = pending.any(-1)
+        if not keep.any():
+            break
+        if not keep.all():
+            relative, offset, pending, active = relative[keep], offset[keep], pending[keep], active[keep]
+            bracket.low, bracket.high = bracket.low[keep], bracket.high[keep]
+    return result
+
+
 def threshold_by_steps(z: Tensor, alpha: float, start: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
     """Safeguarded steps from a start (default 1: all that a row can reach); also returns the passes over z it took."""
     maximum = row_maximum(z)

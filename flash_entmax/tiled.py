@@ -1,28 +1,23 @@
 """The algorithm in plain PyTorch, tile by tile: for CPU tensors, float64, and any device without Triton.
 
-The stages are those of the kernels. Scores are computed once, densely, for a bounded chunk of rows; the maxima of their
-blocks of keys certify which tiles can hold support; the solve, the output and the gradient then touch only those tiles.
-Tiles of rows that read about as many tiles of keys form a group, so that each stage is a few batched operations.
-Arithmetic is in float32 (float64 for float64 inputs). No temporary holds more than a few times CHUNK_SCORES numbers.
+The stages are those of the kernels. Of the tiles that intervals and masks leave, scores are computed once, densely; the
+maxima of their blocks of keys certify which tiles can hold support; the solve, the output and the gradient then touch
+only those. Tiles of rows that read about as many tiles of keys form a group, so that each stage is a few batched
+operations. Arithmetic is in float32 (float64 for float64 inputs). Beside copies of the inputs, no temporary holds more
+than a few times CHUNK_SCORES numbers, or the scores of one tile of rows. A unit is one query head of one batch row.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .problem import Problem, ceil_div, pack_tiles, unpack_tiles
-from .threshold import (
-    MAX_STEPS,
-    Bracket,
-    certified_offset,
-    probability,
-    smallest_offset,
-    support_weight,
-    tolerance,
-)
+from .problem import Modifiers, Problem, ceil_div, empty_output, pack_tiles, unpack_tiles
+from .sight import FIRST_PARTIAL, HIDDEN, WHOLE
+from .threshold import certified_offset, probability, smallest_offset, solve, support_weight
 
 TILE = 64
 CHUNK_SCORES = 2**22
@@ -42,12 +37,13 @@ class Gradients(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+    parameters: Tensor
 
 
 class Group(NamedTuple):
     """Some tiles of rows and, of each, its live tiles of keys, filled up to one number with unused ones.
 
-    A unit is one query head of one batch row. Shapes: unit and query_tile (n,), key_tile and used (n, m).
+    Shapes: unit and query_tile (n,), key_tile and used (n, m).
     """
 
     unit: Tensor
@@ -59,9 +55,19 @@ class Group(NamedTuple):
     def rows(self) -> tuple[Tensor, Tensor]:
         return self.unit, self.query_tile
 
+    @property
+    def tiles(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Index of the (n, m) tiles in a (units, query tiles, key tiles) map."""
+        return self.unit.unsqueeze(-1), self.query_tile.unsqueeze(-1), self.key_tile
+
     def keys(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Index of the tiles of keys in a (key heads of all batch rows, key tiles, ...) tensor."""
         return (self.unit // problem.group).unsqueeze(-1), self.key_tile
+
+    def part(self, inner: "Group") -> "Group":
+        """`inner` counts tiles of rows and of keys within this group; the result counts them as this group does."""
+        row = inner.query_tile
+        return Group(self.unit[row], self.query_tile[row], self.key_tile[row].gather(-1, inner.key_tile), inner.used)
 
 
 def groups(live: Tensor) -> Iterator[Group]:
@@ -83,89 +89,186 @@ def groups(live: Tensor) -> Iterator[Group]:
         start = stop
 
 
-def attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Solution:
+class Scope(NamedTuple):
+    """The keys that each row sees, and what distance takes from their scores: Modifiers in the shape of tiles.
+
+    start, stop and position: (units, query tiles, TILE), rows past the last query see nothing; slopes: (units,), where
+    the interval has taken care of infinite ones; kinds: expanded to (batch, heads, query tiles, key tiles).
+    """
+
+    start: Tensor
+    stop: Tensor
+    position: Tensor
+    slopes: Tensor | None
+    kinds: Tensor | None
+    bits: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem, modifiers: Modifiers, device: torch.device) -> "Scope":
+        intervals = problem.intervals(device) if modifiers.intervals is None else modifiers.intervals
+        start, stop, position = intervals.unsqueeze(1).expand(-1, problem.heads, -1, -1).unbind(2)
+        slopes, kinds = modifiers.slopes, modifiers.kinds
+        if slopes is not None:
+            infinite = slopes == torch.inf
+            start = torch.where(infinite.unsqueeze(-1), start.maximum(position), start)
+            stop = torch.where(infinite.unsqueeze(-1), stop.minimum(position + 1), stop)
+            slopes = slopes.masked_fill(infinite, 0.0).flatten()
+        if kinds is not None:
+            kinds = kinds.expand(problem.batch, problem.heads, ceil_div(problem.query_length, TILE), -1)
+        return cls(*(pad_rows(rows, 0) for rows in (start, stop, position)), slopes, kinds, modifiers.bits)
+
+    def tiles(self, problem: Problem) -> Tensor:
+        """(units, query tiles, key tiles) bool: False where no row of the tile sees a key of the tile."""
+        blind = self.start >= self.stop
+        first = self.start.masked_fill(blind, problem.key_length).amin(-1, keepdim=True)
+        end = self.stop.masked_fill(blind, 0).amax(-1, keepdim=True)
+        key = TILE * torch.arange(ceil_div(problem.key_length, TILE), device=end.device)
+        seen = (key + TILE > first) & (key < end)
+        if self.kinds is None:
+            return seen
+        return (seen.unflatten(0, self.kinds.shape[:2]) & (self.kinds != HIDDEN)).flatten(0, 1)
+
+    def kinds_of(self, group: Group) -> Tensor:
+        """(n, m), the kind of each tile by the mask; unused ones are hidden."""
+        if self.kinds is None:
+            return torch.where(group.used, WHOLE, HIDDEN)
+        (unit, query_tile, key_tile), heads = group.tiles, self.kinds.shape[1]
+        return self.kinds[unit // heads, unit % heads, query_tile, key_tile].masked_fill(~group.used, HIDDEN)
+
+    def mask(self, kind: Tensor) -> Tensor:
+        """(tiles, TILE or 1, TILE or 1) bool: the pairs that the mask leaves, of tiles of the given kinds."""
+        whole = (kind == WHOLE)[:, None, None]
+        if self.bits is None:
+            return whole
+        partial = unpack_tiles(self.bits[(kind - FIRST_PARTIAL).clamp_min(0)], TILE)
+        return torch.where((kind >= FIRST_PARTIAL)[:, None, None], partial, whole)
+
+    def separations(self, group: Group) -> Tensor:
+        """(n, TILE, m TILE): |position of the query - key|."""
+        position = self.position[group.rows].to(self.slopes.dtype).unsqueeze(-1)
+        key = keys_of(group.key_tile).flatten(1).to(position.dtype).unsqueeze(1)
+        return (position - key).abs_()
+
+
+def keys_of(key_tile: Tensor) -> Tensor:
+    """(..., TILE), the keys of each tile."""
+    return key_tile.unsqueeze(-1) * TILE + torch.arange(TILE, device=key_tile.device)
+
+
+def by_head(problem: Problem, modifiers: Modifiers) -> Iterator[tuple[Problem, Modifiers, slice, slice]]:
+    """The call as it is, or a call for each head where each has its alpha and scale; with its heads and key heads."""
+    if modifiers.alpha is None:
+        yield problem, modifiers, slice(None), slice(None)
+        return
+    for head, (alpha, scale) in enumerate(zip(modifiers.alpha.tolist(), modifiers.scale.tolist(), strict=True)):
+        own, shared = (slice(index, index + 1) for index in (head, head // problem.group))
+        slopes = None if modifiers.slopes is None else modifiers.slopes[:, own]
+        kinds = None if modifiers.kinds is None else modifiers.kinds.expand(-1, problem.heads, -1, -1)[:, own]
+        part = replace(problem, heads=1, key_heads=1, alpha=alpha, scale=scale)
+        yield part, modifiers._replace(alpha=None, scale=None, slopes=slopes, kinds=kinds), own, shared
+
+
+def attention(problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, value: Tensor) -> Solution:
     """Output and value_mean (input dtype), maximum and offset (compute dtype), and the packed map of live tiles."""
-    query_tiles, key_tiles = ceil_div(problem.query_length, TILE), ceil_div(problem.key_length, TILE)
-    units = problem.batch * problem.heads
-    output, value_mean = (
-        torch.zeros(units, problem.query_length, problem.value_size, dtype=query.dtype, device=query.device)
-        for _ in range(2)
-    )
-    maximum = torch.full(output.shape[:2], torch.inf, dtype=compute_dtype(query), device=query.device)
-    offset = torch.ones_like(maximum)
-    live = torch.zeros(units, query_tiles, key_tiles, dtype=torch.bool, device=query.device)
-    if not problem.is_empty:
-        for heads, chunk in chunks(problem):
-            part = attend_chunk(problem, query, key, value, heads, chunk)
-            for whole, piece in zip((output, value_mean, maximum, offset), part, strict=False):
-                whole[heads, chunk] = piece.flatten(1, 2)[:, : chunk.stop - chunk.start].to(whole.dtype)
-            marks = part[-1]
-            live[heads, chunk.start // TILE :, : marks.shape[2]][:, : marks.shape[1]] = marks
-    whole = output, value_mean, maximum, offset, pack_tiles(live)
-    return Solution(*(tensor.unflatten(0, (problem.batch, problem.heads)) for tensor in whole))
+    output, value_mean = (empty_output(query, problem.value_size) for _ in range(2))
+    row_dtype = torch.promote_types(query.dtype, torch.float32)
+    maximum, offset = (query.new_empty(query.shape[:3], dtype=row_dtype) for _ in range(2))
+    whole = Solution(output, value_mean, maximum, offset, query.new_empty(problem.live_shape(TILE), dtype=torch.int32))
+    for part, own_modifiers, own, shared in by_head(problem, modifiers):
+        pieces = attend(part, own_modifiers, query[:, own], key[:, shared], value[:, shared])
+        for result, piece in zip(whole, pieces, strict=True):
+            result[:, own] = piece
+    return whole
 
 
-def chunks(problem: Problem) -> Iterator[tuple[slice, slice]]:
-    """Slices of units and of rows (whole tiles) whose scores fit CHUNK_SCORES, or one tile of rows where none do."""
-    units = problem.batch * problem.heads
-    rows = min(problem.query_length, max(TILE, CHUNK_SCORES // problem.key_length // TILE * TILE))
-    step = max(1, CHUNK_SCORES // (rows * problem.key_length))
-    for unit in range(0, units, step):
-        for row in range(0, problem.query_length, rows):
-            yield slice(unit, min(units, unit + step)), slice(row, min(problem.query_length, row + rows))
-
-
-def attend_chunk(problem: Problem, query: Tensor, key: Tensor, value: Tensor, heads: slice, chunk: slice):
-    """All stages for some units and rows: output, value_mean, maximum, offset by (unit, tile, row), and live tiles."""
-    units = torch.arange(heads.start, heads.stop, device=query.device)
-    most = int(problem.visible(query.device)[chunk.stop - 1])
-    q = padded(rows_of(query, units)[:, chunk])
-    k, v = (padded(rows_of(tensor, units // problem.group)[:, :most]) for tensor in (key, value))
-    visible = pad(problem.visible(query.device)[chunk], (0, q.shape[1] - (chunk.stop - chunk.start)))
-
-    scores = torch.bmm(q, k.mT).mul_(problem.slope)
-    hide(scores, visible)
-    scores = scores.unflatten(1, (-1, TILE)).unflatten(-1, (-1, TILE))
-    visible = visible.view(-1, TILE)
-    block_maxima = scores.amax(-1)
-    maximum = torch.where(visible > 0, block_maxima.amax(-1), torch.inf)
-    offset = certified_offset(block_maxima, maximum, problem.alpha)
-    live = survivors(block_maxima, maximum, offset)
-
-    output, value_mean = (v.new_zeros(*maximum.shape, v.shape[-1]) for _ in range(2))
-    values = v.unflatten(1, (-1, TILE))
+def attend(problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, value: Tensor) -> Solution:
+    """`attention` with one alpha and scale, in the compute dtype."""
+    scope = Scope.of(problem, modifiers, query.device)
+    q, k, v = (tiles_of(tensor) for tensor in (query, key, value))
+    output, value_mean = (q.new_zeros(*q.shape[:-1], v.shape[-1]) for _ in range(2))
+    maximum, offset = q.new_full(q.shape[:-1], torch.inf), q.new_ones(q.shape[:-1])
+    live = scope.tiles(problem)
     for group in groups(live):
-        relative = gathered(scores, group) - maximum[group.rows].unsqueeze(-1)
-        low = smallest_offset(visible[group.query_tile].to(offset.dtype), problem.alpha)
-        pending = maximum[group.rows] < torch.inf
-        offset[group.rows] = solve(problem.alpha, relative, pending, low, offset[group.rows])
-        v_group = tiles_of_keys(values, group.unit.unsqueeze(-1), group)
-        parts = outputs(problem.alpha, relative, offset[group.rows], v_group)
-        output[group.rows], value_mean[group.rows] = parts
-    return output, value_mean, maximum, offset, survivors(block_maxima, maximum, offset)
+        product = products(problem, q[group.rows], tiles_of_keys(k, group.keys(problem), group.used))
+        part = attend_group(problem, group, *scores(problem, scope, product, group), v)
+        for whole, piece in zip((output, value_mean, maximum, offset), part, strict=False):
+            whole[group.rows] = piece
+        live[group.tiles] = part.live
+    rows = (unpadded(tiles, query) for tiles in (output, value_mean, maximum, offset))
+    return Solution(*rows, pack_tiles(live).unflatten(0, query.shape[:2]))
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def attend_group(problem: Problem, group: Group, z: Tensor, visible: Tensor, v: Tensor) -> Solution:
+    """All stages after the scores, for the tiles of rows of one group; live is (n, m)."""
+    tiles = z.unflatten(-1, (-1, TILE)).unsqueeze(0)
+    block_maxima = tiles.amax(-1)
+    maximum = torch.where(visible > 0, block_maxima.amax(-1), torch.inf)
+    low = smallest_offset(visible.to(z.dtype), problem.alpha)
+    offset = certified_offset(block_maxima, maximum, problem.alpha)
+    output, value_mean = (v.new_zeros(*maximum.shape, v.shape[-1]) for _ in range(2))
+    for inner in groups(survivors(block_maxima, maximum, offset) & group.used):
+        rows = inner.rows
+        relative = gathered(tiles, inner) - maximum[rows].unsqueeze(-1)
+        pending = maximum[rows] < torch.inf
+        offset[rows] = solve(problem.alpha, relative, pending, low[inner.query_tile], offset[rows])
+        values = tiles_of_keys(v, group.part(inner).keys(problem), inner.used)
+        output[rows], value_mean[rows] = outputs(problem.alpha, relative, offset[rows], values)
+    live = survivors(block_maxima, maximum, offset) & group.used
+    return Solution(*(result.squeeze(0) for result in (output, value_mean, maximum, offset, live)))
 
 
-def rows_of(tensor: Tensor, units: Tensor) -> Tensor:
-    """(units, length, dim) in the compute dtype, of the given heads of a (batch, heads, length, dim) tensor."""
-    heads = tensor.shape[1]
-    return tensor[units // heads, units % heads].to(compute_dtype(tensor))
+def tiles_of(tensor: Tensor) -> Tensor:
+    """(batch, heads, length, dim) -> (units, tiles, TILE, dim) in the compute dtype, filled up with zeros."""
+    rows = pad(tensor.flatten(0, 1), (0, 0, 0, -tensor.shape[2] % TILE))
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (-1, TILE))
 
 
-def padded(rows: Tensor) -> Tensor:
-    """(..., length, dim) with rows of zeros up to a whole number of tiles, at least one."""
-    length = rows.shape[-2]
-    return pad(rows, (0, 0, 0, TILE * max(1, ceil_div(length, TILE)) - length))
+def pad_rows(rows: Tensor, fill: float) -> Tensor:
+    """(batch, heads, length) -> (units, query tiles, TILE)."""
+    flat = rows.flatten(0, 1)
+    return pad(flat, (0, -flat.shape[-1] % TILE), value=fill).unflatten(-1, (-1, TILE))
 
 
-def hide(scores: Tensor, visible: Tensor) -> None:
-    """Write -inf over every (row, key) with key >= visible[row]; columns that all rows see are not touched."""
-    first = int(visible.min())
-    keys = torch.arange(first, scores.shape[-1], device=scores.device)
-    scores[..., first:].masked_fill_(keys >= visible.unsqueeze(-1), -torch.inf)
+def unpadded(tiles: Tensor, like: Tensor) -> Tensor:
+    """(units, tiles, TILE, ...) -> (batch, heads, length, ...) of these extents of `like`."""
+    return tiles.flatten(1, 2)[:, : like.shape[2]].unflatten(0, like.shape[:2])
+
+
+def tiles_of_keys(tiles: Tensor, keys: tuple[Tensor, Tensor], used: Tensor) -> Tensor:
+    """(n, m TILE, dim) of a (units, key tiles, TILE, dim) tensor; zeros in the unused tiles, whatever is there."""
+    return tiles[keys].masked_fill_(~used[:, :, None, None], 0.0).flatten(1, 2)
+
+
+def products(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
+    """query . key; with a softcap, tanh(scale * query . key / softcap)."""
+    product = torch.bmm(q, k.mT)
+    return product.mul_(problem.scale / problem.softcap).tanh_() if problem.softcap else product
+
+
+def scores(problem: Problem, scope: Scope, product: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """z of (n, TILE, m TILE), in place of the products, -inf where hidden; (n, TILE), how many keys each row sees."""
+    z = product.mul_((problem.alpha - 1.0) * problem.softcap if problem.softcap else problem.slope)
+    if scope.slopes is not None:
+        slopes = (problem.alpha - 1.0) * scope.slopes[group.unit]
+        z.sub_(scope.separations(group).mul_(slopes[:, None, None]))
+    return z, hide(z, scope, group)
+
+
+def hide(z: Tensor, scope: Scope, group: Group) -> Tensor:
+    """Write -inf over what a row does not see; returns (n, TILE), how many keys it sees.
+
+    Tiles that all their rows see whole are not touched.
+    """
+    start, stop = (limit[group.rows].unsqueeze(-1) for limit in (scope.start, scope.stop))
+    keys, kinds = keys_of(group.key_tile), scope.kinds_of(group)
+    whole = (start.amax(1) <= keys[..., 0]) & (keys[..., -1] < stop.amin(1)) & (kinds == WHOLE)
+    row, column = (~whole).nonzero(as_tuple=True)
+    key = keys[row, column].unsqueeze(1)
+    seen = (start[row] <= key) & (key < stop[row]) & scope.mask(kinds[row, column])
+    tiles = z.unflatten(-1, (-1, TILE))
+    tiles[row, :, column] = tiles[row, :, column].masked_fill_(~seen, -torch.inf)
+    in_whole = TILE * whole.sum(-1, keepdim=True, dtype=torch.int32)
+    return in_whole.repeat(1, TILE).index_add_(0, row, seen.sum(-1, dtype=torch.int32))
 
 
 def survivors(block_maxima: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
@@ -174,36 +277,11 @@ def survivors(block_maxima: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
     return ~(distance <= 0).all(2)
 
 
-def gathered(scores: Tensor, group: Group) -> Tensor:
+def gathered(tiles: Tensor, group: Group) -> Tensor:
     """(n, TILE, m TILE): the live tiles of each tile of rows side by side; -inf in the unused ones."""
-    tiles = scores[group.unit.unsqueeze(-1), group.query_tile.unsqueeze(-1), :, group.key_tile]
-    tiles.masked_fill_(~group.used[:, :, None, None], -torch.inf)
-    return tiles.transpose(1, 2).flatten(2)
-
-
-def solve(alpha: float, relative: Tensor, pending: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The offset of every row, from z - maximum over its live tiles, starting from the certified `high`.
-
-    A tile of rows leaves once all its pending rows have converged.
-    """
-    result, offset = high.clone(), high
-    bracket = Bracket(low, high, alpha)
-    active = torch.arange(high.shape[0], device=high.device)
-    for _ in range(MAX_STEPS):
-        distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
-        total, weight = probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1)
-        count = (distance > 0).sum(-1).to(offset.dtype) if alpha == 1.5 else None
-        pending = pending & ((total - 1).abs() > tolerance(offset))
-        stepped = torch.where(pending, bracket.step(offset, total, weight, count), offset)
-        pending, offset = pending & (stepped != offset), stepped
-        result[active] = offset
-        keep = pending.any(-1)
-        if not keep.any():
-            break
-        if not keep.all():
-            relative, offset, pending, active = relative[keep], offset[keep], pending[keep], active[keep]
-            bracket.low, bracket.high = bracket.low[keep], bracket.high[keep]
-    return result
+    unit, query_tile, key_tile = group.tiles
+    live = tiles[unit, query_tile, :, key_tile].masked_fill_(~group.used[:, :, None, None], -torch.inf)
+    return live.transpose(1, 2).flatten(2)
 
 
 def outputs(alpha: float, relative: Tensor, offset: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,67 +292,73 @@ def outputs(alpha: float, relative: Tensor, offset: Tensor, v: Tensor) -> tuple[
     distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
     p, u = probability(distance, alpha), support_weight(distance, alpha)
     weight = u.sum(-1, keepdim=True)
-    mean = product(u, v) / torch.where(weight == 0, 1, weight)
-    return product(p, v) + (1 - p.sum(-1, keepdim=True)) * mean, mean
+    mean = product_with(u, v) / torch.where(weight == 0, 1, weight)
+    return product_with(p, v) + (1 - p.sum(-1, keepdim=True)) * mean, mean
 
 
-def product(p: Tensor, v: Tensor, block: int = 512) -> Tensor:
+def product_with(p: Tensor, v: Tensor, block: int = 512) -> Tensor:
     """p @ v, a block of keys at a time: a float32 sum of 131,072 equal parts in one go would be off by 5e-4."""
     return sum(p[..., start : start + block] @ v[:, start : start + block] for start in range(0, p.shape[-1], block))
 
 
-def tiles_of_keys(tiles: Tensor, unit: Tensor, group: Group) -> Tensor:
-    """(n, m TILE, dim) of a (units, key tiles, TILE, dim) tensor; zeros in the unused tiles, whatever is there."""
-    return tiles[unit, group.key_tile].masked_fill_(~group.used[:, :, None, None], 0.0).flatten(1, 2)
-
-
 def attention_backward(
-    problem: Problem,
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    value_mean: Tensor,
-    maximum: Tensor,
-    offset: Tensor,
-    live: Tensor,
-) -> Gradients:
-    """dQ, dK and dV over the live tiles: dS = u (dP - delta), delta = dO . O1. Sums run in one order on every call."""
+    problem: Problem, modifiers: Modifiers, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    value_mean: Tensor, maximum: Tensor, offset: Tensor, live: Tensor, parameters: bool,
+) -> Gradients:  # fmt: skip
+    """dQ, dK, dV and, if wanted, (3, batch, heads) of alpha, scale and slopes. Sums run in one order on every call."""
+    of_query = query.new_empty(query.shape)
+    of_key, of_value = (offset.new_zeros(tensor.shape) for tensor in (key, value))
+    of_parameters = offset.new_empty(3 if parameters else 0, *query.shape[:2])
+    for part, own_modifiers, own, shared in by_head(problem, modifiers):
+        of_rows = (tensor[:, own] for tensor in (grad_output, query, value_mean, maximum, offset, live))
+        pieces = differentiate(part, own_modifiers, key[:, shared], value[:, shared], *of_rows, parameters)
+        of_query[:, own] = pieces.query
+        of_key[:, shared] += pieces.key
+        of_value[:, shared] += pieces.value
+        of_parameters[:, :, own] = pieces.parameters
+    return Gradients(of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_parameters)
+
+
+def differentiate(
+    problem: Problem, modifiers: Modifiers, key: Tensor, value: Tensor, grad_output: Tensor, query: Tensor,
+    value_mean: Tensor, maximum: Tensor, offset: Tensor, live: Tensor, parameters: bool,
+) -> Gradients:  # fmt: skip
+    """`attention_backward` with one alpha and scale, in the compute dtype: dS = u (dP - delta), delta = dO . O1."""
+    scope = Scope.of(problem, modifiers, query.device)
     q, k, v, do = (tiles_of(tensor) for tensor in (query, key, value, grad_output))
     delta = pad_rows((grad_output.to(offset.dtype) * value_mean.to(offset.dtype)).sum(-1), 0.0)
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for group in groups(unpack_tiles(live, ceil_div(problem.key_length, TILE)).flatten(0, 1)):
+    of_alpha, of_slopes = torch.zeros_like(delta), torch.zeros_like(delta)
+    for group in groups(unpack_tiles(live, k.shape[1]).flatten(0, 1)):
         rows, keys = group.rows, group.keys(problem)
-        k_group, v_group = (tiles_of_keys(tensor, keys[0], group) for tensor in (k, v))
-        distance = distances(problem, q[rows], k_group, maximum[rows], offset[rows], group)
+        k_group, v_group = (tiles_of_keys(tensor, keys, group.used) for tensor in (k, v))
+        product = products(problem, q[rows], k_group)
+        steepness = 1 - product * product if problem.softcap else None
+        distance = distances(scores(problem, scope, product, group)[0], maximum[rows], offset[rows])
         p, u = probability(distance, problem.alpha), support_weight(distance, problem.alpha)
-        ds = u.mul_(torch.bmm(do[rows], v_group.mT).sub_(delta[rows].unsqueeze(-1)))
+        dp = torch.bmm(do[rows], v_group.mT).sub_(delta[rows].unsqueeze(-1))
+        if parameters:
+            # sum u (dP - delta) = 0 up to the rounding of value_mean, which weights that sum to 0 do not see.
+            weight = p * (1 - torch.where(distance > 0, distance, 1.0).log_())
+            excess = weight.sum(-1, keepdim=True) / u.sum(-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
+            of_alpha[rows] = (weight - u * excess).mul_(dp).sum(-1)
+        ds = dp.mul_(u)
+        if parameters and scope.slopes is not None:
+            of_slopes[rows] = -(ds * scope.separations(group)).sum(-1)
+        if steepness is not None:
+            ds.mul_(steepness)
         dq[rows] = ds @ k_group
         add_tiles(dk, keys, group.used, ds.mT @ q[rows])
         add_tiles(dv, keys, group.used, p.mT @ do[rows])
+    of_rows = torch.stack((of_alpha / (problem.alpha - 1.0) ** 2, (dq * q).sum(-1), of_slopes))
+    of_parameters = of_rows.sum((-2, -1)).unflatten(-1, query.shape[:2])[: 3 * parameters]
     gradients = zip((dq * problem.scale, dk * problem.scale, dv), (query, key, value), strict=True)
-    return Gradients(*(unpadded(blocks, like) for blocks, like in gradients))
+    return Gradients(*(unpadded(tiles, like) for tiles, like in gradients), of_parameters)
 
 
-def tiles_of(tensor: Tensor) -> Tensor:
-    """(batch, heads, length, dim) -> (units, tiles, TILE, dim) in the compute dtype."""
-    return padded(tensor.flatten(0, 1)).to(compute_dtype(tensor)).unflatten(1, (-1, TILE))
-
-
-def pad_rows(rows: Tensor, fill: float) -> Tensor:
-    """(batch, heads, length) -> (units, query tiles, TILE)."""
-    flat = rows.flatten(0, 1)
-    return pad(flat, (0, -flat.shape[-1] % TILE), value=fill).unflatten(-1, (-1, TILE))
-
-
-def distances(problem: Problem, q: Tensor, k: Tensor, maximum: Tensor, offset: Tensor, group: Group) -> Tensor:
-    """[z - tau]_+ of (n, TILE, m TILE) computed anew; 0 where the key is not visible and in unused tiles."""
-    z = torch.bmm(q, k.mT).mul_(problem.slope)
-    visible = pad(problem.visible(z.device), (0, -problem.query_length % TILE)).view(-1, TILE)[group.query_tile]
-    key = group.key_tile.unsqueeze(-1) * TILE + torch.arange(TILE, device=z.device)
-    key = key.masked_fill_(~group.used.unsqueeze(-1), problem.key_length).flatten(1)
-    z.masked_fill_(key.unsqueeze(1) >= visible.unsqueeze(-1), -torch.inf)
+def distances(z: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
+    """[z - tau]_+, in place; 0 where the key is hidden and in unused tiles."""
     return z.sub_(maximum.unsqueeze(-1)).add_(offset.unsqueeze(-1)).clamp_min_(0)
 
 
@@ -285,28 +369,31 @@ def add_tiles(total: Tensor, keys: tuple[Tensor, Tensor], used: Tensor, parts: T
         total[unit[row, 0]][key_tile[row, :count]] += parts[row, : count * TILE].unflatten(0, (count, TILE))
 
 
-def unpadded(blocks: Tensor, like: Tensor) -> Tensor:
-    """(units, tiles, TILE, dim) -> the shape and dtype of `like`, contiguous."""
-    return blocks.flatten(1, 2)[:, : like.shape[2]].to(like.dtype).reshape(like.shape).contiguous()
-
-
 def support(
-    problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
+    problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maximum in units of z, the support size of each row (int32) and the exact map of live tiles (bool)."""
-    row_maximum = maximum.clone()
+    size = torch.empty_like(maximum, dtype=torch.int32)
+    marks = unpack_tiles(live, ceil_div(problem.key_length, TILE))
+    for part, own_modifiers, own, shared in by_head(problem, modifiers):
+        of_rows = (tensor[:, own] for tensor in (query, maximum, offset, marks))
+        size[:, own], marks[:, own] = count_support(part, own_modifiers, key[:, shared], *of_rows)
+    return maximum.clone(), size, marks
+
+
+def count_support(
+    problem: Problem, modifiers: Modifiers, key: Tensor, query: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sizes and live tiles with one alpha and scale."""
+    scope = Scope.of(problem, modifiers, query.device)
     q, k = tiles_of(query), tiles_of(key)
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
-    marks = unpack_tiles(live, ceil_div(problem.key_length, TILE)).flatten(0, 1)
-    size = torch.zeros(offset.shape, dtype=torch.int32, device=query.device)
-    for group in groups(marks.clone()):
+    size, marks = torch.zeros_like(offset, dtype=torch.int32), live.flatten(0, 1).clone()
+    for group in groups(marks):
         rows = group.rows
-        k_group = tiles_of_keys(k, group.keys(problem)[0], group)
-        reached = distances(problem, q[rows], k_group, maximum[rows], offset[rows], group) > 0
+        keys = tiles_of_keys(k, group.keys(problem), group.used)
+        z, _ = scores(problem, scope, products(problem, q[rows], keys), group)
+        reached = distances(z, maximum[rows], offset[rows]) > 0
         size[rows] = reached.sum(-1, dtype=torch.int32)
-        exact = reached.unflatten(-1, (-1, TILE)).any(-1).any(1)
-        unit, query_tile = (index.unsqueeze(-1).expand_as(exact)[group.used] for index in rows)
-        marks[unit, query_tile, group.key_tile[group.used]] = exact[group.used]
-    size = size.flatten(1)[:, : problem.query_length]
-    counted = (tensor.unflatten(0, (problem.batch, problem.heads)).contiguous() for tensor in (size, marks))
-    return row_maximum, *counted
+        marks[group.tiles] = reached.unflatten(-1, (-1, TILE)).any(-1).any(1)
+    return unpadded(size, query), marks.unflatten(0, query.shape[:2])

@@ -5,13 +5,14 @@ exact answer is the reference in float64.
 """
 
 import math
-from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
+from cases import Case, Result, Step, attend, names, run, run_dense
 from torch import Tensor
 
 from flash_entmax import entmax_attention, ops, reference
-from flash_entmax.problem import Problem, Support, unpack_tiles
+from flash_entmax.problem import Support, unpack_tiles
 from flash_entmax.testing import (
     DISTRIBUTIONS,
     FLOOR,
@@ -22,81 +23,46 @@ from flash_entmax.testing import (
     topic_inputs,
 )
 
-GRADIENTS = ("grad_query", "grad_key", "grad_value")
+
+def by_head(number: float | Tensor) -> Tensor:
+    """(1 or heads, 1, 1) in float64."""
+    return torch.as_tensor(number, dtype=torch.float64).detach().view(-1, 1, 1)
 
 
-@dataclass
-class Case:
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    alpha: float = 1.5
-    is_causal: bool = False
-    scale: float | None = None
-    seed: int = 0
-    scores_are_exact: bool = False
-
-    @property
-    def problem(self) -> Problem:
-        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return Problem.of(self.query, self.key, self.value, self.alpha, self.is_causal, scale)
-
-    def in_float64(self) -> "Case":
-        return replace(self, query=self.query.double(), key=self.key.double(), value=self.value.double())
-
-    def grad_output(self) -> Tensor:
-        problem = self.problem
-        shape = problem.batch, problem.heads, problem.query_length, problem.value_size
-        generator = torch.Generator().manual_seed(self.seed + 7)
-        return torch.randn(shape, generator=generator).to(self.query.device, self.query.dtype)
-
-
-@dataclass
-class Result:
-    output: Tensor
-    gradients: tuple[Tensor, Tensor, Tensor]
-    support: Support | None = None
-
-
-def run(case: Case, impl: str, grad_output: Tensor) -> Result:
-    """Forward and backward through the public call, on leaves that keep the strides of the inputs."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (case.query, case.key, case.value)]
-    output, support = entmax_attention(
-        *leaves, alpha=case.alpha, is_causal=case.is_causal, scale=case.scale, impl=impl, return_support=True
-    )
-    return Result(output.detach(), torch.autograd.grad(output, leaves, grad_output), support)
-
-
-def run_dense(case: Case, grad_output: Tensor) -> Result:
-    """Entmax attention as plain PyTorch computes it in the inputs' dtype: products in it, the rows in float32.
-
-    Scores are not rounded to 16 bits, since no implementation here does so; probabilities and gradients are.
-    """
-    problem, dtype = case.problem, case.query.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    leaves = [tensor.detach().requires_grad_() for tensor in (case.query, case.key, case.value)]
-    key, value = (tensor.repeat_interleave(problem.group, dim=1) for tensor in leaves[1:])
-    z = problem.slope * (leaves[0].to(wide) @ key.to(wide).mT)
-    z = z.masked_fill(~reference.visible_mask(problem, z.device), -torch.inf)
-    output = reference.entmax_rows(z, case.alpha)[0].to(dtype) @ value
-    return Result(output.detach(), torch.autograd.grad(output, leaves, grad_output))
+def dense_scores(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every pair in float64: z, the sum of its terms' absolute values (0 where hidden), whether it is visible."""
+    case = case.in_float64()
+    query, key, _ = (tensor.detach() for tensor in case.inputs)
+    key = key.repeat_interleave(case.problem.group, dim=1)
+    alpha, scale = (by_head(number).to(key.device) for number in case.numbers)
+    visible, distance = reference.visible_mask(case.problem, case.sight, key.device)
+    scores, terms = scale * (query @ key.mT), scale * (query.abs() @ key.abs().mT)
+    if softcap := case.problem.softcap:
+        scores, terms = softcap * torch.tanh(scores / softcap), terms + softcap
+    if case.slopes is not None:
+        bias = reference.alibi(case.slopes.detach(), distance)
+        scores, terms, visible = scores - bias, terms + bias.abs(), visible & (bias < torch.inf)
+    visible = visible.expand_as(scores)
+    return (alpha - 1) * scores, (alpha - 1) * terms.masked_fill(~visible, 0.0), visible
 
 
 def distances(case: Case, support: Support) -> tuple[Tensor, Tensor]:
-    """z - tau of every pair in float64 (-inf where hidden), and how far float32 rounding may move each row's.
+    """z - tau of every pair in float64 (-inf where hidden), and how far float32 rounding may move it.
 
-    A float32 dot product is off by some 2^-24 of the sum of its terms' absolute values, if any operation of it rounds;
-    the offset is off by a few 2^-24.
+    A float32 score is off by some 2^-24 of the sum of its terms' absolute values, if any operation of it rounds; tau is
+    off by as much as the keys that may be in the support, and by a few 2^-24.
     """
-    exact = case.in_float64()
-    problem = exact.problem
-    key = exact.key.repeat_interleave(problem.group, dim=1)
-    visible = reference.visible_mask(problem, key.device)
-    z = (problem.slope * (exact.query @ key.mT)).masked_fill(~visible, -torch.inf)
-    terms = problem.slope * (exact.query.abs() @ key.abs().mT)
-    largest = terms.masked_fill(~visible, 0.0).amax(-1, keepdim=True)
-    slack = 2e-6 * (torch.ones_like(largest) if case.scores_are_exact else largest.clamp_min(1.0))
-    return z - support.maximum.double().unsqueeze(-1) + support.offset.double().unsqueeze(-1), slack
+    z, terms, visible = dense_scores(case)
+    z = z.masked_fill(~visible, -torch.inf)
+    distance = z - support.maximum.double().unsqueeze(-1) + support.offset.double().unsqueeze(-1)
+    slack = 2e-6 * (torch.ones_like(terms) if case.scores_are_exact else terms.clamp_min(1.0))
+    slack = slack.masked_fill(distance == -torch.inf, 2e-6)  # no rounding brings a hidden key near
+    return distance, torch.maximum(slack, slack_of_rows(distance, slack).unsqueeze(-1))
+
+
+def slack_of_rows(distance: Tensor, slack: Tensor) -> Tensor:
+    """(batch, heads, query length), the largest slack of a key that may be in the support."""
+    return torch.nn.functional.pad(torch.where(distance > -slack, slack, 2e-6), (0, 1), value=2e-6).amax(-1)
 
 
 def any_in_tiles(marks: Tensor, tile_shape: tuple[int, int]) -> Tensor:
@@ -121,7 +87,7 @@ def check_support(case: Case, support: Support, exact: Support) -> None:
     assert torch.equal(support.maximum < torch.inf, has_key)
     tau, exact_tau = (s.maximum.double() - s.offset.double() for s in (support, exact))
     tau_error = (tau - exact_tau)[has_key].abs()
-    assert (tau_error <= slack.squeeze(-1)[has_key]).all(), "tau differs from the reference's"
+    assert (tau_error <= slack_of_rows(distance, slack)[has_key]).all(), "tau differs from the reference's"
 
 
 def settled_grad_output(case: Case, exact: Support) -> Tensor:
@@ -130,12 +96,13 @@ def settled_grad_output(case: Case, exact: Support) -> Tensor:
     u = d^(1 / (alpha - 1) - 1) jumps at d = 0 for alpha = 2, and its slope there is infinite from alpha = 1.5 on.
     """
     grad_output = case.grad_output()
-    if case.alpha <= 1.5:
+    alpha = by_head(case.numbers[0])
+    if (alpha <= 1.5).all():
         return grad_output
     distance, slack = distances(case, exact)
-    settled = (distance.abs() > 4 * slack).all(-1, keepdim=True)
+    settled = ((distance.abs() > 4 * slack) | (alpha.to(slack.device) <= 1.5)).all(-1, keepdim=True)
     assert settled.numel() < 100 or settled.float().mean() > 0.3, "too few rows are left to check the gradient on"
-    return grad_output * settled
+    return grad_output * case.as_given(settled)
 
 
 def magnitudes(case: Case, grad_output: Tensor, exact: Support) -> dict[str, float]:
@@ -145,77 +112,104 @@ def magnitudes(case: Case, grad_output: Tensor, exact: Support) -> dict[str, flo
     """
     if 0 in (grad_output.numel(), case.value.numel()):
         return {}
-    scale = case.problem.scale
+    alpha, scale = (by_head(number).to(case.query.device) for number in case.numbers)
     size = {name: getattr(case, name).detach().double().abs().amax().item() for name in ("query", "key", "value")}
-    value_norm = case.value.double().norm(dim=-1).amax()
-    u = distances(case, exact)[0].clamp_min(0)
-    weight = torch.where(u > 0, u ** (1 / (case.alpha - 1) - 1), 0.0).sum(-1).amax().clamp_min(1).item()
-    products = (grad_output.double().norm(dim=-1).amax() * value_norm).item()
+    distance, _ = distances(case, exact)
+    u = torch.where(distance > 0, distance.clamp_min(0) ** (1 / (alpha - 1) - 1), 0.0)
+    weight = u.sum(-1).amax().clamp_min(1).item()
+    products = case.batched(grad_output).double().norm(dim=-1) * case.value.detach().double().norm(dim=-1).amax()
+    largest = scale.amax().item() * products.amax().item()
     return {
         "output": size["value"],
-        "grad_query": scale * products * size["key"] * weight,
-        "grad_key": scale * products * size["query"],
+        "grad_query": largest * size["key"] * weight,
+        "grad_key": largest * size["query"],
         "grad_value": grad_output.double().abs().amax().item(),
+        **parameter_magnitudes(case, products, u),
     }
 
 
+def parameter_magnitudes(case: Case, products: Tensor, u: Tensor) -> dict[str, float]:
+    """The gradient of a parameter is a sum over rows, whose errors are independent, by `products` |dO| |v| of each.
+
+    That of alpha adds (p - w) / (alpha - 1)^2 and entropies / (alpha - 1): see docs/math.md.
+    """
+    alpha, scale = (by_head(number).to(case.query.device) for number in case.numbers)
+    _, terms, _ = dense_scores(case)
+    _, apart = reference.visible_mask(case.problem, case.sight, case.query.device)
+    sharpness, entropy = 1 / (alpha.squeeze(-1) - 1), math.log(1 + case.problem.key_length)
+    score, distance = (torch.where(u > 0, numbers, 0.0).amax(-1) for numbers in (terms / ((alpha - 1) * scale), apart))
+    by_rows = {
+        "grad_alpha": sharpness * (sharpness + entropy),
+        "grad_scale": u.sum(-1) * score,
+        "grad_alibi_slopes": u.sum(-1) * distance,
+    }
+    return {name: (products * numbers).norm().item() for name, numbers in by_rows.items()}
+
+
 def check_attention(case: Case, impl: str, more: float = 0.0) -> Result:
-    """Output, gradients and support against the float64 reference; returns what the implementation gave.
+    """Output, all gradients and support against the float64 reference; returns what the implementation gave.
 
     `more` is added to the floor of a few roundings that every result is allowed.
     """
-    problem = case.problem
-    exact_case = case.in_float64()
-    _, exact_support = entmax_attention(
-        exact_case.query,
-        exact_case.key,
-        exact_case.value,
-        alpha=case.alpha,
-        is_causal=case.is_causal,
-        scale=problem.scale,
-        impl="reference",
-        return_support=True,
-    )
+    exact = Step(case.in_float64(), "reference")
+    exact_support = exact.support
     grad_output = settled_grad_output(case, exact_support)
-    exact = run(exact_case, "reference", grad_output.double())
+    exact = exact.backward(grad_output.double())
     dense = run_dense(case, grad_output)
     result = run(case, impl, grad_output)
 
     assert result.output.dtype == case.query.dtype
-    assert result.output.is_contiguous()
+    check_layout(case, result.output)
     sizes = magnitudes(case, grad_output, exact_support)
-    names = ("output", *GRADIENTS)
-    floor = FLOOR[case.query.dtype] + more
-    for name, actual, expected, plain in zip(names, *(flat(r) for r in (result, exact, dense)), strict=True):
+    results = (result.tensors, exact.tensors, dense.tensors)
+    for name, actual, expected, plain in zip(names(case), *results, strict=True):
+        leaf = case.tensors.get(name.removeprefix("grad_"), case.query)
+        assert actual.dtype == leaf.dtype, name
+        floor = max(FLOOR[case.query.dtype], FLOOR[leaf.dtype]) + more
         assert_within_budget(actual, expected, plain, name=name, magnitude=sizes.get(name), floor=floor)
     check_support(case, result.support, exact_support)
     check_live_map(case, impl, exact_support)
     return result
 
 
+def check_layout(case: Case, output: Tensor) -> None:
+    """The output is contiguous, in the order of the query's dimensions."""
+    query = case.batched(case.query)
+    rows_first = query.stride(1) < query.stride(2)
+    output = case.batched(output)
+    assert (output.transpose(1, 2) if rows_first else output).is_contiguous()
+
+
 def score_rounding(case: Case) -> float:
-    """One rounding, in the dtype of the scores, of the largest |query| |key| in units of z.
+    """One rounding, in the dtype of the scores, of the largest |query| |key|, or score with its bias, in units of z.
 
     Two ways to add a score differ by about as much, and a distance, and so a probability, moves with it. Sums in dense
     PyTorch may happen to be better.
     """
+    if 0 in (case.query.numel(), case.key.numel()):
+        return 0.0
     lengths = (tensor.detach().double().norm(dim=-1).amax().item() for tensor in (case.query, case.key))
     score_dtype = torch.float64 if case.query.dtype == torch.float64 else torch.float32
-    return torch.finfo(score_dtype).eps / 2 * case.problem.slope * math.prod(lengths)
+    alpha, scale = (by_head(number) for number in case.numbers)
+    largest = ((alpha - 1) * scale).amax().item() * math.prod(lengths)
+    return torch.finfo(score_dtype).eps / 2 * max(largest, dense_scores(case)[1].amax().item())
 
 
-def flat(result: Result) -> tuple[Tensor, ...]:
-    return result.output, *result.gradients
+def operator_arguments(case: Case, impl: str) -> tuple:
+    """What the public call gives to flash_entmax::attention."""
+    operator = ops.attention
+    with mock.patch.object(ops, "attention", side_effect=operator) as recorded:
+        attend(case, impl)
+    return recorded.call_args_list[0].args
 
 
 def live_map(case: Case, impl: str) -> tuple[Tensor, int]:
     """The tiles that the operator kept, (batch, heads, query tiles, key tiles) bool, and the extent of a tile."""
-    problem = case.problem
-    tensors = case.query.detach(), case.key.detach(), case.value.detach()
-    *_, words = ops.attention(*tensors, problem.alpha, problem.is_causal, problem.scale, impl)
     extent = ops.tile(impl, case.query)
-    assert words.shape == problem.live_shape(extent)
-    return unpack_tiles(words, -(-problem.key_length // extent)), extent
+    with torch.no_grad():
+        *_, words = ops.attention(*operator_arguments(case, impl))
+    assert words.shape == case.problem.live_shape(extent)
+    return unpack_tiles(words, -(-case.problem.key_length // extent)), extent
 
 
 def check_live_map(case: Case, impl: str, exact: Support) -> Tensor:
@@ -281,9 +275,7 @@ def assert_unchanged(actual: Tensor, expected: Tensor) -> None:
 
 def check_spoiled(case: Case, clean: Tensor, expected: Tensor, impl: str) -> None:
     """The expected rows are NaN throughout, the others what they were, to rounding: the bracket may start elsewhere."""
-    output = entmax_attention(case.query, case.key, case.value, alpha=case.alpha, is_causal=case.is_causal, impl=impl)[
-        0
-    ]
+    output = attend(case, impl)[0]
     spoiled = output.isnan().all(-1)
     assert torch.equal(output.isnan().any(-1), spoiled), "a row is NaN in some columns only"
     assert torch.equal(spoiled, expected), "other rows than the expected ones are NaN"
@@ -292,7 +284,7 @@ def check_spoiled(case: Case, clean: Tensor, expected: Tensor, impl: str) -> Non
 
 def check_bad_query(bad: float, alpha: float, is_causal: bool, impl: str, device: str) -> None:
     case = positive_case(device, alpha=alpha, is_causal=is_causal)
-    clean = entmax_attention(case.query, case.key, case.value, alpha=alpha, is_causal=is_causal, impl=impl)
+    clean = attend(case, impl)
     case.query[0, 1, 50, 3] = bad
     expected = torch.zeros(2, 80, dtype=torch.bool, device=device)
     expected[1, 50] = True
@@ -301,7 +293,7 @@ def check_bad_query(bad: float, alpha: float, is_causal: bool, impl: str, device
 
 def check_bad_key(bad: float, alpha: float, is_causal: bool, impl: str, device: str) -> None:
     case = positive_case(device, alpha=alpha, is_causal=is_causal)
-    clean = entmax_attention(case.query, case.key, case.value, alpha=alpha, is_causal=is_causal, impl=impl)
+    clean = attend(case, impl)
     case.key[0, 0, 50, 3] = bad
     expected = torch.ones(2, 80, dtype=torch.bool, device=device)
     expected[:, : 50 * is_causal] = False
@@ -328,3 +320,26 @@ def check_everything(impl: str, device: str) -> None:
     check_causal_alignment(100, 70, impl, device)
     check_bad_query(torch.nan, 1.5, False, impl, device)
     check_bad_key(torch.nan, 1.5, True, impl, device)
+    check_options(impl, device)
+
+
+def check_options(impl: str, device: str) -> None:
+    """Masks, biases and learned numbers, each where leaving it out would show."""
+    inputs = iid_inputs(1, 2, 40, 16, key_length=130, key_heads=1, device=device)
+    pair = {name: torch.tensor(numbers, device=device) for name, numbers in PAIRS.items()}
+    check_attention(Case(*inputs, **pair), impl)
+    check_attention(Case(*inputs, alpha=pair["alpha"], options={"softcap": 1.0}, scale=1.0), impl)
+    slopes = torch.tensor([0.1, -0.2], device=device)
+    check_attention(Case(*inputs, options={"alibi_slopes": slopes, "window_size": (70, 20)}), impl)
+    infinite = torch.tensor([torch.inf, 0.0], device=device)
+    check_attention(Case(*inputs, options={"alibi_slopes": infinite}), impl)
+    mask = torch.arange(130, device=device)[None] % 3 > 0
+    lengths = torch.tensor([120], device=device)
+    check_attention(Case(*inputs, is_causal=True, options={"key_mask": mask, "key_lengths": lengths}), impl)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in inputs)
+    cu_seq_q, cu_seq_k = (torch.tensor(edges, device=device) for edges in ((0, 10, 38), (0, 66, 128)))
+    options = {"cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k}
+    check_attention(Case(query, key, value, is_causal=True, options=options), impl)
+
+
+PAIRS = {"alpha": (1.4, 1.5), "scale": (0.3, 0.2)}

@@ -1,7 +1,7 @@
-"""Compile every kernel for a GPU that is not there: python compile_kernels.py CAPABILITY DTYPE HEAD_SIZE ALPHA.
+"""Compile every kernel for a GPU that is not there: compile_kernels.py CAPABILITY DTYPE HEAD_SIZE ALPHA [everything].
 
-Prints one line for each kernel: its name, and its shared memory in bytes. The interpreter runs Python; only this shows
-that Triton's compiler takes the kernels too.
+With `everything`, each option is on that costs the kernels code. Prints one line for each kernel: its name, and its
+shared memory in bytes. The interpreter runs Python; only this shows that Triton's compiler takes the kernels too.
 """
 
 import sys
@@ -9,6 +9,8 @@ import sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from flash_entmax.problem import Modifiers, Problem
 
 
 class AbsentGpu:
@@ -30,10 +32,22 @@ class AbsentGpu:
         return torch.device("cpu")
 
 
-def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float) -> None:
+def all_modifiers(heads: int, length: int, tile: int) -> Modifiers:
+    tiles = length // tile
+    return Modifiers(
+        alpha=torch.full((heads,), 1.5),
+        scale=torch.full((heads,), 0.1),
+        slopes=torch.full((1, heads), 0.5),
+        intervals=torch.zeros(1, 3, length, dtype=torch.int32),
+        kinds=torch.zeros(1, heads, tiles, tiles, dtype=torch.int32),
+        bits=torch.zeros(3, tile, tile // 32, dtype=torch.int32),
+    )
+
+
+def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, everything: bool) -> None:
     driver.set_active(AbsentGpu(capability))
     from flash_entmax.kernels import attention
-    from flash_entmax.problem import Problem
+    from flash_entmax.kernels.schedule import tile_size
 
     def compile_only(chunk, kernel, launch, *arguments, **constants):
         compiled = kernel.warmup(*arguments, grid=(1,), **constants, **launch.options, enable_fp_fusion=True)
@@ -41,11 +55,13 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float) -> N
 
     attention.Chunk.run = compile_only
     query, key = torch.empty(1, 4, 256, head_size, dtype=dtype), torch.empty(1, 2, 256, head_size, dtype=dtype)
-    problem = Problem.of(query, key, key, alpha, True, 1.0)
-    output, *saved = attention.attention(problem, query, key, key)
-    attention.attention_backward(problem, output, query, key, key, *saved)
-    attention.support(problem, query, key, *saved[1:])
+    problem = Problem.of(query, key, key, alpha, True, 1.0, softcap=30.0 if everything else 0.0)
+    modifiers = all_modifiers(4, 256, tile_size(dtype)) if everything else Modifiers()
+    output, *saved = attention.attention(problem, modifiers, query, key, key)
+    attention.attention_backward(problem, modifiers, output, query, key, key, *saved, everything)
+    attention.support(problem, modifiers, query, key, *saved[1:])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    capability, dtype, head_size, alpha, *everything = sys.argv[1:]
+    main(int(capability), getattr(torch, dtype), int(head_size), float(alpha), everything == ["everything"])

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
@@ -14,7 +14,13 @@ if not HAS_CUDA:
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+# Hours of new examples: HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=100000 python -m pytest tests/test_fuzz.py
+FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10000"))
+settings.register_profile(
+    "fuzz", deadline=None, print_blob=True, max_examples=FUZZ_EXAMPLES, suppress_health_check=list(HealthCheck)
+)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "repeatable")
+settings.load_profile(PROFILE)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ PACKAGE = ROOT / "flash_entmax"
 CORE = {
     "problem": set(),
     "threshold": {"problem"},
-    "reference": {"threshold", "problem"},
-    "tiled": {"threshold", "problem"},
-    "ops": {"tiled", "problem", "kernels"},
-    "functional": {"ops", "reference", "problem"},
-    "__init__": {"functional", "problem"},
+    "sight": {"problem"},
+    "reference": {"threshold", "sight", "problem"},
+    "tiled": {"threshold", "sight", "problem"},
+    "ops": {"tiled", "sight", "problem", "kernels"},
+    "functional": {"ops", "reference", "sight", "problem"},
+    "flops": {"ops"},
+    "__init__": {"functional", "flops", "problem"},
     "testing": set(),
 }
 # The outer programs use the public calls, the specification, and each other; never the private stages.
@@ -27,7 +29,7 @@ OUTER = ("cli", "plot", "demo", "selfcheck", "benchmarks")
 PUBLIC = {"", "functional", "problem", "reference"}
 # The benchmark shares inputs and error measures with the tests, and counts the steps of the solvers in plain PyTorch.
 MEASURED = {"testing", "threshold"}
-KERNEL_WORDS = {"tile", "alpha", "lists"}
+KERNEL_WORDS = {"tile", "alpha", "lists", "view", "score"}
 THRESHOLD_STAGES = {"bound", "scan", "certify"}  # one kernel takes its rows through all of them
 CONDUCTOR = "attention"
 
@@ -93,7 +95,7 @@ def test_kernels_import_only_their_shared_words(name):
     """Stages do not know each other; the threshold's kernel knows its own, and the conductor launches all kernels."""
     inside, outside = imports(name, MODULES[name])
     words = {target.removeprefix("kernels.") for target in inside if target.startswith("kernels.")}
-    assert {target for target in inside if not target.startswith("kernels.")} <= {"problem"}
+    assert {target for target in inside if not target.startswith("kernels.")} <= {"problem", "sight"}
     if name != f"kernels.{CONDUCTOR}":
         assert words <= KERNEL_WORDS | (THRESHOLD_STAGES if name == "kernels.tau" else set())
     assert outside <= {"torch", "triton", *sys.stdlib_module_names}
@@ -160,3 +162,10 @@ def test_readme_tree_is_the_real_tree():
     unlisted = {path for path in real - listed if not path.endswith(("/__init__.py", "py.typed"))}
     assert listed <= real, f"listed, but not there: {sorted(listed - real)}"
     assert not unlisted, f"there, but not listed: {sorted(unlisted)}"
+
+
+def test_readme_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "README.md").read_text())
+    assert len(named) > 20
+    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert not missing, f"named in README.md, but not there: {missing}"

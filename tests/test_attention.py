@@ -2,38 +2,14 @@
 
 import pytest
 import torch
-from checks import (
-    GRADIENTS,
-    Case,
-    check_attention,
-    check_causal_alignment,
-    check_live_map,
-    check_row_sums,
-    flat,
-    run,
-    score_rounding,
-)
+from cases import Case, attend, make_case, names, run
+from checks import check_attention, check_causal_alignment, check_live_map, check_row_sums, score_rounding
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from flash_entmax import entmax_attention
 from flash_entmax.testing import DISTRIBUTIONS, iid_inputs, inputs_with_scores, score_rows, topic_inputs
 
 HEAD_SIZES = (1, 2, 3, 16, 17, 32, 64, 80, 96, 128, 160, 256)
-
-
-def attend(case: Case, backend, **options):
-    return entmax_attention(
-        case.query, case.key, case.value, alpha=case.alpha, is_causal=case.is_causal, scale=case.scale,
-        impl=backend.impl, **options,
-    )  # fmt: skip
-
-
-def make_case(backend, heads=2, length=130, dim=16, *, dtype=torch.float32, batch=1, seed=0, **options) -> Case:
-    """Independent inputs; options of the inputs and of the Case are told apart by name."""
-    fields = {name: options.pop(name) for name in ("alpha", "is_causal", "scale") if name in options}
-    tensors = iid_inputs(batch, heads, length, dim, dtype=dtype, device=backend.device, seed=seed, **options)
-    return Case(*tensors, **fields, seed=seed)
 
 
 @st.composite
@@ -123,7 +99,7 @@ def test_any_strides(backend, layout):
     grad_output = case.grad_output()
     expected = run(copied, backend.impl, view(grad_output).contiguous())
     actual = run(strided, backend.impl, view(grad_output))
-    for name, ours, theirs in zip(("output", *GRADIENTS), flat(actual), flat(expected), strict=True):
+    for name, ours, theirs in zip(names(strided), actual.tensors, expected.tensors, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -186,13 +162,9 @@ def test_every_distribution(backend, distribution, alpha):
     case = Case(query, key, value, alpha=alpha, scale=scale, scores_are_exact=True)
     if alpha == 2.0 and distribution in ("heavy ties", "all equal"):
         # Scores at tau exactly, or all as near to it as n^-1: which side they fall on is a matter of rounding.
-        check_live_map(case, backend.impl, attend(case.in_float64(), REFERENCE, return_support=True)[1])
+        check_live_map(case, backend.impl, attend(case.in_float64(), "reference", return_support=True)[1])
         return
     check_attention(case, backend.impl)
-
-
-class REFERENCE:
-    impl = "reference"
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
@@ -227,8 +199,7 @@ def test_repeats_are_bit_identical(backend, alpha, is_causal):
         first = run(case, backend.impl, grad_output)
         for _ in range(backend.sizes(1, 3, 5)):
             again = run(case, backend.impl, grad_output)
-            assert torch.equal(first.output, again.output)
-            for name, ours, theirs in zip(GRADIENTS, again.gradients, first.gradients, strict=True):
+            for name, ours, theirs in zip(names(case), again.tensors, first.tensors, strict=True):
                 assert torch.equal(ours, theirs), name
             for ours, theirs in zip(again.support, first.support, strict=True):
                 assert ours == theirs if isinstance(ours, tuple) else torch.equal(ours, theirs)
@@ -253,14 +224,14 @@ def test_dead_tiles_are_dead(backend, topics, wide_blocks):
     heads = backend.sizes(1, 2, 2)
     tensors = topic_inputs(1, heads, length, 64, topics, device=backend.device, seed=3, wide_blocks=wide_blocks)
     case = Case(*tensors)
-    exact = attend(case.in_float64(), REFERENCE, return_support=True)[1]
+    exact = attend(case.in_float64(), "reference", return_support=True)[1]
     live = check_live_map(case, backend.impl, exact)
     truly = exact.tiles.float().mean().item()
     tolerance = backend.sizes(0.25, 0.08, 0.04)
     assert live.float().mean().item() == pytest.approx(1 / topics, abs=tolerance)
     if live.shape == exact.tiles.shape:
         assert live.float().mean().item() <= truly + 0.01
-    _, support = attend(case, backend, return_support=True)
+    _, support = attend(case, backend.impl, return_support=True)
     assert support.tiles.float().mean().item() <= live.float().mean().item()
 
 
@@ -270,21 +241,21 @@ def test_gradients_are_not_computed_where_not_needed(backend):
     grad_output = case.grad_output()
     expected = run(case, backend.impl, grad_output)
     with torch.no_grad():
-        output = attend(case, backend)
+        output = attend(case, backend.impl)
     assert not output.requires_grad
     assert torch.equal(output, expected.output)
     leaf = case.key.clone().requires_grad_()
-    output = attend(Case(case.query, leaf, case.value), backend)
+    output = attend(Case(case.query, leaf, case.value), backend.impl)
     assert torch.equal(torch.autograd.grad(output, leaf, grad_output)[0], expected.gradients[1])
 
 
 def test_support_carries_no_gradient(backend):
     case = make_case(backend, length=70)
     case.query.requires_grad_()
-    output, support = attend(case, backend, return_support=True)
+    output, support = attend(case, backend.impl, return_support=True)
     assert output.requires_grad
     assert not support.tau.requires_grad
-    assert torch.equal(output, attend(case, backend))
+    assert torch.equal(output, attend(case, backend.impl))
 
 
 @pytest.mark.parametrize("queries", [1, 31, 63, 65])
@@ -292,6 +263,6 @@ def test_a_partial_tile_of_queries_keeps_no_dead_tile(backend, queries):
     """Rows past the last query must not keep tiles alive; equal queries have few live tiles."""
     query, key, value = iid_inputs(1, 1, 1, 16, key_length=256, device=backend.device, seed=5)
     case = Case(3 * query.expand(-1, -1, queries, -1), 3 * key, value, scale=1.0)
-    exact = attend(case.in_float64(), REFERENCE, return_support=True)[1]
+    exact = attend(case.in_float64(), "reference", return_support=True)[1]
     live = check_live_map(case, backend.impl, exact)
     assert live.sum() <= 2 * live.any(-1).sum()

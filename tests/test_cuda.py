@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from checks import Case, check_attention, check_live_map, run
+from cases import Case, run
+from checks import check_attention, check_live_map
 from conftest import HAS_CUDA
 
 from flash_entmax import entmax_attention

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from checks import Case, assert_unchanged, check_attention, check_bad_key, check_bad_query, check_row_sums, flat, run
+from cases import Case, attend, run
+from checks import assert_unchanged, check_attention, check_bad_key, check_bad_query, check_row_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,13 +13,6 @@ from flash_entmax.testing import iid_inputs, poisoned, score_rows, topic_inputs
 BAD = (torch.nan, torch.inf, -torch.inf)
 each_bad = pytest.mark.parametrize("bad", BAD)
 each_mask = pytest.mark.parametrize("is_causal", [False, True])
-
-
-def attend(case, backend):
-    return entmax_attention(
-        case.query, case.key, case.value, alpha=case.alpha, is_causal=case.is_causal, scale=case.scale,
-        impl=backend.impl,
-    )  # fmt: skip
 
 
 @each_bad
@@ -42,23 +36,19 @@ def test_a_bad_value_spoils_the_rows_that_attend_to_it(backend, bad, is_causal):
     the product of a tile, but for those in whose tiles no row sees the key (tiles have at most 64 queries)."""
     query, key, value = iid_inputs(1, 1, 110, 16, device=backend.device)
     case = Case(query, key, value, is_causal=is_causal, scale=0.05)
-    clean = attend(case, backend)
+    clean = attend(case, backend.impl)
     exact = case.in_float64()
     one_hot = torch.zeros_like(exact.value)
     one_hot[0, 0, 100] = 1.0
     attends = (
-        attend(Case(exact.query, exact.key, one_hot, is_causal=is_causal, scale=0.05), REFERENCE)[0, 0, :, 0] > 1e-4
+        attend(Case(exact.query, exact.key, one_hot, is_causal=is_causal, scale=0.05), "reference")[0, 0, :, 0] > 1e-4
     )
     case.value[0, 0, 100] = bad
-    output = attend(case, backend)[0, 0]
+    output = attend(case, backend.impl)[0, 0]
     assert attends.any()
     assert not output[attends].isfinite().any()
     if is_causal:
         assert_unchanged(output[:64], clean[0, 0, :64])
-
-
-class REFERENCE:
-    impl = "reference"
 
 
 @each_bad
@@ -122,7 +112,7 @@ def test_nothing_is_read_before_it_is_written(backend, alpha, queries, keys, is_
     with poisoned():
         case = Case(query, key, value, alpha=alpha, is_causal=is_causal)
         poison = run(case, backend.impl, case.grad_output())
-        assert all(tensor.isfinite().all() for tensor in flat(poison))
+        assert all(tensor.isfinite().all() for tensor in poison.tensors)
         check_attention(case, backend.impl)
 
 
@@ -150,7 +140,7 @@ def test_memory_past_the_end_of_a_tensor_does_not_matter(backend, outside, is_ca
     tensors = {"query": query, "key": key, "value": value}
     tensors[outside] = surrounded(tensors[outside])
     actual = run(Case(**tensors, is_causal=is_causal), backend.impl, torch.ones_like(query))
-    for ours, theirs in zip(flat(actual), flat(expected), strict=True):
+    for ours, theirs in zip(actual.tensors, expected.tensors, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -176,7 +166,7 @@ def test_a_query_without_a_key(backend):
     query, key, value = iid_inputs(1, 1, 10, 16, key_length=4, device=backend.device)
     result = check_attention(Case(query, key, value, is_causal=True), backend.impl)
     assert (result.output[:, :, :6] == 0).all()
-    assert all(tensor.isfinite().all() for tensor in flat(result))
+    assert all(tensor.isfinite().all() for tensor in result.tensors)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 100, 127, 129])
@@ -224,6 +214,37 @@ def test_scores_far_from_zero(backend, base, alpha):
             check_attention(Case(*tensors, alpha=alpha, scale=0.5 / (alpha - 1)), backend.impl)
 
 
+def rows_next_to_the_threshold(rows: int, length: int) -> torch.Tensor:
+    """z whose threshold for alpha = 2 is known: few keys above it, some of them barely, and a dozen barely below it."""
+    generator = torch.Generator().manual_seed(3)
+    fine = 2.0**-20
+    z = torch.full((rows, length), -1.5, dtype=torch.float64)
+    for row in z:
+        share = torch.rand(4, generator=generator, dtype=torch.float64)
+        above = (share / share.sum() * (1 - 2.0**-12) / fine).round() * fine
+        above = torch.cat([above, above.new_tensor([2.0**-12])])
+        above[0] += 1 - above.sum()
+        below = -(2.0**-15) * torch.arange(1, 13)
+        place = torch.randperm(length, generator=generator)[:17]
+        row[place] = torch.cat([above, below]) - above.max()
+    return z
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_keys_next_to_the_threshold_are_told_apart(backend, is_learned):
+    """For alpha above 1.5 the gradient jumps where a key enters the support; scores here are exact in every dtype."""
+    z = rows_next_to_the_threshold(32, 200)
+    coarse = (z * 2**7).floor() / 2**7
+    middle = ((z - coarse) * 2**14).floor() / 2**14
+    parts = (coarse, middle, z - coarse - middle)
+    query, key = torch.eye(32).repeat(1, 3)[None, None], 2 * torch.cat(parts)[None, None].mT
+    value = torch.randn(1, 1, 200, 16, generator=torch.Generator().manual_seed(1))
+    alpha = torch.tensor(2.0, device=backend.device) if is_learned else 2.0
+    for dtype in backend.dtypes:
+        tensors = (t.to(backend.device, dtype) for t in (query, key, value))
+        check_attention(Case(*tensors, alpha=alpha, scale=0.5), backend.impl)
+
+
 @pytest.mark.parametrize("scale", [1e6, 1e14, 1e24])
 def test_scores_of_any_size_give_finite_rows(backend, scale):
     """Up to 1e28 in magnitude: each query attends to its best key, or to equal ones."""
@@ -233,7 +254,7 @@ def test_scores_of_any_size_give_finite_rows(backend, scale):
     )
     for dtype in backend.dtypes:
         case = Case(query.to(dtype), key.to(dtype), value.to(dtype), scale=scale)
-        output, exact = attend(case, backend), attend(case.in_float64(), REFERENCE)
+        output, exact = attend(case, backend.impl), attend(case.in_float64(), "reference")
         tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
         torch.testing.assert_close(output.double(), exact, rtol=tolerance, atol=tolerance)
 

@@ -5,11 +5,15 @@ import re
 import pytest
 import torch
 
-from flash_entmax import entmax_attention
+from flash_entmax import entmax_attention, entmax_attention_varlen
 
 
 def tensor(*shape, **options):
     return torch.zeros(*shape or (2, 4, 8, 16), **options)
+
+
+def whole(*shape, dtype=torch.int64, **options):
+    return torch.zeros(shape, dtype=dtype, **options)
 
 
 def call(query=None, key=None, value=None, **options):
@@ -43,14 +47,49 @@ TYPES = [
     ({"alpha": "1.5"}, "alpha.*str"),
     ({"alpha": True}, "alpha.*bool"),
     ({"alpha": None}, "alpha.*NoneType"),
-    ({"alpha": torch.tensor(1.5)}, "alpha.*Tensor"),
     ({"scale": "0.1"}, "scale.*str"),
-    ({"scale": torch.tensor(1.0)}, "scale.*Tensor"),
+    ({"alpha": torch.tensor(1)}, "alpha.*torch.int64"),
+    ({"scale": torch.tensor(True)}, "scale.*torch.bool"),
+    ({"window_size": 5}, r"window_size.*\(left, right\), got 5"),
+    ({"window_size": (1, 2, 3)}, r"window_size.*got \(1, 2, 3\)"),
+    ({"window_size": (1.0, 2)}, r"window_size.*got \(1.0, 2\)"),
+    ({"window_size": (True, 2)}, r"window_size.*got \(True, 2\)"),
+    ({"window_size": None}, "window_size.*got None"),
+    ({"softcap": None}, "softcap.*NoneType"),
+    ({"softcap": torch.tensor(1.0)}, "softcap.*Tensor"),
+    ({"alibi_slopes": 0.5}, "alibi_slopes.*float"),
+    ({"alibi_slopes": tensor(4, dtype=torch.int32)}, "alibi_slopes.*int32"),
+    ({"query_positions": 1.5}, "query_positions.*float"),
+    ({"query_positions": [1, 2]}, "query_positions.*list"),
+    ({"query_positions": tensor(8)}, "query_positions.*float32"),
+    ({"query_positions": tensor(8, dtype=torch.int16)}, "query_positions must be int32 or int64.*int16"),
+    ({"key_lengths": [8, 8]}, "key_lengths.*list"),
+    ({"key_lengths": tensor(2)}, "key_lengths must be int32 or int64.*float32"),
+    ({"key_mask": [[True]]}, "key_mask.*list"),
+    ({"key_mask": tensor(2, 8)}, "key_mask.*boolean.*float32"),
+    ({"block_mask": tensor(8, 8)}, "block_mask.*BlockMask.*Tensor"),
 ]
 VALUES = [
     *(({"alpha": alpha}, f"alpha.*{re.escape(str(alpha))}") for alpha in (0.99, 2.01, 0, -1.5, float("inf"))),
     ({"alpha": float("nan")}, "alpha.*nan"),
     *(({"scale": scale}, f"scale.*{re.escape(str(scale))}") for scale in (0.0, -0.5, float("inf"), float("nan"))),
+    ({"alpha": tensor(3)}, r"alpha must have shape \(\) or \(4,\), got \(3,\)"),
+    ({"scale": tensor(2, 4)}, r"scale must have shape \(\) or \(4,\), got \(2, 4\)"),
+    ({"alpha": tensor(4, device="meta")}, "alpha must be on the device of the query, cpu, got meta"),
+    ({"scale": tensor(4, device="meta")}, "scale must be on the device of the query, cpu, got meta"),
+    ({"window_size": (-2, 0)}, r"window_size.*-1 for no limit.*\(-2, 0\)"),
+    ({"window_size": (0, -5)}, r"window_size.*\(0, -5\)"),
+    *(({"softcap": cap}, f"softcap.*{re.escape(str(cap))}") for cap in (-1.0, float("inf"), float("nan"))),
+    ({"alibi_slopes": tensor(2)}, r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(2,\)"),
+    ({"alibi_slopes": tensor(4, 2)}, r"alibi_slopes must have shape .*got \(4, 2\)"),
+    ({"alibi_slopes": tensor(4, device="meta")}, "alibi_slopes must be on the device.*meta"),
+    ({"query_positions": 2**31}, r"query_positions.*-2\^30 to 2\^30.*2147483648"),
+    ({"query_positions": whole(7)}, r"query_positions must have shape \(8,\) or \(2, 8\), got \(7,\)"),
+    ({"query_positions": whole(8, device="meta")}, "query_positions must be on the device.*meta"),
+    ({"key_lengths": whole(3)}, r"key_lengths must have shape \(2,\), got \(3,\)"),
+    ({"key_lengths": whole(2, device="meta")}, "key_lengths must be on the device.*meta"),
+    ({"key_mask": whole(8, dtype=torch.bool)}, r"key_mask must have shape \(2, 8\), got \(8,\)"),
+    ({"key_mask": whole(2, 8, dtype=torch.bool, device="meta")}, "key_mask must be on the device.*meta"),
     ({"impl": "cuda"}, "impl.*'triton'.*'reference'.*'cuda'"),
     ({"impl": None}, "impl.*None"),
     ({"alpha": 1.0, "return_support": True}, "alpha=1 "),
@@ -73,6 +112,63 @@ def test_values_that_do_not_fit(options, match, impl):
 def test_types_that_do_not_fit(options, match, impl):
     with pytest.raises(TypeError, match=match):
         call(**{"impl": impl, **options})
+
+
+PACKED_TYPES = [
+    ({"query": [[1.0]]}, "query.*list"),
+    ({"cu_seq_q": [0, 4]}, "cu_seq_q.*list"),
+    ({"cu_seq_q": tensor(2)}, "cu_seq_q must be int32 or int64.*float32"),
+    ({"cu_seq_k": tensor(2)}, "cu_seq_k must be int32 or int64.*float32"),
+    ({"query_positions": 3}, "query_positions of packed sequences.*int"),
+]
+PACKED_VALUES = [
+    ({"query": tensor(1, 8, 4, 16)}, r"query must have shape \(tokens, heads, dim\), got \(1, 8, 4, 16\)"),
+    ({"value": tensor(8, 16)}, r"value must have shape \(tokens, heads, dim\), got \(8, 16\)"),
+    ({"cu_seq_q": whole(1, 2)}, r"cu_seq_q must have shape \(sequences \+ 1,\), got \(1, 2\)"),
+    ({"cu_seq_q": whole(0)}, r"cu_seq_q must have shape \(sequences \+ 1,\), got \(0,\)"),
+    ({"cu_seq_k": whole(3)}, "cu_seq_q and cu_seq_k must have one length, got 2 and 3"),
+    ({"cu_seq_q": whole(2, device="meta")}, "cu_seq_q must be on the device.*meta"),
+    ({"query_positions": whole(3)}, r"query_positions must have shape \(8,\).*got \(3,\)"),
+    ({"alibi_slopes": tensor(3)}, r"alibi_slopes must have shape \(4,\).*got \(3,\)"),
+]
+
+
+def call_packed(query=None, key=None, value=None, cu_seq_q=None, cu_seq_k=None, **options):
+    tensors = (tensor(8, 4, 16) if given is None else given for given in (query, key, value))
+    cu_seq_q = torch.tensor([0, 8]) if cu_seq_q is None else cu_seq_q
+    return entmax_attention_varlen(*tensors, cu_seq_q, cu_seq_k, 8, 8, **options)
+
+
+@pytest.mark.parametrize(("options", "match"), described(PACKED_TYPES))
+def test_types_that_do_not_fit_packed_sequences(options, match):
+    with pytest.raises(TypeError, match=match):
+        call_packed(**options)
+
+
+@pytest.mark.parametrize(("options", "match"), described(PACKED_VALUES))
+def test_values_that_do_not_fit_packed_sequences(options, match):
+    with pytest.raises(ValueError, match=match):
+        call_packed(**options)
+
+
+def nested(heads=4):
+    return torch.nested.nested_tensor_from_jagged(tensor(8, heads, 16), torch.tensor([0, 3, 8])).transpose(1, 2)
+
+
+NESTED = [
+    ({"key": tensor()}, r"key must be a jagged nested tensor.*got a tensor of shape \(2, 4, 8, 16\)"),
+    ({"query": nested().transpose(1, 2)}, "query must be a jagged nested tensor"),
+    ({"key_lengths": torch.tensor([3, 5])}, "key_lengths.*not for nested ones"),
+    ({"key_mask": torch.ones(2, 8, dtype=torch.bool)}, "key_mask.*not for nested ones"),
+    ({"query_positions": 0}, "query_positions.*not for nested ones"),
+    ({"query": nested(3)}, "multiple.*3 query heads and 4 key heads"),
+]
+
+
+@pytest.mark.parametrize(("options", "match"), described(NESTED))
+def test_options_that_do_not_fit_nested_tensors(options, match):
+    with pytest.raises(ValueError, match=match):
+        entmax_attention(**{"query": nested(), "key": nested(), "value": nested()} | options)
 
 
 def test_unknown_options_are_refused():
@@ -107,9 +203,17 @@ def test_triton_refuses_other_devices():
         call(meta, meta, meta, impl="triton")
 
 
+LIMITS = (
+    {"alpha": 1}, {"alpha": 2}, {"alpha": 1.0001}, {"scale": 1}, {"scale": 1e-8}, {"impl": "auto"},
+    {"window_size": (0, 0)}, {"window_size": [2**40, 2**40]}, {"softcap": 1e-6}, {"softcap": 1e6},
+    {"query_positions": 2**30}, {"query_positions": -(2**30)}, {"key_lengths": torch.tensor([10**9])},
+    {"key_lengths": torch.tensor([-5])}, {"alpha": torch.tensor([1.5])}, {"scale": torch.tensor(0.1).double()},
+)  # fmt: skip
+
+
 def test_the_limits_are_accepted():
     wide = tensor(1, 1, 3, 256)
-    for options in ({"alpha": 1}, {"alpha": 2}, {"alpha": 1.0001}, {"scale": 1}, {"scale": 1e-8}, {"impl": "auto"}):
+    for options in LIMITS:
         assert call(wide, wide, wide, **options).shape == wide.shape
     one = tensor(1, 1, 1, 1)
     assert call(one, one, one).shape == one.shape

@@ -1,13 +1,16 @@
 """Deliberate faults in the kernels, in Triton's interpreter, where a jit function can be replaced like any other."""
 
 import sys
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
-from checks import Case, check_attention, check_row_sums
+from cases import Case
+from checks import check_attention, check_row_sums
 from conftest import HAS_CUDA
 
+from flash_entmax import entmax_attention
 from flash_entmax.testing import DISTRIBUTIONS, iid_inputs, score_rows, topic_inputs
 
 if HAS_CUDA or not find_spec("triton"):
@@ -16,12 +19,12 @@ if HAS_CUDA or not find_spec("triton"):
 import triton
 import triton.language as tl
 
-from flash_entmax.kernels import alpha, attention, certify, tile
+from flash_entmax.kernels import alpha, attention, certify, lists, score, tile, view
 
 KERNELS = [module for name, module in sys.modules.items() if name.startswith("flash_entmax.kernels.")]
 assert attention in KERNELS
-shorten = certify.shorten
-listed_scores = tile.listed_scores
+shorten, listed_scores, close_list, lean = certify.shorten, score.listed_scores, lists.close_list, score.lean
+Numbers = attention.Numbers
 
 
 @triton.jit
@@ -35,13 +38,34 @@ def one_key_too_many(row, extent, CAUSAL: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def nothing_is_hidden(score, key, limit):
+def nothing_is_hidden(score, key, start, stop, S):  # noqa: N803
     return score
 
 
 @triton.jit
-def the_reach_falls_short(tiles, column, reach, full, S):  # noqa: N803
-    return shorten(tiles, column, reach - 0.3, full, S)
+def the_last_key_is_seen_twice_over(score, key, start, stop, S):  # noqa: N803
+    return view.tl.where((key <= stop) & (key >= start), score, float("-inf"))
+
+
+@triton.jit
+def no_bit_is_looked_at(score, row, key, unit, query_tile, key_tile, extent, view, S):  # noqa: N803
+    return score
+
+
+@triton.jit
+def no_tile_needs_a_mask(unit, query_tile, key_tile, extent, view, S):  # noqa: N803
+    return query_tile + key_tile >= 0
+
+
+@triton.jit
+def the_last_tile_is_dropped(places, capacity, counts):
+    tiles = close_list(places, capacity, counts)
+    return tile.TileList(tiles.tiles, tiles.split, tiles.count - 1)
+
+
+@triton.jit
+def the_reach_falls_short(tiles, column, reach, S):  # noqa: N803
+    return shorten(tiles, column, reach - 0.3, S)
 
 
 @triton.jit
@@ -56,35 +80,64 @@ def every_head_reads_the_first(m, unit, extent):
 
 
 @triton.jit
-def every_tile_is_the_first(q, key, tiles, place, S):  # noqa: N803
-    return listed_scores(q, key, tiles, 0, S)
+def every_head_has_the_first_number(number, unit, extent, S):  # noqa: N803
+    return tl.load(number) if S.PER_HEAD else number
 
 
+@triton.jit
+def every_tile_is_the_first(queries, key, tiles, place, extent, view, S):  # noqa: N803
+    return listed_scores(queries, key, tiles, 0, extent, view, S)
+
+
+@triton.jit
+def the_bound_forgets_the_bias(queries, block, extent, MOST: tl.constexpr, S):  # noqa: N803
+    return 0.0
+
+
+@triton.jit
+def the_bias_grows_the_other_way(distance, tilt):
+    return lean(distance, -tilt)
+
+
+@triton.jit
+def tanh_is_the_identity(x, ACCURATE):  # noqa: N803
+    return x
+
+
+def the_scale_is_missing(scale, slope, exponent):
+    return Numbers(1.0, slope, exponent)
+
+
+# Each with the check that must fail.
 FAULTS = {
-    "the certificate is too small": ("newton_step", bound_is_too_small),
-    "queries see one key too many": ("visible_keys", one_key_too_many),
-    "the mask is left out": ("hide", nothing_is_hidden),
-    "a live tile is dropped": ("shorten", the_reach_falls_short),
-    "blocks of keys are taken for points": ("NORM_ROUNDING", tl.constexpr(0.05)),
-    "NaN is lost": ("distance", nan_is_lost),
-    "every query head reads the first key head": ("key_head", every_head_reads_the_first),
-    "u is p": ("support_weight", alpha.probability),
-    "every tile is read as the first": ("listed_scores", every_tile_is_the_first),
+    "the certificate is too small": ("newton_step", bound_is_too_small, "causal"),
+    "queries see one key too many": ("visible_keys", one_key_too_many, "causal"),
+    "the mask is left out": ("hide", nothing_is_hidden, "causal"),
+    "the mask is off by one": ("hide", the_last_key_is_seen_twice_over, "window"),
+    "the filter is left out": ("hide_filtered", no_bit_is_looked_at, "key mask"),
+    "tiles with a mask are taken for whole": ("are_whole", no_tile_needs_a_mask, "window"),
+    "a listed tile is dropped": ("close_list", the_last_tile_is_dropped, "causal"),
+    "a live tile is dropped": ("shorten", the_reach_falls_short, "causal"),
+    "blocks of keys are taken for points": ("NORM_ROUNDING", tl.constexpr(0.05), "wide block"),
+    "the bound on blocks ignores ALiBi": ("block_lean", the_bound_forgets_the_bias, "far keys"),
+    "ALiBi has the wrong sign": ("lean", the_bias_grows_the_other_way, "far keys"),
+    "the softcap is left out": ("tanh", tanh_is_the_identity, "alpha by head, softcap"),
+    "NaN is lost": ("distance", nan_is_lost, "NaN"),
+    "every query head reads the first key head": ("key_head", every_head_reads_the_first, "causal"),
+    "every query head takes the first alpha": ("of_head", every_head_has_the_first_number, "alpha by head, softcap"),
+    "u is p": ("support_weight", alpha.probability, "causal"),
+    "every tile is read as the first": ("listed_scores", every_tile_is_the_first, "topics"),
+    "gradients lack the scale": ("Numbers", the_scale_is_missing, "causal"),
 }
+IN_THEIR_HOME = ("visible_keys", "hide", "hide_filtered", "distance", "tanh", "lean", "are_whole", "of_head")
 
 
-def check_kernels() -> None:
-    inputs = iid_inputs(1, 2, 100, 16, key_heads=2, dtype=torch.float32)
-    check_attention(Case(*inputs, is_causal=True), "triton")
-    check_attention(Case(*topic_inputs(1, 1, 128, 16, 4, dtype=torch.float32)), "triton")
-    check_attention(Case(*support_in_a_wide_block()), "triton")
-    rows = [score_rows(name, 100, dtype=torch.float32) for name in DISTRIBUTIONS]
-    check_row_sums(torch.cat(rows), 1.5, "triton")
-    query, key, value = iid_inputs(1, 1, 40, 16)
-    query[0, 0, 3] = torch.nan
-    output = attention_output(query, key, value)
-    assert output[0, 0, 3].isnan().all()
-    assert output[0, 0, 4].isfinite().all()
+def far_keys_are_favoured():
+    """The nearest keys have the best scores by far, and a negative slope makes up for it further away."""
+    query, key, value = iid_inputs(1, 1, 160, 16, dtype=torch.float32)
+    query[..., 0] += 8.0
+    key[..., 0] += 0.4 * torch.arange(160.0)
+    return query[:, :, :40], key, value
 
 
 def support_in_a_wide_block():
@@ -96,23 +149,50 @@ def support_in_a_wide_block():
     return query, key, value
 
 
-def attention_output(*tensors):
-    from flash_entmax import entmax_attention
+def cases() -> dict[str, Case]:
+    inputs = iid_inputs(1, 2, 70, 16, key_heads=2, dtype=torch.float32)
+    return {
+        "causal": Case(*inputs, is_causal=True),
+        "topics": Case(*topic_inputs(1, 1, 128, 16, 4, dtype=torch.float32)),
+        "wide block": Case(*support_in_a_wide_block()),
+        "window": Case(*inputs, options={"window_size": (30, 5)}),
+        "key mask": Case(*inputs, options={"key_mask": torch.arange(70).remainder(3)[None] > 0}),
+        "alpha by head, softcap": Case(*inputs, alpha=torch.tensor([1.4, 1.8]), options={"softcap": 1.0}),
+        "far keys": Case(*far_keys_are_favoured(), options={"alibi_slopes": torch.tensor([-1.0])}),
+    }
 
-    return entmax_attention(*tensors, impl="triton")
+
+CHECKS = {name: partial(check_attention, case, "triton") for name, case in cases().items()}
 
 
-def test_kernels_pass_without_a_fault():
-    check_kernels()
+def check_nan() -> None:
+    query, key, value = iid_inputs(1, 1, 40, 16)
+    query[0, 0, 3] = torch.nan
+    output = entmax_attention(query, key, value, impl="triton")
+    assert output[0, 0, 3].isnan().all()
+    assert output[0, 0, 4].isfinite().all()
+
+
+CHECKS["NaN"] = check_nan
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernels_pass_without_a_fault(check):
+    CHECKS[check]()
+
+
+def test_every_distribution_without_a_fault():
+    rows = [score_rows(name, 100, dtype=torch.float32) for name in DISTRIBUTIONS]
+    check_row_sums(torch.cat(rows), 1.5, "triton")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_kernel_fault_is_seen(fault, monkeypatch):
-    name, mutant = FAULTS[fault]
+    name, mutant, check = FAULTS[fault]
     homes = [module for module in KERNELS if name in vars(module)]
     assert homes
     for module in homes:
-        if module not in (alpha, tile) or name in ("visible_keys", "hide", "distance"):
+        if module not in (alpha, tile) or name in IN_THEIR_HOME:
             monkeypatch.setattr(module, name, mutant)
     with pytest.raises(AssertionError):
-        check_kernels()
+        CHECKS[check]()

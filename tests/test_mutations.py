@@ -11,8 +11,9 @@ import pytest
 import torch
 from checks import check_everything
 
-from flash_entmax import tiled
+from flash_entmax import functional, threshold, tiled
 from flash_entmax.problem import Problem
+from flash_entmax.sight import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,60 @@ def asks_every_row(_):
 
 
 def scores_one_key_too_many(hide):
-    return lambda scores, visible: hide(scores, (visible + 1).clamp_max(scores.shape[-1]))
+    return lambda z, scope, group: hide(z, scope._replace(stop=scope.stop + 1), group)
 
 
 def sees_one_key(more):
-    def mutate(visible):
-        return lambda problem, device: (visible(problem, device) + more * problem.is_causal).clamp(
-            0, problem.key_length
-        )
+    def mutate(intervals):
+        def mutant(problem, device):
+            start, stop, position = intervals(problem, device).unbind(1)
+            return torch.stack((start, (stop + more * problem.is_causal).clamp(0, problem.key_length), position), 1)
+
+        return mutant
 
     return mutate
+
+
+def starts_a_key(later):
+    """In every interval that is not plain."""
+
+    def mutate(intervals):
+        def mutant(*args):
+            found = intervals(*args)
+            return None if found is None else found + found.new_tensor([later, 0, 0]).view(3, 1)
+
+        return mutant
+
+    return mutate
+
+
+def forgets_the_bits(mask):
+    return lambda scope, kind: mask(scope, kind) | (kind > HIDDEN)[:, None, None]
+
+
+def counts_distance_from_the_next_key(separations):
+    return lambda scope, group: separations(scope, group) + 1
+
+
+def takes_the_first_number(by_head):
+    def mutant(problem, modifiers):
+        if modifiers.alpha is not None:
+            first = (modifiers.alpha[:1], modifiers.scale[:1])
+            modifiers = modifiers._replace(alpha=first[0].expand(problem.heads), scale=first[1].expand(problem.heads))
+        return by_head(problem, modifiers)
+
+    return mutant
+
+
+def changes_parameter(row, factor):
+    """One of alpha, scale and slopes."""
+
+    def change(problem, gradient):
+        gradient = gradient.clone()
+        gradient[row : row + 1] *= factor
+        return gradient
+
+    return changes_gradient("parameters", change)
 
 
 def aligns_to_the_upper_left(_):
@@ -92,11 +137,7 @@ def takes_the_output_for_the_value_mean(attention):
 
 
 def keeps_tau_in_one_float(distances):
-    def mutant(problem, q, k, maximum, offset, tiles):
-        tau = maximum - offset
-        return distances(problem, q, k, tau, torch.zeros_like(offset), tiles)
-
-    return mutant
+    return lambda z, maximum, offset: distances(z, maximum - offset, torch.zeros_like(offset))
 
 
 def forgets_the_last_live_tile(attention):
@@ -116,12 +157,12 @@ MUTATIONS = [
     Mutation("tiles with NaN are dropped", tiled, "survivors", overtakes_nan),
     Mutation("a tile lives only if all its rows need it", tiled, "survivors", asks_every_row),
     Mutation("the certificate is too small", tiled, "certified_offset", lambda f: lambda *args: 0.7 * f(*args)),
-    Mutation("the forward sees one key too many", tiled, "hide", scores_one_key_too_many),
-    Mutation("every causal limit is one too large", Problem, "visible", sees_one_key(1)),
-    Mutation("every causal limit is one too small", Problem, "visible", sees_one_key(-1)),
+    Mutation("every row sees one key too many", tiled, "hide", scores_one_key_too_many),
+    Mutation("every causal limit is one too large", Problem, "intervals", sees_one_key(1)),
+    Mutation("every causal limit is one too small", Problem, "intervals", sees_one_key(-1)),
     Mutation("the mask is aligned to the upper left", Problem, "diagonal", aligns_to_the_upper_left),
-    Mutation("one step only, as adasplash ships it", tiled, "MAX_STEPS", lambda _: 1),
-    Mutation("rows sum to 1 within 1e-3", tiled, "tolerance", lambda _: lambda like: 1e-3),
+    Mutation("one step only, as adasplash ships it", threshold, "MAX_STEPS", lambda _: 1),
+    Mutation("rows sum to 1 within 1e-3", threshold, "tolerance", lambda _: lambda like: 1e-3),
     Mutation("dQ lacks the scale", tiled, "attention_backward", changes_gradient("query", lambda p, g: g / p.scale)),
     Mutation(
         "dK is off by alpha - 1", tiled, "attention_backward", changes_gradient("key", lambda p, g: g * (p.alpha - 1))
@@ -132,7 +173,15 @@ MUTATIONS = [
     Mutation("delta comes from the output, as for softmax", tiled, "attention", takes_the_output_for_the_value_mean),
     Mutation("the backward keeps tau in one float", tiled, "distances", keeps_tau_in_one_float),
     Mutation("u is p", tiled, "support_weight", lambda _: tiled.probability),
-    Mutation("the backward reads the first key head only", tiled.Group, "keys", reads_the_first_key_head),
+    Mutation("only the first key head is read", tiled.Group, "keys", reads_the_first_key_head),
+    Mutation("windows start a key too early", functional, "intervals", starts_a_key(-1)),
+    Mutation("windows start a key too late", functional, "intervals", starts_a_key(1)),
+    Mutation("masks hide whole tiles only", tiled.Scope, "mask", forgets_the_bits),
+    Mutation("distances are one too long", tiled.Scope, "separations", counts_distance_from_the_next_key),
+    Mutation("every head has the numbers of the first", tiled, "by_head", takes_the_first_number),
+    Mutation("the gradient of alpha is off by 1e-2", tiled, "attention_backward", changes_parameter(0, 1.01)),
+    Mutation("the gradient of scale is off by 1e-3", tiled, "attention_backward", changes_parameter(1, 1.001)),
+    Mutation("the gradient of slopes is off by 1e-3", tiled, "attention_backward", changes_parameter(2, 1.001)),
 ]
 
 

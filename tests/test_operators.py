@@ -2,52 +2,81 @@
 
 import pytest
 import torch
+from cases import Case, make_case
+from checks import operator_arguments
 from torch.utils.checkpoint import checkpoint
 
 from flash_entmax import entmax_attention, ops
 from flash_entmax.testing import iid_inputs, topic_inputs
 
 each_mask = pytest.mark.parametrize("is_causal", [False, True])
-SCALARS = (1.5, True, 0.25)
 
 
 def leaves(*sizes, **options):
     return tuple(tensor.requires_grad_() for tensor in iid_inputs(*sizes, **options))
 
 
+def every_option(backend, length, key_length) -> dict:
+    """One option for each argument of the operators."""
+    device = backend.device
+    alpha, scale, slopes = (torch.tensor(pair, device=device) for pair in ((1.4, 1.8), (0.2, 0.3), (0.1, 0.0)))
+    return {
+        "alpha": alpha, "scale": scale, "alibi_slopes": slopes, "softcap": 5.0, "window_size": (30, 20),
+        "key_mask": torch.arange(key_length, device=device)[None] % 5 > 0,
+    }  # fmt: skip
+
+
 def shapes(backend):
     length = backend.sizes(40, 150, 300)
-    yield {"query_length": length, "key_length": length}
-    yield {"query_length": 3, "key_length": length, "key_heads": 1}
-    yield {"query_length": length, "key_length": 65, "value_dim": 5}
+    yield {"length": length, "key_length": length}
+    yield {"length": 3, "key_length": length, "key_heads": 1}
+    yield {"length": length, "key_length": 65, "value_dim": 5}
 
 
-def forward(tensors, backend, scalars=SCALARS):
-    return ops.attention(*(t.detach() for t in tensors), *scalars, backend.impl)
+def arguments_of(case: Case, backend) -> list:
+    """Those of the operator, as leaves."""
+    found = operator_arguments(case.with_tensors(**case.leaves()), backend.impl)
+    return [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in found]
+
+
+def calls(arguments) -> tuple[tuple, tuple]:
+    """Arguments of the backward and of the support, by a forward pass."""
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    output, *saved = ops.attention(*arguments)
+    tensors, modifiers = arguments[:3], arguments[3 : 3 + ops.MODIFIERS]
+    scalars, learned = arguments[3 + ops.MODIFIERS :], modifiers[0] is not None
+    backward = torch.randn_like(output), *tensors, *saved, learned, *modifiers, *scalars
+    return backward, (*tensors, *modifiers, *saved[1:], *scalars)
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.3])
 def test_opcheck_attention(backend, alpha):
     for shape in shapes(backend):
-        tensors = leaves(1, 2, dim=16, device=backend.device, **shape)
-        torch.library.opcheck(ops.attention, (*tensors, alpha, True, 0.25, backend.impl))
+        case = make_case(backend, **shape, alpha=alpha, is_causal=True)
+        torch.library.opcheck(ops.attention, arguments_of(case, backend))
+
+
+def test_opcheck_with_every_argument(backend):
+    length, key_length = backend.sizes((20, 40), (70, 130), (150, 300))
+    case = make_case(backend, length=length, key_length=key_length, **every_option(backend, length, key_length))
+    arguments = arguments_of(case, backend)
+    assert not any(argument is None for argument in arguments)
+    torch.library.opcheck(ops.attention, arguments)
+    backward, support = calls(arguments)
+    torch.library.opcheck(ops.attention_backward, backward)
+    torch.library.opcheck(ops.attention_support, support)
 
 
 def test_opcheck_of_strided_inputs(backend):
-    tensors = tuple(
-        t.transpose(1, 2).detach().requires_grad_() for t in iid_inputs(1, 70, 2, 16, device=backend.device)
-    )
-    torch.library.opcheck(ops.attention, (*tensors, *SCALARS, backend.impl))
+    tensors = (t.transpose(1, 2) for t in iid_inputs(1, 70, 2, 16, device=backend.device))
+    torch.library.opcheck(ops.attention, arguments_of(Case(*tensors, is_causal=True), backend))
 
 
 def test_opcheck_backward_and_support(backend):
     for shape in shapes(backend):
-        tensors = iid_inputs(1, 2, dim=16, device=backend.device, **shape)
-        output, *saved = forward(tensors, backend)
-        torch.library.opcheck(
-            ops.attention_backward, (torch.randn_like(output), *tensors, *saved, *SCALARS, backend.impl)
-        )
-        torch.library.opcheck(ops.attention_support, (*tensors, *saved[1:], *SCALARS, backend.impl))
+        backward, support = calls(arguments_of(make_case(backend, **shape, is_causal=True), backend))
+        torch.library.opcheck(ops.attention_backward, backward)
+        torch.library.opcheck(ops.attention_support, support)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -59,17 +88,17 @@ def test_fake_tensors_have_the_real_shapes_dtypes_and_strides(backend, dtype):
         return
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    def everything(tensors):
-        output, *saved = forward(tensors, backend)
-        gradients = ops.attention_backward(output, *tensors, *saved, *SCALARS, backend.impl)
-        return output, *saved, *gradients, *ops.attention_support(*tensors, *saved[1:], *SCALARS, backend.impl)
+    def everything(arguments):
+        backward, support = calls(arguments)
+        return *ops.attention(*arguments), *ops.attention_backward(*backward), *ops.attention_support(*support)
 
     for shape in shapes(backend):
-        tensors = iid_inputs(1, 2, dim=16, dtype=dtype, device=backend.device, **shape)
-        tensors = tensors[0].transpose(1, 2).contiguous().transpose(1, 2), *tensors[1:]
-        real = everything(tensors)
+        case = make_case(backend, dtype=dtype, **shape, **every_option(backend, shape["length"], shape["key_length"]))
+        case.query = case.query.transpose(1, 2).contiguous().transpose(1, 2)
+        arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments_of(case, backend)]
+        real = everything(arguments)
         with FakeTensorMode() as mode:
-            fake = everything(tuple(mode.from_tensor(tensor) for tensor in tensors))
+            fake = everything([mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
         for ours, theirs in zip(fake, real, strict=True):
             assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
             assert ours.device.type == theirs.device.type
@@ -179,15 +208,25 @@ def test_a_penalty_on_the_gradient_is_refused(backend):
 
 
 @pytest.mark.parametrize("impl", ["own", "reference"])
-def test_autocast_casts_nothing_inside(backend, impl):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_casts_the_inputs_and_nothing_inside(backend, impl, dtype):
+    """As scaled_dot_product_attention: the inputs in autocast's dtype, float64 as it is; then the same bits as without
+    autocast, and gradients in the dtype of the leaves."""
     impl = backend.impl if impl == "own" else impl
-    tensors = leaves(1, 1, 40, 16, device=backend.device)
-    plain = entmax_attention(*tensors, impl=impl)
-    with torch.autocast(backend.device, torch.bfloat16):
+    if dtype not in backend.dtypes and impl == "triton":
+        dtype = torch.float16
+    narrow = torch.float16
+    tensors = leaves(1, 1, 40, 16, dtype=dtype, device=backend.device)
+    plain = entmax_attention(*(t if dtype == torch.float64 else t.to(narrow) for t in tensors), impl=impl)
+    expected = torch.autograd.grad(plain.sum(), tensors)
+    with torch.autocast(backend.device, narrow):
         output = entmax_attention(*tensors, impl=impl)
-    gradients = torch.autograd.grad(output.sum(), tensors)
+        gradients = torch.autograd.grad(output.sum(), tensors)
+    assert output.dtype == plain.dtype == (torch.float64 if dtype == torch.float64 else narrow)
     assert torch.equal(output, plain)
-    assert all(torch.equal(*pair) for pair in zip(gradients, torch.autograd.grad(plain.sum(), tensors), strict=True))
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert gradient.dtype == dtype
+        assert torch.equal(gradient, other)
 
 
 def test_saved_memory_is_linear_in_the_length(backend):

@@ -39,3 +39,11 @@ def newton_step(offset, total, weight, exponent):
     It ends at or above the root from wherever it starts: a certified lower bound of tau. 2 - alpha = 1 - 1 / exponent.
     """
     return offset - (total - tl.exp2((1.0 - 1.0 / exponent) * tl.log2(total))) / weight
+
+
+@triton.jit
+def probability_and_weight(d, exponent, POWER: tl.constexpr):
+    """(p, u): p = u d, so that a general alpha takes one logarithm and one power for both."""
+    u = support_weight(d, exponent, POWER)
+    p = probability(d, exponent, POWER) if POWER else u * d
+    return p, u

@@ -5,12 +5,13 @@ them. What stays for the gradient is one bit for each tile.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..problem import WORD_BITS, Problem, ceil_div
+from ..problem import WORD_BITS, Modifiers, Problem, ceil_div, empty_output
 from . import schedule
 from .backward import gradient_key_value_kernel, gradient_query_kernel
 from .bound import summary_kernel
@@ -18,6 +19,7 @@ from .forward import output_kernel, support_kernel
 from .schedule import Launch, Shape
 from .tau import threshold_kernel
 from .tile import Matrix, aligned, aligned_size, matrix, trimmed
+from .view import View, bounds_kernel
 
 MAXIMA = 7 * 2**24  # maxima of 2 bytes in the scratch of one chunk: 224 MiB
 LISTED = 2**24  # listed tiles of 4 bytes in the scratch of one chunk: 64 MiB
@@ -60,39 +62,72 @@ def chunks(units: int, tiles: int, capacity: int, limit: int, later: int | None 
     return result
 
 
+class Numbers(NamedTuple):
+    """Scalars of the whole call, or tensors (heads,)."""
+
+    scale: float | Tensor
+    slope: float | Tensor
+    exponent: float | Tensor
+
+
 class Call(NamedTuple):
     """What every launch of one call shares."""
 
     problem: Problem
     shape: Shape
+    view: View
+    numbers: Numbers
     units: int
     query_tiles: int
     key_tiles: int
     words: int
     extent: tuple[int, int, int, int]
-    exponent: float
 
     @classmethod
-    def of(cls, problem: Problem, query: Tensor) -> "Call":
-        shape = schedule.shape_of(problem, query.dtype)
+    def of(cls, problem: Problem, modifiers: Modifiers, query: Tensor) -> "Call":
+        shape = schedule.shape_of(problem, modifiers, query.dtype)
         key_tiles = ceil_div(problem.key_length, shape.TILE)
-        return cls(
+        alpha, scale = problem.alpha, problem.scale
+        if modifiers.alpha is not None:
+            alpha, scale = modifiers.alpha, modifiers.scale
+        call = cls(
             problem,
             shape,
+            View(
+                modifiers.intervals,
+                kinds=modifiers.kinds,
+                bits=modifiers.bits,
+                tilts=None if modifiers.slopes is None else (modifiers.slopes / scale).contiguous(),
+                cap=problem.softcap / scale if problem.softcap else None,
+            ),
+            Numbers(scale, (alpha - 1.0) * scale, 1.0 / (alpha - 1.0)),
             units=problem.batch * problem.heads,
             query_tiles=ceil_div(problem.query_length, shape.TILE),
             key_tiles=key_tiles,
             words=ceil_div(key_tiles, WORD_BITS),
             extent=(problem.heads, problem.group, problem.query_length, problem.key_length),
-            exponent=1.0 / (problem.alpha - 1.0),
         )
+        return call if modifiers.intervals is None or problem.is_empty else call.bounded()
+
+    def bounded(self) -> "Call":
+        """With the bounds of the intervals of each tile of queries."""
+        bounds = self.view.intervals.new_empty(self.problem.batch, self.query_tiles, 4)
+        every = Chunk(0, self.problem.batch, 0, self.query_tiles, capacity=0)
+        sizes = self.problem.query_length, self.list_size
+        every.run(bounds_kernel, schedule.SUMMARY, self.view.intervals, bounds, *sizes, S=self.shape)
+        return self._replace(view=self.view._replace(bounds=bounds))
+
+    @property
+    def list_size(self) -> int:
+        """The most tiles of keys that a tile of queries may list: so many hold problem.reach keys in a row."""
+        return min(self.key_tiles, self.problem.reach // self.shape.TILE + 2)
 
     def query_chunks(self, limit: int) -> list[Chunk]:
         """Chunks of tiles of queries, with lists of tiles of keys."""
         later = None
-        if self.problem.is_causal:
+        if self.shape.CAUSAL:
             later = ceil_div(self.problem.key_length - self.problem.query_length, self.shape.TILE)
-        return chunks(self.units, self.query_tiles, self.key_tiles, limit, later)
+        return chunks(self.units, self.query_tiles, self.list_size, limit, later)
 
 
 def new_lists(parts: list[Chunk], device: torch.device) -> Tensor:
@@ -104,17 +139,17 @@ def device_of(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+def attention(problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """(output, value_mean, maximum, offset, live) of flash_entmax::attention."""
-    call = Call.of(problem, query)
-    output = query.new_empty(problem.batch, problem.heads, problem.query_length, aligned_size(problem.value_size))
+    output = empty_output(query, aligned_size(problem.value_size))
     value_mean = torch.empty_like(output)
-    maximum, offset = (output.new_empty(output.shape[:3], dtype=torch.float32) for _ in range(2))
-    live = output.new_empty(problem.live_shape(call.shape.TILE), dtype=torch.int32)
+    maximum, offset = (query.new_empty(output.shape[:3], dtype=torch.float32) for _ in range(2))
+    live = query.new_empty(problem.live_shape(schedule.tile_size(query.dtype)), dtype=torch.int32)
     if problem.is_empty:
         output.zero_(), value_mean.zero_(), maximum.fill_(torch.inf), offset.fill_(1.0), live.zero_()
     else:
         with device_of(query):
+            call = Call.of(problem, modifiers, query)
             results = matrix(output), matrix(value_mean), maximum, offset, live
             forward_stages(call, aligned(query), aligned(key), aligned(value), *results)
     return trimmed(output, problem.value_size), trimmed(value_mean, problem.value_size), maximum, offset, live
@@ -123,22 +158,21 @@ def attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tu
 def forward_stages(
     call: Call, query: Matrix, key: Matrix, value: Matrix, output: Matrix, value_mean: Matrix, maximum, offset, live
 ) -> None:
-    shape, slope = call.shape, call.problem.slope
+    shape, (_, *numbers) = call.shape, call.numbers
     parts = call.query_chunks(MAXIMA // shape.TILE)
     lists = new_lists(parts, live.device)
     maxima = torch.empty(len(lists) * shape.TILE, dtype=torch.float16, device=live.device)
     counts = lists.new_empty(max(chunk.units * chunk.tiles for chunk in parts), 2)
     summary = summarise(call, key)
-    rounding = slope * shape.HEAD * 2.0**-22
     for chunk in parts:
         sizes = *call.extent, chunk.first_unit, chunk.units, chunk.first_tile
         chunk.run(
             threshold_kernel, schedule.threshold_launch(shape), query, key, *summary, maxima, maximum, offset, live,
-            lists, counts, slope, rounding, call.exponent, *sizes, call.words, chunk.capacity, S=shape,
+            lists, counts, call.view, *numbers, *sizes, call.words, chunk.capacity, S=shape,
         )  # fmt: skip
         chunk.run(
             output_kernel, schedule.output_launch(shape), query, key, value, maximum, offset, lists, counts, output,
-            value_mean, slope, call.exponent, *sizes, chunk.capacity, S=shape,
+            value_mean, call.view, *numbers, *sizes, chunk.capacity, S=shape,
         )  # fmt: skip
 
 
@@ -155,32 +189,40 @@ def summarise(call: Call, key: Matrix) -> tuple[Matrix, Tensor, Tensor, Tensor]:
 
 
 def attention_backward(
-    problem: Problem, grad_output, query, key, value, value_mean, maximum, offset, live
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_query, grad_key, grad_value) of flash_entmax::attention_backward."""
+    problem: Problem, modifiers: Modifiers, grad_output, query, key, value, value_mean, maximum, offset, live,
+    parameters: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(grad_query, grad_key, grad_value, grad_parameters) of flash_entmax::attention_backward."""
     if problem.is_empty:
-        return tuple(tensor.new_zeros(tensor.shape) for tensor in (query, key, value))
-    call = Call.of(problem, query)
-    packed = maximum.new_empty(call.units * call.query_tiles * call.shape.TILE * 4)
+        nothing = maximum.new_zeros(3 if parameters else 0, problem.batch, problem.heads)
+        return *(tensor.new_zeros(tensor.shape) for tensor in (query, key, value)), nothing
     sizes = query.shape[-1], key.shape[-1], value.shape[-1]
     with device_of(query):
+        call = Call.of(problem, modifiers, query)
+        packed = maximum.new_empty(call.units * call.query_tiles * call.shape.TILE * 4)
         tensors = aligned(query), aligned(key), aligned(value), aligned(grad_output)
         gradients = [matrix(tensor.data.new_empty(tensor.data.shape)) for tensor in tensors[:3]]
-        query_stage(call, *tensors, aligned(value_mean), maximum, offset, packed, live, gradients[0])
+        shares = maximum.new_empty(problem.batch, problem.heads, call.query_tiles, 3) if parameters else None
+        rows = maximum, offset, packed, live
+        query_stage(call, *tensors, aligned(value_mean), *rows, gradients[0], shares)
         key_value_stage(call, *tensors, packed, live, *gradients[1:])
-    return tuple(trimmed(gradient.data, size) for gradient, size in zip(gradients, sizes, strict=True))
+    gradients = (trimmed(gradient.data, size) for gradient, size in zip(gradients, sizes, strict=True))
+    if not parameters:
+        return *gradients, maximum.new_empty(0, problem.batch, problem.heads)
+    return *gradients, shares.sum(2).permute(2, 0, 1).contiguous()
 
 
 def query_stage(
-    call: Call, query, key, value, grad_output, value_mean, maximum, offset, packed, live, grad_query
+    call: Call, query, key, value, grad_output, value_mean, maximum, offset, packed, live, grad_query, shares
 ) -> None:
     parts = call.query_chunks(LISTED)
     lists = new_lists(parts, live.device)
+    shape = call.shape if shares is None else replace(call.shape, PARAMETERS=True)
     for chunk in parts:
         chunk.run(
-            gradient_query_kernel, schedule.gradient_launch(call.shape), query, key, value, value_mean, grad_output,
-            maximum, offset, packed, live, lists, grad_query, call.problem.scale, call.problem.slope, call.exponent,
-            *call.extent, chunk.first_unit, chunk.units, chunk.first_tile, call.words, chunk.capacity, S=call.shape,
+            gradient_query_kernel, schedule.gradient_launch(shape), query, key, value, value_mean, grad_output,
+            maximum, offset, packed, live, lists, grad_query, shares, call.view, *call.numbers, *call.extent,
+            chunk.first_unit, chunk.units, chunk.first_tile, call.words, chunk.capacity, S=shape,
         )  # fmt: skip
 
 
@@ -190,28 +232,30 @@ def key_value_stage(call: Call, query, key, value, grad_output, packed, live, gr
     for chunk in parts:
         chunk.run(
             gradient_key_value_kernel, schedule.gradient_launch(call.shape), query, key, value, grad_output, packed,
-            live, lists, grad_key, grad_value, call.problem.scale, call.problem.slope, call.exponent,
-            *call.extent, chunk.first_unit, chunk.units, chunk.first_tile, call.words, chunk.capacity, S=call.shape,
+            live, lists, grad_key, grad_value, call.view, *call.numbers, *call.extent,
+            chunk.first_unit, chunk.units, chunk.first_tile, call.words, chunk.capacity, S=call.shape,
         )  # fmt: skip
 
 
 def support(
-    problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
+    problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(maximum in units of z, support size, exact map of live tiles) of flash_entmax::attention_support."""
-    call = Call.of(problem, query)
     size = torch.zeros(maximum.shape, dtype=torch.int32, device=query.device)
-    marks = torch.zeros(*live.shape[:3], call.key_tiles, dtype=torch.bool, device=query.device)
+    key_tiles = ceil_div(problem.key_length, schedule.tile_size(query.dtype))
+    marks = torch.zeros(*live.shape[:3], key_tiles, dtype=torch.bool, device=query.device)
     if problem.is_empty:
         return maximum.clone(), size, marks
-    parts = call.query_chunks(LISTED)
-    lists = new_lists(parts, query.device)
     with device_of(query):
+        call = Call.of(problem, modifiers, query)
+        parts = call.query_chunks(LISTED)
+        lists = new_lists(parts, query.device)
         tensors = aligned(query), aligned(key)
         for chunk in parts:
             chunk.run(
                 support_kernel, schedule.threshold_launch(call.shape), *tensors, maximum, offset, live, lists, size,
-                marks, call.problem.slope, *call.extent, chunk.first_unit, chunk.units, chunk.first_tile, call.words,
-                chunk.capacity, S=call.shape,
+                marks, call.view, call.numbers.slope, *call.extent, chunk.first_unit, chunk.units, chunk.first_tile,
+                call.words, chunk.capacity, S=call.shape,
             )  # fmt: skip
-    return maximum * problem.slope, size, marks
+    slope = call.numbers.slope
+    return maximum * (slope.view(-1, 1) if isinstance(slope, Tensor) else slope), size, marks

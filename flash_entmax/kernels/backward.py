@@ -1,7 +1,8 @@
 """The gradient over the live tiles: dS = u (dP - delta) with dP = dO V^T and delta = dO . O1.
 
 dQ = scale dS K walks each tile of queries; dK = scale dS^T Q and dV = P^T dO walk the transposed lists. No atomics:
-every number is added in one order, so repeated runs agree bit for bit.
+every number is added in one order, so repeated runs agree bit for bit. With dQ go the gradients of alpha, scale and
+ALiBi slopes, where they are asked for.
 
 Between the two, what dK and dV need of each tile of queries is packed into pairs, (maximum, offset) and
 (-delta, -delta): a load narrower than the program would be repeated by every thread that needs a part of it.
@@ -10,57 +11,76 @@ Between the two, what dK and dV need of each tile of queries is packed into pair
 import triton
 import triton.language as tl
 
-from .alpha import probability, support_weight
+from .alpha import probability, probability_and_weight, support_weight
 from .lists import listed_tiles
+from .score import bends_of, distance, finish, of_head, open_queries, relative_distance
 from .tile import (
     SIZES,
     Extent,
-    distance,
     head_of,
     heaviest_first,
-    hide,
     key_head,
     list_of,
     load_keys,
+    load_row,
     load_tile,
-    open_rows,
     query_head,
-    relative_distance,
     store_tile,
-    visible_keys,
     walk,
 )
+from .view import visible_interval
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_query_kernel(
-    query, key, value, value_mean, grad_output, maximum, offset, packed, live, lists, grad_query,
-    scale, slope, exponent, heads, group, query_length, key_length, first_unit, units, first_tile, words, capacity,
-    S: tl.constexpr,
+    query, key, value, value_mean, grad_output, maximum, offset, packed, live, lists, grad_query, grad_parameters,
+    view, scale, slope, exponent, heads, group, query_length, key_length, first_unit, units, first_tile, words,
+    capacity, S: tl.constexpr,
 ):  # fmt: skip
     """dQ, and the packed numbers of each query for the other gradients."""
     TILE: tl.constexpr = S.TILE
     HEAD_PADDED: tl.constexpr = S.HEAD_PADDED
     extent = Extent(heads, group, query_length, key_length)
     unit, tile = heaviest_first(units, first_unit, first_tile)
+    scale, slope = of_head(scale, unit, extent, S), of_head(slope, unit, extent, S)
+    exponent = of_head(exponent, unit, extent, S)
     _, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
-    tiles = listed_tiles(places, live, unit, tile, words, extent, False, S)
-    rows = open_rows(query, maximum, offset, unit, tile, tiles, extent, S)
+    tiles = listed_tiles(places, capacity, live, unit, tile, words, extent, view, False, S)
+    queries = open_queries(query, unit, tile, extent, view, S)
+    top = load_row(maximum, unit, queries.row, extent, float("inf"))
+    reach = load_row(offset, unit, queries.row, extent, 1.0)
     first = tile * TILE
     do = load_tile(query_head(grad_output, unit, extent), first, query_length, TILE, S.VALUE, S.VALUE_PADDED)
     mean = load_tile(query_head(value_mean, unit, extent), first, query_length, TILE, S.VALUE, S.VALUE_PADDED)
-    shift = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
+    delta = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
     pointers = packed_rows(packed, unit, tile, extent, S)
-    tl.store(pointers, rows.top)
-    tl.store(pointers + 1, rows.reach)
-    tl.store(pointers + 2 * TILE, -shift)
-    tl.store(pointers + 2 * TILE + 1, -shift)
+    tl.store(pointers, top)
+    tl.store(pointers + 1, reach)
+    tl.store(pointers + 2 * TILE, -delta)
+    tl.store(pointers + 2 * TILE + 1, -delta)
 
     key, value = key_head(key, unit, extent), key_head(value, unit, extent)
-    context = rows, slope / rows.reach, do, key, value, shift, exponent, extent
-    dq = walk(accumulate_query, tl.zeros((TILE, HEAD_PADDED), tl.float32), context, rows.tiles, False, S)
-    dq *= (support_weight(rows.reach, exponent, S.POWER) * scale)[:, None]
+    context = queries, top, slope / reach, reach, do, key, value, delta, exponent, extent, view
+    dq = tl.zeros((TILE, HEAD_PADDED), tl.float32)
+    nothing = tl.zeros((TILE,), tl.float32)
+    if S.PARAMETERS:
+        state = dq, nothing, nothing, nothing, nothing, nothing
+        dq, weights, weighted, shares, shared, of_slope = walk(accumulate_query, state, context, tiles, S)
+    else:
+        (dq,) = walk(accumulate_query, (dq,), context, tiles, S)
+    weight = support_weight(reach, exponent, S.POWER)
+    dq *= (weight * scale)[:, None]
     store_tile(query_head(grad_query, unit, extent), first, query_length, dq, TILE, S.HEAD, HEAD_PADDED)
+    if S.PARAMETERS:
+        # d alpha = r^2 sum_j s_j (dP_j - delta) with s = p (1 - ln d), and sum_j u_j (dP_j - delta) = 0 but for what
+        # 16 bits took from delta: with s_j - u_j sum s / sum u in place of s_j that cancels.
+        of_alpha = shared - weighted * shares / tl.where(weights == 0, 1.0, weights)
+        of_alpha *= probability(reach, exponent, S.POWER) * exponent * exponent
+        of_scale = tl.sum(dq * queries.q.to(tl.float32), 1) / scale  # sum_j dS_j (q . k_j) = q . dQ / scale
+        place = grad_parameters + (tl.cast(unit, tl.int64) * tl.cdiv(query_length, TILE) + tile) * 3
+        tl.store(place, tl.sum(of_alpha, 0))
+        tl.store(place + 1, tl.sum(of_scale, 0))
+        tl.store(place + 2, tl.sum(of_slope * weight, 0))
 
 
 @triton.jit
@@ -70,19 +90,34 @@ def packed_rows(packed, unit, tile, extent, S: tl.constexpr):
 
 
 @triton.jit
-def accumulate_query(dq, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    rows, slope, do, key, value, shift, exponent, extent = context
-    x = relative_distance(rows, slope, key, extent, key_tile, MASKED, S)
+def accumulate_query(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+    queries, top, slope, reach, do, key, value, delta, exponent, extent, view = context
+    x, steepness = relative_distance(queries, top, slope, key, key_tile, extent, view, MASKED, S)
     v = load_keys(value, key_tile, extent, MASKED, S.TILE, S.VALUE, S.VALUE_PADDED)
-    dp = tl.dot(do, tl.trans(v), input_precision=S.PRECISION)
-    ds = support_weight(x, exponent, S.POWER) * (dp - shift[:, None])
+    change = tl.dot(do, tl.trans(v), input_precision=S.PRECISION) - delta[:, None]
+    p, u = probability_and_weight(x, exponent, S.POWER)
+    ds = u * change
     k = load_keys(key, key_tile, extent, MASKED, S.TILE, S.HEAD, S.HEAD_PADDED)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=S.PRECISION)
+    dq = tl.dot((ds * steepness).to(k.dtype), k, state[0], input_precision=S.PRECISION)
+    if S.PARAMETERS:
+        _, weights, weighted, shares, shared, of_slope = state
+        share = p * (1.0 - tl.log(reach)[:, None] - tl.log(tl.where(x > 0, x, 1.0)))
+        if S.ALIBI:
+            key_position = key_tile * S.TILE + tl.arange(0, S.TILE)
+            far = tl.abs(queries.position[:, None] - key_position[None, :])
+            of_slope -= tl.sum(ds * far.to(tl.float32), 1)
+        result = (
+            dq, weights + tl.sum(u, 1), weighted + tl.sum(ds, 1), shares + tl.sum(share, 1),
+            shared + tl.sum(share * change, 1), of_slope,
+        )  # fmt: skip
+    else:
+        result = (dq,)
+    return result
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_key_value_kernel(
-    query, key, value, grad_output, packed, live, lists, grad_key, grad_value,
+    query, key, value, grad_output, packed, live, lists, grad_key, grad_value, view,
     scale, slope, exponent, heads, group, query_length, key_length, first_unit, units, first_tile, words, capacity,
     S: tl.constexpr,
 ):  # fmt: skip
@@ -106,21 +141,29 @@ def gradient_key_value_kernel(
     state = tl.zeros((TILE, HEAD_PADDED), tl.float32), tl.zeros((TILE, VALUE_PADDED), tl.float32)
     for member in range(group):
         query_unit = batch * heads + head * group + member
-        tiles = listed_tiles(places, live, query_unit, tile, words, extent, True, S)
+        tiles = listed_tiles(places, capacity, live, query_unit, tile, words, extent, view, True, S)
+        numbers = (
+            of_head(scale, query_unit, extent, S),
+            of_head(slope, query_unit, extent, S),
+            of_head(exponent, query_unit, extent, S),
+        )
         context = (
             k, v, query_head(query, query_unit, extent), query_head(grad_output, query_unit, extent),
-            packed, query_unit, first, slope, exponent, extent,
+            packed, query_unit, tile, numbers, bends_of(query_unit, extent, view, S), extent, view,
         )  # fmt: skip
-        state = walk(accumulate_key_value, state, context, tiles, True, S)
+        state = walk(accumulate_key_value, state, context, tiles, S)
     dk, dv = state
-    store_tile(head_of(grad_key, batch, head), first, key_length, dk * scale, TILE, S.HEAD, HEAD_PADDED)
+    if not S.PER_HEAD:
+        dk *= scale
+    store_tile(head_of(grad_key, batch, head), first, key_length, dk, TILE, S.HEAD, HEAD_PADDED)
     store_tile(head_of(grad_value, batch, head), first, key_length, dv, TILE, S.VALUE, VALUE_PADDED)
 
 
 @triton.jit
 def accumulate_key_value(state, context, query_tile, MASKED: tl.constexpr, S: tl.constexpr):
     """One tile of queries, transposed: keys are the rows here, so that P^T and dS^T come out ready to multiply."""
-    k, v, query, grad_output, packed, unit, first_key, slope, exponent, extent = context
+    k, v, query, grad_output, packed, unit, key_tile, numbers, bends, extent, view = context
+    scale, slope, exponent = numbers
     dk, dv = state
     TILE: tl.constexpr = S.TILE
     first = query_tile * TILE
@@ -129,15 +172,20 @@ def accumulate_key_value(state, context, query_tile, MASKED: tl.constexpr, S: tl
     pairs = packed_rows(packed, unit, query_tile, extent, S)[:, None] + tl.arange(0, 2)[None, :]
     top, reach = tl.split(tl.load(pairs))
 
-    score = tl.dot(k, tl.trans(q), input_precision=S.PRECISION)
-    if MASKED:
-        limit = visible_keys(first + tl.arange(0, TILE), extent, S.CAUSAL)
-        score = hide(score, tl.arange(0, TILE)[:, None], (limit - first_key)[None, :])
+    product = tl.dot(k, tl.trans(q), input_precision=S.PRECISION)
+    start, stop, position = visible_interval(first + tl.arange(0, TILE), unit, extent, view, S)
+    first_key = key_tile * TILE
+    sight = (start - first_key)[None, :], (stop - first_key)[None, :], (position - first_key)[None, :]
+    row, column, where = tl.arange(0, TILE)[None, :], tl.arange(0, TILE)[:, None], (unit, query_tile, key_tile)
+    score, steepness = finish(product, row, column, sight, bends, where, extent, view, MASKED, S)
     d = distance(score, top[None, :], slope, reach[None, :])
-    dv = tl.dot(probability(d, exponent, S.POWER).to(do.dtype), do, dv, input_precision=S.PRECISION)
+    p, u = probability_and_weight(d, exponent, S.POWER)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=S.PRECISION)
     shift, _ = tl.split(tl.load(pairs + 2 * TILE))
     shifted = tl.broadcast_to(shift[None, :], (TILE, TILE))  # the product starts from -delta
     dp = tl.dot(v, tl.trans(do), shifted, input_precision=S.PRECISION)
-    ds = support_weight(d, exponent, S.POWER) * dp
+    ds = u * dp * steepness
+    if S.PER_HEAD:
+        ds *= scale
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=S.PRECISION)
     return dk, dv

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .alpha import newton_step, probability, support_weight
-from .lists import append_tiles
+from .lists import append
 from .tile import TileList
 
 STEPS = tl.constexpr(3)
@@ -40,7 +40,7 @@ def load_maxima(column, first, count, S: tl.constexpr):
 
 
 @triton.jit
-def shorten(tiles, column, reach, full, S: tl.constexpr):
+def shorten(tiles, column, reach, S: tl.constexpr):
     """Keep the tiles of which some row has a maximum within reach (NaN is), in place, and their maxima with them."""
     count = 0
     split = 0
@@ -52,6 +52,7 @@ def shorten(tiles, column, reach, full, S: tl.constexpr):
         tl.debug_barrier()  # all have read this span before it is written over
         target = tl.cast(count + tl.cumsum(alive, 0) - 1, tl.int64) * S.TILE
         tl.store(column[:, None] + target[None, :], maxima.to(tl.float16), mask=(alive > 0)[None, :])
-        count, split = append_tiles(tiles.tiles, count, split, tile, alive, full)
+        count = append(tiles.tiles, count, tile, alive)
+        split += tl.sum(tl.where(place < tiles.split, alive, 0), 0)
     tl.debug_barrier()
     return TileList(tiles.tiles, split, count)

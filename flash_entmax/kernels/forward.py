@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from .alpha import newton_step, probability, support_weight
+from .alpha import newton_step, probability, probability_and_weight, support_weight
 from .lists import listed_tiles
+from .score import of_head, open_queries, relative_distance
 from .tile import (
     SIZES,
     Extent,
@@ -14,10 +15,9 @@ from .tile import (
     key_head,
     list_of,
     load_keys,
+    load_row,
     no_sums,
-    open_rows,
     query_head,
-    relative_distance,
     store_row,
     store_tile,
     sum_keys,
@@ -25,12 +25,11 @@ from .tile import (
 )
 
 MAX_PASSES = tl.constexpr(40)
-ACCEPTED = tl.constexpr(1e-3)  # of F - 1, where one more step on the output itself leaves its square
 
 
 @triton.jit(do_not_specialize=SIZES)
 def output_kernel(
-    query, key, value, maximum, offset, lists, counts, output, value_mean, slope, exponent, heads, group,
+    query, key, value, maximum, offset, lists, counts, output, value_mean, view, slope, exponent, heads, group,
     query_length, key_length, first_unit, units, first_tile, capacity, S: tl.constexpr,
 ):  # fmt: skip
     """O and O1. Where some row's F is still above what is accepted, the tile takes a step and another pass: rare."""
@@ -38,9 +37,12 @@ def output_kernel(
     VALUE_PADDED: tl.constexpr = S.VALUE_PADDED
     extent = Extent(heads, group, query_length, key_length)
     unit, tile = heaviest_first(units, first_unit, first_tile)
+    slope, exponent = of_head(slope, unit, extent, S), of_head(exponent, unit, extent, S)
     index, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
     tiles = TileList(places, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1))
-    rows = open_rows(query, maximum, offset, unit, tile, tiles, extent, S)
+    queries = open_queries(query, unit, tile, extent, view, S)
+    top = load_row(maximum, unit, queries.row, extent, float("inf"))
+    reach = load_row(offset, unit, queries.row, extent, 1.0)
     first = tile * TILE
 
     key, value = key_head(key, unit, extent), key_head(value, unit, extent)
@@ -50,23 +52,22 @@ def output_kernel(
     mass = tl.zeros((TILE,), tl.float32)
     weight = tl.zeros((TILE,), tl.float32)
     power = tl.zeros((TILE,), tl.float32)
-    reach = rows.reach
     passes = 0
     unfinished = 1
     while (unfinished > 0) & (passes < MAX_PASSES):
-        context = rows, slope / reach, key, value, exponent, extent
+        context = queries, top, slope / reach, key, value, exponent, extent, view
         nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
         state = nothing, nothing, nothing, no_sums(S), no_sums(S)
-        total, _, mean, masses, weights = walk(accumulate, state, context, rows.tiles, False, S)
+        total, _, mean, masses, weights = walk(accumulate, state, context, tiles, S)
         power = probability(reach, exponent, S.POWER)
         mass = tl.sum(masses[0], 1) * power
         weight = tl.sum(weights[0], 1)
         stepped = newton_step(reach, mass, weight * support_weight(reach, exponent, S.POWER), exponent)
         falls = (mass > 1.0) & (stepped < reach)
-        unfinished = tl.max(tl.where(falls & (mass > 1.0 + ACCEPTED), 1, 0), 0)
+        unfinished = tl.max(tl.where(falls & (mass > 1.0 + S.ACCEPTED), 1, 0), 0)
         reach = tl.where(falls, stepped, reach)
         passes += 1
-    store_row(offset, unit, rows.row, extent, reach)
+    store_row(offset, unit, queries.row, extent, reach)
 
     # p = offset^r x^r. Then the last step of tau, on the output itself: dO / d offset = r sum u v, so the step
     # (1 - sum p) / (r sum u) adds (1 - sum p) O1. Long crowded rows feel the last bit of the offset without it.
@@ -78,12 +79,11 @@ def output_kernel(
 
 @triton.jit
 def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    rows, slope, key, value, exponent, extent = context
+    queries, top, slope, key, value, exponent, extent, view = context
     total, error, mean, mass, weight = state
-    x = relative_distance(rows, slope, key, extent, key_tile, MASKED, S)
+    x, _ = relative_distance(queries, top, slope, key, key_tile, extent, view, MASKED, S)
     v = load_keys(value, key_tile, extent, MASKED, S.TILE, S.VALUE, S.VALUE_PADDED)
-    p = probability(x, exponent, S.POWER)
-    u = support_weight(x, exponent, S.POWER)
+    p, u = probability_and_weight(x, exponent, S.POWER)
     if S.COMPENSATED:
         total, error = add_compensated(total, error, tl.dot(p.to(v.dtype), v, input_precision=S.PRECISION))
     else:
@@ -94,28 +94,31 @@ def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def support_kernel(
-    query, key, maximum, offset, live, lists, size, marks, slope, heads, group,
+    query, key, maximum, offset, live, lists, size, marks, view, slope, heads, group,
     query_length, key_length, first_unit, units, first_tile, words, capacity, S: tl.constexpr,
 ):  # fmt: skip
     """Support size of each row, and a mark on each tile that holds a positive probability."""
     TILE: tl.constexpr = S.TILE
     extent = Extent(heads, group, query_length, key_length)
     unit, tile = heaviest_first(units, first_unit, first_tile)
+    slope = of_head(slope, unit, extent, S)
     _, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
-    tiles = listed_tiles(places, live, unit, tile, words, extent, False, S)
-    rows = open_rows(query, maximum, offset, unit, tile, tiles, extent, S)
+    tiles = listed_tiles(places, capacity, live, unit, tile, words, extent, view, False, S)
+    queries = open_queries(query, unit, tile, extent, view, S)
+    top = load_row(maximum, unit, queries.row, extent, float("inf"))
+    reach = load_row(offset, unit, queries.row, extent, 1.0)
 
     query_tiles = (query_length + TILE - 1) // TILE
     row_of_marks = marks + (tl.cast(unit, tl.int64) * query_tiles + tile) * tl.cdiv(key_length, TILE)
-    context = rows, slope / rows.reach, key_head(key, unit, extent), row_of_marks, extent
-    count = walk(count_tile, tl.zeros((TILE,), tl.int32), context, rows.tiles, False, S)
-    store_row(size, unit, rows.row, extent, count)
+    context = queries, top, slope / reach, key_head(key, unit, extent), row_of_marks, extent, view
+    count = walk(count_tile, tl.zeros((TILE,), tl.int32), context, tiles, S)
+    store_row(size, unit, queries.row, extent, count)
 
 
 @triton.jit
 def count_tile(count, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    rows, slope, key, row_of_marks, extent = context
-    x = relative_distance(rows, slope, key, extent, key_tile, MASKED, S)
+    queries, top, slope, key, row_of_marks, extent, view = context
+    x, _ = relative_distance(queries, top, slope, key, key_tile, extent, view, MASKED, S)
     reached = tl.sum(tl.where(x > 0, 1, 0), 1)
     tl.store(row_of_marks + key_tile, tl.max(reached, 0) > 0)
     return count + reached

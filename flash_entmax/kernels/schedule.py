@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..problem import Problem
+from ..problem import Modifiers, Problem
 from .tile import aligned_size
+
+WIDEST_PIPELINED = 128  # head size; tiles of larger heads fill the shared memory once
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,16 @@ class Shape:
     ABREAST: int  # tiles of keys that the threshold's stages multiply at a time where no mask is needed
     LANES: int  # parts in which a row's sums are kept until its last tile
     SOLVED: float  # the solve leaves it to the output to confirm a last step from F - 1 up to this
+    ACCEPTED: float  # the F - 1 that the output leaves to one more step on itself
+    INTERVALS: bool  # which keys a query sees is loaded; else all, or the causal ones
+    FILTERED: bool  # a filter by tiles hides keys; what its tiles are told apart by:
+    FILTER_BY_BATCH: bool
+    FILTER_BY_HEAD: bool
+    FILTER_BY_QUERY: bool
+    SOFTCAP: bool
+    ALIBI: bool
+    PER_HEAD: bool  # scale, slope, exponent and cap are tensors of one number for each query head
+    PARAMETERS: bool = False  # the gradient of alpha, scale and ALiBi slopes is asked for
 
 
 @dataclass(frozen=True)
@@ -53,23 +65,38 @@ def tile_size(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def shape_of(problem: Problem, dtype: torch.dtype) -> Shape:
+def shape_of(problem: Problem, modifiers: Modifiers, dtype: torch.dtype) -> Shape:
     tile = tile_size(dtype)
-    power = {2.0: 1, 1.5: 2}.get(problem.alpha, 0)
+    per_head = modifiers.alpha is not None
+    power = 0 if per_head else {2.0: 1, 1.5: 2}.get(problem.alpha, 0)
+    by_batch, by_head = (extent > 1 for extent in modifiers.kinds.shape[:2]) if modifiers.kinds is not None else (0, 0)
     head, value = aligned_size(problem.head_size), aligned_size(problem.value_size)
+    head_padded, value_padded = padded_size(head), padded_size(value)
+    if max(head_padded, value_padded) > WIDEST_PIPELINED:
+        # Triton 3.6 multiplies wrongly by values that are narrower than the keys where loads are not asynchronous.
+        head_padded = value_padded = max(head_padded, value_padded)
     return Shape(
         TILE=tile,
         HEAD=head,
-        HEAD_PADDED=padded_size(head),
+        HEAD_PADDED=head_padded,
         VALUE=value,
-        VALUE_PADDED=padded_size(value),
+        VALUE_PADDED=value_padded,
         POWER=power,
-        CAUSAL=problem.is_causal,
+        CAUSAL=problem.is_causal and modifiers.intervals is None,
         PRECISION="ieee",
         COMPENSATED=dtype == torch.float32,
-        ABREAST=2 if tile == 64 and head <= 64 and power else 1,
+        ABREAST=2 if tile == 64 and head <= 64 and power and modifiers.slopes is None else 1,
         LANES=1 if dtype == torch.float32 else 8,
-        SOLVED=1e-6 if dtype == torch.float32 else 0.05,
+        SOLVED=1e-6 if dtype == torch.float32 else 0.05 if power == 2 else 1e-4,
+        ACCEPTED=1e-3 if power == 2 else 1e-5,  # above 1.5, u jumps at the threshold: the gradient needs it exact
+        INTERVALS=modifiers.intervals is not None,
+        FILTERED=modifiers.kinds is not None,
+        FILTER_BY_BATCH=bool(by_batch),
+        FILTER_BY_HEAD=bool(by_head),
+        FILTER_BY_QUERY=modifiers.kinds is not None and modifiers.bits.shape[1] > 1,
+        SOFTCAP=problem.softcap > 0,
+        ALIBI=modifiers.slopes is not None,
+        PER_HEAD=per_head,
     )
 
 
@@ -101,4 +128,4 @@ def is_narrow(shape: Shape) -> bool:
 
 def wide_launch(shape: Shape) -> Launch:
     """Heads over 128 double the accumulators: twice the warps share them, and one stage fits the shared memory."""
-    return Launch(4, 2) if max(shape.HEAD_PADDED, shape.VALUE_PADDED) <= 128 else Launch(8, 1)
+    return Launch(4, 2) if max(shape.HEAD_PADDED, shape.VALUE_PADDED) <= WIDEST_PIPELINED else Launch(8, 1)

@@ -7,27 +7,21 @@ is at or above the true one whenever the list of tiles gets shorter, so that eac
 import triton
 import triton.language as tl
 
-from .alpha import newton_step, probability, support_weight
+from .alpha import newton_step, probability, probability_and_weight, support_weight
 from .bound import bound_tiles
 from .certify import PLACES, certify_offset, shorten
 from .scan import scan_tiles
+from .score import distance, listed_scores, of_head, open_queries, scores
 from .tile import (
     SIZES,
     WORD,
     Extent,
-    Rows,
-    distance,
     heaviest_first,
     key_head,
     list_of,
-    listed_scores,
-    load_queries,
     no_sums,
-    scores,
     store_row,
     sum_keys,
-    visible_keys,
-    visible_tiles,
 )
 
 MAX_STEPS = tl.constexpr(40)
@@ -35,27 +29,24 @@ MAX_STEPS = tl.constexpr(40)
 
 @triton.jit(do_not_specialize=SIZES)
 def threshold_kernel(
-    query, key, centre, radius, error, largest, maxima, maximum, offset, live, lists, counts, slope, rounding, exponent,
+    query, key, centre, radius, error, largest, maxima, maximum, offset, live, lists, counts, view, slope, exponent,
     heads, group, query_length, key_length, first_unit, units, first_tile, words, capacity, S: tl.constexpr,
 ):  # fmt: skip
-    """Stores each row's `maximum` (of query . key; +inf where no key is visible) and `offset`, the list of tiles that
+    """Stores each row's `maximum` (of the scores; +inf where no key is visible) and `offset`, the list of tiles that
     may hold support, and their bits in `live`."""
     TILE: tl.constexpr = S.TILE
     extent = Extent(heads, group, query_length, key_length)
     unit, tile = heaviest_first(units, first_unit, first_tile)
-    row = tile * TILE + tl.arange(0, TILE)
-    limit = visible_keys(row, extent, S.CAUSAL)
-    full, _ = visible_tiles(tile, extent, S.CAUSAL, TILE, TILE)
-    q = load_queries(query, unit, tile, extent, S)
+    slope, exponent = of_head(slope, unit, extent, S), of_head(exponent, unit, extent, S)
+    queries = open_queries(query, unit, tile, extent, view, S)
     index, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
     column = maxima + tl.cast(index, tl.int64) * capacity * TILE + tl.arange(0, TILE)
 
     summary = centre, radius, error, largest
-    tiles, below, noise = bound_tiles(places, q, unit, tile, limit, summary, slope, rounding, extent, S)
-    tl.debug_barrier()  # the list is there for all
+    tiles, below, noise = bound_tiles(places, capacity, queries, summary, slope, extent, view, S)
 
     key = key_head(key, unit, extent)
-    top, shift, stored = scan_tiles(q, key, limit, below, tiles, column, slope, extent, S)
+    top, shift, stored = scan_tiles(queries, key, below, noise, tiles, column, slope, extent, view, S)
     tl.debug_barrier()  # the maxima are there for all
 
     # A slack of 1 or more, or NaN (something in the head is not finite), certifies nothing: the offset stays at 1, its
@@ -63,14 +54,14 @@ def threshold_kernel(
     slack = noise + stored
     doubt = tl.where(slack < 1.0, slack, float("nan"))
     reach = tl.where(slack < 1.0, certify_offset(column, tiles.count, shift, exponent, S) + slack, 1.0)
-    tiles = shorten(tiles, column, shift + reach + doubt, full, S)
+    tiles = shorten(tiles, column, shift + reach + doubt, S)
 
-    reach = solve(Rows(unit, tile, row, limit, top, reach, q, tiles), key, slope, exponent, extent, S)
+    reach = solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S)
     # 2^-20 covers the rounding of slope / offset in the relative distances that the output sees.
-    tiles = shorten(tiles, column, shift + reach * (1.0 + 2.0**-20) + doubt, full, S)
+    tiles = shorten(tiles, column, shift + reach * (1.0 + 2.0**-20) + doubt, S)
 
-    store_row(maximum, unit, row, extent, top)
-    store_row(offset, unit, row, extent, tl.where(limit > 0, reach, 1.0))
+    store_row(maximum, unit, queries.row, extent, top)
+    store_row(offset, unit, queries.row, extent, tl.where(top < float("inf"), reach, 1.0))
     tl.store(counts + 2 * index, tiles.split)
     tl.store(counts + 2 * index + 1, tiles.count)
     query_tiles = (query_length + TILE - 1) // TILE
@@ -78,24 +69,23 @@ def threshold_kernel(
 
 
 @triton.jit
-def solve(rows, key, slope, exponent, extent, S: tl.constexpr):
+def solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S: tl.constexpr):
     """Newton's steps over the listed tiles until no row of the tile has F above 1 by more than S.SOLVED.
 
     Each step ends at or above the true offset, so any of them may be the last.
     """
-    reach = rows.reach
     passes = 0
-    unfinished = rows.tiles.count
-    unmasked = rows.tiles.split // S.ABREAST * S.ABREAST
+    unfinished = tiles.count
+    unmasked = tiles.split // S.ABREAST * S.ABREAST
     while (unfinished > 0) & (passes < MAX_STEPS):
         relative = slope / reach
-        context = rows.top, relative, 1.0 - rows.top * relative, exponent
+        context = top, relative, 1.0 - top * relative, exponent
         total, weight = no_sums(S), no_sums(S)
         for place in range(0, unmasked, S.ABREAST):
-            score = listed_scores(rows.q, key, rows.tiles, place, S)
+            score = listed_scores(queries, key, tiles, place, extent, view, S)
             total, weight = accumulate(total, weight, score, context, S)
-        for place in range(unmasked, rows.tiles.count):
-            score = scores(rows.q, key, rows.limit, tl.load(rows.tiles.tiles + place), extent, True, S)
+        for place in range(unmasked, tiles.count):
+            score, _ = scores(queries, key, tl.load(tiles.tiles + place), extent, view, True, S)
             total, weight = accumulate(total, weight, score, context, S)
         total = tl.sum(total[0], 1) * probability(reach, exponent, S.POWER)
         weight = tl.sum(weight[0], 1) * support_weight(reach, exponent, S.POWER)
@@ -105,7 +95,7 @@ def solve(rows, key, slope, exponent, extent, S: tl.constexpr):
         reach = tl.where(falls, stepped, reach)
         passes += 1
     if not S.COMPENSATED:  # what the multiply-add may have lost
-        lost = tl.where(rows.limit > 0, tl.abs(rows.top * slope) * 2.0**-22, 0.0)
+        lost = tl.where(top < float("inf"), tl.abs(top * slope) * 2.0**-22, 0.0)
         reach = tl.minimum(reach + lost, 1.0)
     return reach
 
@@ -121,8 +111,8 @@ def accumulate(total, weight, score, context, S: tl.constexpr):
         x = distance(score, top[:, None], slope[:, None], 1.0)
     else:
         x = tl.maximum(score * slope[:, None] + intercept[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
-    total = sum_keys(total, probability(x, exponent, S.POWER), S)
-    return total, sum_keys(weight, support_weight(x, exponent, S.POWER), S)
+    p, u = probability_and_weight(x, exponent, S.POWER)
+    return sum_keys(total, p, S), sum_keys(weight, u, S)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Words shared by all kernels: which tile a program has, load and store a tile, which keys a query sees, walk a list.
+"""Words shared by all kernels: which tile a program has, load and store a tile, sum along it, walk a list.
 
 A unit is one query head of one batch row, numbered batch * heads + head. Every row statistic (maximum, offset, ...) is
 a contiguous (batch, heads, query length) float32 tensor.
@@ -42,24 +42,11 @@ class Extent(NamedTuple):
 
 
 class TileList(NamedTuple):
-    """Indices of live tiles in ascending order; `split` divides those without a mask from those with one."""
+    """Indices of live tiles: the first `split` need no mask, the others do."""
 
     tiles: Tensor
     split: int
     count: int
-
-
-class Rows(NamedTuple):
-    """One tile of queries: which it is, how many keys each query sees, its threshold, and where to look."""
-
-    unit: int
-    tile: int
-    row: Tensor
-    limit: Tensor
-    top: Tensor  # the maximum of query . key
-    reach: Tensor  # the offset of tau below it, in units of z
-    q: Tensor
-    tiles: TileList
 
 
 def matrix(tensor: Tensor) -> Matrix:
@@ -93,7 +80,7 @@ def aligned(tensor: Tensor) -> Matrix:
 
 def trimmed(tensor: Tensor, size: int) -> Tensor:
     """Without the columns that `aligned` added."""
-    return tensor if tensor.shape[-1] == size else tensor[..., :size].contiguous()
+    return tensor if tensor.shape[-1] == size else tensor[..., :size].clone()
 
 
 @triton.jit
@@ -184,85 +171,9 @@ def load_keys(m, tile, extent, MASKED: tl.constexpr, TILE: tl.constexpr, SIZE: t
 
 
 @triton.jit
-def load_queries(query, unit, tile, extent, S: tl.constexpr):
-    return load_tile(query_head(query, unit, extent), tile * S.TILE, extent.query_length, S.TILE, S.HEAD, S.HEAD_PADDED)
-
-
-@triton.jit
 def store_tile(m, first, rows, tile, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
     tile = tile.to(m.data.dtype.element_ty)
     tl.store(tile_pointers(m, first, TILE, PADDED), tile, mask=tile_mask(first, rows, TILE, SIZE, PADDED))
-
-
-@triton.jit
-def visible_keys(row, extent, CAUSAL: tl.constexpr):
-    """How many keys a query sees, from key 0 on; 0 past the last query."""
-    limit = extent.key_length
-    if CAUSAL:
-        limit = tl.minimum(tl.maximum(row + (extent.key_length - extent.query_length) + 1, 0), limit)
-    return tl.where(row < extent.query_length, limit, 0)
-
-
-@triton.jit
-def visible_tiles(tile, extent, CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """(full, some): tiles of keys that every query of this tile sees whole; tiles of which some query sees a key."""
-    first = tile * QUERIES
-    last = tl.minimum(first + QUERIES, extent.query_length) - 1
-    full = visible_keys(first, extent, CAUSAL) // KEYS
-    some = (visible_keys(last, extent, CAUSAL) + KEYS - 1) // KEYS
-    return full, some
-
-
-@triton.jit
-def hide(score, key, limit):
-    """-inf where the query does not see the key; key and limit broadcast to the shape of the scores.
-
-    Both count from the tile's first key, so that the keys are constants of the compiled loop and cost no registers.
-    """
-    return tl.where(key < limit, score, float("-inf"))
-
-
-@triton.jit
-def scores(q, key, limit, key_tile, extent, MASKED: tl.constexpr, S: tl.constexpr):
-    """query . key of one tile; -inf where a query does not see the key."""
-    TILE: tl.constexpr = S.TILE
-    k = load_keys(key, key_tile, extent, MASKED, TILE, S.HEAD, S.HEAD_PADDED)
-    score = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
-    if MASKED:
-        score = hide(score, tl.arange(0, TILE)[None, :], (limit - key_tile * TILE)[:, None])
-    return score
-
-
-@triton.jit
-def listed_scores(q, key, tiles, place, S: tl.constexpr):
-    """query . key of S.ABREAST listed tiles without a mask: two share the loop's overhead and make wider products."""
-    TILE: tl.constexpr = S.TILE
-    first = tl.load(tiles.tiles + place)
-    if S.ABREAST == 2:
-        row = tl.arange(0, 2 * TILE)
-        apart = tl.cast(tl.load(tiles.tiles + place + 1) - first - 1, tl.int64) * TILE * key.row_stride
-        second = tl.where(row < TILE, 0, apart)[:, None]
-        k = load_columns(tile_pointers(key, first * TILE, 2 * TILE, S.HEAD_PADDED) + second, S.HEAD, S.HEAD_PADDED)
-    else:
-        k = load_whole_tile(key, first * TILE, TILE, S.HEAD, S.HEAD_PADDED)
-    return tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
-
-
-@triton.jit
-def distance(score, maximum, slope, intercept):
-    """d = [slope (score - maximum) + intercept]_+; NaN stays NaN.
-
-    With (slope, offset) it is [z - tau]_+ itself; with (slope / offset, 1) it is relative to the offset, so that its
-    powers neither underflow nor overflow in 16 bits. The subtraction comes first: it is exact where it matters.
-    """
-    return tl.maximum((score - maximum) * slope + intercept, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def relative_distance(rows, slope, key, extent, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    """x = [z - tau]_+ / offset of one tile of queries and keys, from the row's slope / offset."""
-    score = scores(rows.q, key, rows.limit, key_tile, extent, MASKED, S)
-    return distance(score, rows.top[:, None], slope[:, None], 1.0)
 
 
 @triton.jit
@@ -308,20 +219,10 @@ def list_of(lists, unit, tile, units, first_unit, first_tile, capacity):
 
 
 @triton.jit
-def open_rows(query, maximum, offset, unit, tile, tiles, extent, S: tl.constexpr):
-    """What a program needs of its tile of queries to walk the list of its live tiles of keys."""
-    row = tile * S.TILE + tl.arange(0, S.TILE)
-    top = load_row(maximum, unit, row, extent, float("inf"))
-    reach = load_row(offset, unit, row, extent, 1.0)
-    q = load_queries(query, unit, tile, extent, S)
-    return Rows(unit, tile, row, visible_keys(row, extent, S.CAUSAL), top, reach, q, tiles)
-
-
-@triton.jit
-def walk(body: tl.constexpr, state, context, tiles, MASKED_FIRST: tl.constexpr, S: tl.constexpr):
-    """Fold `body` over a list of tiles, with the mask only on the side of the split that needs it."""
+def walk(body: tl.constexpr, state, context, tiles, S: tl.constexpr):
+    """Fold `body` over a list of tiles, with the mask only on those that need it."""
     for n in range(tiles.split):
-        state = body(state, context, tl.load(tiles.tiles + n), MASKED_FIRST, S)
+        state = body(state, context, tl.load(tiles.tiles + n), False, S)
     for n in range(tiles.split, tiles.count):
-        state = body(state, context, tl.load(tiles.tiles + n), not MASKED_FIRST, S)
+        state = body(state, context, tl.load(tiles.tiles + n), True, S)
     return state

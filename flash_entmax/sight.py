@@ -1,0 +1,268 @@
+"""Which keys a query may see, as the caller says it, and what the operators make of it.
+
+`Sight` holds the caller's options. The operators know two things only: for each query an interval of keys (causality,
+windows, positions, padding and packed sequences are all intervals), and a `TileFilter` for masks that are none.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .problem import WORD_BITS, Problem, ceil_div, pack_tiles
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+UNLIMITED = -1
+HIDDEN, WHOLE, FIRST_PARTIAL = 0, 1, 2
+FURTHEST = 2**30  # positions beyond are taken for this one, so that differences fit 32 bits
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The options that decide which keys a query may see: a key must pass all of them."""
+
+    is_causal: bool = False
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED)
+    query_positions: int | Tensor | None = None
+    key_lengths: Tensor | None = None
+    key_mask: Tensor | None = None
+    block_mask: "BlockMask | None" = None
+    cu_seq_q: Tensor | None = None
+    cu_seq_k: Tensor | None = None
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(left, right) with causality as the window that ends at the query itself."""
+        left, right = self.window_size
+        return left, 0 if self.is_causal else right
+
+    @property
+    def is_plain(self) -> bool:
+        """The mask is none or the causal one of the whole rectangle: the kernels need no interval for it."""
+        left, right = self.window
+        moved = (self.query_positions, self.key_lengths, self.cu_seq_q)
+        return left == UNLIMITED and right in (UNLIMITED, 0) and all(option is None for option in moved)
+
+
+def check_sight(query: Tensor, key: Tensor, sight: Sight) -> None:
+    """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
+    (batch, heads, query_length, _), key_length = query.shape, key.shape[2]
+    window = sight.window_size
+    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(_is_int(size) for size in window)):
+        raise TypeError(f"window_size must be a pair of integers (left, right), got {window!r}")
+    if min(window) < UNLIMITED:
+        raise ValueError(f"window_size must be (left, right) with each at least 0, or -1 for no limit, got {window}")
+    given = sight.query_positions
+    if isinstance(given, Tensor):
+        _check_index("query_positions", given, query, ((query_length,), (batch, query_length)))
+    elif given is not None and not _is_int(given):
+        raise TypeError(f"query_positions must be an integer, an integer tensor or None, got {type(given).__name__}")
+    elif given is not None and abs(given) > FURTHEST:
+        raise ValueError(f"query_positions must be from -2^30 to 2^30, got {given}")
+    if sight.key_lengths is not None:
+        _check_index("key_lengths", sight.key_lengths, query, ((batch,),))
+    if sight.key_mask is not None:
+        _check_tensor("key_mask", sight.key_mask, query, ((batch, key_length),))
+        if sight.key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask must be boolean, True where a key may be seen, got {sight.key_mask.dtype}")
+    if sight.block_mask is not None:
+        if sight.key_mask is not None:
+            raise ValueError("key_mask and block_mask exclude each other: let the block mask's mask_mod hide the keys")
+        _check_block_mask(sight.block_mask, (batch, heads, query_length, key_length), query.device)
+
+
+def check_boundaries(query: Tensor, key: Tensor, sight: Sight) -> None:
+    """The boundaries of packed sequences: shapes and dtypes."""
+    for name, boundaries in (("cu_seq_q", sight.cu_seq_q), ("cu_seq_k", sight.cu_seq_k)):
+        _check_index(name, boundaries, query, None)
+        if boundaries.dim() != 1 or boundaries.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(boundaries.shape)}")
+    if sight.cu_seq_q.shape != sight.cu_seq_k.shape:
+        counts = sight.cu_seq_q.shape[0], sight.cu_seq_k.shape[0]
+        raise ValueError("cu_seq_q and cu_seq_k must have one length, got {} and {}".format(*counts))
+
+
+def boundaries_are_valid(boundaries: Tensor, tokens: int, longest: int) -> Tensor:
+    """Scalar bool on the device: from 0 upwards to at most `tokens`, in steps of at most `longest`."""
+    steps = boundaries.diff()
+    return (boundaries[0] == 0) & (boundaries[-1] <= tokens) & ((steps >= 0) & (steps <= longest)).all()
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _check_index(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
+    _check_tensor(name, tensor, query, shapes)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+
+
+def _check_tensor(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on the device of the query, {query.device}, got {tensor.device}")
+    if shapes is not None and tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
+
+
+def _check_block_mask(block_mask: object, extents: tuple[int, int, int, int], device: torch.device) -> None:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a FlexAttention BlockMask, got {type(block_mask).__name__}")
+    if torch.compiler.is_compiling():
+        raise ValueError("block_mask cannot be read inside torch.compile: which tiles it fills depends on its data")
+    batch, heads, *lengths = extents
+    if tuple(block_mask.seq_lengths) != tuple(lengths):
+        raise ValueError(
+            f"block_mask must be for {lengths[0]} queries and {lengths[1]} keys, got one for {block_mask.seq_lengths}"
+        )
+    of_mask = tuple(block_mask.kv_indices.shape[:-2])
+    if len(of_mask) != 2 or of_mask[0] not in (1, batch) or of_mask[1] not in (1, heads):
+        raise ValueError(f"block_mask must have batch 1 or {batch} and heads 1 or {heads}, got {of_mask}")
+    if any(size % 64 for size in block_mask.BLOCK_SIZE):
+        raise ValueError(f"block_mask must have a BLOCK_SIZE of multiples of 64, got {block_mask.BLOCK_SIZE}")
+    if block_mask.kv_indices.device != device:
+        raise ValueError(f"block_mask must be on the device of the query, {device}, got {block_mask.kv_indices.device}")
+
+
+class TileFilter(NamedTuple):
+    """A mask by tiles: `kinds` is HIDDEN, WHOLE, or FIRST_PARTIAL + the row of `bits` that says which keys are seen.
+
+    kinds: (batch or 1, heads or 1, query tiles or 1, key tiles) int32. bits: (partial tiles, queries or 1, words)
+    int32, where bit b of word w is key 32 w + b of the tile.
+    """
+
+    kinds: Tensor
+    bits: Tensor
+
+
+def intervals(
+    query_positions: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seq_q: Tensor | None,
+    cu_seq_k: Tensor | None,
+    extents: tuple[int, int, int],
+    first_position: int,
+    window: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """(batch, 3, query length) int32: the first key that a query sees, one past the last, and the query's position.
+
+    Keys count from 0 in the whole key tensor, in packed sequences too. `extents` are (batch, query length, key length);
+    without positions, queries stand at `first_position` and on, or, packed, the last one at the last key.
+    """
+    batch, query_length, key_length = extents
+    if query_positions is not None:
+        position = query_positions.to(torch.int64).clamp(-FURTHEST, FURTHEST)
+    else:
+        position = torch.arange(query_length, device=device)
+    first, end = 0, key_length
+    if cu_seq_q is not None:
+        to_last, first, end = packed_rows(query_length, cu_seq_q.to(torch.int64), cu_seq_k.to(torch.int64))
+        position = end - to_last if query_positions is None else first + position
+    elif query_positions is None:
+        position = position + first_position
+    if key_lengths is not None:
+        end = key_lengths.clamp(0, end).unsqueeze(-1)
+    left, right = window
+    start = position * 0 + first if left == UNLIMITED else (position - left).clamp_min(first)
+    stop = position * 0 + end if right == UNLIMITED else (position + (right + 1)).clamp_max(end)
+    rows = torch.broadcast_tensors(start.clamp(0, key_length), stop.clamp(0, key_length), position)
+    return torch.stack(rows, -2).to(torch.int32).expand(batch, -1, -1).contiguous()
+
+
+def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each query token: its distance to the end of its queries, and its sequence's first key and one past its last.
+
+    Tokens past the last boundary get no key.
+    """
+    row = torch.arange(query_length, device=cu_q.device)
+    if cu_q.shape[0] == 1:
+        return row, row * 0, row * 0
+    sequence = torch.searchsorted(cu_q, row, right=True) - 1
+    inside = sequence < cu_q.shape[0] - 1
+    sequence = sequence.clamp(0, cu_q.shape[0] - 2)
+    first, end = cu_k[sequence], cu_k[sequence + 1]
+    return cu_q[sequence + 1] - row, first, torch.where(inside, end, first)
+
+
+def reach(problem: Problem, sight: Sight, max_q: int = 0, max_k: int = 0) -> int:
+    """The most keys from the first to the last that any 64 consecutive queries may see."""
+    left, right = sight.window
+    if isinstance(sight.query_positions, Tensor) or sight.cu_seq_q is not sight.cu_seq_k:
+        return problem.key_length
+    if sight.cu_seq_q is not None:  # queries and keys of a sequence are in the same places
+        longest = max(max_q, max_k)
+        left = longest if left == UNLIMITED else min(left, longest)
+        right = longest if right == UNLIMITED else min(right, longest)
+    if UNLIMITED in (left, right):
+        return problem.key_length
+    return min(problem.key_length, left + right + 64)
+
+
+def tile_filter(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:
+    """The filter of a key mask or a block mask for tiles of `tile` queries and keys."""
+    if sight.key_mask is not None:
+        return _filter_of_keys(sight.key_mask, tile)
+    if sight.block_mask is not None:
+        by_tile = _filters.setdefault(sight.block_mask, {})
+        if tile not in by_tile:
+            by_tile[tile] = _filter_of_blocks(problem, sight.block_mask, tile)
+        return by_tile[tile]
+    return None
+
+
+_filters: WeakKeyDictionary = WeakKeyDictionary()  # evaluating a mask_mod takes longer than the attention
+
+
+def _filter_of_keys(mask: Tensor, tile: int) -> TileFilter:
+    batch, keys = mask.shape
+    # Keys past the last one count as seen: the interval hides them, and whole tiles need no bits.
+    seen = pad(mask, (0, -keys % tile), value=True).view(-1, 1, tile)
+    index = torch.arange(seen.shape[0], dtype=torch.int32, device=mask.device)
+    return TileFilter(_kinds(seen, index).view(batch, 1, 1, ceil_div(keys, tile)), pack_tiles(seen))
+
+
+def _kinds(seen: Tensor, index: Tensor) -> Tensor:
+    """(n,) int32 from (n, rows, keys) bool: tiles seen in part point at their row of bits."""
+    partial = torch.where(seen.flatten(1).any(-1), index + FIRST_PARTIAL, HIDDEN)
+    return torch.where(seen.flatten(1).all(-1), WHOLE, partial).to(torch.int32)
+
+
+def _filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> TileFilter:
+    """Whole blocks by FlexAttention's lists; of the others, its mask_mod decides for each query and key."""
+    query_tiles, key_tiles = ceil_div(problem.query_length, tile), ceil_div(problem.key_length, tile)
+    kinds = torch.full(block_mask.kv_indices.shape, HIDDEN, dtype=torch.int32, device=block_mask.kv_indices.device)
+    kinds = _mark(kinds, block_mask.kv_num_blocks, block_mask.kv_indices, FIRST_PARTIAL)
+    if block_mask.full_kv_num_blocks is not None:
+        kinds = _mark(kinds, block_mask.full_kv_num_blocks, block_mask.full_kv_indices, WHOLE)
+    for dim, size in zip((-2, -1), block_mask.BLOCK_SIZE, strict=True):
+        kinds = kinds.repeat_interleave(size // tile, dim)
+    kinds = kinds[..., :query_tiles, :key_tiles].contiguous()
+    batch, head, query_tile, key_tile = (kinds == FIRST_PARTIAL).nonzero(as_tuple=True)
+    inside = torch.arange(tile, device=kinds.device)
+    query = (query_tile.unsqueeze(-1) * tile + inside).clamp_max(problem.query_length - 1)
+    key = (key_tile.unsqueeze(-1) * tile + inside).clamp_max(problem.key_length - 1)
+    by_key = torch.vmap(block_mask.mask_mod, in_dims=(None, None, None, 0))
+    by_query = torch.vmap(by_key, in_dims=(None, None, 0, None))
+    if batch.numel() == 0:
+        return TileFilter(kinds, kinds.new_zeros(1, tile, tile // WORD_BITS))
+    seen = torch.vmap(by_query)(batch, head, query, key)
+    index = torch.arange(batch.numel(), dtype=torch.int32, device=kinds.device)
+    kinds[batch, head, query_tile, key_tile] = _kinds(seen, index)
+    return TileFilter(kinds, pack_tiles(seen))
+
+
+def _mark(kinds: Tensor, counts: Tensor, indices: Tensor, kind: int) -> Tensor:
+    """`kind` at the first `counts` of the listed columns of each row; the others stay."""
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
+    marked = torch.zeros_like(kinds).scatter_add_(-1, indices.to(torch.int64), listed.to(torch.int32))
+    return torch.where(marked > 0, kind, kinds)

@@ -1,0 +1,184 @@
+"""Every option with every other: drawn calls against the reference, twice, bit by bit.
+
+The default profile draws the same few examples each time; conftest says how to draw others for hours.
+"""
+
+import random
+
+import pytest
+import torch
+from cases import Case, make_case, names, packed_case, run
+from checks import check_attention, score_rounding
+from conftest import FUZZ_EXAMPLES, PROFILE
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
+numbers = st.sampled_from
+alphas = (st.just(1.5), st.just(2.0), st.one_of(st.just(1.25), st.floats(1.05, 2.0)))
+slope_values = numbers([0.0, 0.01, 0.3, 2.0, 50.0, -0.05, -1.0, float("inf")])
+dims = (1, 3, 8, 16, 17, 32, 64, 80, 128, 256)
+SHARDS = 16 if PROFILE == "fuzz" else 1  # so that pytest-xdist can share the examples out
+MASK_MODS = {
+    "causal": lambda b, h, q, k: k <= q,
+    "sliding": lambda b, h, q, k: (q - k).abs() <= 33,
+    "documents": lambda b, h, q, k: q // 37 == k // 37,
+    "by head": lambda b, h, q, k: (q + k) % (h + 2) == 0,
+    "by batch": lambda b, h, q, k: k >= 70 * b,
+}
+
+
+class Kit:
+    """What the kernels of a call are compiled for, picked by a number: a GPU compiles few of them for many calls."""
+
+    def __init__(self, number: int) -> None:
+        self.random = random.Random(number)
+
+    def pick(self, choices):
+        return self.random.choice(list(choices))
+
+
+def kits(backend, shard: int):
+    """On a GPU a kit takes seconds to compile; elsewhere nothing is compiled."""
+    few = 6 if backend.device == "cuda" else 10**6
+    return st.integers(shard * few, (shard + 1) * few - 1).map(Kit)
+
+
+def lengths(longest: int):
+    return st.one_of(st.integers(1, longest), numbers([1, 63, 64, 65]))
+
+
+@st.composite
+def learned(draw, kit: Kit, values, heads: int, device: str):
+    """A number, or a tensor of one for all heads or of one for each."""
+    kind = kit.pick(["number", "number", "scalar", "by head"])
+    if kind == "number":
+        return draw(values)
+    count = heads if kind == "by head" else 1
+    tensor = torch.tensor([draw(values) for _ in range(count)], device=device)
+    return tensor if kind == "by head" else tensor.squeeze(0)
+
+
+@st.composite
+def scores(draw, kit: Kit, batch: int, heads: int, device: str) -> dict:
+    """Options that change scores."""
+    options = {"alpha": draw(learned(kit, kit.pick(alphas), heads, device))}
+    if kit.pick([False, False, True]):
+        options["softcap"] = draw(numbers([0.5, 5.0, 30.0]))
+    if kit.pick([False, True]):
+        options["scale"] = draw(learned(kit, numbers([0.05, 0.3, 1.0]), heads, device))
+    if kit.pick([False, True]):
+        shape = draw(numbers([(heads,), (batch, heads)])) if batch else (heads,)
+        values = [draw(slope_values) for _ in range(torch.Size(shape).numel())]
+        options["alibi_slopes"] = torch.tensor(values, device=device).view(shape)
+    return options
+
+
+@st.composite
+def intervals(draw, kit: Kit) -> dict:
+    options, sizes = {"is_causal": kit.pick([False, True])}, numbers([-1, -1, 0, 1, 20, 64, 100])
+    return options | ({"window_size": (draw(sizes), draw(sizes))} if kit.pick([False, True]) else {})
+
+
+@st.composite
+def positions(draw, kit: Kit, batch: int, queries: int, keys: int, device: str, seed: int) -> dict:
+    kind = kit.pick(["none", "first", "row", "rows"])
+    if kind == "first":
+        return {"query_positions": draw(st.integers(-50, keys + 50))}
+    generator = torch.Generator().manual_seed(seed)
+    shape = {"row": (queries,), "rows": (batch, queries)}.get(kind)
+    dtype = draw(numbers([torch.int32, torch.int64]))
+    if shape is None:
+        return {}
+    return {"query_positions": torch.randint(-20, keys + 20, shape, generator=generator).to(device, dtype)}
+
+
+@st.composite
+def masks(draw, kit: Kit, batch: int, heads: int, queries: int, keys: int, device: str, seed: int) -> dict:
+    kinds = {kit.pick(["key_lengths", "none"]), kit.pick(["key_mask", "block_mask", "none"])}
+    generator = torch.Generator().manual_seed(seed + 1)
+    options = {}
+    if "key_lengths" in kinds:
+        options["key_lengths"] = torch.randint(0, keys + 1, (batch,), generator=generator).to(device)
+    if "block_mask" in kinds:
+        mask_mod, block = MASK_MODS[kit.pick(sorted(MASK_MODS))], draw(numbers([64, 128]))
+        extents = kit.pick([(None, None), (batch, heads)])
+        extents = (batch, heads) if mask_mod in (MASK_MODS["by head"], MASK_MODS["by batch"]) else extents
+        options["block_mask"] = create_block_mask(mask_mod, *extents, queries, keys, device=device, BLOCK_SIZE=block)
+    elif "key_mask" in kinds:
+        density = draw(numbers([0.0, 0.05, 0.5, 0.95]))
+        options["key_mask"] = (torch.rand(batch, keys, generator=generator) < density).to(device)
+    return options
+
+
+@st.composite
+def padded_calls(draw, backend, shard: int, longest: int) -> Case:
+    kit = draw(kits(backend, shard))
+    key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    group = 1 if backend.is_interpreted and key_heads == 2 else group
+    batch, heads = kit.pick([1] if backend.is_interpreted else [1, 2]), key_heads * group
+    queries, keys = draw(lengths(longest)), draw(lengths(longest))
+    seed, device = draw(st.integers(0, 10**6)), backend.device
+    options = draw(scores(kit, batch, heads, device)) | draw(intervals(kit))
+    options |= draw(positions(kit, batch, queries, keys, device, seed))
+    options |= draw(masks(kit, batch, heads, queries, keys, device, seed))
+    case = make_case(
+        backend, heads, queries, kit.pick(dims), batch=batch, seed=seed, key_length=keys, key_heads=key_heads,
+        value_dim=kit.pick(dims), dtype=kit.pick(backend.dtypes), **options,
+    )  # fmt: skip
+    if draw(st.booleans()):
+        case.query, case.key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (case.query, case.key))
+    return case
+
+
+@st.composite
+def packed_calls(draw, backend, shard: int, longest: int) -> Case:
+    kit = draw(kits(backend, shard))
+    key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 1 if backend.is_interpreted else 2))
+    heads, seed = key_heads * group, draw(st.integers(0, 10**6))
+    parts = st.lists(numbers([0, 1, 2, 5, 31, 64, longest // 2]), min_size=1, max_size=4)
+    queries = draw(parts)
+    keys = draw(st.one_of(st.none(), st.lists(st.integers(0, 60), min_size=len(queries), max_size=len(queries))))
+    options = draw(scores(kit, 0, heads, backend.device)) | draw(intervals(kit))
+    spare = draw(numbers([0, 0, 3, 70]))
+    if draw(st.booleans()):
+        generator = torch.Generator().manual_seed(seed)
+        row = torch.randint(-5, longest, (sum(queries) + spare,), generator=generator)
+        options["query_positions"] = row.to(backend.device)
+    index_dtype, dtype = draw(numbers([torch.int32, torch.int64])), kit.pick(backend.dtypes)
+    return packed_case(
+        backend, queries, keys, heads=heads, key_heads=key_heads, dim=kit.pick(dims), value_dim=kit.pick(dims),
+        spare=spare, index_dtype=index_dtype, dtype=dtype, seed=seed, **options,
+    )  # fmt: skip
+
+
+def check_drawn(case: Case, impl: str) -> None:
+    """Within budget of the reference, without NaN, and the same bits again."""
+    result = check_attention(case, impl, more=score_rounding(case))
+    again = run(case, impl, result.grad_output)
+    for name, ours, theirs in zip(names(case), again.tensors, result.tensors, strict=True):
+        assert ours.isfinite().all(), name
+        assert torch.equal(ours, theirs), f"{name}: other bits"
+
+
+def check_calls(backend, calls, shard: int, examples: int) -> None:
+    # To shrink a failure would take the interpreter minutes.
+    phases = [phase for phase in Phase if phase is not Phase.shrink or not backend.is_interpreted]
+    examples = FUZZ_EXAMPLES // (2 * SHARDS) if PROFILE == "fuzz" else examples
+
+    @settings(max_examples=examples, phases=phases)
+    @given(calls(backend, shard, backend.sizes(80, 200, 1000)))
+    def check(case):
+        check_drawn(case, backend.impl)
+
+    check()
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_any_padded_call(backend, shard):
+    check_calls(backend, padded_calls, shard, backend.sizes(12, 300, 100))
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_any_packed_call(backend, shard):
+    check_calls(backend, packed_calls, SHARDS + shard, backend.sizes(8, 150, 50))

@@ -1,0 +1,235 @@
+"""PyTorch's machinery around the attention: compile, export, checkpoints, FLOP counts, CUDA graphs."""
+
+from functools import partial
+
+import pytest
+import torch
+from cases import boundaries, longest, make_case, packed_case
+from conftest import HAS_CUDA
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from flash_entmax import entmax_attention, entmax_attention_varlen, ops, register_flop_formulas
+from flash_entmax.testing import iid_inputs
+
+OPERATOR = torch.ops.flash_entmax.attention.default
+
+
+def step(function, leaves: dict, *arguments):
+    """Output and the gradients of all leaves."""
+    output = function(*leaves.values(), *arguments)
+    return output.detach(), *torch.autograd.grad(output.square().sum(), list(leaves.values()))
+
+
+def assert_same(actual, expected):
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# torch.compile
+
+
+def learned_attention(query, key, value, alpha, scale, slopes, impl):
+    return entmax_attention(
+        query, key, value, alpha=alpha, scale=scale, alibi_slopes=slopes, is_causal=True, window_size=(50, 0), impl=impl
+    )
+
+
+def learned_leaves(backend, length, alpha, batch=3):
+    case = make_case(
+        backend, batch=batch, length=length, alpha=torch.tensor(alpha, device=backend.device),
+        scale=torch.tensor(0.3, device=backend.device), alibi_slopes=torch.tensor([0.1, 0.0], device=backend.device),
+    )  # fmt: skip
+    return case.leaves()
+
+
+def test_a_learned_alpha_compiles_once(backend):
+    """Its value changes, nothing is compiled again, and results are those of eager."""
+    torch._dynamo.reset()
+    compiled = torch.compile(learned_attention, fullgraph=True, dynamic=False)
+    length = backend.sizes(40, 130, 300)
+    step(compiled, learned_leaves(backend, length, 1.5), backend.impl)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for alpha in (1.3, 1.9, 2.0):
+            leaves = learned_leaves(backend, length, alpha)
+            assert_same(step(compiled, leaves, backend.impl), step(learned_attention, leaves, backend.impl))
+
+
+def test_every_length_compiles_once(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(learned_attention, fullgraph=True, dynamic=True)
+    step(compiled, learned_leaves(backend, backend.sizes(70, 130, 130), 1.5), backend.impl)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length, batch in backend.sizes(((80, 4),), ((100, 4), (300, 5)), ((100, 4), (900, 5))):
+            leaves = learned_leaves(backend, length, 1.7, batch)
+            assert_same(step(compiled, leaves, backend.impl), step(learned_attention, leaves, backend.impl))
+
+
+def test_a_compiled_mask_and_lengths(backend):
+    torch._dynamo.reset()
+
+    def masked(query, key, value, lengths, mask):
+        return entmax_attention(
+            query, key, value, key_lengths=lengths, key_mask=mask, window_size=(40, 10), impl=backend.impl
+        )
+
+    compiled = torch.compile(masked, fullgraph=True)
+    leaves = make_case(backend, batch=2, length=70).leaves()
+    mask = torch.arange(70, device=backend.device) % torch.tensor([[3], [7]], device=backend.device) > 0
+    for lengths in ((70, 30), (0, 64)):
+        lengths = torch.tensor(lengths, device=backend.device)
+        assert_same(step(compiled, leaves, lengths, mask), step(masked, leaves, lengths, mask))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_packed_sequences_compile(backend, dynamic):
+    """Boundaries are data: other ones of the same number compile nothing."""
+    torch._dynamo.reset()
+
+    def packed(query, key, value, cu_seq, most):
+        return entmax_attention_varlen(query, key, value, cu_seq, None, most, most, is_causal=True, impl=backend.impl)
+
+    compiled = torch.compile(packed, fullgraph=True, dynamic=dynamic)
+    leaves = packed_case(backend, (70,)).leaves()
+    cu_seq = boundaries((20, 0, 44), backend.device)
+    assert_same(step(compiled, leaves, cu_seq, 70), step(packed, leaves, cu_seq, 70))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        cu_seq = boundaries((1, 50, 3), backend.device)
+        assert_same(step(compiled, leaves, cu_seq, 70), step(packed, leaves, cu_seq, 70))
+
+
+# torch.export
+
+
+class Attention(torch.nn.Module):
+    """A layer with a learned alpha, as a model would hold it."""
+
+    def __init__(self, backend) -> None:
+        super().__init__()
+        self.impl = backend.impl
+        self.alpha = torch.nn.Parameter(torch.tensor([1.4, 1.6], device=backend.device))
+
+    def forward(self, query, key, value):
+        return entmax_attention(query, key, value, alpha=self.alpha, is_causal=True, impl=self.impl)
+
+
+def test_export(backend):
+    """The exported program holds the operator, and gives what the module gives, also for another batch size.
+
+    Of the length, the number of words of the live map needs to be known: PyTorch specializes on an extent of 1.
+    """
+    module = Attention(backend)
+    tensors = iid_inputs(3, 2, 70, 16, device=backend.device)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, tensors, dynamic_shapes=[{0: batch}] * 3, strict=False)
+    assert OPERATOR in {node.target for node in program.graph.nodes}
+    for other in (tensors, iid_inputs(2, 2, 70, 16, device=backend.device)):
+        assert_same([program.module()(*other)], [module(*other)])
+
+
+# Activation checkpointing
+
+
+def save_attention(_, operator, *arguments, **options):
+    return CheckpointPolicy.MUST_SAVE if operator is OPERATOR else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE = {"context_fn": partial(create_selective_checkpoint_contexts, save_attention)}
+
+
+@pytest.mark.parametrize(("options", "runs"), [({}, 2), (SELECTIVE, 1)], ids=["all", "selective"])
+def test_selective_checkpointing_saves_the_attention(backend, options, runs, monkeypatch):
+    """A plain checkpoint computes the attention twice, a selective one that saves it once; gradients stay the same."""
+    module, leaves = Attention(backend), make_case(backend, length=50).leaves()
+    stages = ops.stages(backend.impl)
+    original, calls = stages.attention, []
+
+    def counted(*arguments):
+        calls.append(1)
+        return original(*arguments)
+
+    def layer(query, key, value):
+        return torch.tanh(module(query * 1.0, key * 1.0, value * 1.0)) * 2
+
+    expected = step(layer, leaves)
+    monkeypatch.setattr(stages, "attention", counted)
+    actual = step(partial(checkpoint, layer, use_reentrant=False, **options), leaves)
+    assert len(calls) == runs
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_flops_are_those_of_dense_attention(backend, key_heads):
+    """As for scaled_dot_product_attention: 2 products of all pairs, whatever is skipped, and 5 for the gradient."""
+    shape = {"query_length": 20, "dim": 16, "key_length": 30, "key_heads": key_heads, "value_dim": 8}
+    leaves = [tensor.requires_grad_() for tensor in iid_inputs(2, 4, device=backend.device, **shape)]
+    register_flop_formulas()
+    pairs = 2 * 4 * 20 * 30
+    forward, backward = 2 * pairs * (16 + 8), 2 * pairs * (3 * 16 + 2 * 8)
+    with FlopCounterMode(display=False) as dense, sdpa_kernel(SDPBackend.MATH):
+        scaled_dot_product_attention(*(t.detach().cpu() for t in leaves), enable_gqa=True)
+    with FlopCounterMode(display=False) as ours:
+        output = entmax_attention(*leaves, impl=backend.impl)
+    assert dense.get_total_flops() == forward
+    assert ours.get_total_flops() == forward
+    with FlopCounterMode(display=False) as ours:
+        output.sum().backward()
+    assert ours.get_total_flops() == backward
+
+
+# Second derivatives
+
+
+@pytest.mark.parametrize("name", ["alpha", "scale", "slopes"])
+def test_second_derivatives_of_parameters_are_refused(backend, name):
+    leaves = learned_leaves(backend, 20, 1.5)
+    output = learned_attention(*leaves.values(), backend.impl)
+    leaf = leaves["alibi_slopes" if name == "slopes" else name]
+    (gradient,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), leaf)
+
+
+# CUDA graphs
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("packed", [False, True])
+def test_cuda_graph_replays_on_new_data(packed):
+    """Forward and backward, captured once: a replay sees new inputs, alpha and boundaries in the same memory."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (500, 4, 64) if packed else (2, 4, 500, 64)
+    leaves = [torch.randn(shape, generator=generator, device="cuda", requires_grad=True) for _ in range(3)]
+    leaves.append(torch.tensor([1.5, 1.3, 1.7, 2.0], device="cuda", requires_grad=True))
+    cu_seq = boundaries((300, 0, 200), "cuda")
+
+    def training_step():
+        *tensors, alpha = leaves
+        if packed:
+            output = entmax_attention_varlen(*tensors, cu_seq, None, 500, 500, alpha=alpha, is_causal=True)
+        else:
+            output = entmax_attention(*tensors, alpha=alpha, is_causal=True)
+        return output.detach(), *torch.autograd.grad(output.square().sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            training_step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = training_step()
+    with torch.no_grad():
+        for tensor in leaves[:3]:
+            tensor.normal_(generator=generator)
+        leaves[3].copy_(torch.tensor([1.2, 2.0, 1.5, 1.4]))
+        cu_seq.copy_(boundaries((10, 90, 350), "cuda"))
+    assert longest(cu_seq) <= 500
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(*pair) for pair in zip(captured, training_step(), strict=True))

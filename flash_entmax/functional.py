@@ -9,7 +9,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops, reference
 from .problem import Impl, Modifiers, Problem, Support, check_inputs, check_scalars, row_dtype
-from .sight import UNLIMITED, Sight, boundaries_are_valid, check_boundaries, check_sight, reach, tile_filter
+from .sight import (
+    UNLIMITED,
+    Sight,
+    boundaries_are_valid,
+    check_boundaries,
+    check_longest,
+    check_sight,
+    reach,
+    tile_filter,
+)
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
 ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
@@ -64,10 +73,10 @@ def entmax_attention(
         is_causal: a query sees the keys up to its own position. PyTorch's ``is_causal`` aligns to the upper left; at
             equal lengths the two agree.
         scale: positive; default ``1 / sqrt(head size)``. A tensor, scalar or (heads,), gets its gradient; it is clamped
-            to [1e-6, 1e6], with gradient 0 outside.
+            to [1e-6, 1e6], with gradient 0 outside. Beside one tensor, the other of the two is clamped as well.
         window_size: (left, right): a query sees the keys from position - left to position + right; -1 is no limit.
             Tiles outside are never visited. With ``is_causal``, right counts as 0.
-        softcap: bounds scores to (-softcap, softcap), before any bias; 0 is none.
+        softcap: bounds scores to (-softcap, softcap), before any bias; 0 is none. At most 1,000 in 16-bit types.
         alibi_slopes: (heads,) or (batch, heads), any floating dtype, with gradient: what each step of distance takes
             from the score (Press et al. 2022, arXiv 2108.12409). An infinite slope leaves only the own position.
         query_positions: the position of the first query, or that of each one, (query length,) or (batch, query length)
@@ -87,8 +96,7 @@ def entmax_attention(
         as for ``scaled_dot_product_attention``), stored in the order of the query's dimensions; with
         ``return_support`` a pair of it and the ``Support``, which carries no gradient. A query that sees no key gets
         output 0 and gradient 0. A NaN or inf in a row's scores, or in a value that it attends to, makes it NaN; so
-        padding must be finite. NaN in a tensor alpha, scale or slope does so to every row of
-        its head that sees a key.
+        padding must be finite. A NaN in a tensor alpha, scale or slope makes its head NaN.
 
     Raises:
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
@@ -130,8 +138,9 @@ def entmax_attention_varlen(
     """Entmax attention over packed sequences, each of which attends to itself only: ``torch.nn.attention.varlen``.
 
     Sequence n has the query tokens cu_seq_q[n] to cu_seq_q[n + 1] and the key tokens cu_seq_k[n] to cu_seq_k[n + 1];
-    both may be empty. Tokens past the last boundary get output 0 and gradient 0. Nothing is copied, and nothing waits
-    for the device. See :func:`entmax_attention` for the mathematics and for all options that are not listed here.
+    both may be empty. Tokens past the last boundary get output 0 and gradient 0. With the kernels nothing is copied
+    (but heads that are not aligned) and nothing waits for the device. See :func:`entmax_attention` for the mathematics
+    and for all options that are not listed here.
 
     Args:
         query: (query tokens, heads, head size).
@@ -211,6 +220,7 @@ def packed_attention(
     check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
     if isinstance(query_positions, int):
         raise TypeError("query_positions of packed sequences must be a tensor or None, got int")
+    check_longest(max_q, max_k)
     sight = Sight(is_causal, window_size, query_positions, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k)
     check_sight(query, key, sight)
     check_boundaries(query, key, sight)
@@ -239,7 +249,8 @@ def attend(query, key, value, alpha, scale, softcap, slopes, sight, impl, return
     """The call itself, after all checks."""
     impl = choose_impl(query, impl)
     alpha, scale = parameters(query, alpha, scale)
-    numbers = (1.5, 1.0) if isinstance(alpha, Tensor) else (alpha, scale)
+    # Where tensors are given, the problem's own numbers count for nothing.
+    numbers = 1.5 if isinstance(alpha, Tensor) else alpha, 1.0 if isinstance(scale, Tensor) else scale
     problem = Problem.of(query, key, value, numbers[0], sight.is_causal, numbers[1], softcap)
     if slopes is not None:
         slopes = slopes.to(row_dtype(query)).expand(problem.batch, problem.heads)
@@ -290,6 +301,7 @@ def of_heads(query: Tensor, number: float | Tensor, limits: tuple[float, float])
     """(heads,) in the dtype of rows; the gradient of what is clamped is 0."""
     dtype, heads = row_dtype(query), query.shape[1]
     if not isinstance(number, Tensor):
+        number = min(max(number, limits[0]), limits[1])
         return torch.full((heads,), number, dtype=dtype, device=query.device)
     return number.to(dtype).clamp(*limits).expand(heads).contiguous()
 
@@ -313,7 +325,7 @@ def softmax_attention(problem: Problem, query, key, value, alpha, scale, slopes,
     if isinstance(scale, Tensor):
         query, scale = query * scale.to(query.dtype).view(-1, 1, 1), 1.0
     masks = (sight.key_mask, sight.block_mask, slopes)
-    square = not problem.is_causal or problem.diagonal == 0
+    square = sight.window[1] != 0 or problem.diagonal == 0
     if sight.is_plain and square and all(mask is None for mask in masks):
         return scaled_dot_product_attention(
             query, key, value, is_causal=sight.window[1] == 0, scale=scale, enable_gqa=shared

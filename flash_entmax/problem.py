@@ -242,6 +242,9 @@ def check_scalars(
         raise TypeError(f"softcap must be a positive float, or 0 for none, got {type(softcap).__name__}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or 0 for none, got {softcap}")
+    limit = 1e3 if query.dtype.itemsize == 2 else 1e6
+    if softcap > limit:
+        raise ValueError(f"softcap must be at most {limit:g} for {query.dtype}, got {softcap}")
     if slopes is not None:
         _check_parameter("alibi_slopes", slopes, query, ((heads,), (batch, heads)))
     if impl not in get_args(Impl):

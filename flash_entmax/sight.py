@@ -87,6 +87,14 @@ def check_boundaries(query: Tensor, key: Tensor, sight: Sight) -> None:
         raise ValueError("cu_seq_q and cu_seq_k must have one length, got {} and {}".format(*counts))
 
 
+def check_longest(max_q: object, max_k: object) -> None:
+    for name, longest in (("max_q", max_q), ("max_k", max_k)):
+        if not _is_int(longest):
+            raise TypeError(f"{name} must be an integer, got {type(longest).__name__}")
+        if longest < 0:
+            raise ValueError(f"{name} must be at least 0, got {longest}")
+
+
 def boundaries_are_valid(boundaries: Tensor, tokens: int, longest: int) -> Tensor:
     """Scalar bool on the device: from 0 upwards to at most `tokens`, in steps of at most `longest`."""
     steps = boundaries.diff()
@@ -124,6 +132,10 @@ def _check_block_mask(block_mask: object, extents: tuple[int, int, int, int], de
         raise ValueError(
             f"block_mask must be for {lengths[0]} queries and {lengths[1]} keys, got one for {block_mask.seq_lengths}"
         )
+    grid = tuple(ceil_div(length, size) for length, size in zip(lengths, block_mask.BLOCK_SIZE, strict=True))
+    for indices in (block_mask.kv_indices, block_mask.full_kv_indices):
+        if indices is not None and tuple(indices.shape[-2:]) != grid:
+            raise ValueError(f"block_mask must have {grid} blocks for its lengths, got {tuple(indices.shape[-2:])}")
     of_mask = tuple(block_mask.kv_indices.shape[:-2])
     if len(of_mask) != 2 or of_mask[0] not in (1, batch) or of_mask[1] not in (1, heads):
         raise ValueError(f"block_mask must have batch 1 or {batch} and heads 1 or {heads}, got {of_mask}")
@@ -172,7 +184,7 @@ def intervals(
         position = position + first_position
     if key_lengths is not None:
         end = key_lengths.clamp(0, end).unsqueeze(-1)
-    left, right = window
+    left, right = (min(size, 2 * FURTHEST) for size in window)
     start = position * 0 + first if left == UNLIMITED else (position - left).clamp_min(first)
     stop = position * 0 + end if right == UNLIMITED else (position + (right + 1)).clamp_max(end)
     rows = torch.broadcast_tensors(start.clamp(0, key_length), stop.clamp(0, key_length), position)
@@ -215,7 +227,8 @@ def tile_filter(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:
     if sight.block_mask is not None:
         by_tile = _filters.setdefault(sight.block_mask, {})
         if tile not in by_tile:
-            by_tile[tile] = _filter_of_blocks(problem, sight.block_mask, tile)
+            with torch.inference_mode(False), torch.no_grad():  # kept for training, wherever it is first used
+                by_tile[tile] = _filter_of_blocks(problem, sight.block_mask, tile)
         return by_tile[tile]
     return None
 

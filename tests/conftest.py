@@ -68,3 +68,22 @@ def threads() -> None:
     """Workers of pytest-xdist share the cores."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+# Whose every case the interpreter would take many minutes for; it takes the first of three, in each test at least one.
+MANY_CASES = ("test_biases", "test_learned", "test_masks", "test_numerics", "test_packed")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """A GPU, and plain PyTorch, take all cases of the options' tests; Triton's interpreter one of three."""
+    kept, dropped, seen = [], [], {}
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if isinstance(backend, Backend) and backend.is_interpreted and item.module.__name__ in MANY_CASES:
+            number = seen[item.originalname] = seen.get(item.originalname, -1) + 1
+            if number % 3:
+                dropped.append(item)
+                continue
+        kept.append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)

@@ -176,9 +176,9 @@ def check_calls(backend, calls, shard: int, examples: int) -> None:
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_any_padded_call(backend, shard):
-    check_calls(backend, padded_calls, shard, backend.sizes(12, 300, 100))
+    check_calls(backend, padded_calls, shard, backend.sizes(6, 300, 100))
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_any_packed_call(backend, shard):
-    check_calls(backend, packed_calls, SHARDS + shard, backend.sizes(8, 150, 50))
+    check_calls(backend, packed_calls, SHARDS + shard, backend.sizes(4, 150, 50))

@@ -235,6 +235,26 @@ def test_a_block_mask_of_unequal_blocks(backend):
     check_attention(make_case(backend, heads=1, length=200, key_length=150, block_mask=mask), backend.impl)
 
 
+def test_a_sliced_block_mask_is_refused(backend):
+    """It keeps its lengths, but has fewer blocks than they need."""
+    mask = create_block_mask(causal, None, None, 300, 300, device=backend.device)
+    with pytest.raises(ValueError, match=r"\(3, 3\) blocks.*\(1, 3\)"):
+        attend(make_case(backend, heads=1, length=300, block_mask=mask[:, :, 1]), backend.impl)
+
+
+def test_a_block_mask_may_be_used_first_in_inference(backend):
+    mask = create_block_mask(documents, None, None, 70, 70, device=backend.device)
+    case = make_case(backend, heads=1, length=70, block_mask=mask)
+    with torch.inference_mode():
+        seen_keys(case, backend)
+    check_attention(case, backend.impl)
+
+
+def test_a_limit_beyond_all_keys_is_none(backend):
+    case = make_case(backend, heads=1, length=6, key_length=3, window_size=(2**63 - 1, 2**63 - 1))
+    assert seen_keys(case, backend).all()
+
+
 def test_a_static_filter_needs_no_mask_mod(backend):
     """Lists of blocks alone, as a router makes them: partial blocks without a mask_mod are seen as a whole."""
     counts = torch.tensor([[[1, 2, 0]]], dtype=torch.int32, device=backend.device)

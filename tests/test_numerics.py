@@ -230,3 +230,18 @@ def test_heads_further_apart_than_32_bits_count():
     results = (run(case, "triton", grad_output).tensors for case in (strided, copied))
     for ours, theirs in zip(*results, strict=True):
         assert relative_error(ours, theirs) < 1e-2
+
+
+def test_a_hidden_bad_key_leaves_rows_without_a_key_alone(backend):
+    """Padding on the left, of which one key is NaN: rows that see nothing give 0, and spoil no gradient."""
+    query, key, value = iid_inputs(1, 1, 6, 16, device=backend.device)
+    key[0, 0, 0] = torch.nan
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    seen = torch.tensor([[False, False, True, True, True, True]], device=backend.device)
+    output = entmax_attention(*leaves, is_causal=True, key_mask=seen, impl=backend.impl)
+    assert (output[0, 0, :2] == 0).all()
+    grad_output = torch.ones_like(output)
+    grad_output[0, 0, :2] = 0
+    _, of_key, of_value = torch.autograd.grad(output, leaves, grad_output)
+    assert of_key.isfinite().all()
+    assert of_value.isfinite().all()

@@ -122,3 +122,9 @@ def test_small_alpha_comes_close(impl):
     ratios = [larger / smaller for larger, smaller in pairwise(errors)]
     assert ratios == pytest.approx([10] * 3, rel=0.2)  # the error is of first order in alpha - 1
     assert errors[-1] < 1e-3
+
+
+def test_a_causal_window_is_aligned_to_the_lower_right():
+    query, key, value = iid_inputs(1, 1, 3, 8, key_length=7)
+    windowed = entmax_attention(query, key, value, alpha=1.0, window_size=(-1, 0))
+    torch.testing.assert_close(windowed, entmax_attention(query, key, value, alpha=1.0, is_causal=True))

@@ -105,7 +105,8 @@ def score_noise(queries, bound, slope, S: tl.constexpr):
     """How far z may move when a score is computed in another way; `bound` is the largest component of any key.
 
     Two ways to add the same products differ by at most 2^-22 HEAD sum_i |q_i k_i| <= 2^-22 HEAD |q|_1 max |k|. The
-    softcap's tanh is off by less than 2^-20, a bias by 2^-22 of the largest; one of an infinite slope hides its key.
+    softcap's tanh, taken twice, is off by less than 2^-20, a bias by 2^-22 of the largest; one of an infinite slope
+    hides its key.
     """
     noise = slope * S.HEAD * 2.0**-22 * tl.sum(tl.abs(queries.q.to(tl.float32)), 1) * bound
     if S.SOFTCAP:

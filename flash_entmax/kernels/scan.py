@@ -14,7 +14,7 @@ ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum, twice that of its 11 b
 
 
 @triton.jit
-def scan_tiles(queries, key, below, noise, tiles, column, slope, extent, view, S: tl.constexpr):
+def scan_tiles(queries, key, below, tiles, column, slope, extent, view, S: tl.constexpr):
     """(maximum, shift, stored): each row's maximum of the scores (+inf where it sees no key), what makes the stored
     maxima relative to it, and how far storing them may move a z."""
     TILE: tl.constexpr = S.TILE
@@ -34,7 +34,7 @@ def scan_tiles(queries, key, below, noise, tiles, column, slope, extent, view, S
         highest = tl.max(score, 1)
         tl.store(column + tl.cast(place, tl.int64) * TILE, ((highest - below) * slope).to(tl.float16))
         best = tl.maximum(best, highest)
-    if S.FILTERED or S.ALIBI:  # either may hide a whole interval; NaN and inf, of which no maximum tells, hide nothing
-        sees = sees & ((best > float("-inf")) | ((noise < float("inf")) == 0))
+    if S.FILTERED or S.ALIBI:  # either may hide a whole interval; a NaN score stays NaN against any maximum
+        sees = sees & (best > float("-inf"))
     shift = tl.where(sees, (below - best) * slope, 0.0)
     return tl.where(sees, best, float("inf")), shift, ROUNDING * (1.0 + tl.abs(shift))

@@ -73,7 +73,7 @@ def shape_of(problem: Problem, modifiers: Modifiers, dtype: torch.dtype) -> Shap
     head, value = aligned_size(problem.head_size), aligned_size(problem.value_size)
     head_padded, value_padded = padded_size(head), padded_size(value)
     if max(head_padded, value_padded) > WIDEST_PIPELINED:
-        # Triton 3.6 multiplies wrongly by values that are narrower than the keys where loads are not asynchronous.
+        # Where loads are not asynchronous, Triton 3.6 may multiply wrongly by values narrower than the keys.
         head_padded = value_padded = max(head_padded, value_padded)
     return Shape(
         TILE=tile,

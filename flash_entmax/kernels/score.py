@@ -57,7 +57,7 @@ def of_head(number, unit, extent, S: tl.constexpr):
 
 @triton.jit
 def tanh(x, ACCURATE: tl.constexpr):
-    """Off by at most 2^-22; if ACCURATE, of itself: by its series near 0, where the quotient cancels."""
+    """Off by at most 2^-21; if ACCURATE, of itself: by its series near 0, where the quotient cancels."""
     result = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * x) + 1.0)  # e^(2 x)
     if ACCURATE:
         square = x * x

@@ -46,7 +46,7 @@ def threshold_kernel(
     tiles, below, noise = bound_tiles(places, capacity, queries, summary, slope, extent, view, S)
 
     key = key_head(key, unit, extent)
-    top, shift, stored = scan_tiles(queries, key, below, noise, tiles, column, slope, extent, view, S)
+    top, shift, stored = scan_tiles(queries, key, below, tiles, column, slope, extent, view, S)
     tl.debug_barrier()  # the maxima are there for all
 
     # A slack of 1 or more, or NaN (something in the head is not finite), certifies nothing: the offset stays at 1, its

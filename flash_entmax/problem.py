@@ -64,8 +64,8 @@ class Modifiers(NamedTuple):
 class Problem:
     """The sizes and scalars of one attention call, after every check has passed.
 
-    `softcap` is 0 for none. `is_causal` counts only without intervals. `reach` is the most keys from the first to the
-    last that 64 consecutive queries may see.
+    `softcap` is 0 for none. `is_causal` counts only without intervals. No 64 consecutive queries see more than
+    `reach` keys in a row.
     """
 
     batch: int

@@ -38,7 +38,7 @@ class Sight:
     @property
     def window(self) -> tuple[int, int]:
         """(left, right) with causality as the window that ends at the query itself."""
-        left, right = self.window_size
+        left, right = (min(size, 2 * FURTHEST) for size in self.window_size)
         return left, 0 if self.is_causal else right
 
     @property
@@ -184,7 +184,7 @@ def intervals(
         position = position + first_position
     if key_lengths is not None:
         end = key_lengths.clamp(0, end).unsqueeze(-1)
-    left, right = (min(size, 2 * FURTHEST) for size in window)
+    left, right = window
     start = position * 0 + first if left == UNLIMITED else (position - left).clamp_min(first)
     stop = position * 0 + end if right == UNLIMITED else (position + (right + 1)).clamp_max(end)
     rows = torch.broadcast_tensors(start.clamp(0, key_length), stop.clamp(0, key_length), position)
@@ -207,7 +207,10 @@ def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, 
 
 
 def reach(problem: Problem, sight: Sight, max_q: int = 0, max_k: int = 0) -> int:
-    """The most keys from the first to the last that any 64 consecutive queries may see."""
+    """No fewer keys than there are from the first to the last that any 64 consecutive queries see.
+
+    Not clamped to the keys that exist: a number that no length enters lets a compiler keep one graph for all lengths.
+    """
     left, right = sight.window
     if isinstance(sight.query_positions, Tensor) or sight.cu_seq_q is not sight.cu_seq_k:
         return problem.key_length
@@ -217,7 +220,7 @@ def reach(problem: Problem, sight: Sight, max_q: int = 0, max_k: int = 0) -> int
         right = longest if right == UNLIMITED else min(right, longest)
     if UNLIMITED in (left, right):
         return problem.key_length
-    return min(problem.key_length, left + right + 64)
+    return left + right + 64
 
 
 def tile_filter(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:

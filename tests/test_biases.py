@@ -124,7 +124,7 @@ def far_keys_win(backend, length) -> Case:
     query, key, value = (t.abs() for t in iid_inputs(1, 1, length, 16, device=backend.device))
     key *= torch.linspace(0.1, 1.0, length, device=backend.device)[:, None]
     slopes = torch.tensor([-1.0], device=backend.device)
-    return Case(query, key, value, is_causal=True, options={"alibi_slopes": slopes})
+    return Case(query * 4, key, value, is_causal=True, options={"alibi_slopes": slopes})
 
 
 def large_products_lose(backend, length) -> Case:

@@ -3,8 +3,11 @@
 import sys
 from importlib.metadata import version
 
+from .activations import entmax, entmax15, sparsemax
 from .flops import register_flop_formulas
 from .functional import entmax_attention, entmax_attention_varlen
+from .linear_loss import linear_entmax_loss
+from .losses import entmax15_loss, entmax_loss, sparsemax_loss
 from .problem import Impl, Support
 
 if "torch.utils.flop_counter" in sys.modules:
@@ -15,7 +18,14 @@ __all__ = [
     "Impl",
     "Support",
     "__version__",
+    "entmax",
+    "entmax15",
+    "entmax15_loss",
     "entmax_attention",
     "entmax_attention_varlen",
+    "entmax_loss",
+    "linear_entmax_loss",
     "register_flop_formulas",
+    "sparsemax",
+    "sparsemax_loss",
 ]

@@ -1,4 +1,4 @@
-"""The command line: flash-entmax info, check, bench, demo."""
+"""The command line: flash-entmax info, check, demo, inspect, bench."""
 
 import argparse
 import shlex
@@ -37,9 +37,27 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     add("--alpha", type=float, default=1.5, help="above 1, at most 2; larger is sparser (default: %(default)s)")
 
+    about = "run a model on a text, and show which tokens its heads attend to: a table, pictures and a page"
+    add_inspect_options(commands.add_parser("inspect", help=about, description=about))
+
     about = "time and memory beside softmax and other entmax attention, cold start, and refinement steps"
     add_bench_options(commands.add_parser("bench", help=about, description=about))
     return top
+
+
+def add_inspect_options(inspect_parser: argparse.ArgumentParser) -> None:
+    inspect_parser.set_defaults(command=inspect)
+    add = inspect_parser.add_argument
+    add("model", metavar="MODEL", help="a model of Transformers, by folder or name; or the folder that the demo wrote")
+    add("--text", type=Path, metavar="FILE", required=True, help="the text that the model reads")
+    out = Path("out/inspect")
+    add("--out", type=Path, metavar="DIR", default=out, help="where the results go (default: %(default)s)")
+    about = "default: what the model was trained with, if that is entmax attention; else entmax15"
+    add("--attention", choices=("entmax15", "sparsemax", "entmax"), help=about)
+    add("--alpha", type=float, help="with entmax: above 1, at most 2; larger is sparser")
+    add("--tokens", type=int, metavar="N", default=1024, help="read the first N tokens (default: %(default)s)")
+    add("--layers", nargs="+", metavar="N", default=(), help="numbers and ranges, such as 0 3-5 (default: all)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
 
 
 def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
@@ -136,6 +154,27 @@ def demo(options: argparse.Namespace) -> int:
         run(settings)
     except DemoError as error:
         print(f"flash-entmax demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    from .inspect_model import InspectError, Wanted, run
+
+    wanted = Wanted(
+        options.model,
+        options.text,
+        options.out,
+        attention=options.attention,
+        alpha=options.alpha,
+        tokens=options.tokens,
+        layers=tuple(options.layers),
+        device=options.device,
+    )
+    try:
+        run(wanted)
+    except InspectError as error:
+        print(f"flash-entmax inspect: {error}", file=sys.stderr)
         return 1
     return 0
 

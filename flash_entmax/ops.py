@@ -11,34 +11,19 @@ that of z); `live` is the packed map of the tiles that may hold support. `grad_p
 alpha, scale and ALiBi slopes; without any element where no parameter needs a gradient.
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from . import sight
+from .library import as_given, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from .problem import Modifiers, Problem, ceil_div, empty_output, row_dtype
 from .tiled import TILE
 
-# The decorator custom_op takes fewer lines, and 0.3 ms more of a step's Python: see docs/design.md.
-_library = torch.library.Library("flash_entmax", "DEF")
 _INPUTS = "Tensor query, Tensor key, Tensor value"
 _MODIFIERS = ", ".join(f"Tensor? {name}s" for name in ("alpha", "scale", "slope", "interval", "kind", "bit"))
 _SCALARS = "float alpha, float scale, float softcap, bool is_causal, SymInt reach, str impl"
 _STATE = "Tensor maximum, Tensor offset, Tensor live"
 MODIFIERS, SCALARS = len(Modifiers._fields), _SCALARS.count(",") + 1
-
-
-def _operator(arguments: str, results: int):
-    """Define an operator of the decorated function's name, computed by it on any device."""
-
-    def define(function):
-        schema = f"{function.__name__}({arguments}) -> ({', '.join(['Tensor'] * results)})"
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(function.__name__, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.flash_entmax, function.__name__).default
-
-    return define
 
 
 def _posed(query, key, value, arguments) -> tuple[Problem, Modifiers, str]:
@@ -48,7 +33,7 @@ def _posed(query, key, value, arguments) -> tuple[Problem, Modifiers, str]:
     return problem, Modifiers(*arguments[:MODIFIERS]), impl
 
 
-@_operator(
+@operator(
     "Tensor query, Tensor? query_positions, Tensor? key_lengths, Tensor? cu_seq_q, Tensor? cu_seq_k, "
     "SymInt key_length, SymInt first_position, SymInt left, SymInt right",
     results=1,
@@ -61,19 +46,19 @@ def intervals(
     return sight.intervals(*limits, extents, first_position, (left, right), query.device)
 
 
-@torch.library.register_fake("flash_entmax::intervals", lib=_library)
+@fake("intervals")
 def _(query, *_):
     return query.new_empty(query.shape[0], 3, query.shape[2], dtype=torch.int32)
 
 
-@_operator(f"{_INPUTS}, {_MODIFIERS}, {_SCALARS}", results=5)
+@operator(f"{_INPUTS}, {_MODIFIERS}, {_SCALARS}", results=5)
 def attention(query, key, value, *arguments):
     problem, modifiers, impl = _posed(query, key, value, arguments)
     with as_given(query):
         return stages(impl).attention(problem, modifiers, query, key, value)
 
 
-@torch.library.register_fake("flash_entmax::attention", lib=_library)
+@fake("attention")
 def _(query, key, value, *arguments):
     problem, _, impl = _posed(query, key, value, arguments)
     output = empty_output(query, problem.value_size)
@@ -82,7 +67,7 @@ def _(query, key, value, *arguments):
     return output, torch.empty_like(output), row, torch.empty_like(row), live
 
 
-@_operator(
+@operator(
     f"Tensor grad_output, {_INPUTS}, Tensor value_mean, {_STATE}, bool parameters, {_MODIFIERS}, {_SCALARS}", results=4
 )
 def attention_backward(
@@ -94,13 +79,13 @@ def attention_backward(
         return stages(impl).attention_backward(problem, modifiers, *tensors, parameters)
 
 
-@torch.library.register_fake("flash_entmax::attention_backward", lib=_library)
+@fake("attention_backward")
 def _(grad_output, query, key, value, value_mean, maximum, offset, live, parameters, *arguments):
     of_parameters = maximum.new_empty(3 if parameters else 0, *maximum.shape[:2])
     return *(tensor.new_empty(tensor.shape) for tensor in (query, key, value)), of_parameters
 
 
-@_operator(f"{_INPUTS}, {_MODIFIERS}, {_STATE}, {_SCALARS}", results=3)
+@operator(f"{_INPUTS}, {_MODIFIERS}, {_STATE}, {_SCALARS}", results=3)
 def attention_support(query, key, value, *arguments):
     maximum, offset, live = arguments[MODIFIERS : MODIFIERS + 3]
     problem, modifiers, impl = _posed(query, key, value, arguments[:MODIFIERS] + arguments[MODIFIERS + 3 :])
@@ -108,18 +93,12 @@ def attention_support(query, key, value, *arguments):
         return stages(impl).support(problem, modifiers, query, key, maximum, offset, live)
 
 
-@torch.library.register_fake("flash_entmax::attention_support", lib=_library)
+@fake("attention_support")
 def _(query, key, value, *arguments):
     maximum, _, live = arguments[MODIFIERS : MODIFIERS + 3]
     key_tiles = ceil_div(key.shape[2], tile(arguments[-1], query))
     size = torch.empty_like(maximum, dtype=torch.int32)
     return torch.empty_like(maximum), size, live.new_empty(*live.shape[:3], key_tiles, dtype=torch.bool)
-
-
-def as_given(tensor: Tensor):
-    """Autocast must not cast inside an operator."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def stages(impl: str):
@@ -140,24 +119,12 @@ def tile(impl: str, query: Tensor) -> int:
     return TILE
 
 
-def _differentiate(operator, function) -> None:
-    """Let autograd take `function` for the operator, where it records anything."""
-
-    def call(*arguments):
-        if torch.is_grad_enabled():
-            return function.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
-
-    _library.impl(operator.name().partition("::")[2], call, "Autograd")
-
-
 class Attention(torch.autograd.Function):
     """The gradient of flash_entmax::attention through its output, by query, key, value, alpha, scale and slopes."""
 
     @staticmethod
     def forward(ctx, query, key, value, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             results = attention(query, key, value, *arguments)
         ctx.modifiers, ctx.scalars = (
             tuple(tensor is not None for tensor in arguments[:MODIFIERS]),
@@ -187,18 +154,5 @@ class Attention(torch.autograd.Function):
         return *gradients, *kept, *absent[3:]
 
 
-class AttentionBackward(torch.autograd.Function):
-    """The gradient has none of its own: a second derivative is refused, not left out."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return attention_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("flash_entmax::attention has no second derivative")
-
-
-_differentiate(attention, Attention)
-_differentiate(attention_backward, AttentionBackward)
+differentiate(attention, Attention)
+refuse_second_derivative(attention_backward)

@@ -1,7 +1,8 @@
-"""Compile every kernel for a GPU that is not there: compile_kernels.py CAPABILITY DTYPE HEAD_SIZE ALPHA [everything].
+"""Compile every kernel for a GPU that is not there: compile_kernels.py CAPABILITY DTYPE SIZE ALPHA [everything | rows].
 
-With `everything`, each option is on that costs the kernels code. Prints one line for each kernel: its name, and its
-shared memory in bytes. The interpreter runs Python; only this shows that Triton's compiler takes the kernels too.
+SIZE is that of heads. With `everything`, each option is on that costs the kernels code; with `rows`, the kernels are
+those of activations and losses, for rows of SIZE. Prints one line for each kernel: its name, and its shared memory in
+bytes. The interpreter runs Python; only this shows that Triton's compiler takes the kernels too.
 """
 
 import sys
@@ -62,6 +63,29 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
     attention.support(problem, modifiers, query, key, *saved[1:])
 
 
+def compile_rows(capability: int, dtype: torch.dtype, size: int, alpha: float) -> None:
+    driver.set_active(AbsentGpu(capability))
+    from flash_entmax.kernels import rows
+    from flash_entmax.rows import Target
+
+    def compile_only(kernel, programs, shape, *arguments):
+        compiled = kernel.warmup(*arguments, grid=(1,), S=shape, num_warps=shape.warps)
+        print(kernel.fn.__name__, compiled.metadata.shared)
+
+    rows.launch = compile_only
+    x, alphas = torch.empty(8, size, dtype=dtype), torch.full((8,), alpha)
+    for of_row in (None, alphas):
+        rows.entmax(x, of_row, alpha)
+        rows.entmax_backward(x, x, of_row, alpha, of_row is not None)
+    for target in (Target(None, -1, 0.0), Target(torch.zeros(8, dtype=torch.int64), -100, 0.1)):
+        losses, state = rows.loss(x, target, alpha)
+        rows.loss_backward(losses, x, target, state, alpha)
+
+
 if __name__ == "__main__":
-    capability, dtype, head_size, alpha, *everything = sys.argv[1:]
-    main(int(capability), getattr(torch, dtype), int(head_size), float(alpha), everything == ["everything"])
+    capability, dtype, size, alpha, *options = sys.argv[1:]
+    settings = int(capability), getattr(torch, dtype), int(size), float(alpha)
+    if options == ["rows"]:
+        compile_rows(*settings)
+    else:
+        main(*settings, options == ["everything"])

@@ -18,17 +18,29 @@ CORE = {
     "sight": {"problem"},
     "reference": {"threshold", "sight", "problem"},
     "tiled": {"threshold", "sight", "problem"},
-    "ops": {"tiled", "sight", "problem", "kernels"},
+    "rows": {"threshold", "problem"},
+    "library": set(),
+    "ops": {"library", "tiled", "sight", "problem", "kernels"},
+    "row_ops": {"library", "rows", "problem", "kernels"},
     "functional": {"ops", "reference", "sight", "problem"},
+    "activations": {"row_ops", "functional", "problem"},
+    "losses": {"row_ops", "activations", "problem"},
+    "linear_loss": {"row_ops", "losses", "activations", "functional", "problem"},
+    "nn": {"losses", "activations", "functional", "sight", "problem"},
+    "anneal": set(),
+    "inspection": {"functional", "ops", "reference", "sight", "problem"},
     "flops": {"ops"},
-    "__init__": {"functional", "flops", "problem"},
+    "__init__": {"linear_loss", "losses", "activations", "functional", "flops", "problem"},
     "testing": set(),
 }
 # The outer programs use the public calls, the specification, and each other; never the private stages.
-OUTER = ("cli", "plot", "demo", "selfcheck", "benchmarks")
-PUBLIC = {"", "functional", "problem", "reference"}
-# The benchmark shares inputs and error measures with the tests, and counts the steps of the solvers in plain PyTorch.
-MEASURED = {"testing", "threshold"}
+OUTER = ("cli", "plot", "page", "inspect_model", "demo", "selfcheck", "benchmarks", "integrations")
+PUBLIC = {"", "functional", "problem", "reference", "nn", "anneal", "inspection"}
+FURTHER = {
+    # Inputs and error measures are shared with the tests, and the steps of the solvers in plain PyTorch are counted.
+    "benchmarks": {"testing", "threshold"},
+    "integrations": {"sight"},  # masks are translated into its words
+}
 KERNEL_WORDS = {"tile", "alpha", "lists", "view", "score"}
 THRESHOLD_STAGES = {"bound", "scan", "certify"}  # one kernel takes its rows through all of them
 CONDUCTOR = "attention"
@@ -86,7 +98,7 @@ def test_core_imports_go_down(name):
 @pytest.mark.parametrize("name", [n for n in MODULES if layer(n) in OUTER])
 def test_outer_programs_use_the_public_package(name):
     inside, _ = imports(name, MODULES[name])
-    allowed = PUBLIC | set(OUTER) | (MEASURED if layer(name) == "benchmarks" else set())
+    allowed = PUBLIC | set(OUTER) | FURTHER.get(layer(name), set())
     assert {layer(target) for target in inside} <= allowed
 
 
@@ -95,7 +107,7 @@ def test_kernels_import_only_their_shared_words(name):
     """Stages do not know each other; the threshold's kernel knows its own, and the conductor launches all kernels."""
     inside, outside = imports(name, MODULES[name])
     words = {target.removeprefix("kernels.") for target in inside if target.startswith("kernels.")}
-    assert {target for target in inside if not target.startswith("kernels.")} <= {"problem", "sight"}
+    assert {target for target in inside if not target.startswith("kernels.")} <= {"problem", "sight", "rows"}
     if name != f"kernels.{CONDUCTOR}":
         assert words <= KERNEL_WORDS | (THRESHOLD_STAGES if name == "kernels.tau" else set())
     assert outside <= {"torch", "triton", *sys.stdlib_module_names}

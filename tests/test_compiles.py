@@ -13,23 +13,26 @@ KERNELS = {
     "summary_kernel", "threshold_kernel", "output_kernel", "gradient_query_kernel", "gradient_key_value_kernel",
     "support_kernel",
 }  # fmt: skip
+KERNELS_OF_ROWS = {"entmax_kernel", "entmax_backward_kernel", "loss_kernel", "loss_backward_kernel"}
 SMALLEST_SHARED = 99 * 1024  # of GPUs of capability 8.6 and 8.9; 8.0 has 163 KiB, 9.0 has 227
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
 @pytest.mark.parametrize(
-    ("capability", "dtype", "head_size", "alpha", "options"),
+    ("capability", "dtype", "size", "alpha", "options"),
     [
         (90, "bfloat16", 64, 1.5, ()),
         (80, "float16", 128, 1.3, ()),
         (90, "float32", 64, 2.0, ()),
         (80, "bfloat16", 128, 1.5, ("everything",)),
+        (90, "bfloat16", 131_072, 1.5, ("rows",)),
+        (80, "float32", 1_000, 1.3, ("rows",)),
     ],
 )
-def test_every_kernel_compiles(capability, dtype, head_size, alpha, options, tmp_path):
+def test_every_kernel_compiles(capability, dtype, size, alpha, options, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, str(capability), dtype, str(head_size), str(alpha), *options],
+        [sys.executable, SCRIPT, str(capability), dtype, str(size), str(alpha), *options],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -37,5 +40,6 @@ def test_every_kernel_compiles(capability, dtype, head_size, alpha, options, tmp
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines())}
-    assert shared.keys() == KERNELS | ({"bounds_kernel"} if options else set())
+    options_kernels = {(): KERNELS, ("everything",): KERNELS | {"bounds_kernel"}, ("rows",): KERNELS_OF_ROWS}
+    assert shared.keys() == options_kernels[options]
     assert max(shared.values()) <= SMALLEST_SHARED

@@ -98,6 +98,9 @@ def test_packed_sequences_compile(backend, dynamic):
     with torch._dynamo.config.patch(error_on_recompile=True):
         cu_seq = boundaries((1, 50, 3), backend.device)
         assert_same(step(compiled, leaves, cu_seq, 70), step(packed, leaves, cu_seq, 70))
+        if dynamic:  # nor does another number of tokens, or another longest sequence
+            leaves = packed_case(backend, (100,)).leaves()
+            assert_same(step(compiled, leaves, cu_seq, 90), step(packed, leaves, cu_seq, 90))
 
 
 # torch.export

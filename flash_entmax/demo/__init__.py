@@ -16,7 +16,7 @@ def run(settings: Settings) -> None:
     import torch
     from rich.console import Console
 
-    from . import report, train
+    from . import checkpoint, report, train
     from .model import Transformer
     from .text import read_corpus
 
@@ -37,6 +37,7 @@ def run(settings: Settings) -> None:
             f"of {settings.steps}: this machine is slow or busy",
             soft_wrap=True,
         )
+    saved = checkpoint.save(model, settings)
     by_frequency = train.bits_by_frequency(corpus.training, corpus.validation)
     losses = report.Losses(before, train.bits_per_byte(model, settings, corpus.validation), by_frequency)
     layers, tile = report.measure_sparsity(model, settings, corpus.validation)
@@ -47,6 +48,7 @@ def run(settings: Settings) -> None:
     report.write_results(numbers, losses, layers, tile, training, seconds, facts)
     report.print_report(console, losses, layers, tile, training.tokens_per_second, facts)
     console.print(f"\n{seconds:.0f} s in all; the picture is {picture}, the numbers are {numbers}", soft_wrap=True)
+    console.print(f"to see any text as the model does: flash-entmax inspect {saved.parent} --text FILE", soft_wrap=True)
     if not losses.after <= CLEAR_FALL * before:
         raise DemoError(
             f"the validation loss did not clearly fall: {before:.2f} bits per byte before training, "

@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from flash_entmax import Support, __version__, entmax_attention
+from flash_entmax import __version__, inspection
 from flash_entmax.functional import choose_impl
 from flash_entmax.plot import save_attention
-from flash_entmax.reference import entmax_rows
 
 from .model import Transformer
 from .settings import Settings
@@ -46,40 +45,24 @@ class Losses:
 def measure_sparsity(model: Transformer, settings: Settings, validation: Tensor) -> tuple[list[Sparsity], int]:
     """The sparsity of each layer over a few validation windows, and the extent of a tile."""
     data = even_windows(validation, SPARSITY_WINDOWS, settings.context).to(settings.device)
-    with precision(settings.device):
-        layers = model.heads_by_layer(data)
-    supports = [
-        entmax_attention(*layer, alpha=settings.alpha, is_causal=True, return_support=True)[1] for layer in layers
-    ]
-    return [sparsity_of(support) for support in supports], supports[0].tile_shape[0]
+    with precision(settings.device), inspection.record(model) as calls:
+        model(data)
+    return [sparsity_of(call) for call in calls], calls[0].support.tile_shape[0]
 
 
-def sparsity_of(support: Support) -> Sparsity:
-    by_head = support.size.double().mean((0, 2))
-    visible = visible_tiles(support).expand_as(support.tiles)
-    live = support.tiles.sum().item() / visible.sum().item()
-    return Sparsity(by_head.mean().item(), by_head.min().item(), by_head.max().item(), 1 - live)
-
-
-def visible_tiles(support: Support) -> Tensor:
-    """(query tiles, key tiles) bool: the causal mask of equal lengths leaves some score of the tile."""
-    queries, keys = support.tile_shape
-    rows, columns = (torch.arange(extent, device=support.tiles.device) for extent in support.tiles.shape[-2:])
-    length = support.size.shape[-1]
-    last_query = ((rows + 1) * queries).clamp_max(length) - 1
-    return columns * keys <= last_query.unsqueeze(-1)
+def sparsity_of(call: inspection.Call) -> Sparsity:
+    keys = call.keys_per_query
+    return Sparsity(keys.mean().item(), keys.min().item(), keys.max().item(), call.block_sparsity.mean().item())
 
 
 @torch.no_grad()
 def attention_of(model: Transformer, settings: Settings, passage: Passage) -> Tensor:
-    """(layers, heads, length, length) float64: the probabilities of a short passage, by the dense definition."""
+    """(layers, heads, length, length): the probabilities of a short passage."""
     data = torch.tensor([list(passage.data)], device=settings.device)
-    slope = (settings.alpha - 1) * settings.head_size**-0.5
-    hidden = torch.ones(data.shape[1], data.shape[1], device=settings.device).triu(1).bool()
-    with precision(settings.device):
-        layers = model.heads_by_layer(data)
-    scores = [slope * query.double() @ key.double().mT for query, key, _ in layers]
-    return torch.cat([entmax_rows(z.masked_fill(hidden, -torch.inf), settings.alpha)[0] for z in scores])
+    with precision(settings.device), inspection.record(model) as calls:
+        model(data)
+    heads = range(settings.heads)
+    return torch.stack([torch.stack([call.rows(head=head).to_dense() for head in heads]) for call in calls])
 
 
 def draw(model: Transformer, settings: Settings, validation: Tensor) -> Path:

@@ -33,6 +33,18 @@ def support_weight(d, exponent, POWER: tl.constexpr):
 
 
 @triton.jit
+def weight_of_probability(p, exponent, POWER: tl.constexpr):
+    """u = p^(2 - alpha) where p > 0, else 0; NaN stays NaN. 2 - alpha = 1 - 1 / exponent."""
+    if POWER == 1:
+        u = tl.where(p > 0, 1.0, p)
+    elif POWER == 2:
+        u = tl.sqrt(p)
+    else:
+        u = tl.where(p == 0, 0.0, tl.exp2((1.0 - 1.0 / exponent) * tl.log2(p)))
+    return u
+
+
+@triton.jit
 def newton_step(offset, total, weight, exponent):
     """From F = total and sum u = weight at an offset, Newton's step on F^(alpha - 1) = 1, a convex function.
 

@@ -1,4 +1,4 @@
-"""Pictures of sparse attention. Needs matplotlib: pip install "flash-entmax[plot]"."""
+"""The attention of a short passage, head by head, and as the text that one byte of it sees."""
 
 import textwrap
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .shared import INVISIBLE, colours, require_matplotlib, save_figure, shade
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 PANEL, SMALL_PANEL, MANY_HEADS = 2.0, 1.5, 6
@@ -18,23 +19,12 @@ MARGINS = {"left": 0.75, "right": 0.2, "top": 1.4, "bottom": 1.55}
 LINE_LENGTH = 48
 FEWEST_LINES = 7
 LETTERS_PER_INCH = 11.5
-INVISIBLE = "#e3e5e8"
 MARK = "#1257c4"
-
-
-def require_matplotlib() -> None:
-    """Raise an ImportError that says what to install, where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'flash-entmax[plot]'") from error
 
 
 def save_attention(probability: Tensor, text: bytes, position: int, title: str, path: Path) -> None:
     """Write :func:`attention_figure` to ``path``, in the format that its suffix names (.png, .pdf, .svg)."""
-    figure = attention_figure(probability, text, position, title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor="white")
+    save_figure(attention_figure(probability, text, position, title), path)
 
 
 def attention_figure(probability: Tensor, text: bytes, position: int, title: str) -> "Figure":
@@ -90,19 +80,6 @@ def attention_figure(probability: Tensor, text: bytes, position: int, title: str
 def farthest_head(probability: Tensor) -> int:
     """(heads, length), attention of one position -> the head with the smallest mean position of its keys."""
     return int((probability @ torch.arange(probability.shape[-1], dtype=probability.dtype)).argmin())
-
-
-def colours() -> "Colormap":
-    """From light yellow, for the smallest positive probability, to dark red."""
-    from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("attention", colormaps["YlOrRd"](torch.linspace(0.2, 1.0, 128).tolist()))
-
-
-def shade(probability: Tensor) -> Tensor:
-    """Where on the colour scale a probability lies: its square root, so that small ones can be told apart."""
-    return probability.clamp(0, 1).sqrt()
 
 
 def draw_map(axes: "Axes", probability: Tensor, position: int) -> None:

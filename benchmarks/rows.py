@@ -1,0 +1,158 @@
+"""Activations and losses beside their peers: python benchmarks/rows.py, on a GPU, two minutes.
+
+Rows of 1,024 to 131,072 scores, as many as make 2^26 of them (2^20 on a CPU), all in one process on the same tensors.
+"normal" scores are N(0, 1); "peaked" ones are N(0, 3^2) with one 12 ahead, as a trained model's often are. Beside the
+times stands the worst |sum p - 1| of each way, and for losses the memory at the peak beyond inputs and gradients.
+Medians of 15 calls.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from flash_entmax import __version__, entmax, entmax_loss
+
+LENGTHS = 1024, 4096, 16384, 50257, 65536, 131072
+REPEATS = 15
+
+
+def scores(kind: str, rows: int, length: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    x = torch.randn(rows, length, device=device) * (1 if kind == "normal" else 3)
+    if kind == "peaked":
+        x[torch.arange(rows), torch.randint(length, (rows,))] += 12
+    return x.to(dtype)
+
+
+def activations(alpha: float, on_cuda: bool) -> dict:
+    ways = {"flash-entmax": lambda x: entmax(x, alpha), "softmax": lambda x: x.softmax(-1)}
+    try:
+        import entmax as package
+
+        named = {1.5: package.entmax15, 2.0: package.sparsemax}
+        ways["entmax 1.3"] = named.get(alpha, lambda x: package.entmax_bisect(x, alpha))
+    except ImportError:
+        print("the package entmax is not installed")
+    if on_cuda:
+        try:
+            import adasplash
+
+            ways["adasplash 0.2.2"] = lambda x: adasplash.triton_entmax(x, alpha=alpha)
+            ways["adasplash 0.2.2, 10 steps"] = lambda x: adasplash.triton_entmax(x, alpha=alpha, n_iter=10)
+        except ImportError:
+            print("the package adasplash is not installed")
+    return ways
+
+
+def losses(alpha: float) -> dict:
+    ways = {
+        "flash-entmax": lambda x, y: entmax_loss(x, y, alpha),
+        "cross entropy": torch.nn.functional.cross_entropy,
+    }
+    try:
+        import entmax as package
+
+        named = {1.5: package.entmax15_loss, 2.0: package.sparsemax_loss}
+        one = named.get(alpha, lambda x, y: package.entmax_bisect_loss(x, y, alpha))
+        ways["entmax 1.3"] = lambda x, y: one(x, y).mean()
+    except ImportError:
+        pass
+    return ways
+
+
+def milliseconds(call) -> float:
+    """One call, by CUDA events or the clock."""
+    if not torch.cuda.is_available():
+        start = perf_counter()
+        call()
+        return 1e3 * (perf_counter() - start)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def median_ms(call, repeats: int) -> float:
+    call()
+    return median(milliseconds(call) for _ in range(repeats))
+
+
+def measure_activation(way, x: torch.Tensor, repeats: int) -> dict:
+    leaf, grad = x.detach().requires_grad_(), torch.randn_like(x)
+    off = (way(x).double().sum(-1) - 1).abs().max().item()
+    with torch.no_grad():
+        forward = median_ms(lambda: way(x), repeats)
+    step = median_ms(lambda: torch.autograd.grad(way(leaf), leaf, grad), repeats)
+    return {"forward_ms": forward, "step_ms": step, "row_sum_error": off}
+
+
+def measure_loss(way, x: torch.Tensor, repeats: int) -> dict:
+    leaf = x.detach().requires_grad_()
+    target = torch.randint(x.shape[1], (x.shape[0],), device=x.device)
+    result = {"step_ms": median_ms(lambda: torch.autograd.grad(way(leaf, target), leaf), repeats)}
+    if x.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(way(leaf, target), leaf)
+        gradient = x.numel() * x.element_size()
+        result["peak_mib"] = (torch.cuda.max_memory_allocated() - before - gradient) / 2**20
+    return result
+
+
+def attempt(measure, way, x, repeats) -> dict:
+    try:
+        return measure(way, x, repeats)
+    except Exception as error:  # a peer that cannot run a case is listed with its reason
+        return {"cannot": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]}
+
+
+def shown(result: dict) -> str:
+    if "cannot" in result:
+        return result["cannot"]
+    units = {"forward_ms": "forward {:8.3f} ms", "step_ms": "step {:8.3f} ms", "row_sum_error": "|sum p - 1| {:.1e}"}
+    units["peak_mib"] = "peak {:8.1f} MiB"
+    return "   ".join(units[name].format(value) for name, value in result.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/rows.json"))
+    parser.add_argument("--alphas", nargs="+", type=float, default=[1.5])
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--kinds", nargs="+", choices=("normal", "peaked"), default=("normal", "peaked"))
+    options = parser.parse_args()
+    on_cuda = torch.cuda.is_available()
+    device, dtypes = ("cuda", (torch.bfloat16, torch.float32)) if on_cuda else ("cpu", (torch.float32,))
+    numbers, repeats = (2**26, REPEATS) if on_cuda else (2**20, 3)
+    name = torch.cuda.get_device_name() if on_cuda else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{name}, flash-entmax {__version__}, torch {torch.__version__}")
+    results = []
+    for alpha in options.alphas:
+        for dtype in dtypes:
+            for kind in options.kinds:
+                for length in options.lengths:
+                    x = scores(kind, max(1, numbers // length), length, dtype, device)
+                    size = f"{x.shape[0]} x {length}, {str(dtype).removeprefix('torch.')}, {kind}, alpha {alpha:g}"
+                    for task, ways, measure in (
+                        ("activation", activations(alpha, on_cuda), measure_activation),
+                        ("loss", losses(alpha), measure_loss),
+                    ):
+                        print(f"{task}, {size}")
+                        for who, way in ways.items():
+                            result = attempt(measure, way, x, repeats)
+                            print(f"    {who:26} {shown(result)}", flush=True)
+                            results.append({"task": task, "size": size, "way": who, **result})
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    conditions = {"device": name, "torch": torch.__version__, "flash_entmax": __version__, "repeats": repeats}
+    options.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Entmax in place of softmax: along any dimension of any tensor."""
+
+import torch
+from torch import Tensor
+
+from . import row_ops
+from .functional import ALPHAS, choose_impl
+from .problem import Impl, row_dtype
+
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
+    """Probabilities along a dimension, most of them exactly zero: alpha-entmax (Peters et al. 2019, arXiv 1905.05702).
+
+    ::
+
+        p_j = [(alpha - 1) x_j - tau]_+ ^ (1 / (alpha - 1)),   with tau such that sum_j p_j = 1
+
+    On a GPU one kernel reads each row once, and of its further looks at it only those parts that can hold support.
+
+    Args:
+        x: scores of any shape; float16, bfloat16, float32 or float64. -inf masks an entry: its probability and gradient
+            are 0; where all entries are masked, all probabilities are 0. NaN and +inf make their row NaN.
+        alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax. A tensor gets its exact
+            gradient; it must broadcast to the shape of ``x`` with extent 1 at ``dim``: scalar, or (heads, 1, 1) for
+            scores (batch, heads, queries, keys). It is clamped to [1.01, 2], with gradient 0 outside.
+        dim: which dimension sums to 1. Any but the last of a contiguous tensor is copied to rows first.
+        impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (any device, any dtype) or
+            ``"auto"``: Triton where it can run, else torch. An explicit choice never falls back.
+
+    Returns:
+        Probabilities in the shape and dtype of ``x``; arithmetic is in float32 (float64 for float64). Second
+        derivatives are refused.
+
+    Raises:
+        TypeError: ``x`` is not a floating-point tensor, ``alpha`` neither a number nor a floating-point tensor.
+        ValueError: ``alpha``, ``dim`` or ``impl`` out of range, or shapes and devices that do not fit.
+    """
+    check_scores(x, dim)
+    check_alpha(alpha, x, dim)
+    impl = choose_rows(x, impl)
+    if not isinstance(alpha, Tensor) and alpha == 1.0:
+        return softmax(x, dim)
+    if x.numel() == 0:
+        return x.clone()
+    moved = x.movedim(dim, -1)
+    alphas, number = None, 1.5
+    if isinstance(alpha, Tensor):
+        alphas = alpha.to(row_dtype(x)).clamp(*ALPHAS).expand(reduced_shape(x, dim)).movedim(dim, -1).reshape(-1)
+        alphas = alphas.contiguous()
+    else:
+        number = float(alpha)
+    p = row_ops.entmax(moved.reshape(-1, moved.shape[-1]).contiguous(), alphas, number, impl)
+    return p.view(moved.shape).movedim(-1, dim)
+
+
+def sparsemax(x: Tensor, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
+    """:func:`entmax` with alpha 2 (Martins and Astudillo 2016, arXiv 1602.02068): the nearest point of the simplex."""
+    return entmax(x, 2.0, dim, impl=impl)
+
+
+def entmax15(x: Tensor, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
+    """:func:`entmax` with alpha 1.5."""
+    return entmax(x, 1.5, dim, impl=impl)
+
+
+def softmax(x: Tensor, dim: int) -> Tensor:
+    """The limit alpha = 1, with zeros where every entry is masked."""
+    masked = (x == -torch.inf).all(dim, keepdim=True)
+    return x.masked_fill(masked, 0.0).softmax(dim).masked_fill(masked, 0.0)
+
+
+def check_scores(x: Tensor, dim: int, name: str = "x") -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a scalar")
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim must be an integer, got {dim!r}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim must be from {-x.dim()} to {x.dim() - 1} for shape {tuple(x.shape)}, got {dim}")
+
+
+def check_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> None:
+    if not isinstance(alpha, Tensor):
+        check_alpha_number(alpha, accepted="a number or a tensor")
+        return
+    if not alpha.is_floating_point():
+        raise TypeError(f"alpha must be a floating-point tensor, got {alpha.dtype}")
+    if alpha.device != x.device:
+        raise ValueError(f"alpha must be on the device of x, {x.device}, got {alpha.device}")
+    shape = reduced_shape(x, dim)
+    try:
+        fits = torch.broadcast_shapes(tuple(alpha.shape), shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"alpha must broadcast to {tuple(shape)}, x with 1 at dim {dim}, got {tuple(alpha.shape)}")
+
+
+def check_alpha_number(alpha: float, accepted: str = "a number") -> None:
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise TypeError(f"alpha must be {accepted}, got {type(alpha).__name__}")
+    if not 1.0 <= alpha <= 2.0:
+        raise ValueError(f"alpha must be in [1, 2], got {alpha}")
+
+
+def reduced_shape(x: Tensor, dim: int) -> torch.Size:
+    """The shape of x with extent 1 at dim."""
+    shape = list(x.shape)
+    shape[dim] = 1
+    return torch.Size(shape)
+
+
+def choose_rows(x: Tensor, impl: str) -> str:
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl must be one of 'auto', 'triton', 'torch', got {impl!r}")
+    return choose_impl(x, impl)

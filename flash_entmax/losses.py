@@ -1,0 +1,143 @@
+"""Fenchel-Young losses of entmax: what cross entropy is to softmax (Blondel, Martins, Niculae 2020, arXiv 1901.02324).
+
+    L(x; q) = Omega*(x) + Omega(q) - q . x        Omega(p) = (sum p^alpha - 1) / (alpha (alpha - 1))
+
+It is 0 exactly where entmax(x) equals the target q, and its gradient in x is entmax(x) - q: zero for all classes that
+have no probability. A class can win for good: once it is ahead by 1 / (alpha - 1), the loss is exactly 0.
+"""
+
+import torch
+from torch import Tensor
+
+from . import row_ops
+from .activations import check_alpha_number, check_scores, choose_rows
+from .problem import Impl, row_dtype
+
+REDUCTIONS = "mean", "sum", "none"
+NO_CLASS = -1
+
+
+def entmax_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float = 1.5,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The loss whose prediction is entmax, with the arguments of ``torch.nn.functional.cross_entropy``.
+
+    Beside ``input`` and its gradient, nothing of their size is ever stored: the forward pass keeps three numbers for
+    each row, from which the backward pass computes the probabilities again. On a GPU each takes one pass over memory.
+
+    Args:
+        input: scores, (classes,), (N, classes) or (N, classes, d1, ...); float16, bfloat16, float32 or float64. -inf
+            masks a class; as a target it costs inf. With further dimensions, or strides, it is copied to rows first.
+        target: class indices, int64, of the shape of ``input`` without the classes; or probabilities, of its shape and
+            a floating-point type, each summing to 1, not differentiated.
+        alpha: above 1, up to 2. 2 is the sparsemax loss. (1 is ``torch.nn.functional.cross_entropy``.)
+        ignore_index: rows with this target count for nothing, and get gradient 0. Not for probabilities.
+        reduction: ``"mean"`` over the rows that are not ignored (NaN if there are none), ``"sum"`` or ``"none"``.
+        label_smoothing: from 0 to 1: the target becomes ``(1 - s) * target + s / classes``. The loss stays that of
+            this mixed target, and is 0 where entmax equals it; ``cross_entropy`` would add the mixture's entropy.
+        impl: as for :func:`flash_entmax.entmax`.
+
+    Returns:
+        float32 (float64 for float64): a scalar, or the shape of class indices for ``"none"``. Second derivatives are
+        refused.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices and options that do not fit; ValueError for a class out of
+            range. On CUDA, where reading the target would wait for the device, that is a device-side assertion.
+    """
+    class_dim = 0 if isinstance(input, Tensor) and input.dim() == 1 else 1
+    check_scores(input, class_dim if isinstance(input, Tensor) and input.dim() > class_dim else 0, "input")
+    check_alpha_number(alpha)
+    if alpha == 1.0:
+        raise ValueError("alpha must be above 1, got 1.0: that loss is torch.nn.functional.cross_entropy")
+    check_options(ignore_index, reduction, label_smoothing)
+    check_target(input, target, class_dim)
+    impl = choose_rows(input, impl)
+    rows = input.movedim(class_dim, -1)
+    shape, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1]).contiguous()
+    if target.is_floating_point():
+        aim = target.movedim(class_dim, -1).reshape(rows.shape).to(row_dtype(input))
+        losses, kept = soft_losses(rows, aim, float(alpha), label_smoothing, impl), None
+    else:
+        classes = target.reshape(-1).contiguous()
+        check_classes(classes, rows.shape[1], ignore_index)
+        losses, _ = row_ops.loss(rows, classes, ignore_index, float(label_smoothing), float(alpha), impl)
+        kept = classes != ignore_index
+    if reduction == "none":
+        return losses.view(shape)
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    return total / (losses.shape[0] if kept is None else kept.sum())
+
+
+def sparsemax_loss(input: Tensor, target: Tensor, **options) -> Tensor:
+    """:func:`entmax_loss` with alpha 2 (Martins and Astudillo 2016, arXiv 1602.02068)."""
+    return entmax_loss(input, target, 2.0, **options)
+
+
+def entmax15_loss(input: Tensor, target: Tensor, **options) -> Tensor:
+    """:func:`entmax_loss` with alpha 1.5."""
+    return entmax_loss(input, target, 1.5, **options)
+
+
+def soft_losses(rows: Tensor, aim: Tensor, alpha: float, smoothing: float, impl: str) -> Tensor:
+    """(rows,) losses of targets that are probabilities: Omega*(x) - q . x + Omega(q)."""
+    with torch.no_grad():
+        if smoothing:
+            aim = (1.0 - smoothing) * aim + smoothing / rows.shape[1]
+        entropy = (aim.pow(alpha).sum(-1) - 1.0) / (alpha * (alpha - 1.0))
+    conjugate, _ = row_ops.loss(rows, None, NO_CLASS, 0.0, alpha, impl)
+    expected = torch.where(aim == 0, 0.0, aim * rows).sum(-1)
+    return conjugate - expected + entropy
+
+
+def check_options(ignore_index: int, reduction: str, label_smoothing: float) -> None:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if not isinstance(label_smoothing, (int, float)) or isinstance(label_smoothing, bool):
+        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:
+    if input.shape[class_dim] == 0:
+        raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    if target.device != input.device:
+        raise ValueError(f"target must be on the device of the input, {input.device}, got {target.device}")
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            shapes = f"{tuple(input.shape)}, got {tuple(target.shape)}"
+            raise ValueError(f"a target of probabilities must have the shape of the input, {shapes}")
+        return
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 classes or floating-point probabilities, got {target.dtype}")
+    shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
+    if target.shape != shape:
+        shapes = f"{tuple(shape)} for input {tuple(input.shape)}, got {tuple(target.shape)}"
+        raise ValueError(f"a target of classes must have shape {shapes}")
+
+
+def check_classes(classes: Tensor, count: int, ignored: int) -> None:
+    """The classes' values: read on the CPU; on a GPU, where that would wait for the device, asserted there."""
+    valid = ((classes >= 0) & (classes < count)) | (classes == ignored)
+    if torch.compiler.is_compiling():  # a message with sizes in it would compile anew for each of them
+        torch._assert_async(valid.all(), "target must hold classes of the input, or ignore_index")
+        return
+    message = f"target must hold classes from 0 to {count - 1}, or ignore_index {ignored}"
+    if classes.is_cuda:
+        torch._assert_async(valid.all(), message)
+    elif not valid.all():
+        raise ValueError(f"{message}, got {classes[~valid][0].item()}")

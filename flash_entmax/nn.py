@@ -1,0 +1,301 @@
+"""Modules: an attention layer, an activation, a loss."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from .activations import check_alpha_number, entmax
+from .functional import entmax_attention, entmax_attention_varlen
+from .losses import check_options, entmax_loss
+from .problem import Impl
+from .sight import UNLIMITED
+
+POSITIONS = "rope", "alibi", "nape", "none"
+TEMPERATURES = "fixed", "adaptive"
+
+
+class Alpha(nn.Module):
+    """A number, or a learned tensor of the given shape: 1 + sigmoid(logit), which no step takes out of [1, 2]."""
+
+    def __init__(self, alpha: float, shape: tuple[int, ...] | None, **factory) -> None:
+        super().__init__()
+        check_alpha_number(alpha)
+        self.number, self.logit = float(alpha), None
+        if shape is not None:
+            if not 1.0 < alpha < 2.0:
+                raise ValueError(f"a learned alpha must start between 1 and 2, got {alpha}")
+            start = torch.full(shape, alpha - 1.0, **factory).logit()
+            self.logit = nn.Parameter(start)
+
+    def forward(self) -> float | Tensor:
+        return self.number if self.logit is None else 1.0 + self.logit.sigmoid()
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.number}" if self.logit is None else f"learned, shape={tuple(self.logit.shape)}"
+
+
+class WithAlpha(nn.Module):
+    """A module with an `Alpha` named power."""
+
+    power: Alpha
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """A number, or a tensor where it is learned, by head in an attention layer. What is assigned stays as it is."""
+        return self.power()
+
+    @alpha.setter
+    def alpha(self, number: float) -> None:
+        self.power = Alpha(number, None)
+
+
+class Entmax(WithAlpha):
+    """:func:`flash_entmax.entmax` along a dimension, with a fixed or a learned alpha.
+
+    Args:
+        alpha: from 1 to 2; where a learned one starts, strictly between.
+        dim: the dimension that sums to 1.
+        learn_alpha: alpha becomes 1 + sigmoid of a parameter (Correia et al. 2019, arXiv 1909.00015).
+    """
+
+    def __init__(self, alpha: float = 1.5, dim: int = -1, learn_alpha: bool = False) -> None:
+        super().__init__()
+        self.dim = dim
+        self.power = Alpha(alpha, () if learn_alpha else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return entmax(x, self.alpha, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class EntmaxLoss(nn.Module):
+    """:func:`flash_entmax.entmax_loss` as a module, in place of ``torch.nn.CrossEntropyLoss``."""
+
+    def __init__(
+        self,
+        alpha: float = 1.5,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        check_alpha_number(alpha)
+        check_options(ignore_index, reduction, label_smoothing)
+        self.alpha, self.impl = alpha, impl
+        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return entmax_loss(
+            input,
+            target,
+            self.alpha,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
+
+
+class EntmaxAttention(WithAlpha):
+    """Multi-head self-attention whose weights are alpha-entmax, with everything that decides where heads look.
+
+    Args:
+        embed_dim: size of the inputs and outputs.
+        num_heads: query heads.
+        num_key_heads: key and value heads, a divisor of ``num_heads`` (grouped-query attention); default as many.
+        head_dim: size of a head; default ``embed_dim // num_heads``.
+        bias: of the four projections.
+        alpha: from 1 (softmax) to 2 (sparsemax).
+        learn_alpha: each head learns its own alpha, 1 + sigmoid of a parameter that starts at ``alpha``.
+        position: what heads know of distance. ``"rope"``: queries and keys are turned by their positions (Su et al.
+            2021, arXiv 2104.09864). ``"alibi"``: scores fall with distance, by slopes 2^(-8 h / heads), h = 1, 2, ...
+            (Press et al. 2022, arXiv 2108.12409). ``"nape"``: the first half of the heads know nothing, the others have
+            slopes 1 / h (arXiv 2506.16640), which carries over to longer contexts. ``"none"``: nothing.
+        temperature: ``"fixed"``, or ``"adaptive"``, the length-aware one of ASEntmax (arXiv 2506.16640): on the heads
+            without slopes, scores of the query at position i are multiplied by 1 + beta * log(i + 2)^gamma, with
+            beta = softplus(W_b x + b_b) and gamma = 2 tanh(W_g x + b_g) from the layer input x there; W, b start at 0.
+        is_causal, window_size, softcap: as for :func:`flash_entmax.entmax_attention`.
+        rope_base: of the slowest angle.
+
+    Shapes: (batch, length, embed_dim), or packed (tokens, embed_dim) with ``cu_seq`` and ``max_seq``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_key_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        alpha: float = 1.5,
+        learn_alpha: bool = False,
+        position: str = "rope",
+        temperature: str = "fixed",
+        is_causal: bool = True,
+        window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+        softcap: float = 0.0,
+        rope_base: float = 10_000.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_key_heads = num_heads if num_key_heads is None else num_key_heads
+        check_heads(embed_dim, num_heads, num_key_heads, head_dim)
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        check_choices(position, temperature, self.head_dim, num_heads)
+        self.num_heads, self.num_key_heads, self.position = num_heads, num_key_heads, position
+        self.is_causal, self.window_size, self.softcap = is_causal, window_size, softcap
+        self.rope_base = rope_base
+        factory = {"device": device, "dtype": dtype}
+        self.query = nn.Linear(embed_dim, num_heads * self.head_dim, bias=bias, **factory)
+        self.key = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
+        self.value = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
+        self.out = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias, **factory)
+        self.power = Alpha(alpha, (num_heads,) if learn_alpha else None, device=device)
+        slopes = slopes_of(position, num_heads)
+        self.register_buffer("slopes", None if slopes is None else slopes.to(device), persistent=False)
+        free = num_heads if slopes is None else int((slopes == 0).sum())
+        self.temperature = AdaptiveTemperature(embed_dim, free, **factory) if temperature == "adaptive" else None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        alpha: float | Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cu_seq: Tensor | None = None,
+        max_seq: int | None = None,
+        impl: Impl = "auto",
+    ) -> Tensor:
+        """Attention of ``x`` to itself.
+
+        Args:
+            x: (batch, length, embed_dim), or (tokens, embed_dim) with ``cu_seq``.
+            alpha: in place of the layer's own, as when it is annealed (:class:`flash_entmax.anneal.AlphaAnnealing`).
+            key_lengths, key_mask: padding of batch rows, as for :func:`flash_entmax.entmax_attention`.
+            cu_seq, max_seq: boundaries (sequences + 1,) and longest length of packed sequences.
+        """
+        self.check(x, key_lengths, key_mask, cu_seq, max_seq)
+        position = positions_of(x, cu_seq)
+        query, key, value = (
+            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value)
+        )
+        if self.position == "rope":
+            rotation = rotation_of(position, self.head_dim, self.rope_base)
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if self.temperature is not None:
+            query = query * self.temperature(x, position, self.num_heads).to(query.dtype).unsqueeze(-1)
+        options = {
+            "alpha": self.alpha if alpha is None else alpha,
+            "is_causal": self.is_causal,
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "alibi_slopes": self.slopes,
+            "impl": impl,
+        }
+        if cu_seq is not None:
+            mixed = entmax_attention_varlen(query, key, value, cu_seq, None, max_seq, max_seq, **options)
+        else:
+            query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            mixed = entmax_attention(query, key, value, key_lengths=key_lengths, key_mask=key_mask, **options)
+            mixed = mixed.transpose(1, 2)
+        return self.out(mixed.flatten(-2))
+
+    def check(self, x, key_lengths, key_mask, cu_seq, max_seq) -> None:
+        width = self.query.in_features
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if (cu_seq is None) != (max_seq is None):
+            raise ValueError(f"cu_seq and max_seq must be given together, got {cu_seq} and {max_seq}")
+        expected = f"(batch, length, {width})" if cu_seq is None else f"(tokens, {width})"
+        if x.dim() != (3 if cu_seq is None else 2) or x.shape[-1] != width:
+            raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
+        if cu_seq is not None and not (key_lengths is None and key_mask is None):
+            raise ValueError("key_lengths and key_mask are for batch rows: packed sequences have no padding")
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_key_heads={self.num_key_heads}, head_dim={self.head_dim}, "
+            f"position={self.position!r}, is_causal={self.is_causal}"
+        )
+
+
+class AdaptiveTemperature(nn.Module):
+    """ASEntmax (arXiv 2506.16640): 1 + beta * log(position + 2)^gamma, for the first ``heads`` heads; 1 for others."""
+
+    def __init__(self, embed_dim: int, heads: int, **factory) -> None:
+        super().__init__()
+        self.beta = nn.Linear(embed_dim, heads, **factory)
+        self.gamma = nn.Linear(embed_dim, heads, **factory)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)  # drawn at random, these were seen to stay where they start
+
+    def forward(self, x: Tensor, position: Tensor, num_heads: int) -> Tensor:
+        """x (..., embed_dim) at position (...) -> (..., num_heads) float32."""
+        beta, gamma = softplus(self.beta(x).float()), 2.0 * self.gamma(x).float().tanh()
+        factor = 1.0 + beta * (position + 2.0).log().unsqueeze(-1) ** gamma
+        rest = num_heads - factor.shape[-1]
+        return torch.cat((factor, factor.new_ones(*factor.shape[:-1], rest)), -1) if rest else factor
+
+
+def slopes_of(position: str, num_heads: int) -> Tensor | None:
+    """(heads,) float32 ALiBi slopes, or None where no head has one."""
+    if position == "alibi":
+        return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
+    if position == "nape":
+        free = num_heads - num_heads // 2
+        return torch.cat((torch.zeros(free), 1.0 / torch.arange(1, num_heads // 2 + 1)))
+    return None
+
+
+def positions_of(x: Tensor, cu_seq: Tensor | None) -> Tensor:
+    """(length,), or for packed sequences (tokens,), each token's place in its own sequence; float32."""
+    place = torch.arange(x.shape[-2], device=x.device)
+    if cu_seq is not None:
+        sequence = torch.searchsorted(cu_seq, place, right=True) - 1
+        place = place - cu_seq[sequence]
+    return place.float()
+
+
+def rotation_of(position: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:
+    """(length,) positions -> (2, length, head_dim / 2): cosine and sine of the rotary angles (arXiv 2104.09864)."""
+    speed = base ** -(torch.arange(0, head_dim, 2, device=position.device) / head_dim)
+    angle = position.unsqueeze(-1) * speed
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """(..., length, heads, head_dim): turn the pairs (x_j, x_{j + head_dim / 2}) of each position by its angles."""
+    cosine, sine = rotation.unsqueeze(-2)
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
+    return turned.to(x.dtype)
+
+
+def check_heads(embed_dim: int, num_heads: int, num_key_heads: int, head_dim: int | None) -> None:
+    if num_heads < 1 or num_key_heads < 1 or num_heads % num_key_heads:
+        raise ValueError(f"num_heads must be a multiple of num_key_heads, got {num_heads} and {num_key_heads}")
+    if head_dim is None and embed_dim % num_heads:
+        raise ValueError(f"embed_dim must be a multiple of num_heads, or head_dim given, got {embed_dim}, {num_heads}")
+
+
+def check_choices(position: str, temperature: str, head_dim: int, num_heads: int) -> None:
+    if position not in POSITIONS:
+        raise ValueError(f"position must be one of {', '.join(map(repr, POSITIONS))}, got {position!r}")
+    if temperature not in TEMPERATURES:
+        raise ValueError(f"temperature must be one of {', '.join(map(repr, TEMPERATURES))}, got {temperature!r}")
+    if position == "rope" and head_dim % 2:
+        raise ValueError(f"position='rope' needs an even head_dim, got {head_dim}")
+    if position == "nape" and num_heads < 2:
+        raise ValueError(f"position='nape' needs at least 2 heads, got {num_heads}")
+    if position == "alibi" and temperature == "adaptive":
+        raise ValueError("temperature='adaptive' is for heads without slopes, and position='alibi' leaves none")

@@ -1,0 +1,16 @@
+"""Pictures of sparse attention. Needs matplotlib: pip install "flash-entmax[plot]"."""
+
+from .calls import map_figure, sparsity_figure, support_figure
+from .passage import LINE_LENGTH, attention_figure, save_attention
+from .shared import require_matplotlib, save_figure
+
+__all__ = [
+    "LINE_LENGTH",
+    "attention_figure",
+    "map_figure",
+    "require_matplotlib",
+    "save_attention",
+    "save_figure",
+    "sparsity_figure",
+    "support_figure",
+]

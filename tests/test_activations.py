@@ -1,0 +1,229 @@
+"""entmax, sparsemax and entmax15 along a dimension: values, gradients, masks, and what is refused."""
+
+import entmax as peer
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_entmax import entmax, entmax15, sparsemax
+from flash_entmax.reference import entmax_rows
+from flash_entmax.testing import DISTRIBUTIONS, assert_within_budget, score_rows
+
+ALPHAS = [1.5, 2.0, 1.3, 1.05]
+
+
+def exact(x, alpha, dim=-1):
+    """The definition in float64, differentiable in x and alpha."""
+    moved = x.movedim(dim, -1)
+    return entmax_rows((alpha - 1.0) * moved, alpha)[0].movedim(-1, dim)
+
+
+def scores(backend, *shape, dtype=torch.float32, seed=0, spread=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (spread * torch.randn(*shape, generator=generator)).to(backend.device, dtype)
+
+
+def gradients(function, x, grad, *others):
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, *others)]
+    return torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_values_and_gradients(backend, alpha):
+    """In every dtype, within twice the error of the dense definition in that dtype; rows of one entry and of many."""
+    for dtype in backend.dtypes:
+        for shape in ((3, 1), (2, 3, 7), (4, 100), (2, backend.sizes(9000, 20_000, 131_072))):
+            x, grad = scores(backend, *shape, dtype=dtype), scores(backend, *shape, dtype=dtype, seed=1)
+            p = entmax(x, alpha, impl=backend.impl)
+            assert p.dtype == dtype
+            assert p.shape == x.shape
+            truth = exact(x.double(), alpha)
+            assert_within_budget(p, truth, truth.to(dtype), name=f"probability of {shape}")
+            (of_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), x, grad)
+            (true_of_x,) = gradients(lambda x: exact(x, alpha), x.double(), grad.double())
+            dense = exact(x.double(), alpha).to(dtype)
+            (rounded,) = dense_gradient(dense, grad, alpha)
+            assert_within_budget(of_x, true_of_x, rounded, name=f"gradient of {shape}")
+
+
+def dense_gradient(p, grad, alpha):
+    """What plain PyTorch in the dtype makes of probabilities rounded to it."""
+    weight = torch.where(p > 0, p.clamp_min(torch.finfo(p.dtype).tiny) ** (2.0 - alpha), 0.0)
+    return (weight * (grad - (weight * grad).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)),)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS[:3])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_rows_sum_to_one_and_zeros_are_zeros(backend, distribution, alpha):
+    """Within 1e-5 on every distribution; the support is that of float64 but for entries within a rounding of tau."""
+    z = score_rows(distribution, backend.sizes(1000, 16_384, 131_072), 2, device=backend.device)
+    x = (z / (alpha - 1.0)).float()
+    p = entmax(x, alpha, impl=backend.impl)
+    assert (p >= 0).all()
+    assert (p.double().sum(-1) - 1).abs().max() <= 1e-5
+    _, maximum, offset = entmax_rows((alpha - 1.0) * x.double(), alpha)
+    distance = (alpha - 1.0) * x.double() - (maximum - offset).unsqueeze(-1)
+    doubt = 2.0**-22 * (1 + x.double().abs() * (alpha - 1.0))
+    assert ((p > 0) | (distance <= doubt) | (distance.clamp_min(0) ** (1 / (alpha - 1)) < 1e-37)).all()
+    assert ((p == 0) | (distance >= -doubt)).all()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS[:3])
+def test_like_the_package_entmax(backend, alpha):
+    theirs = {1.5: peer.entmax15, 2.0: peer.sparsemax}.get(alpha, lambda x, dim: peer.entmax_bisect(x, alpha, dim, 60))
+    shape = backend.sizes((3, 9, 4), (3, 50, 40), (3, 500, 40))
+    x, grad = scores(backend, *shape), scores(backend, *shape, seed=1)
+    for dim in (0, 1, -1):
+        ours = entmax(x, alpha, dim, impl=backend.impl)
+        torch.testing.assert_close(ours, theirs(x, dim), rtol=1e-5, atol=1e-6)
+        (of_ours,) = gradients(lambda x: entmax(x, alpha, dim, impl=backend.impl), x, grad)  # noqa: B023
+        (of_theirs,) = gradients(lambda x: theirs(x, dim), x, grad)  # noqa: B023
+        torch.testing.assert_close(of_ours, of_theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_named_functions(backend):
+    x = scores(backend, 5, 30)
+    assert torch.equal(sparsemax(x, 0, impl=backend.impl), entmax(x, 2.0, 0, impl=backend.impl))
+    assert torch.equal(entmax15(x, impl=backend.impl), entmax(x, 1.5, impl=backend.impl))
+    assert torch.equal(entmax(x, 1, impl=backend.impl), x.softmax(-1))
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1, 1), (2, 3, 5, 1)])
+def test_a_learned_alpha(backend, shape):
+    """Scalar, by head and by row: value and gradient those of the definition, row by row."""
+    x, grad = scores(backend, 2, 3, 5, 40), scores(backend, 2, 3, 5, 40, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    alpha = (1.1 + 0.9 * torch.rand(shape, generator=generator)).to(backend.device)
+    of_x, of_alpha = gradients(lambda x, alpha: entmax(x, alpha, impl=backend.impl), x, grad, alpha)
+
+    def by_row(x, alpha):
+        alphas = alpha.expand(2, 3, 5, 1).reshape(-1)
+        rows = [exact(row, a) for row, a in zip(x.reshape(-1, 40), alphas, strict=True)]
+        return torch.stack(rows).view(x.shape)
+
+    true_of_x, true_of_alpha = gradients(by_row, x.double(), grad.double(), alpha.double())
+    assert of_alpha.shape == alpha.shape
+    torch.testing.assert_close(of_x.double(), true_of_x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_alpha.double(), true_of_alpha, rtol=1e-4, atol=2e-4)
+
+
+def test_alpha_is_clamped(backend):
+    x = scores(backend, 2, 20)
+    for beyond, limit in ((0.5, 1.01), (7.0, 2.0)):
+        alpha = torch.tensor(beyond, device=backend.device, requires_grad=True)
+        p = entmax(x, alpha, impl=backend.impl)
+        torch.testing.assert_close(p, entmax(x, limit, impl=backend.impl), rtol=1e-4, atol=1e-6)
+        assert torch.autograd.grad(p.square().sum(), alpha)[0] == 0
+
+
+@pytest.mark.parametrize("alpha", [1.0, *ALPHAS])
+def test_masked_entries(backend, alpha):
+    """-inf gets probability and gradient 0, the others what they get without it; a row of nothing else is all zeros."""
+    x, grad = scores(backend, 4, 90), scores(backend, 4, 90, seed=1)
+    hidden = torch.arange(90, device=backend.device) % 3 == 1
+    masked = x.masked_fill(hidden, -torch.inf)
+    masked[3] = -torch.inf
+    p = entmax(masked, alpha, impl=backend.impl)
+    (of_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), masked, grad)
+    assert (p[3] == 0).all()
+    assert (of_x[3] == 0).all()
+    assert (p[:, hidden] == 0).all()
+    assert (of_x[:, hidden] == 0).all()
+    without = x[:3][:, ~hidden]
+    torch.testing.assert_close(p[:3][:, ~hidden], entmax(without, alpha, impl=backend.impl), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_scores_spoil_their_row(backend, bad):
+    x = scores(backend, 3, 200)
+    x[1, 70] = bad
+    p = entmax(x, impl=backend.impl)
+    assert p[1].isnan().all()
+    assert torch.equal(p[[0, 2]], entmax(x[[0, 2]], impl=backend.impl))
+
+
+def test_any_strides_and_no_entries(backend):
+    x = scores(backend, 6, 12, 8).transpose(0, 2)[::2, 5:]
+    torch.testing.assert_close(entmax(x, impl=backend.impl), entmax(x.clone(), impl=backend.impl), rtol=0, atol=0)
+    assert entmax(x[:0], impl=backend.impl).shape == (0, 7, 6)
+    assert entmax(x[..., :0], impl=backend.impl).shape == (4, 7, 0)
+
+
+def test_more_rows_than_programs(backend):
+    """Each row gets its own maxima: none is served by those of the row before."""
+    x = scores(backend, 50, 70) * torch.linspace(0.01, 30, 50, device=backend.device)[:, None]
+    p = entmax(x, impl=backend.impl)
+    torch.testing.assert_close(p.double(), exact(x.double(), 1.5), rtol=1e-5, atol=1e-6)
+
+
+@given(data=st.data())
+def test_any_row(data):
+    """The path in PyTorch, in float64: any finite scores, against bisection."""
+    alpha = data.draw(st.sampled_from([1.5, 2.0]) | st.floats(1.05, 2.0))
+    row = data.draw(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40))
+    x = torch.tensor(row, dtype=torch.float64)
+    p = entmax(x, alpha)
+    assert abs(p.sum().item() - 1) < 1e-9
+    torch.testing.assert_close(p, exact(x[None], alpha)[0], rtol=1e-6, atol=1e-9)
+
+
+def test_gradcheck():
+    x = torch.randn(3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    alpha = torch.tensor([[1.2], [1.5], [1.9]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(entmax, (x, alpha))
+
+
+def test_operators(backend):
+    for alphas in (None, torch.tensor([1.2, 1.7], device=backend.device)):
+        x = scores(backend, 2, 33).requires_grad_()
+        torch.library.opcheck(torch.ops.flash_entmax.entmax.default, (x, alphas, 1.5, backend.impl))
+    p = entmax(x, impl=backend.impl).detach()
+    arguments = torch.ones_like(p), p, alphas, 1.5, True, backend.impl
+    torch.library.opcheck(torch.ops.flash_entmax.entmax_backward.default, arguments)
+
+
+def test_compiled(backend):
+    """One graph for every alpha and number of rows."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, alpha: entmax(x, alpha, impl=backend.impl).square().sum(), fullgraph=True, dynamic=True
+    )
+    alpha = torch.tensor(1.5, device=backend.device, requires_grad=True)
+    compiled(scores(backend, 5, 40), alpha).backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, value in ((7, 1.3), (9, 1.9)):
+            alpha = torch.tensor(value, device=backend.device, requires_grad=True)
+            x = scores(backend, rows, 40)
+            compiled(x, alpha).backward()
+            expected = torch.autograd.grad(entmax(x, alpha, impl=backend.impl).square().sum(), alpha)[0]
+            torch.testing.assert_close(alpha.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused(backend):
+    x = scores(backend, 2, 9).requires_grad_()
+    (of_x,) = torch.autograd.grad(entmax(x, impl=backend.impl).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="flash_entmax::entmax has no second derivative"):
+        of_x.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([1.0],), {}, TypeError, "x must be a torch.Tensor, got list"),
+        ((torch.arange(3),), {}, TypeError, "x must be float16, bfloat16, float32 or float64, got torch.int64"),
+        ((torch.tensor(1.0),), {}, ValueError, "x must have at least one dimension, got a scalar"),
+        ((torch.ones(2, 3), 1.5, 2), {}, ValueError, r"dim must be from -2 to 1 for shape \(2, 3\), got 2"),
+        ((torch.ones(2, 3), 1.5, 1.0), {}, TypeError, "dim must be an integer, got 1.0"),
+        ((torch.ones(2, 3), 2.5), {}, ValueError, r"alpha must be in \[1, 2\], got 2.5"),
+        ((torch.ones(2, 3), "2"), {}, TypeError, "alpha must be a number or a tensor, got str"),
+        ((torch.ones(2, 3), torch.ones(3)), {}, ValueError, r"alpha must broadcast to \(2, 1\).*, got \(3,\)"),
+        ((torch.ones(2, 3), torch.ones(1, 2, 1)), {}, ValueError, r"alpha must broadcast to \(2, 1\).*\(1, 2, 1\)"),
+        ((torch.ones(2, 3), torch.tensor(2)), {}, TypeError, "alpha must be a floating-point tensor, got torch.int64"),
+        ((torch.ones(2, 3),), {"impl": "reference"}, ValueError, "impl must be one of .*, got 'reference'"),
+        ((torch.ones(2, 3).double(),), {"impl": "triton"}, ValueError, "impl='triton' cannot run here.*got float64"),
+    ],
+)
+def test_wrong_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        entmax(*arguments, **options)

@@ -1,0 +1,52 @@
+"""The guide's calls: what its two sides have in common is the same, and what differs differs as it says."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from flash_entmax import entmax_attention, entmax_attention_varlen
+from flash_entmax.testing import iid_inputs
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scaled_dot_product_attention():
+    """At alpha 1 the same call; grouped heads need no flag; a row without a key is 0 for NaN."""
+    query, key, value = iid_inputs(2, 4, 50, 16, key_heads=2)
+    theirs = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.1, enable_gqa=True)
+    close(entmax_attention(query, key, value, is_causal=True, scale=0.1, alpha=1.0), theirs)
+    visible = torch.arange(50) < 30
+    theirs = scaled_dot_product_attention(query, key, value, attn_mask=visible[None, None, None], enable_gqa=True)
+    close(entmax_attention(query, key, value, alpha=1.0, key_mask=visible.expand(2, -1)), theirs)
+    close(entmax_attention(query, key, value, alpha=1.0, key_lengths=torch.tensor([30, 30])), theirs)
+    nothing = torch.zeros(2, 50, dtype=torch.bool)
+    assert (entmax_attention(query, key, value, key_mask=nothing) == 0).all()
+
+
+def test_the_layout_of_flash_attn():
+    """(batch, length, heads, dim) by transposing, without a copy, and an output that is contiguous again."""
+    q, k, v = (torch.randn(2, 40, 4, 16) for _ in range(3))
+    output = entmax_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+    assert output.is_contiguous()
+    packed = (t.flatten(0, 1) for t in (q, k, v))
+    cu_seqlens = torch.tensor([0, 40, 80], dtype=torch.int32)
+    close(entmax_attention_varlen(*packed, cu_seqlens, cu_seqlens, 40, 40, is_causal=True), output.flatten(0, 1))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_the_mask_of_flex_attention(alpha):
+    query, key, value = iid_inputs(1, 2, 100, 16)
+    document = torch.arange(100) // 30
+    mask = create_block_mask(
+        lambda b, h, q, k: (q >= k) & (document[q] == document[k]), None, None, 100, 100, device="cpu"
+    )
+    ours = entmax_attention(query, key, value, block_mask=mask, scale=0.1, alpha=alpha)
+    if alpha == 1.0:
+        close(ours, flex_attention(query, key, value, block_mask=mask, scale=0.1))
+    boundaries = torch.tensor([0, 30, 60, 90, 100], dtype=torch.int32)
+    tokens = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    packed = entmax_attention_varlen(*tokens, boundaries, None, 30, 30, is_causal=True, scale=0.1, alpha=alpha)
+    close(packed.transpose(0, 1)[None], ours)

@@ -1,0 +1,97 @@
+"""The loss of a linear layer, chunk by chunk: the same numbers as of all logits at once, in less memory."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from flash_entmax import entmax_loss, linear_entmax_loss, linear_loss
+
+SIZE, CLASSES = 8, 50
+
+
+def problem(backend, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = backend.sizes(11, 37, 37)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator).to(backend.device, dtype).requires_grad_()
+        for shape in ((tokens, SIZE), (CLASSES, SIZE), (CLASSES,))
+    )
+    target = torch.randint(CLASSES, (tokens,), generator=generator).to(backend.device)
+    target[5] = -100
+    return hidden, weight, bias, target
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.2, "alpha": 2.0}])
+@pytest.mark.parametrize("chunk", [1, 5 * CLASSES, 10**9])
+def test_as_of_all_logits(backend, monkeypatch, chunk, options):
+    """Chunks of a token, of some that do not divide all, and of all."""
+    monkeypatch.setattr(linear_loss, "CHUNK_LOGITS", chunk)
+    for dtype in backend.dtypes[:1] if backend.is_interpreted else backend.dtypes:
+        hidden, weight, bias, target = problem(backend, dtype)
+        for leaves in ((hidden, weight), (hidden, weight, bias)):
+            offset = bias if len(leaves) == 3 else None
+            ours = linear_entmax_loss(hidden, weight, target, bias=offset, impl=backend.impl, **options)
+            theirs = entmax_loss(linear(hidden, weight, offset), target, impl=backend.impl, **options)
+            tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype.itemsize > 2 else {"rtol": 2e-2, "atol": 2e-2}
+            torch.testing.assert_close(ours, theirs, **tolerance)
+            for one, other in zip(
+                torch.autograd.grad(3 * ours, leaves), torch.autograd.grad(3 * theirs, leaves), strict=True
+            ):
+                torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_only_some_logits_at_a_time(backend, monkeypatch):
+    monkeypatch.setattr(linear_loss, "CHUNK_LOGITS", 8 * CLASSES)
+    seen = []
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: seen.append(len(args[0])) or plain(*args))
+    hidden, weight, _, target = problem(backend)
+    linear_entmax_loss(hidden, weight, target, impl=backend.impl).backward()
+    assert max(seen) <= 8
+    assert sum(seen) == len(hidden), "each token's logits are made once"
+
+
+def test_what_needs_no_gradient_gets_none(backend):
+    hidden, weight, _, target = problem(backend)
+    frozen = weight.detach()
+    linear_entmax_loss(hidden, frozen, target, impl=backend.impl).backward()
+    assert hidden.grad is not None
+    with torch.no_grad():
+        loss = linear_entmax_loss(hidden, frozen, target, impl=backend.impl)
+    torch.testing.assert_close(loss, entmax_loss(linear(hidden, frozen), target, impl=backend.impl).detach())
+
+
+def test_further_dimensions(backend):
+    hidden, weight, _, target = problem(backend)
+    loss = linear_entmax_loss(hidden[:10].view(2, 5, SIZE), weight, target[:10].view(2, 5), impl=backend.impl)
+    torch.testing.assert_close(loss, linear_entmax_loss(hidden[:10], weight, target[:10], impl=backend.impl))
+
+
+def test_a_second_backward_pass_is_refused(backend):
+    hidden, weight, _, target = problem(backend)
+    loss = linear_entmax_loss(hidden, weight, target, impl=backend.impl)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up by a first backward pass"):
+        loss.backward()
+
+
+H, W, Y = torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([1.0], W, Y), {}, TypeError, "hidden must be a torch.Tensor, got list"),
+        ((H, W[:, :2], Y), {}, ValueError, r"hidden and weight must have shapes .*, got \(2, 3\) and \(5, 2\)"),
+        ((H, W, Y[:1]), {}, ValueError, r"target must have shape \(2,\), got \(1,\)"),
+        ((H, W, Y.float()), {}, TypeError, "target must be int64 classes, got torch.float32"),
+        ((H, W, Y + 9), {}, ValueError, "target must hold classes from 0 to 4, or ignore_index -100, got 9"),
+        ((H, W, Y), {"bias": W[0]}, ValueError, r"bias must have shape \(5,\), got \(3,\)"),
+        ((H, W, Y), {"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
+        ((H, W, Y, 1.0), {}, ValueError, "alpha must be above 1, got 1.0"),
+        ((H, W.double(), Y), {}, TypeError, "hidden and weight must have one dtype, got torch.float32, torch.float64"),
+    ],
+)
+def test_wrong_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        linear_entmax_loss(*arguments, **options)

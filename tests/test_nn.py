@@ -1,0 +1,217 @@
+"""Modules: the attention layer against a plain one, its learned numbers, packed and padded inputs."""
+
+import math
+
+import pytest
+import torch
+
+from flash_entmax import entmax, entmax_attention
+from flash_entmax.nn import AdaptiveTemperature, Entmax, EntmaxAttention
+from flash_entmax.reference import entmax_rows
+
+WIDTH, HEADS, LENGTH = 24, 4, 37
+
+
+def layer_of(backend, **options) -> EntmaxAttention:
+    """A layer in which no parameter is at its start, so that each matters."""
+    torch.manual_seed(0)
+    layer = EntmaxAttention(WIDTH, HEADS, **options).to(backend.device)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+def inputs(backend, *shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(backend.device)
+
+
+def plain(layer: EntmaxAttention, x, hidden=None):
+    """The layer by its formulas, for one sequence (length, width), head by head and row by row, in float64."""
+    layer, x = layer.double(), x.double()
+    length, size, heads = x.shape[0], layer.head_dim, layer.num_heads
+    query, key, value = (p(x).view(length, -1, size) for p in (layer.query, layer.key, layer.value))
+    alpha = layer.alpha if torch.is_tensor(layer.alpha) else [layer.alpha] * heads
+    mixed = []
+    for h in range(heads):
+        g = h // (heads // layer.num_key_heads)
+        q, k = query[:, h], key[:, g]
+        if layer.position == "rope":
+            q, k = turned(q), turned(k)
+        slope = {"alibi": 2.0 ** (-8 * (h + 1) / heads), "nape": 1 / (h - heads // 2 + 1) if h >= heads // 2 else 0}
+        slope = slope.get(layer.position, 0)
+        scores = q @ k.mT / math.sqrt(size)
+        if layer.temperature is not None and slope == 0:
+            beta = torch.nn.functional.softplus(layer.temperature.beta(x)[:, h])
+            gamma = 2 * torch.tanh(layer.temperature.gamma(x)[:, h])
+            scores = scores * (1 + beta * torch.log(torch.arange(length) + 2.0) ** gamma)[:, None]
+        if layer.softcap:
+            scores = layer.softcap * torch.tanh(scores / layer.softcap)
+        i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+        scores = scores - slope * (i - j).abs()
+        unseen = (j > i) if layer.is_causal else torch.zeros(length, length, dtype=torch.bool)
+        left = layer.window_size[0]
+        unseen = unseen | (j < i - left) if left >= 0 else unseen
+        unseen = unseen if hidden is None else unseen | hidden
+        z = ((alpha[h] - 1) * scores).masked_fill(unseen, -torch.inf)
+        mixed.append(entmax_rows(z, alpha[h])[0] @ value[:, g])
+    return layer.out(torch.stack(mixed, 1).flatten(1))
+
+
+def turned(x):
+    """Rotary embedding by complex numbers."""
+    half = x.shape[1] // 2
+    angle = torch.arange(x.shape[0])[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    z = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((z.real, z.imag), 1)
+
+
+LAYERS = {
+    "plain": {"position": "none"},
+    "rope, grouped": {"num_key_heads": 2, "bias": True},
+    "alibi, learned": {"position": "alibi", "learn_alpha": True, "alpha": 1.4},
+    "nape, adaptive": {"position": "nape", "temperature": "adaptive", "num_key_heads": 1},
+    "rope, adaptive, learned": {"temperature": "adaptive", "learn_alpha": True},
+    "encoder, window": {"is_causal": False, "window_size": (5, -1), "head_dim": 10},
+    "sparsemax, softcap": {"alpha": 2.0, "softcap": 1.5, "position": "nape"},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_against_a_plain_layer(backend, name):
+    """Output, and the gradients of the input and of every parameter."""
+    layer, x = layer_of(backend, **LAYERS[name]), inputs(backend, 2, LENGTH, WIDTH)
+    x.requires_grad_()
+    output = layer(x, impl=backend.impl)
+    grad = inputs(backend, *output.shape, seed=1)
+    leaves = [x, *layer.parameters()]
+    ours = torch.autograd.grad(output, leaves, grad)
+    layer = layer.cpu()
+    expected = torch.stack([plain(layer, row) for row in x.cpu()])
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=1e-4, atol=2e-5)
+    theirs = torch.autograd.grad(expected, [x, *layer.parameters()], grad.double().cpu())
+    names = ["input", *(name for name, _ in layer.named_parameters())]
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(
+            one.double().cpu(), other.double().cpu(), rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", ["rope, grouped", "nape, adaptive"])
+def test_packed_sequences_are_separate(backend, name):
+    """Positions, and the temperature that depends on them, start anew in each sequence."""
+    layer = layer_of(backend, **LAYERS[name])
+    lengths = [5, 0, 20, 1, 9]
+    x = inputs(backend, sum(lengths), WIDTH)
+    cu_seq = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=backend.device)
+    packed = layer(x, cu_seq=cu_seq, max_seq=20, impl=backend.impl)
+    alone = torch.cat([layer(part[None], impl=backend.impl)[0] for part in x.split(lengths) if len(part)])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_padding(backend):
+    layer, x = layer_of(backend, is_causal=False), inputs(backend, 2, LENGTH, WIDTH)
+    lengths = torch.tensor([20, LENGTH], device=backend.device)
+    mask = torch.arange(LENGTH, device=backend.device) < lengths[:, None]
+    by_length, by_mask = layer(x, key_lengths=lengths, impl=backend.impl), layer(x, key_mask=mask, impl=backend.impl)
+    torch.testing.assert_close(by_length, by_mask, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_length[0, :20], layer(x[:1, :20], impl=backend.impl)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_adaptive_temperature_starts_without_length(backend):
+    """W and b are 0 at first: beta = ln 2 and gamma = 0, at every position; other heads have the factor 1."""
+    temperature = AdaptiveTemperature(WIDTH, 2).to(backend.device)
+    position = torch.arange(50.0, device=backend.device)
+    factor = temperature(inputs(backend, 3, 50, WIDTH), position, HEADS)
+    assert factor.shape == (3, 50, HEADS)
+    torch.testing.assert_close(factor[..., :2], torch.full_like(factor[..., :2], 1 + math.log(2)))
+    assert (factor[..., 2:] == 1).all()
+
+
+def test_a_learned_alpha_starts_where_told_and_moves(backend):
+    layer = EntmaxAttention(WIDTH, HEADS, learn_alpha=True, alpha=1.3).to(backend.device)
+    torch.testing.assert_close(layer.alpha, torch.full((HEADS,), 1.3, device=backend.device))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
+    x = inputs(backend, 2, LENGTH, WIDTH)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x, impl=backend.impl).square().sum().backward()
+        optimizer.step()
+    assert (layer.alpha != 1.3).all()
+    assert ((layer.alpha > 1) & (layer.alpha < 2)).all()
+    again = EntmaxAttention(WIDTH, HEADS, learn_alpha=True).to(backend.device)
+    again.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(again(x, impl=backend.impl), layer(x, impl=backend.impl))
+
+
+def test_an_alpha_for_one_call(backend):
+    layer, x = layer_of(backend, learn_alpha=True), inputs(backend, 2, LENGTH, WIDTH)
+    fixed = layer_of(backend, learn_alpha=True)
+    fixed.power.logit.data.fill_(math.log(0.8 / 0.2))
+    given = layer(x, alpha=torch.tensor(1.8, device=backend.device), impl=backend.impl)
+    torch.testing.assert_close(given, fixed(x, impl=backend.impl), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled(backend):
+    torch._dynamo.reset()
+    layer = layer_of(backend, **LAYERS["nape, adaptive"])
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for length in (20, 31):
+        x = inputs(backend, 2, length, WIDTH)
+        torch.testing.assert_close(
+            compiled(x, impl=backend.impl), layer(x, impl=backend.impl), rtol=1e-4, atol=1e-5
+        )  # fmt: skip
+
+
+def test_activation_module(backend):
+    x = inputs(backend, 3, 8, 5)
+    assert torch.equal(Entmax(1.7, 1)(x), entmax(x, 1.7, 1))
+    learned = Entmax(1.25, learn_alpha=True).to(backend.device)
+    torch.testing.assert_close(learned(x), entmax(x, 1.25), rtol=1e-5, atol=1e-6)
+    learned(x).square().sum().backward()
+    assert learned.power.logit.grad != 0
+    learned.alpha = 1.7
+    assert torch.equal(learned(x), entmax(x, 1.7)), "a number in place of what was learned"
+    assert not list(learned.parameters())
+    assert "dim=1" in repr(Entmax(1.7, 1))
+
+
+def test_a_layer_is_the_call(backend):
+    """Without a position, the layer is projections around entmax_attention."""
+    layer, x = layer_of(backend, position="none", num_key_heads=2), inputs(backend, 2, LENGTH, WIDTH)
+    heads = (p(x).view(2, LENGTH, -1, layer.head_dim).transpose(1, 2) for p in (layer.query, layer.key, layer.value))
+    mixed = entmax_attention(*heads, is_causal=True, impl=backend.impl)
+    expected = layer.out(mixed.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, impl=backend.impl), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 5}, "embed_dim must be a multiple of num_heads, or head_dim given, got 24, 5"),
+        ({"num_key_heads": 3}, "num_heads must be a multiple of num_key_heads, got 4 and 3"),
+        ({"position": "sinus"}, "position must be one of 'rope', 'alibi', 'nape', 'none', got 'sinus'"),
+        ({"temperature": "hot"}, "temperature must be one of 'fixed', 'adaptive', got 'hot'"),
+        ({"head_dim": 5}, "position='rope' needs an even head_dim, got 5"),
+        ({"position": "alibi", "temperature": "adaptive"}, "temperature='adaptive' is for heads without slopes"),
+        ({"alpha": 2.5}, r"alpha must be in \[1, 2\], got 2.5"),
+        ({"alpha": 2.0, "learn_alpha": True}, "a learned alpha must start between 1 and 2, got 2.0"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        EntmaxAttention(WIDTH, **{"num_heads": HEADS} | options)
+
+
+def test_wrong_input():
+    layer = EntmaxAttention(WIDTH, HEADS)
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, length, 24\), got \(3, 24\)"):
+        layer(torch.ones(3, WIDTH))
+    with pytest.raises(ValueError, match=r"x must have shape \(tokens, 24\), got \(2, 3, 24\)"):
+        layer(torch.ones(2, 3, WIDTH), cu_seq=torch.tensor([0, 3]), max_seq=3)
+    with pytest.raises(ValueError, match="cu_seq and max_seq must be given together"):
+        layer(torch.ones(3, WIDTH), cu_seq=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="packed sequences have no padding"):
+        layer(torch.ones(3, WIDTH), cu_seq=torch.tensor([0, 3]), max_seq=3, key_lengths=torch.tensor([3]))
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+        layer([1.0])

@@ -1,0 +1,332 @@
+"""The page in a real browser: a pointer on a token shades exactly what it attends to, and nothing is fetched.
+
+Needs Chromium and the package playwright, which drives it: pip install playwright (without its own browsers).
+"""
+
+import base64
+import os
+import re
+import shutil
+import zlib
+from itertools import pairwise
+
+import pytest
+import torch
+
+from flash_entmax import entmax_attention, inspection, page
+from flash_entmax.testing import iid_inputs, topic_inputs
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = [
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+WORDS = "It was the best of times, it was the worst of times;\nit was the age of wisdom."
+HOSTILE = [
+    "</script><script>document.title='taken'</script>",
+    "<!--",
+    "<b>bold</b>",
+    "&amp;",
+    "\u2028",
+    "\ud83d",
+    "é🙂",
+    "\n\n",
+]
+CODE = 2e-5  # how far a probability in the page may be off
+
+
+def record(length: int, layers: int = 3, heads: int = 4, **options) -> list[inspection.Call]:
+    with inspection.record() as calls:
+        for layer in range(layers):
+            query, key, value = iid_inputs(1, heads, length, 16, seed=layer)
+            entmax_attention(query * (1 + layer), key, value, is_causal=True, **options)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+class Reader:
+    """A person at the page, who counts what it fetches and what it complains about."""
+
+    def __init__(self, browser, path, **settings) -> None:
+        self.context = browser.new_context(viewport={"width": 1300, "height": 800}, **settings)
+        self.tab = self.context.new_page()
+        self.requests, self.complaints = [], []
+        self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.on("console", lambda message: self.complaints.append(message.text))
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.path = path
+
+    def open(self, fragment: str = "") -> "Reader":
+        self.tab.goto("about:blank")  # another fragment alone would not load the page again
+        self.tab.goto(self.path.as_uri() + fragment)
+        self.wait()
+        return self
+
+    def wait(self, layer: int | None = None, head: int | None = None) -> None:
+        shown = "" if layer is None else f'="{layer} {head}"'
+        self.tab.wait_for_selector(f"body[data-shown{shown}]")
+
+    def token(self, index: int):
+        return self.tab.locator(f'.token[data-index="{index}"]')
+
+    def shaded(self) -> dict[int, float]:
+        """Of the tokens that look other than a token that nobody touched: their probability."""
+        found = self.tab.eval_on_selector_all(
+            ".token",
+            """all => all.filter(t => getComputedStyle(t).backgroundColor !== "rgba(0, 0, 0, 0)"
+                || t.classList.contains("key")).map(t => [+t.dataset.index, +t.dataset.probability])""",
+        )
+        return dict(found)
+
+    def listed(self) -> list[tuple[int, float]]:
+        found = self.tab.eval_on_selector_all(
+            "#keys button", "all => all.map(b => [+b.dataset.key, +b.querySelector('output').textContent])"
+        )
+        return [tuple(pair) for pair in found]
+
+    def summary(self) -> str:
+        return self.tab.inner_text("#summary")
+
+    def fragment(self) -> str:
+        return self.tab.evaluate("location.hash")
+
+    def close(self) -> None:
+        self.context.close()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    tokens = re.findall(r"\s*\w+|\s*[^\w\s]", WORDS)
+    calls = record(len(tokens))
+    path = page.save_page(tmp_path_factory.mktemp("page") / "new" / "page.html", tokens, calls, title="Times")
+    return path, tokens, calls
+
+
+@pytest.fixture
+def reader(browser, written):
+    reader = Reader(browser, written[0])
+    yield reader.open()
+    reader.close()
+
+
+def exact(call: inspection.Call, head: int, query: int) -> dict[int, float]:
+    row = call.rows(0, head).to_dense()[query]
+    return {int(key): float(row[key]) for key in row.nonzero().flatten()}
+
+
+def check_shown(reader: Reader, expected: dict[int, float]) -> None:
+    assert reader.shaded() == pytest.approx(expected, abs=CODE)
+    listed = reader.listed()
+    assert dict(listed) == pytest.approx(expected, abs=CODE + 5e-5)
+    assert all(first >= second for (_, first), (_, second) in pairwise(listed))
+
+
+def test_hovering_shows_exactly_what_a_token_attends_to(reader, written):
+    _, tokens, calls = written
+    assert reader.shaded() == {}
+    for query in (0, 9, len(tokens) - 1):
+        reader.token(query).hover()
+        expected = exact(calls[0], 0, query)
+        check_shown(reader, expected)
+        assert reader.summary().startswith(f"attends to {len(expected)} of {query + 1} token")
+        assert "asking" in reader.token(query).get_attribute("class")
+        assert reader.tab.locator(".asking.token").count() == 1
+    assert 1 < len(expected) < len(tokens)
+    tip = reader.tab.inner_text("#tip")
+    assert tip.endswith(f": {len(expected)} keys")
+
+
+def test_nothing_is_fetched_and_nothing_complains(reader, written):
+    reader.token(5).hover()
+    reader.token(5).click()
+    reader.tab.wait_for_timeout(300)
+    assert [url for url in reader.requests if url != "about:blank"] == [written[0].as_uri()]
+    assert reader.complaints == []
+    source = written[0].read_text()
+    assert "default-src 'none'" in source
+    assert not re.search(r"https?://|src=|@import", source.replace("script-src", ""))
+
+
+def test_layer_and_head_are_chosen_by_menu_and_by_grid(reader, written):
+    _, _, calls = written
+    reader.token(9).hover()
+    reader.tab.select_option("#layer", "1")
+    reader.wait(1, 0)
+    reader.tab.select_option("#head", "3")
+    reader.wait(1, 3)
+    check_shown(reader, exact(calls[1], 3, 9))
+    assert reader.fragment() == "#layer=1&head=3"
+    cell = reader.tab.locator('#grid button[data-layer="2"][data-head="1"]')
+    assert cell.inner_text() == f"{calls[2].keys_per_query[1]:.1f}"
+    cell.click()
+    reader.wait(2, 1)
+    check_shown(reader, exact(calls[2], 1, 9))
+    assert reader.tab.input_value("#layer") == "2"
+    assert reader.tab.locator('#grid [aria-pressed="true"]').count() == 1
+
+
+def test_a_click_pins_and_the_address_restores(reader, written, browser):
+    _, _, calls = written
+    reader.tab.select_option("#layer", "2")
+    reader.wait(2, 0)
+    reader.token(11).click()
+    expected = exact(calls[2], 0, 11)
+    assert reader.fragment() == "#layer=2&head=0&token=11"
+    far = next(key for key in range(12) if key not in expected)
+    reader.token(far).hover()
+    check_shown(reader, expected)
+    assert reader.tab.inner_text("#tip").endswith("exactly 0")
+    near = max(expected, key=expected.get)
+    if near != 11:
+        reader.token(near).hover()
+        assert float(reader.tab.inner_text("#tip").split()[-1]) == pytest.approx(expected[near], abs=1e-4)
+
+    reader.open("#layer=2&head=3&token=12")
+    check_shown(reader, exact(calls[2], 3, 12))
+    reader.tab.evaluate("location.hash = '#layer=1&head=1&token=4'")
+    reader.wait(1, 1)
+    check_shown(reader, exact(calls[1], 1, 4))
+    reader.tab.keyboard.press("Escape")
+    assert reader.fragment() == "#layer=1&head=1"
+    reader.token(2).hover()
+    check_shown(reader, exact(calls[1], 1, 2))
+    reader.open("#layer=7&head=99&token=-3")
+    assert reader.shaded() == {}
+    assert reader.complaints == []
+
+
+def test_a_listed_key_can_be_followed(reader, written):
+    reader.token(12).click()
+    key, _ = next(pair for pair in reader.listed() if pair[0] != 12)
+    reader.tab.locator(f'#keys button[data-key="{key}"]').click()
+    check_shown(reader, exact(written[2][0], 0, key))
+    assert reader.fragment().endswith(f"token={key}")
+
+
+def test_keyboard(reader, written):
+    _, tokens, calls = written
+    reader.tab.keyboard.press("Tab")
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
+        reader.tab.keyboard.press(key)
+    check_shown(reader, exact(calls[0], 0, 2))
+    reader.tab.keyboard.press("Enter")
+    assert reader.fragment().endswith("token=2")
+    reader.tab.keyboard.press("End")
+    check_shown(reader, exact(calls[0], 0, 2))
+    reader.tab.keyboard.press("Escape")
+    reader.tab.keyboard.press("ArrowUp")
+    above = int(reader.tab.evaluate("document.activeElement.dataset.index"))
+    assert 0 <= above < tokens.index("\nit")
+    check_shown(reader, exact(calls[0], 0, above))
+    assert tokens[above].strip() in reader.tab.text_content("#spoken")
+
+
+def test_touch(browser, written):
+    reader = Reader(browser, written[0], has_touch=True).open()
+    reader.token(8).tap()
+    check_shown(reader, exact(written[2][0], 0, 8))
+    assert reader.fragment().endswith("token=8")
+    reader.token(8).tap()
+    assert reader.fragment() == "#layer=0&head=0"
+    reader.close()
+
+
+CONTRAST = """all => all.map(t => {
+    const light = c => c.match(/[\\d.]+/g).slice(0, 3).map(x => x / 255)
+        .map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+    const style = getComputedStyle(t), pair = [light(style.color), light(style.backgroundColor)].sort((a, b) => b - a);
+    return (pair[0] + 0.05) / (pair[1] + 0.05);
+})"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(browser, written, scheme):
+    """Ink on every shade, and on the cells of the grid: at least 4.5 to 1, as WCAG asks of text."""
+    reader = Reader(browser, written[0], color_scheme=scheme).open("#layer=2&head=0&token=12")
+    for selector in (".token.key", "#grid button", "#tip"):
+        ratios = reader.tab.eval_on_selector_all(selector, CONTRAST)
+        assert min(ratios) >= 4.5, selector
+    grounds = reader.tab.evaluate("getComputedStyle(document.querySelector('.reading')).backgroundColor")
+    red = int(re.search(r"\d+", grounds)[0])
+    assert red > 200 if scheme == "light" else red < 60
+    reader.close()
+
+
+def test_text_is_only_text(browser, tmp_path):
+    """Tokens and title that look like HTML, JSON's and JavaScript's traps, half a character."""
+    title = "<i>title</i></title><script>boom()</script>{{facts}}"
+    path = page.save_page(tmp_path / "page.html", HOSTILE, record(len(HOSTILE), 1, 1), title=title, note="<u>note</u>")
+    reader = Reader(browser, path).open()
+    assert reader.tab.title() == title
+    assert reader.tab.inner_text("h1") == title
+    assert reader.tab.inner_text("header p") == "<u>note</u>"
+    shown = reader.tab.eval_on_selector_all(".token", "all => all.map(t => t.textContent)")
+    assert shown == [token.replace("\ud83d", "?").replace("\n", "↵\n") for token in HOSTILE]
+    reader.token(2).click()
+    assert reader.tab.inner_text("#asking code") == "<b>bold</b>"
+    assert reader.complaints == []
+    reader.close()
+
+
+def test_a_long_text(browser, tmp_path):
+    """Of 2,000 tokens, and a token that attends to more keys than are listed."""
+    with inspection.record() as calls:
+        entmax_attention(*topic_inputs(1, 2, 2000, 32, 1), is_causal=True, scale=0.001)
+    path = page.save_page(tmp_path / "page.html", [f"word{n} " for n in range(2000)], calls, title="long")
+    reader = Reader(browser, path).open("#head=1&token=1990")
+    expected = exact(calls[0], 1, 1990)
+    assert reader.shaded() == pytest.approx(expected, abs=CODE)
+    assert len(reader.listed()) == 500
+    assert reader.tab.inner_text("#keys li:last-child") == f"and {len(expected) - 500} more"
+    assert reader.tab.evaluate("document.querySelector('.asking').getBoundingClientRect().top") < 800
+    reader.close()
+
+
+# Without a browser
+
+
+def test_the_data_is_exact_to_16_bits():
+    """Decoded as the format says: the keys exactly, probabilities to 2e-5, and the smallest not 0."""
+    query = torch.ones(1, 1, 3, 16)
+    key = torch.linspace(-40, 0, 60).view(1, 1, 60, 1).expand(1, 1, 60, 16).contiguous()
+    rows = inspection.attention_rows(
+        query, key, alpha=1.02, scale=1 / 16, is_causal=True, query_positions=torch.tensor([-1, 59, 50])
+    )
+    content = zlib.decompress(base64.b64decode(page.encoded(rows)))
+    numbers = torch.frombuffer(bytearray(content), dtype=torch.uint16).long()
+    counts, steps, codes = numbers.split([3, rows.values().numel(), rows.values().numel()])
+    assert torch.equal(counts, rows.crow_indices().diff())
+    assert counts[0] == 0
+    keys = torch.cat([part.cumsum(0) - 1 for part in steps.split(counts.tolist())])
+    assert torch.equal(keys, rows.col_indices())
+    assert ((codes.double() / page.CODES) ** 2 - rows.values()).abs().max() < CODE
+    assert codes.min() == 1
+
+
+def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
+    path, calls = tmp_path / "page.html", record(20, 1, 1)
+    for tokens, given, message in (
+        (["a"] * 19, calls, r"of 19 tokens to themselves, but 'call 0' has 20 queries and 20 keys"),
+        ([], calls, "needs tokens and calls"),
+        (["a"] * 20, [], "needs tokens and calls"),
+        (["a"] * (page.MOST_TOKENS + 1), calls, "up to 8,192 tokens, got 8,193"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            page.save_page(path, tokens, given, title="")
+    with pytest.raises(ValueError, match="batch must be from 0 to 0, got 1"):
+        page.save_page(path, ["a"] * 20, calls, title="", batch=1)
+    monkeypatch.setattr(page, "MOST_PROBABILITIES", 30)
+    with pytest.raises(ValueError, match=r"up to 30 positive probabilities, and these 1 layers have \d+: choose fewer"):
+        page.save_page(path, ["a"] * 20, calls, title="")
+    assert not os.path.exists(path)

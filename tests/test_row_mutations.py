@@ -1,0 +1,125 @@
+"""Deliberate faults in the row kernels, in Triton's interpreter: each turns its check red."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import HAS_CUDA
+from test_losses import definition, one_hot, value_and_gradient
+
+from flash_entmax import entmax, entmax_loss
+from flash_entmax.reference import entmax_rows
+
+if HAS_CUDA or not find_spec("triton"):
+    pytest.skip("needs Triton's interpreter", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from flash_entmax.kernels import alpha, rows
+
+certify_row, scan_row, exponent_of = rows.certify_row, rows.scan_row, rows.exponent_of
+
+
+@triton.jit
+def the_certificate_falls_short(row, top, slope, exponent, S):  # noqa: N803
+    return 0.5 * certify_row(row, top, slope, exponent, S)
+
+
+@triton.jit
+def each_program_keeps_its_first_maxima(row, S):  # noqa: N803
+    top = scan_row(row, S)
+    tl.store(row.maxima + 1, top - 100.0)
+    return top
+
+
+@triton.jit
+def nothing_is_lifted(d, lift, exponent, S):  # noqa: N803
+    return alpha.probability(d, exponent, S.POWER)
+
+
+@triton.jit
+def every_row_has_the_first_alpha(exponent, row, S):  # noqa: N803
+    return tl.load(exponent) if S.PER_ROW else exponent
+
+
+@triton.jit
+def no_row_is_ignored(classes, row, ignored, S):  # noqa: N803
+    aim = tl.load(classes + row)
+    return tl.maximum(aim, 0), aim == aim
+
+
+@triton.jit
+def the_mean_is_of_the_scores(row, top, S):  # noqa: N803
+    return top
+
+
+@triton.jit
+def u_is_p(p, exponent, POWER):  # noqa: N803
+    return p
+
+
+@triton.jit
+def steps_undershoot(offset, total, weight, exponent):
+    return 0.9 * alpha.newton_step(offset, total, weight, exponent)
+
+
+def check_values() -> None:
+    x = 2 * torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    leaf = x.clone().requires_grad_()
+    numbers = torch.tensor([[1.5], [1.2], [1.9]], requires_grad=True)
+    p = entmax(leaf, numbers, impl="triton")
+    rows = zip(x, numbers.detach().double().flatten(), strict=True)
+    truth = torch.cat([entmax_rows((a - 1) * row.double()[None], a)[0] for row, a in rows])
+    torch.testing.assert_close(p.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def check_gradient() -> None:
+    x, grad = (2 * torch.randn(3, 300, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    (ours,) = torch.autograd.grad(entmax(leaf, impl="triton"), leaf, grad)
+    (truth,) = torch.autograd.grad(entmax_rows(0.5 * exact, 1.5)[0], exact, grad.double())
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def check_crowd() -> None:
+    """A rounding of the offset, near 1, is much for each of many small probabilities."""
+    x = -2 * torch.linspace(0.95, 0.99, 8)[:, None].repeat(1, 131_072)
+    x[:, 0] = 0
+    assert (entmax(x, impl="triton").double().sum(-1) - 1).abs().max() <= 2e-6
+
+
+def check_loss() -> None:
+    x = 3 * torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([3, 199, -100, 70])
+    options = {"reduction": "none", "label_smoothing": 0.2, "impl": "triton"}
+    ours = value_and_gradient(lambda x: entmax_loss(x, target, **options), x)
+    kept = target >= 0
+    q = one_hot(target.clamp_min(0), 200, 0.2)
+    truth = value_and_gradient(lambda x: definition(x, q, 1.5) * kept, x.double())
+    torch.testing.assert_close([t.double() for t in ours], list(truth), rtol=1e-5, atol=1e-5)
+
+
+FAULTS = {
+    "the certificate is too small": ("certify_row", the_certificate_falls_short, check_values),
+    "a segment's maximum is lost": ("scan_row", each_program_keeps_its_first_maxima, check_values),
+    "steps go too far": ("newton_step", steps_undershoot, check_values),
+    "every row takes the first alpha": ("exponent_of", every_row_has_the_first_alpha, check_values),
+    "the last step is left out": ("lifted", nothing_is_lifted, check_crowd),
+    "u is p in the gradient": ("weight_of_probability", u_is_p, check_gradient),
+    "ignored rows count": ("class_of", no_row_is_ignored, check_loss),
+    "smoothing takes a wrong mean": ("mean_of", the_mean_is_of_the_scores, check_loss),
+}
+
+
+@pytest.mark.parametrize("check", [check_values, check_gradient, check_crowd, check_loss])
+def test_without_a_fault(check):
+    check()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_row_fault_is_seen(fault, monkeypatch):
+    name, mutant, check = FAULTS[fault]
+    monkeypatch.setattr(rows, name, mutant)
+    with pytest.raises(AssertionError):
+        check()

@@ -1,0 +1,293 @@
+"""Models of Transformers with entmax attention, against a dense oracle that gets the models' own masks."""
+
+import copy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("entmax")
+
+from transformers import AutoModel, AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers_models import (
+    BATCHES,
+    CONFIGS,
+    ENCODERS,
+    LENGTH,
+    assert_same,
+    make,
+    padding,
+    tokens,
+    with_implementation,
+)
+
+from flash_entmax.integrations import transformers as integration
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_are_those_of_dense_entmax(name, batch):
+    """Hidden states at all real tokens; encoders ignore positions that begin again, as they do with "eager"."""
+    model, inputs = make(name), BATCHES[batch]()
+    if name in ENCODERS:
+        inputs.pop("use_cache", None)
+    outputs = {}
+    for implementation, alpha in {"entmax15": 1.5, "sparsemax": 2.0, "entmax": 1.3}.items():
+        model.config.entmax_alpha = alpha
+        with torch.no_grad():
+            ours, theirs = (
+                with_implementation(model, key, lambda: model(**inputs).last_hidden_state)
+                for key in (implementation, "oracle")
+            )
+        assert_same(ours, theirs, inputs.get("attention_mask"))
+        assert ours.isfinite().all()
+        outputs[alpha] = ours
+    assert (outputs[1.5] - outputs[2.0]).abs().max() > 1e-2
+    assert (outputs[1.5] - outputs[1.3]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "batch"), [("gemma2", "left"), ("llama", "packed"), ("modernbert", "right")])
+def test_gradients_are_those_of_dense_entmax(name, batch):
+    model, inputs = make(name, 1.5), BATCHES[batch]()
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    weight = torch.randn(*real.shape, 32)[real]
+
+    def gradients():
+        loss = (model(**inputs).last_hidden_state[real] * weight).sum()
+        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    ours, theirs = (with_implementation(model, key, gradients) for key in ("entmax15", "oracle"))
+    for our, their in zip(ours, theirs, strict=True):
+        if their is not None:
+            torch.testing.assert_close(our, their, rtol=1e-3, atol=1e-3 * their.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "modernbert"])
+def test_boundaries_pack_sequences(name):
+    """A collator's cu_seq_lens_q and its kin: each sequence as if it were alone."""
+    model, sequences = make(name, 1.5), [tokens(1, length) for length in (30, 1, 44)]
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collator([{"input_ids": sequence[0].tolist()} for sequence in sequences])
+    del batch["labels"]
+    batch |= {} if name in ENCODERS else {"use_cache": False}
+    with torch.no_grad():
+        packed = model(**batch).last_hidden_state
+        alone = [model(sequence).last_hidden_state for sequence in sequences]
+    assert_same(packed, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "gpt2"])
+def test_generate(name, cache):
+    """Greedy tokens after left padding, beyond the window, are the oracle's; so are their scores."""
+    model = make(name, 1.5, AutoModelForCausalLM)
+    inputs = {"input_ids": tokens(2, 14), "attention_mask": padding("left", 2, 14)}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    ours, theirs = (
+        with_implementation(model, key, lambda: model.generate(**inputs, **options)) for key in ("entmax15", "oracle")
+    )
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert len(set(ours.sequences[:, 14:].flatten().tolist())) > 1
+    assert_same(torch.stack(ours.scores), torch.stack(theirs.scores))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_chunks_of_a_prompt(name):
+    """Several queries after a cache that is not empty."""
+    model, ids = make(name, 1.5), tokens(2, LENGTH)
+    with torch.no_grad():
+        first = model(ids[:, :33], use_cache=True)
+        second = model(ids[:, 33:], past_key_values=first.past_key_values).last_hidden_state
+        assert_same(second, model(ids).last_hidden_state[:, 33:])
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize(("name", "batch"), [("gemma2", "left"), ("llama", "whole"), ("modernbert", "right")])
+def test_compiled(name, batch):
+    """One graph; alpha moves in place, and nothing is compiled again. A compiled decoder looks for packed sequences in
+    every batch without padding."""
+    torch._dynamo.reset()
+    model, inputs, alpha = make(name), BATCHES[batch](), torch.tensor(1.3)
+    inputs |= {} if name in ENCODERS else {"use_cache": False}
+    integration.set_alpha(model, alpha)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    weight, outputs = model.get_input_embeddings().weight, []
+
+    def step(run):
+        hidden = run(**inputs).last_hidden_state[inputs.get("attention_mask", torch.ones(2, LENGTH)).bool()]
+        return hidden.detach(), torch.autograd.grad(hidden.square().mean(), weight)[0]
+
+    outputs.append(step(compiled))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ours, theirs in zip(outputs[0], step(model), strict=True):
+            assert_same(ours, theirs)
+        alpha.fill_(1.9)
+        outputs.append(step(compiled))
+    for ours, theirs in zip(outputs[1], step(model), strict=True):
+        assert_same(ours, theirs)
+    assert (outputs[0][0] - outputs[1][0]).abs().max() > 1e-2
+
+
+def test_compiled_generation():
+    """The mask is made outside of the compiled forward pass, and goes in as an argument."""
+    from transformers.generation import CompileConfig
+
+    torch._dynamo.reset()
+    model, ids = make("llama", 1.5, AutoModelForCausalLM), tokens(2, 14)
+    inputs = {"input_ids": ids, "attention_mask": padding("left", 2, 14), "cache_implementation": "static"}
+    inputs |= {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.utils.counters.clear()
+    ours = model.generate(**inputs, compile_config=config)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert ours.tolist() == model.generate(**inputs, disable_compile=True).tolist()
+
+
+def test_a_mask_of_its_own_does_not_compile():
+    torch._dynamo.reset()
+    model, ids = make("gemma3, both ways", 1.5), tokens(2, 20)
+    with pytest.raises(Exception, match=r"evaluated into a BlockMask, which cannot be done inside torch\.compile"):
+        torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)
+    with torch.no_grad():  # in parts, it does
+        ours = torch.compile(model, backend="eager")(ids, use_cache=False).last_hidden_state
+        assert_same(ours, model(ids, use_cache=False).last_hidden_state)
+
+
+# alpha
+
+
+def test_a_learned_alpha_of_all_layers():
+    """One parameter of the model, by head, with its exact gradient; a copy of the model has its own."""
+    model, ids = make("bert").double(), tokens(2, 20)
+    alpha = torch.nn.Parameter(torch.tensor([1.2, 1.4, 1.6, 1.8], dtype=torch.float64))
+    before = len(list(model.parameters()))
+    integration.set_alpha(model, alpha)
+    assert len(list(model.parameters())) == before + 1
+    assert [name for name in model.state_dict() if "alpha" in name] == ["entmax_alpha"]
+
+    def loss(of):
+        return of(ids).last_hidden_state.sin().sum()
+
+    twin = copy.deepcopy(model)
+    assert twin.entmax_alpha is twin.encoder.layer[0].attention.self.entmax_alpha is not alpha
+    gradient = torch.autograd.grad(loss(model), alpha)[0]
+    assert_same(torch.autograd.grad(loss(twin), twin.entmax_alpha)[0], gradient)
+    with torch.no_grad():
+        for head in range(4):
+            sides = []
+            for step in (1e-6, -1e-6):
+                alpha[head] += step
+                sides.append(loss(model))
+                alpha[head] -= step
+            assert gradient[head].item() == pytest.approx((sides[0] - sides[1]).item() / 2e-6, rel=1e-3)
+    integration.set_alpha(model, 1.5)
+    assert len(list(model.parameters())) == before
+
+
+def test_a_layers_own_alpha():
+    model, ids = make("bert", 1.5), tokens(1, 20)
+    with torch.no_grad():
+        first = model(ids).last_hidden_state
+        model.encoder.layer[0].attention.self.entmax_alpha = 1.9
+        second = model(ids).last_hidden_state
+        theirs = with_implementation(model, "oracle", lambda: model(ids).last_hidden_state)
+    assert (first - second).abs().max() > 1e-2
+    assert_same(second, theirs)
+
+
+def test_annealing_while_the_trainer_trains(tmp_path):
+    """With gradient checkpoints the same losses as without; alpha arrives where it should, also after a pause."""
+    losses = {}
+    for checkpointing in (False, True):
+        model = make("llama", model_class=AutoModelForCausalLM)
+        callback = integration.AnnealAlpha(model, 1.1, 1.9, steps=4, shape="linear")
+        assert callback.annealing.alpha.item() == pytest.approx(1.1)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to=[], disable_tqdm=True,
+            save_strategy="no", use_cpu=True, gradient_checkpointing=checkpointing, learning_rate=1e-3,
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in tokens(6, 20)]
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train()
+        losses[checkpointing] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert model.model.layers[1].self_attn.entmax_alpha is callback.annealing.alpha
+        assert callback.annealing.alpha.item() == pytest.approx(1.7)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    assert len(losses[True]) == 3
+    assert all(0 < loss < 100 for loss in losses[True])
+    callback.on_train_begin(arguments, SimpleNamespace(global_step=2), None)
+    assert callback.annealing.alpha.item() == pytest.approx(1.5)
+
+
+def test_bfloat16():
+    model, inputs = make("gemma2", 1.5), BATCHES["left"]()
+    with torch.no_grad():
+        whole = model(**inputs).last_hidden_state
+        half = model.to(torch.bfloat16)(**inputs).last_hidden_state
+    assert half.dtype == torch.bfloat16
+    difference = (half - whole)[inputs["attention_mask"].bool()].norm() / whole[inputs["attention_mask"].bool()].norm()
+    assert difference < 0.1
+
+
+# What is refused
+
+
+def call(module=None, mask=None, lengths=(5, 5), **options):
+    query, key = (torch.randn(1, 2, length, 8) for length in lengths)
+    return integration.attention(module or torch.nn.Module(), query, key, key, mask, **{"alpha": 1.5} | options)
+
+
+REFUSED = {
+    "dropout": ({"dropout": 0.1}, "attention dropout is not supported, got 0.1: set it to 0 in the config"),
+    "sinks": ({"s_aux": torch.ones(2)}, "s_aux was passed, got Tensor: attention sinks"),
+    "position bias": ({"position_bias": torch.ones(1)}, "position_bias was passed, got Tensor"),
+    "probabilities": ({"output_attentions": True}, "flash_entmax.inspection"),
+    "paged cache": ({"cache": object()}, "continuous batching"),
+    "unknown": ({"indices": torch.ones(1)}, r"indices is not known to this attention.*HARMLESS.add\('indices'\)"),
+    "lengths": ({"lengths": (5, 7)}, "a causal mask for 5 queries and 7 keys"),
+    "other lengths": ({"mask": integration.Mask(5, 6)}, "the mask is for 5 queries and 6 keys, but the layer has 5"),
+    "both ways": (
+        {"module": SimpleNamespace(is_causal=True), "mask": integration.Mask(5, 5, (-1, 0)), "is_causal": False},
+        r"set config\.is_causal = False",
+    ),
+    "padded and packed": (
+        {"mask": integration.Mask(5, 5, key_mask=torch.ones(1, 5) > 0), "cu_seq_lens_q": torch.tensor([0, 5])},
+        "cu_seq_lens_q packs sequences without padding",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name):
+    options, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        call(**options)
+    assert call(position_ids=torch.arange(5), indices=None, output_attentions=False)[0].shape == (1, 5, 2, 8)
+
+
+def test_models_that_ask_for_what_is_refused():
+    ids = tokens(1, 10)
+    with pytest.raises(ValueError, match="output_attentions"):
+        make("bert", 1.5)(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        make("bert", 1.5, _output_attentions=True)(ids)
+    with pytest.raises(ValueError, match=r"attn_pdrop.*by model"):
+        make("gpt2", 1.5, attn_pdrop=0.2).train()(ids)
+    with pytest.raises(ValueError, match="'entmax' needs an alpha"):
+        make("llama")(ids)
+    with pytest.raises(ValueError, match=r"from 1 to 2, got 2\.5"):
+        make("llama", 2.5)(ids)
+    with pytest.raises(ValueError, match="needs a model with attn_implementation='entmax', got 'eager'"):
+        integration.set_alpha(AutoModel.from_config(CONFIGS["bert"], attn_implementation="eager"), 1.5)
+
+
+def test_transformers_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'pip install "flash-entmax\[transformers\]"'):
+        integration.register()

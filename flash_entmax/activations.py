@@ -24,14 +24,17 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
             are 0; where all entries are masked, all probabilities are 0. NaN and +inf make their row NaN.
         alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax. A tensor gets its exact
             gradient; it must broadcast to the shape of ``x`` with extent 1 at ``dim``: scalar, or (heads, 1, 1) for
-            scores (batch, heads, queries, keys). It is clamped to [1.01, 2], with gradient 0 outside.
+            scores (batch, heads, queries, keys). It is clamped to [1.01, 2], with gradient 0 outside. (On a CPU, rows
+            of each value are computed together: thousands of different ones take long.) In float32 the relative
+            rounding of a probability is about 2^-24 / (alpha - 1), so a number below 1.01 loses digits.
         dim: which dimension sums to 1. Any but the last of a contiguous tensor is copied to rows first.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (any device, any dtype) or
             ``"auto"``: Triton where it can run, else torch. An explicit choice never falls back.
 
     Returns:
         Probabilities in the shape and dtype of ``x``; arithmetic is in float32 (float64 for float64). Second
-        derivatives are refused.
+        derivatives are refused. In float16, probabilities below 6e-8 are lost, and with them the gradient that they
+        have where alpha is above 1.5.
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor, ``alpha`` neither a number nor a floating-point tensor.
@@ -41,7 +44,8 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
     check_alpha(alpha, x, dim)
     impl = choose_rows(x, impl)
     if not isinstance(alpha, Tensor) and alpha == 1.0:
-        return softmax(x, dim)
+        with row_ops.as_given(x):
+            return softmax(x, dim)
     if x.numel() == 0:
         return x.clone()
     moved = x.movedim(dim, -1)

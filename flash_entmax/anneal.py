@@ -66,7 +66,7 @@ class AlphaAnnealing:
         return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.taken = state["taken"]
+        self.taken = min(state["taken"], self.steps)
         self._place()
 
     def __repr__(self) -> str:

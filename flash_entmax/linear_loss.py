@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import row_ops
 from .activations import DTYPES, check_alpha_number, choose_rows
@@ -28,8 +27,8 @@ def linear_entmax_loss(
     """``entmax_loss(linear(hidden, weight, bias), target)`` with the logits of only some tokens at a time.
 
     For 16,384 tokens and 131,072 classes, bfloat16 logits and their gradient would take 8 GiB; here they take up to
-    256 MiB. The gradients are computed along with the loss, chunk by chunk, so each chunk's logits are made once. The
-    sums over tokens that the weight's gradient is are in float32.
+    256 MiB, beside the weight's gradient in float32. Gradients are computed along with the loss, chunk by chunk: each
+    chunk's logits are made once.
 
     Args:
         hidden: (..., size); float16, bfloat16, float32 or float64.
@@ -40,7 +39,7 @@ def linear_entmax_loss(
         reduction: ``"mean"`` or ``"sum"``.
 
     Returns:
-        A float32 scalar (float64 for float64). Second derivatives are refused.
+        A float32 scalar (float64 for float64). ``create_graph=True`` is refused: there is no second derivative.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options that do not fit.
@@ -59,22 +58,26 @@ def linear_entmax_loss(
     rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
     check_classes(classes, weight.shape[0], ignore_index)
     impl = choose_rows(hidden, impl)
-    share = 1.0 / (classes != ignore_index).sum().to(row_dtype(hidden)) if reduction == "mean" else None
     scalars = ignore_index, float(label_smoothing), float(alpha), impl
-    return LinearLoss.apply(rows, weight, bias, classes, share, *scalars)
+    total = LinearLoss.apply(rows, weight, bias, classes, torch.is_grad_enabled(), *scalars)
+    return total if reduction == "sum" else total / (classes != ignore_index).sum()
 
 
 class LinearLoss(torch.autograd.Function):
-    """Loss and gradients in one pass over the tokens; the backward pass only scales what is there."""
+    """Sum of the losses, and its gradients, in one pass over the tokens; the backward pass only scales what is there.
+
+    The weight's gradient stays in float32 until it is scaled: neither a mean over many tokens nor a loss scaled up for
+    float16 leaves the range of 16 bits before.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, classes, share, *scalars):
+    def forward(ctx, hidden, weight, bias, classes, is_training, *scalars):
         dtype = row_dtype(hidden)
         total = hidden.new_zeros((), dtype=dtype)
-        needed = ctx.needs_input_grad[:3]
+        needed = [is_training and is_needed for is_needed in ctx.needs_input_grad[:3]]
         of_hidden = torch.empty_like(hidden) if needed[0] else None
         of_weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
-        of_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
+        of_bias = torch.zeros_like(bias, dtype=dtype) if needed[2] else None
         with row_ops.as_given(hidden):
             for part in chunks(hidden.shape[0], weight.shape[0]):
                 logits = torch.nn.functional.linear(hidden[part], weight, bias)
@@ -82,27 +85,31 @@ class LinearLoss(torch.autograd.Function):
                 total += losses.sum()
                 if not any(needed):
                     continue
-                each = torch.ones_like(losses) if share is None else share.expand_as(losses)
-                of_logits = row_ops.loss_backward(each, logits, classes[part], state, *scalars)
+                of_logits = row_ops.loss_backward(torch.ones_like(losses), logits, classes[part], state, *scalars)
                 if of_hidden is not None:
                     of_hidden[part] = of_logits @ weight
                 if of_weight is not None:
-                    of_weight += of_logits.mT @ hidden[part]
+                    of_weight += product(of_logits.mT, hidden[part], dtype)
                 if of_bias is not None:
                     of_bias += of_logits.sum(0, dtype=dtype)
-        kinds = (hidden, weight, bias)
-        gradients = (of_hidden, of_weight, of_bias)
-        ctx.gradients = [g if g is None else g.to(like.dtype) for g, like in zip(gradients, kinds, strict=True)]
-        return total if share is None else total * share
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of linear_entmax_loss were used up by a first backward pass")
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (g if g is None else g.mul_(grad.to(g.dtype)) for g in gradients)
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_entmax_loss has no second derivative: create_graph=True is refused")
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = (None if g is None else (g.to(grad.dtype) * grad).to(dtype) for g, dtype in gradients)
         return *scaled, *(None,) * 6
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, added up and returned in a wider dtype."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def chunks(tokens: int, classes: int) -> list[slice]:

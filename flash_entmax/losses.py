@@ -11,10 +11,9 @@ from torch import Tensor
 
 from . import row_ops
 from .activations import check_alpha_number, check_scores, choose_rows
-from .problem import Impl, row_dtype
+from .problem import Impl
 
 REDUCTIONS = "mean", "sum", "none"
-NO_CLASS = -1
 
 
 def entmax_loss(
@@ -27,17 +26,18 @@ def entmax_loss(
     label_smoothing: float = 0.0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The loss whose prediction is entmax, with the arguments of ``torch.nn.functional.cross_entropy``.
+    """The loss whose prediction is entmax, in place of ``torch.nn.functional.cross_entropy``.
 
-    Beside ``input`` and its gradient, nothing of their size is ever stored: the forward pass keeps three numbers for
-    each row, from which the backward pass computes the probabilities again. On a GPU each takes one pass over memory.
+    Beside ``input``, ``target`` and the gradient, nothing of their size is kept: the forward pass keeps three numbers
+    for each row, from which the backward pass computes the probabilities again.
 
     Args:
         input: scores, (classes,), (N, classes) or (N, classes, d1, ...); float16, bfloat16, float32 or float64. -inf
             masks a class; as a target it costs inf. With further dimensions, or strides, it is copied to rows first.
         target: class indices, int64, of the shape of ``input`` without the classes; or probabilities, of its shape and
             a floating-point type, each summing to 1, not differentiated.
-        alpha: above 1, up to 2. 2 is the sparsemax loss. (1 is ``torch.nn.functional.cross_entropy``.)
+        alpha: above 1, up to 2. 2 is the sparsemax loss. (1 is ``torch.nn.functional.cross_entropy``.) In float32 the
+            relative rounding of a probability is about 2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
         ignore_index: rows with this target count for nothing, and get gradient 0. Not for probabilities.
         reduction: ``"mean"`` over the rows that are not ignored (NaN if there are none), ``"sum"`` or ``"none"``.
         label_smoothing: from 0 to 1: the target becomes ``(1 - s) * target + s / classes``. The loss stays that of
@@ -62,20 +62,22 @@ def entmax_loss(
     impl = choose_rows(input, impl)
     rows = input.movedim(class_dim, -1)
     shape, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1]).contiguous()
+    count = rows.shape[0]
     if target.is_floating_point():
-        aim = target.movedim(class_dim, -1).reshape(rows.shape).to(row_dtype(input))
-        losses, kept = soft_losses(rows, aim, float(alpha), label_smoothing, impl), None
+        aim = target.detach().movedim(class_dim, -1).reshape(rows.shape).contiguous()
     else:
-        classes = target.reshape(-1).contiguous()
-        check_classes(classes, rows.shape[1], ignore_index)
-        losses, _ = row_ops.loss(rows, classes, ignore_index, float(label_smoothing), float(alpha), impl)
-        kept = classes != ignore_index
+        aim = target.reshape(-1).contiguous()
+        check_classes(aim, rows.shape[1], ignore_index)
+        count = (aim != ignore_index).sum()
+    losses, _ = row_ops.loss(rows, aim, ignore_index, float(label_smoothing), float(alpha), impl)
+    if target.is_floating_point():
+        losses = losses + entropy_of(aim, float(alpha), label_smoothing, losses.dtype)
     if reduction == "none":
         return losses.view(shape)
     total = losses.sum()
     if reduction == "sum":
         return total
-    return total / (losses.shape[0] if kept is None else kept.sum())
+    return total / count
 
 
 def sparsemax_loss(input: Tensor, target: Tensor, **options) -> Tensor:
@@ -88,15 +90,13 @@ def entmax15_loss(input: Tensor, target: Tensor, **options) -> Tensor:
     return entmax_loss(input, target, 1.5, **options)
 
 
-def soft_losses(rows: Tensor, aim: Tensor, alpha: float, smoothing: float, impl: str) -> Tensor:
-    """(rows,) losses of targets that are probabilities: Omega*(x) - q . x + Omega(q)."""
-    with torch.no_grad():
-        if smoothing:
-            aim = (1.0 - smoothing) * aim + smoothing / rows.shape[1]
-        entropy = (aim.pow(alpha).sum(-1) - 1.0) / (alpha * (alpha - 1.0))
-    conjugate, _ = row_ops.loss(rows, None, NO_CLASS, 0.0, alpha, impl)
-    expected = torch.where(aim == 0, 0.0, aim * rows).sum(-1)
-    return conjugate - expected + entropy
+@torch.no_grad()
+def entropy_of(aim: Tensor, alpha: float, smoothing: float, dtype: torch.dtype) -> Tensor:
+    """(rows,) Omega of probabilities, mixed with the uniform distribution."""
+    mixed = aim.to(dtype)
+    if smoothing:
+        mixed = (1.0 - smoothing) * mixed + smoothing / aim.shape[1]
+    return (mixed.pow(alpha).sum(-1) - 1.0) / (alpha * (alpha - 1.0))
 
 
 def check_options(ignore_index: int, reduction: str, label_smoothing: float) -> None:
@@ -133,6 +133,8 @@ def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:
 def check_classes(classes: Tensor, count: int, ignored: int) -> None:
     """The classes' values: read on the CPU; on a GPU, where that would wait for the device, asserted there."""
     valid = ((classes >= 0) & (classes < count)) | (classes == ignored)
+    if classes.is_meta:
+        return
     if torch.compiler.is_compiling():  # a message with sizes in it would compile anew for each of them
         torch._assert_async(valid.all(), "target must hold classes of the input, or ignore_index")
         return

@@ -1,11 +1,13 @@
 """Modules: an attention layer, an activation, a loss."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .activations import check_alpha_number, entmax
-from .functional import entmax_attention, entmax_attention_varlen
+from .functional import ALPHAS, entmax_attention, entmax_attention_varlen
 from .losses import check_options, entmax_loss
 from .problem import Impl
 from .sight import UNLIMITED
@@ -15,20 +17,31 @@ TEMPERATURES = "fixed", "adaptive"
 
 
 class Alpha(nn.Module):
-    """A number, or a learned tensor of the given shape: 1 + sigmoid(logit), which no step takes out of [1, 2]."""
+    """A number, or a learned tensor of a shape: 1.01 + 0.99 sigmoid(logit), which no step takes out of range."""
 
     def __init__(self, alpha: float, shape: tuple[int, ...] | None, **factory) -> None:
         super().__init__()
         check_alpha_number(alpha)
         self.number, self.logit = float(alpha), None
         if shape is not None:
-            if not 1.0 < alpha < 2.0:
-                raise ValueError(f"a learned alpha must start between 1 and 2, got {alpha}")
-            start = torch.full(shape, alpha - 1.0, **factory).logit()
-            self.logit = nn.Parameter(start)
+            lowest, highest = ALPHAS
+            if not lowest < alpha < highest:
+                raise ValueError(f"a learned alpha must start between {lowest} and {highest}, got {alpha}")
+            self.logit = nn.Parameter(torch.empty(shape, **factory))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.logit is not None:
+            lowest, highest = ALPHAS
+            share = (self.number - lowest) / (highest - lowest)
+            nn.init.constant_(self.logit, math.log(share / (1.0 - share)))
 
     def forward(self) -> float | Tensor:
-        return self.number if self.logit is None else 1.0 + self.logit.sigmoid()
+        if self.logit is None:
+            return self.number
+        lowest, highest = ALPHAS
+        logit = self.logit.float() if self.logit.dtype.itemsize < 4 else self.logit
+        return lowest + (highest - lowest) * logit.sigmoid()
 
     def extra_repr(self) -> str:
         return f"alpha={self.number}" if self.logit is None else f"learned, shape={tuple(self.logit.shape)}"
@@ -55,7 +68,8 @@ class Entmax(WithAlpha):
     Args:
         alpha: from 1 to 2; where a learned one starts, strictly between.
         dim: the dimension that sums to 1.
-        learn_alpha: alpha becomes 1 + sigmoid of a parameter (Correia et al. 2019, arXiv 1909.00015).
+        learn_alpha: alpha becomes a parameter's sigmoid, stretched to [1.01, 2] (as in Correia et al. 2019, arXiv
+            1909.00015).
     """
 
     def __init__(self, alpha: float = 1.5, dim: int = -1, learn_alpha: bool = False) -> None:
@@ -113,7 +127,7 @@ class EntmaxAttention(WithAlpha):
         head_dim: size of a head; default ``embed_dim // num_heads``.
         bias: of the four projections.
         alpha: from 1 (softmax) to 2 (sparsemax).
-        learn_alpha: each head learns its own alpha, 1 + sigmoid of a parameter that starts at ``alpha``.
+        learn_alpha: each head learns its own alpha, a parameter's sigmoid stretched to [1.01, 2], from ``alpha`` on.
         position: what heads know of distance. ``"rope"``: queries and keys are turned by their positions (Su et al.
             2021, arXiv 2104.09864). ``"alibi"``: scores fall with distance, by slopes 2^(-8 h / heads), h = 1, 2, ...
             (Press et al. 2022, arXiv 2108.12409). ``"nape"``: the first half of the heads know nothing, the others have
@@ -160,10 +174,14 @@ class EntmaxAttention(WithAlpha):
         self.value = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
         self.out = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias, **factory)
         self.power = Alpha(alpha, (num_heads,) if learn_alpha else None, device=device)
-        slopes = slopes_of(position, num_heads)
-        self.register_buffer("slopes", None if slopes is None else slopes.to(device), persistent=False)
-        free = num_heads if slopes is None else int((slopes == 0).sum())
-        self.temperature = AdaptiveTemperature(embed_dim, free, **factory) if temperature == "adaptive" else None
+        self.temperature = None
+        if temperature == "adaptive":
+            self.temperature = AdaptiveTemperature(embed_dim, heads_without_slope(position, num_heads), **factory)
+
+    def reset_parameters(self) -> None:
+        """Back to the start; after ``to_empty``, to the first one."""
+        for module in self.children():
+            module.reset_parameters()
 
     def forward(
         self,
@@ -199,7 +217,7 @@ class EntmaxAttention(WithAlpha):
             "is_causal": self.is_causal,
             "window_size": self.window_size,
             "softcap": self.softcap,
-            "alibi_slopes": self.slopes,
+            "alibi_slopes": slopes_of(self.position, self.num_heads, x.device),
             "impl": impl,
         }
         if cu_seq is not None:
@@ -236,6 +254,9 @@ class AdaptiveTemperature(nn.Module):
         super().__init__()
         self.beta = nn.Linear(embed_dim, heads, **factory)
         self.gamma = nn.Linear(embed_dim, heads, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)  # drawn at random, these were seen to stay where they start
 
@@ -247,14 +268,20 @@ class AdaptiveTemperature(nn.Module):
         return torch.cat((factor, factor.new_ones(*factor.shape[:-1], rest)), -1) if rest else factor
 
 
-def slopes_of(position: str, num_heads: int) -> Tensor | None:
+def heads_without_slope(position: str, num_heads: int) -> int:
+    """They come first."""
+    return {"alibi": 0, "nape": num_heads - num_heads // 2}.get(position, num_heads)
+
+
+def slopes_of(position: str, num_heads: int, device: torch.device) -> Tensor | None:
     """(heads,) float32 ALiBi slopes, or None where no head has one."""
+    if position not in ("alibi", "nape"):
+        return None
+    free = heads_without_slope(position, num_heads)
+    count = torch.arange(1 - free, num_heads + 1 - free, dtype=torch.float32, device=device)
     if position == "alibi":
-        return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
-    if position == "nape":
-        free = num_heads - num_heads // 2
-        return torch.cat((torch.zeros(free), 1.0 / torch.arange(1, num_heads // 2 + 1)))
-    return None
+        return 2.0 ** (-8.0 * count / num_heads)
+    return torch.where(count > 0, 1.0 / count.clamp_min(1.0), 0.0)
 
 
 def positions_of(x: Tensor, cu_seq: Tensor | None) -> Tensor:

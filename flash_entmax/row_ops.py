@@ -2,11 +2,12 @@
 
     flash_entmax::entmax           x (rows, n)              -> probabilities
     flash_entmax::entmax_backward                           -> grad_x, grad_alphas (rows,)
-    flash_entmax::loss             x, classes (rows,)       -> losses (rows,), state (3, rows)
+    flash_entmax::loss             x, aim                   -> losses (rows,), state (3, rows)
     flash_entmax::loss_backward                             -> grad_x
 
-All tensors are contiguous. `alphas` is (rows,), in place of the number `alpha`; `state` is what each row was solved to,
-from which the loss's gradient has the probabilities again, so that nothing of the size of x is kept.
+All tensors are contiguous. `alphas` is (rows,), in place of the number `alpha`; `aim` is classes (rows,), or
+probabilities (rows, n); `state` is what each row was solved to, from which the loss's gradient has the probabilities
+again, so that nothing of the size of x is kept.
 """
 
 import torch
@@ -47,10 +48,10 @@ def _(grad, p, alphas, alpha, of_alpha, impl):
     return torch.empty_like(p), p.new_empty(p.shape[0] if of_alpha else 0, dtype=row_dtype(p))
 
 
-@operator("Tensor x, Tensor? classes, int ignored, float smoothing, float alpha, str impl", results=2)
-def loss(x, classes, ignored, smoothing, alpha, impl):
+@operator("Tensor x, Tensor aim, int ignored, float smoothing, float alpha, str impl", results=2)
+def loss(x, aim, ignored, smoothing, alpha, impl):
     with as_given(x):
-        return stages(impl).loss(x, Target(classes, ignored, smoothing), alpha)
+        return stages(impl).loss(x, Target(aim, ignored, smoothing), alpha)
 
 
 @fake("loss")
@@ -60,12 +61,12 @@ def _(x, *_):
 
 
 @operator(
-    "Tensor grad, Tensor x, Tensor? classes, Tensor state, int ignored, float smoothing, float alpha, str impl",
+    "Tensor grad, Tensor x, Tensor aim, Tensor state, int ignored, float smoothing, float alpha, str impl",
     results=1,
 )
-def loss_backward(grad, x, classes, state, ignored, smoothing, alpha, impl):
+def loss_backward(grad, x, aim, state, ignored, smoothing, alpha, impl):
     with as_given(x):
-        return stages(impl).loss_backward(grad.contiguous(), x, Target(classes, ignored, smoothing), state, alpha)
+        return stages(impl).loss_backward(grad.contiguous(), x, Target(aim, ignored, smoothing), state, alpha)
 
 
 @fake("loss_backward")
@@ -94,13 +95,13 @@ class Entmax(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """Keeps x, which is there anyway, and three numbers of each row."""
+    """Keeps x and the target, which are there anyway, and three numbers of each row."""
 
     @staticmethod
-    def forward(ctx, x, classes, *scalars):
+    def forward(ctx, x, aim, *scalars):
         with below_autograd():
-            losses, state = loss(x, classes, *scalars)
-        ctx.save_for_backward(x, state, *(() if classes is None else (classes,)))
+            losses, state = loss(x, aim, *scalars)
+        ctx.save_for_backward(x, aim, state)
         ctx.scalars = scalars
         ctx.mark_non_differentiable(state)
         ctx.set_materialize_grads(False)
@@ -110,8 +111,7 @@ class Loss(torch.autograd.Function):
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 6
-        x, state, *classes = ctx.saved_tensors
-        return loss_backward(grad, x, classes[0] if classes else None, state, *ctx.scalars), *(None,) * 5
+        return loss_backward(grad, *ctx.saved_tensors, *ctx.scalars), *(None,) * 5
 
 
 differentiate(entmax, Entmax)

@@ -32,14 +32,18 @@ class Solved(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Where the probability should be: 1 - smoothing at `classes` (rows,) int64, the rest everywhere alike.
+    """Where the probability should be: 1 - smoothing as `aim` says, the rest everywhere alike.
 
-    Rows whose class is `ignored` have loss 0. Without classes, the loss is the conjugate of the entropy alone.
+    aim: classes (rows,) int64, or probabilities (rows, n). Rows whose class is `ignored` have loss 0.
     """
 
-    classes: Tensor | None
+    aim: Tensor
     ignored: int
     smoothing: float
+
+    @property
+    def is_class(self) -> bool:
+        return self.aim.dim() == 1
 
 
 def solve(x: Tensor, alpha: float) -> Solved:
@@ -77,6 +81,8 @@ def weight_of_probability(p: Tensor, alpha: float) -> Tensor:
     """u = p^(2 - alpha) on the support, 0 elsewhere."""
     if alpha == 1.5:
         return p.sqrt()
+    if alpha == 2.0:
+        return torch.where(p > 0, 1.0, p)
     return torch.where(p == 0, 0.0, p.pow(2.0 - alpha))
 
 
@@ -124,9 +130,18 @@ def entmax_backward(
 
 
 def loss(x: Tensor, target: Target, alpha: float) -> tuple[Tensor, Tensor]:
-    """(rows,) losses, and (3, rows): what `Solved` holds. See :func:`loss_of` for the formula."""
+    """(rows,) losses, and (3, rows): what `Solved` holds.
+
+    With E = sum p (x - top), and Omega(p) = (sum p^alpha - 1) / (alpha (alpha - 1)), whose conjugate at x is
+
+        Omega*(x) = top + E - Omega(p) = top + E (1 - 1/alpha) + (1 - offset) / (alpha (alpha - 1))
+
+    since sum p^alpha = sum p d = (alpha - 1) E + offset, the loss of the target q is Omega*(x) - q . x + Omega(q).
+    Of probabilities, the caller adds Omega(q), which does not depend on x.
+    """
     dtype = row_dtype(x)
     result, state = x.new_empty(x.shape[0], dtype=dtype), x.new_empty(3, x.shape[0], dtype=dtype)
+    entropy = smoothed_entropy(target.smoothing, x.shape[-1], alpha) if target.is_class else 0.0
     for index, _ in parts(*x.shape, None, alpha):
         part = x[index].to(dtype)
         solved = solve(part, alpha)
@@ -134,32 +149,22 @@ def loss(x: Tensor, target: Target, alpha: float) -> tuple[Tensor, Tensor]:
         p = probabilities(part, solved, alpha)
         below = part - solved.top.unsqueeze(-1)
         energy = torch.where(p == 0, 0.0, p * below).sum(-1)
-        at_class = mean = None
-        if target.classes is not None:
-            classes = target.classes[index]
-            kept = classes != target.ignored
-            at_class = below.gather(-1, classes.where(kept, 0).unsqueeze(-1)).squeeze(-1)
-            mean = below.mean(-1) if target.smoothing else None
-        value = loss_of(energy, solved, at_class, mean, target.smoothing, x.shape[-1], alpha)
-        result[index] = value if target.classes is None else value.where(kept, 0.0)
+        offset = solved.offset + solved.lift * (alpha - 1.0)
+        conjugate = energy * (1.0 - 1.0 / alpha) + (1.0 - offset) / (alpha * (alpha - 1.0))
+        value = conjugate - (1.0 - target.smoothing) * expected(below, target, index) + entropy
+        if target.smoothing:
+            value -= target.smoothing * below.mean(-1)
+        result[index] = value.where(target.aim[index] != target.ignored, 0.0) if target.is_class else value
     return result, state
 
 
-def loss_of(energy, solved: Solved, at_class, mean, smoothing: float, n: int, alpha: float) -> Tensor:
-    """With E = energy = sum p (x - top) and Omega(p) = (sum p^alpha - 1) / (alpha (alpha - 1)):
-
-        conjugate of Omega at x:  top + E - Omega(p) = top + E (1 - 1/alpha) + (1 - offset) / (alpha (alpha - 1))
-
-    since sum p^alpha = sum p d = (alpha - 1) E + offset. The loss adds Omega(q) - q . x of the target q.
-    """
-    offset = solved.offset + solved.lift * (alpha - 1.0)
-    conjugate = energy * (1.0 - 1.0 / alpha) + (1.0 - offset) / (alpha * (alpha - 1.0))
-    if at_class is None:
-        return solved.top + conjugate
-    value = conjugate - (1.0 - smoothing) * at_class
-    if mean is not None:
-        value = value - smoothing * mean + smoothed_entropy(smoothing, n, alpha)
-    return value
+def expected(below: Tensor, target: Target, index: slice) -> Tensor:
+    """q . (x - top) of the target without smoothing; what has no probability costs nothing, even at -inf."""
+    aim = target.aim[index]
+    if target.is_class:
+        classes = aim.where(aim != target.ignored, 0)
+        return below.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+    return torch.where(aim == 0, 0.0, aim.to(below.dtype) * below).sum(-1)
 
 
 def smoothed_entropy(smoothing: float, n: int, alpha: float) -> float:
@@ -174,17 +179,17 @@ def smoothed_entropy(smoothing: float, n: int, alpha: float) -> float:
 def loss_backward(grad: Tensor, x: Tensor, target: Target, state: Tensor, alpha: float) -> Tensor:
     """dx = grad (p - q), with p from x again: nothing of the size of x is kept from the forward pass."""
     result = torch.empty_like(x)
+    share = target.smoothing / x.shape[-1]
     for index, _ in parts(*x.shape, None, alpha):
         part = x[index].to(row_dtype(x))
-        difference = probabilities(part, Solved(*state[:, index]), alpha)
-        scale = grad[index].unsqueeze(-1)
-        if target.classes is not None:
-            classes = target.classes[index].unsqueeze(-1)
-            kept = classes != target.ignored
-            if target.smoothing:
-                difference = difference - target.smoothing / x.shape[-1]
-            difference.scatter_add_(-1, classes.where(kept, 0), torch.full_like(scale, target.smoothing - 1.0))
-            difference = difference.where(kept, 0.0)
-            scale = scale.where(kept, 0.0)
-        result[index] = (scale * difference).to(x.dtype)
+        difference = probabilities(part, Solved(*state[:, index]), alpha).sub_(share)
+        scale, aim = grad[index].unsqueeze(-1), target.aim[index]
+        if target.is_class:
+            kept = (aim != target.ignored).unsqueeze(-1)
+            classes = aim.unsqueeze(-1).where(kept, 0)
+            difference.scatter_add_(-1, classes, torch.full_like(scale, target.smoothing - 1.0))
+            result[index] = (scale * difference).where(kept, 0.0).to(x.dtype)
+        else:
+            difference -= (1.0 - target.smoothing) * aim.to(difference.dtype)
+            result[index] = (scale * difference).to(x.dtype)
     return result

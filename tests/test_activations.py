@@ -140,6 +140,10 @@ def test_bad_scores_spoil_their_row(backend, bad):
     x[1, 70] = bad
     p = entmax(x, impl=backend.impl)
     assert p[1].isnan().all()
+    for alpha in ALPHAS:
+        (of_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), x, torch.ones_like(x))  # noqa: B023
+        assert of_x[1].isnan().all()
+        assert of_x[[0, 2]].isfinite().all()
     assert torch.equal(p[[0, 2]], entmax(x[[0, 2]], impl=backend.impl))
 
 
@@ -152,9 +156,11 @@ def test_any_strides_and_no_entries(backend):
 
 def test_more_rows_than_programs(backend):
     """Each row gets its own maxima: none is served by those of the row before."""
-    x = scores(backend, 50, 70) * torch.linspace(0.01, 30, 50, device=backend.device)[:, None]
-    p = entmax(x, impl=backend.impl)
-    torch.testing.assert_close(p.double(), exact(x.double(), 1.5), rtol=1e-5, atol=1e-6)
+    rows, length = backend.sizes((50, 70), (50, 70), (20_000, 3000))
+    x = scores(backend, rows, length) * torch.linspace(0.01, 30, rows, device=backend.device)[:, None]
+    truth = exact(x.double(), 1.5)
+    for _ in range(backend.sizes(1, 1, 3)):
+        torch.testing.assert_close(entmax(x, impl=backend.impl).double(), truth, rtol=1e-5, atol=1e-6)
 
 
 @given(data=st.data())

@@ -44,6 +44,9 @@ def test_it_continues_where_it_stopped():
         first.step()
     second.load_state_dict(first.state_dict())
     assert second.alpha == first.alpha
+    short = AlphaAnnealing(3)
+    short.load_state_dict(first.state_dict())
+    assert short.alpha.item() == pytest.approx(1.5), "beyond its steps it is at its end"
     assert second.step() == first.step()
 
 

@@ -67,12 +67,40 @@ def test_further_dimensions(backend):
     torch.testing.assert_close(loss, linear_entmax_loss(hidden[:10], weight, target[:10], impl=backend.impl))
 
 
-def test_a_second_backward_pass_is_refused(backend):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_scaled_losses_in_16_bits(backend, reduction):
+    """A mean over many tokens, times the scale that keeps float16 gradients from vanishing: as from float64."""
+    if backend.is_interpreted:
+        pytest.skip("many rows")
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4096, 16, generator=generator), 0.02 * torch.randn(300, 16, generator=generator)
+    target = torch.randint(300, (4096,), generator=generator).to(backend.device)
+    leaves = [tensor.to(backend.device, torch.float16).requires_grad_() for tensor in (hidden, weight)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    scale = 65536.0 if reduction == "mean" else 0.25
+    ours = scale * linear_entmax_loss(*leaves, target, reduction=reduction, impl=backend.impl)
+    truth = scale * entmax_loss(linear(*exact), target, reduction=reduction)
+    for one, other in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(truth, exact), strict=True):
+        assert (one.double() - other).abs().max() <= 2e-3 * other.abs().max()
+
+
+def test_without_gradient_none_is_computed(backend, monkeypatch):
+    hidden, weight, _, target = problem(backend)
+    monkeypatch.setattr(linear_loss.row_ops, "loss_backward", lambda *_: pytest.fail("a gradient was computed"))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            linear_entmax_loss(hidden, weight, target, impl=backend.impl)
+
+
+def test_backward_passes(backend):
+    """As often as the graph is kept; a second derivative is refused."""
     hidden, weight, _, target = problem(backend)
     loss = linear_entmax_loss(hidden, weight, target, impl=backend.impl)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="used up by a first backward pass"):
-        loss.backward()
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="linear_entmax_loss has no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 H, W, Y = torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64)

@@ -139,6 +139,20 @@ def test_targets_that_are_probabilities(backend, alpha, smoothing):
     torch.testing.assert_close(of_x.double(), true_of_x, rtol=1e-5, atol=1e-5)
 
 
+def test_probabilities_far_from_zero(backend):
+    """Scores that are all large lose nothing but their own rounding; the target gets no gradient; float16 is scaled."""
+    x, q = scores(backend, 4, 50), scores(backend, 4, 50, seed=1).softmax(-1).requires_grad_()
+    shifted = (x * 64).round() / 64 + 4096
+    near = entmax_loss(shifted - 4096, q, reduction="none", impl=backend.impl)
+    far = entmax_loss(shifted.requires_grad_(), q, reduction="none", impl=backend.impl)
+    torch.testing.assert_close(far, near, rtol=1e-6, atol=2e-6)
+    assert torch.autograd.grad(far.sum(), q, allow_unused=True) == (None,)
+    won = torch.tensor([[9.0, 0.0, 0.0]], device=backend.device, dtype=torch.float16, requires_grad=True)
+    loss = entmax_loss(won, torch.eye(3, device=backend.device)[:1], reduction="sum", impl=backend.impl)
+    (of_won,) = torch.autograd.grad(65536.0 * loss, won)
+    assert (of_won == 0).all()
+
+
 def test_the_loss_of_its_own_prediction_is_zero(backend):
     x = scores(backend, 4, 50)
     for alpha in ALPHAS:
@@ -185,6 +199,12 @@ def test_nothing_of_the_size_of_the_input_is_kept(backend):
         entmax_loss(x, target, impl=backend.impl)
     beside = [t for t in saved if t.data_ptr() not in (x.data_ptr(), target.data_ptr())]
     assert sum(t.numel() for t in beside) <= 4 * 6
+    saved.clear()
+    probabilities = x.detach().softmax(-1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        entmax_loss(x, probabilities, impl=backend.impl)
+    beside = [t for t in saved if t.data_ptr() not in (x.data_ptr(), probabilities.data_ptr())]
+    assert sum(t.numel() for t in beside) <= 4 * 6
 
 
 def test_all_of_the_memory_is_written(backend):
@@ -200,8 +220,8 @@ def test_all_of_the_memory_is_written(backend):
 
 def test_operators(backend):
     x, target = scores(backend, 3, 33), classes(backend, 33, 3)
-    for of_row in (target, None):
-        arguments = x.clone().requires_grad_(), of_row, -100, 0.0, 1.5, backend.impl
+    for aim in (target, x.softmax(-1)):
+        arguments = x.clone().requires_grad_(), aim, -100, 0.0, 1.5, backend.impl
         torch.library.opcheck(torch.ops.flash_entmax.loss.default, arguments)
     _, state = torch.ops.flash_entmax.loss(x, target, -100, 0.1, 1.5, backend.impl)
     arguments = torch.ones(3, device=backend.device), x, target, state, -100, 0.1, 1.5, backend.impl

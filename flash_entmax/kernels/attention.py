@@ -4,7 +4,6 @@ Scratch is bounded: maxima and lists exist for one chunk of heads and rows at a 
 them. What stays for the gradient is one bit for each tile.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from .bound import summary_kernel
 from .forward import output_kernel, support_kernel
 from .schedule import Launch, Shape
 from .tau import threshold_kernel
-from .tile import Matrix, aligned, aligned_size, matrix, trimmed
+from .tile import Matrix, aligned, aligned_size, device_of, matrix, trimmed
 from .view import View, bounds_kernel
 
 MAXIMA = 7 * 2**24  # maxima of 2 bytes in the scratch of one chunk: 224 MiB
@@ -133,10 +132,6 @@ class Call(NamedTuple):
 def new_lists(parts: list[Chunk], device: torch.device) -> Tensor:
     """Places for the lists of the largest chunk."""
     return torch.empty(max(chunk.places for chunk in parts), dtype=torch.int32, device=device)
-
-
-def device_of(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def attention(problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

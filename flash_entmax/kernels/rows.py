@@ -19,11 +19,13 @@ from torch import Tensor
 from ..problem import ceil_div
 from ..rows import Target, smoothed_entropy
 from .alpha import newton_step, probability, probability_and_weight, support_weight, weight_of_probability
+from .tile import device_of
 
 LONGEST_SEGMENT = 64
 MOST_SEGMENTS = 128  # that a program looks at together: 8,192 entries
 MOST_PLACES = 2048  # maxima that it looks at together
-PROGRAMS = 4  # for each multiprocessor, where a program needs a line of maxima
+WARPS = 64  # of the programs that share a multiprocessor, where each needs a line of maxima
+CLASSES, PROBABILITIES = tl.constexpr(1), tl.constexpr(2)  # what the target of a loss may be
 
 CERTIFY_STEPS = tl.constexpr(3)
 MAX_STEPS = tl.constexpr(40)
@@ -39,7 +41,7 @@ class RowShape:
     POWER: int  # 1 / (alpha - 1) where it is 1 or 2, else 0
     PER_ROW: bool  # the exponent 1 / (alpha - 1) is a tensor of one number for each row
     SOLVED: float  # F - 1 up to which one more step is made on the output itself
-    TARGET: bool = False  # the loss has a class for each row
+    TARGET: int = 0  # CLASSES (rows,), or PROBABILITIES (rows, n)
     SMOOTHED: bool = False
     OF_ALPHA: bool = False  # the gradient of alpha is asked for
 
@@ -105,10 +107,13 @@ def scan_row(row, S: tl.constexpr):
 
 @triton.jit
 def certify_row(row, top, slope, exponent, S: tl.constexpr):
-    """An offset at or above the true one, by steps on the maxima of segments; 2^-16 of it covers their rounding."""
+    """An offset at or above the true one, by steps on the maxima of segments."""
     PLACES: tl.constexpr = S.PLACES
     offset = 1.0
     segments = tl.cdiv(row.n, S.SEGMENT)
+    # A step is rounded relative to the offset that it starts from: by 2^-24 for each span of maxima, added one after
+    # the other, and by less than 2^-17 for the powers and the sum over a span.
+    rounding = (tl.cdiv(segments, PLACES) + 64) * 2.0**-22
     for _ in range(CERTIFY_STEPS):
         total = tl.zeros((PLACES,), tl.float32)
         weight = tl.zeros((PLACES,), tl.float32)
@@ -118,7 +123,7 @@ def certify_row(row, top, slope, exponent, S: tl.constexpr):
             d = tl.maximum((maxima - top) * slope + offset, 0.0)
             total += probability(d, exponent, S.POWER)
             weight += support_weight(d, exponent, S.POWER)
-        stepped = newton_step(offset, tl.sum(total, 0), tl.sum(weight, 0), exponent) + offset * 2.0**-16
+        stepped = newton_step(offset, tl.sum(total, 0), tl.sum(weight, 0), exponent) + offset * rounding
         offset = tl.where(stepped < offset, stepped, offset)
     return offset
 
@@ -226,10 +231,10 @@ def load_gradient(grad, p, first, n, exponent, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "ignored"])
-def loss_kernel(x, losses, state, maxima, classes, ignored, smoothing, entropy, exponents, rows, n, S: tl.constexpr):
-    """Loss of each row and (3, rows) what it was solved to. See loss_of in rows.py for the formula."""
+def loss_kernel(x, losses, state, maxima, aim, ignored, smoothing, entropy, exponents, rows, n, S: tl.constexpr):
+    """Loss of each row and (3, rows) what it was solved to. See `loss` in rows.py for the formula."""
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
-        aim, kept = class_of(classes, index, ignored, S)
+        own, kept = class_of(aim, index, ignored, S)
         if kept:
             row = open_row(x, maxima, index, n, S)
             exponent = exponent_of(exponents, index, S)
@@ -243,12 +248,12 @@ def loss_kernel(x, losses, state, maxima, classes, ignored, smoothing, entropy, 
             alpha = 1.0 + slope
             loss = sum_of(energy) * (1.0 - 1.0 / alpha)
             loss += (1.0 - offset - lift * slope) / (alpha * slope)
-            if S.TARGET:
-                loss -= (1.0 - smoothing) * (tl.load(row.data + aim).to(tl.float32) - top)
+            if S.TARGET == CLASSES:
+                loss += entropy - (1.0 - smoothing) * (tl.load(row.data + own).to(tl.float32) - top)
             else:
-                loss += top
+                loss -= (1.0 - smoothing) * expected(row, aim + tl.cast(index, tl.int64) * n, top, S)
             if S.SMOOTHED:
-                loss += entropy - smoothing * mean_of(row, top, S)
+                loss -= smoothing * mean_of(row, top, S)
             tl.store(losses + index, loss)
             tl.store(state + index, top)
             tl.store(state + rows + index, offset)
@@ -258,11 +263,23 @@ def loss_kernel(x, losses, state, maxima, classes, ignored, smoothing, entropy, 
 
 
 @triton.jit
-def class_of(classes, row, ignored, S: tl.constexpr):
-    """(class, whether the row counts); without classes, all rows do."""
-    aim = tl.load(classes + row) if S.TARGET else tl.full((), -1, tl.int64)
-    kept = (aim != ignored) if S.TARGET else (aim == aim)
-    return aim, kept
+def class_of(aim, row, ignored, S: tl.constexpr):
+    """(class, whether the row counts); where the target is probabilities, all rows do."""
+    own = tl.load(aim + row) if S.TARGET == CLASSES else tl.full((), -1, tl.int64)
+    kept = (own != ignored) if S.TARGET == CLASSES else (own == own)
+    return own, kept
+
+
+@triton.jit
+def expected(row, aim, top, S: tl.constexpr):
+    """q . (x - top); what has no probability costs nothing, even at -inf."""
+    total = filled(0.0, S)
+    for first in range(0, row.n, S.SEGMENTS * S.SEGMENT):
+        columns = columns_of(first, S)
+        q = tl.load(aim + columns, mask=columns < row.n, other=0.0).to(tl.float32)
+        x = tl.load(row.data + columns, mask=(columns < row.n) & (q != 0), other=0.0).to(tl.float32)
+        total += tl.where(q == 0, 0.0, q * (x - top))
+    return sum_of(total)
 
 
 @triton.jit
@@ -278,12 +295,12 @@ def mean_of(row, top, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "ignored"])
 def loss_backward_kernel(
-    grad, x, grad_x, state, classes, ignored, smoothing, exponents, rows, n, S: tl.constexpr
+    grad, x, grad_x, state, aim, ignored, smoothing, exponents, rows, n, S: tl.constexpr
 ):  # fmt: skip
     """dx = g (p - q), with p from x again."""
     index = tl.program_id(0)
     start = tl.cast(index, tl.int64) * n
-    aim, kept = class_of(classes, index, ignored, S)
+    own, kept = class_of(aim, index, ignored, S)
     exponent = exponent_of(exponents, index, S)
     slope = 1.0 / exponent
     g = tl.where(kept, tl.load(grad + index), 0.0)
@@ -296,8 +313,11 @@ def loss_backward_kernel(
         of_x = tl.load(x + start + columns, mask=columns < seen, other=float("-inf")).to(tl.float32)
         d = tl.maximum((of_x - top) * slope + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
         difference = lifted(d, lift, exponent, S)
-        if S.TARGET:
-            difference -= tl.where(columns == aim, 1.0 - smoothing, 0.0)
+        if S.TARGET == CLASSES:
+            difference -= tl.where(columns == own, 1.0 - smoothing, 0.0)
+        else:
+            q = tl.load(aim + start + columns, mask=columns < n, other=0.0).to(tl.float32)
+            difference -= (1.0 - smoothing) * q
         if S.SMOOTHED:
             difference -= smoothing / n
         dx = tl.where(kept, g * difference, 0.0)
@@ -325,12 +345,13 @@ def exponents_of(alphas: Tensor | None, alpha: float) -> Tensor | float:
 def programs_with_maxima(x: Tensor, shape: RowShape) -> tuple[int, Tensor]:
     """How many programs share the rows, and a line for each of them."""
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs = min(x.shape[0], PROGRAMS * processors)
+    programs = min(x.shape[0], WARPS // shape.warps * processors)
     return programs, x.new_empty(programs, ceil_div(x.shape[1], shape.SEGMENT))
 
 
 def launch(kernel, programs: int, shape: RowShape, *arguments) -> None:
-    kernel[(programs,)](*arguments, S=shape, num_warps=shape.warps)
+    with device_of(arguments[0]):
+        kernel[(programs,)](*arguments, S=shape, num_warps=shape.warps)
 
 
 def entmax(x: Tensor, alphas: Tensor | None, alpha: float) -> Tensor:
@@ -356,22 +377,18 @@ def loss(x: Tensor, target: Target, alpha: float) -> tuple[Tensor, Tensor]:
     losses, state = x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(3, x.shape[0], dtype=torch.float32)
     programs, maxima = programs_with_maxima(x, shape)
     entropy = smoothed_entropy(target.smoothing, x.shape[1], alpha)
-    arguments = x, losses, state, maxima, *aim_of(target, x), entropy, exponents_of(None, alpha), *x.shape
+    arguments = x, losses, state, maxima, *target, entropy, exponents_of(None, alpha), *x.shape
     launch(loss_kernel, programs, shape, *arguments)
     return losses, state
 
 
 def loss_backward(grad: Tensor, x: Tensor, target: Target, state: Tensor, alpha: float) -> Tensor:
     shape, grad_x = loss_shape(x, target, alpha), torch.empty_like(x)
-    arguments = grad, x, grad_x, state, *aim_of(target, x), exponents_of(None, alpha), *x.shape
+    arguments = grad, x, grad_x, state, *target, exponents_of(None, alpha), *x.shape
     launch(loss_backward_kernel, x.shape[0], shape, *arguments)
     return grad_x
 
 
 def loss_shape(x: Tensor, target: Target, alpha: float) -> RowShape:
-    return shape_of(x, None, alpha, TARGET=target.classes is not None, SMOOTHED=target.smoothing > 0)
-
-
-def aim_of(target: Target, x: Tensor) -> tuple[Tensor, int, float]:
-    """Classes, the ignored one, smoothing; any tensor stands for classes where there are none."""
-    return (x if target.classes is None else target.classes), target.ignored, target.smoothing
+    kind = CLASSES if target.is_class else PROBABILITIES
+    return shape_of(x, None, alpha, TARGET=kind, SMOOTHED=target.smoothing > 0)

@@ -4,8 +4,10 @@ A unit is one query head of one batch row, numbered batch * heads + head. Every 
 a contiguous (batch, heads, query length) float32 tensor.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -56,6 +58,11 @@ def matrix(tensor: Tensor) -> Matrix:
     return Matrix(
         tensor, strides[0] if batch > 1 else 0, strides[1] if heads > 1 else 0, strides[2] if length > 1 else 0
     )
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Inside, kernels are launched where the tensor is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def aligned_size(size: int) -> int:

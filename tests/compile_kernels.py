@@ -77,7 +77,7 @@ def compile_rows(capability: int, dtype: torch.dtype, size: int, alpha: float) -
     for of_row in (None, alphas):
         rows.entmax(x, of_row, alpha)
         rows.entmax_backward(x, x, of_row, alpha, of_row is not None)
-    for target in (Target(None, -1, 0.0), Target(torch.zeros(8, dtype=torch.int64), -100, 0.1)):
+    for target in (Target(torch.zeros(8, dtype=torch.int64), -100, 0.1), Target(x, -100, 0.0)):
         losses, state = rows.loss(x, target, alpha)
         rows.loss_backward(losses, x, target, state, alpha)
 

@@ -127,7 +127,7 @@ def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     if target.shape != shape:
         shapes = f"{tuple(shape)} for input {tuple(input.shape)}, got {tuple(target.shape)}"
-        raise ValueError(f"a target of classes must have shape {shapes}")
+        raise ValueError(f"a target of classes must have shape {shapes}; scores have their classes in dimension 1")
 
 
 def check_classes(classes: Tensor, count: int, ignored: int) -> None:

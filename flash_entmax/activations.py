@@ -17,7 +17,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
 
         p_j = [(alpha - 1) x_j - tau]_+ ^ (1 / (alpha - 1)),   with tau such that sum_j p_j = 1
 
-    On a GPU one kernel reads each row once, and of its further looks at it only those parts that can hold support.
+    On a GPU one kernel reads each row whole once, and again only those parts of it that can hold support.
 
     Args:
         x: scores of any shape; float16, bfloat16, float32 or float64. -inf masks an entry: its probability and gradient

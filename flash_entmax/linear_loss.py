@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import row_ops
-from .activations import DTYPES, check_alpha_number, choose_rows
+from .activations import DTYPES, choose_rows
 from .functional import as_autocast
 from .losses import check_classes, check_options
 from .problem import Impl, ceil_div, row_dtype
@@ -49,10 +49,7 @@ def linear_entmax_loss(
     else:
         hidden, weight, bias = as_autocast(hidden, weight, bias)
     check_linear(hidden, weight, target, bias)
-    check_alpha_number(alpha)
-    if alpha == 1.0:
-        raise ValueError("alpha must be above 1, got 1.0: that loss is torch.nn.functional.cross_entropy")
-    check_options(ignore_index, reduction, label_smoothing)
+    check_options(alpha, ignore_index, reduction, label_smoothing)
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum', got 'none': use entmax_loss for the loss of each token")
     rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()

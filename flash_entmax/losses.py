@@ -54,10 +54,7 @@ def entmax_loss(
     """
     class_dim = 0 if isinstance(input, Tensor) and input.dim() == 1 else 1
     check_scores(input, class_dim if isinstance(input, Tensor) and input.dim() > class_dim else 0, "input")
-    check_alpha_number(alpha)
-    if alpha == 1.0:
-        raise ValueError("alpha must be above 1, got 1.0: that loss is torch.nn.functional.cross_entropy")
-    check_options(ignore_index, reduction, label_smoothing)
+    check_options(alpha, ignore_index, reduction, label_smoothing)
     check_target(input, target, class_dim)
     impl = choose_rows(input, impl)
     rows = input.movedim(class_dim, -1)
@@ -74,10 +71,7 @@ def entmax_loss(
         losses = losses + entropy_of(aim, float(alpha), label_smoothing, losses.dtype)
     if reduction == "none":
         return losses.view(shape)
-    total = losses.sum()
-    if reduction == "sum":
-        return total
-    return total / count
+    return losses.sum() if reduction == "sum" else losses.sum() / count
 
 
 def sparsemax_loss(input: Tensor, target: Tensor, **options) -> Tensor:
@@ -99,7 +93,10 @@ def entropy_of(aim: Tensor, alpha: float, smoothing: float, dtype: torch.dtype) 
     return (mixed.pow(alpha).sum(-1) - 1.0) / (alpha * (alpha - 1.0))
 
 
-def check_options(ignore_index: int, reduction: str, label_smoothing: float) -> None:
+def check_options(alpha: float, ignore_index: int, reduction: str, label_smoothing: float) -> None:
+    check_alpha_number(alpha)
+    if alpha == 1.0:
+        raise ValueError("alpha must be above 1, got 1.0: that loss is torch.nn.functional.cross_entropy")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     if reduction not in REDUCTIONS:

@@ -97,8 +97,7 @@ class EntmaxLoss(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_alpha_number(alpha)
-        check_options(ignore_index, reduction, label_smoothing)
+        check_options(alpha, ignore_index, reduction, label_smoothing)
         self.alpha, self.impl = alpha, impl
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
 

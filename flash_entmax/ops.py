@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import sight
-from .library import as_given, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from .problem import Modifiers, Problem, ceil_div, empty_output, row_dtype
+from .registration import as_given, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from .tiled import TILE
 
 _INPUTS = "Tensor query, Tensor key, Tensor value"

@@ -12,8 +12,8 @@ again, so that nothing of the size of x is kept.
 
 import torch
 
-from .library import as_given, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from .problem import row_dtype
+from .registration import as_given, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from .rows import Target
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flash_entmax import entmax, entmax_attention
-from flash_entmax.nn import AdaptiveTemperature, Entmax, EntmaxAttention
+from flash_entmax.nn import AdaptiveTemperature, Entmax, EntmaxAttention, EntmaxLoss
 from flash_entmax.reference import entmax_rows
 
 WIDTH, HEADS, LENGTH = 24, 4, 37
@@ -217,6 +217,11 @@ def test_a_layer_is_the_call(backend):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         EntmaxAttention(WIDTH, **{"num_heads": HEADS} | options)
+
+
+def test_a_loss_is_refused_when_it_is_made():
+    with pytest.raises(ValueError, match=r"alpha must be above 1, got 1\.0"):
+        EntmaxLoss(1.0)
 
 
 def test_wrong_input():

@@ -1,6 +1,6 @@
 """Entmax along the rows of a matrix: probabilities, Fenchel-Young losses, and the gradients of both.
 
-A row is read once. Its maxima over segments of SEGMENT entries stay on the chip; being a subset of the row, they
+A row is read whole once. Its maxima over segments of SEGMENT entries stay on the chip; being a subset of the row, they
 certify by Newton's steps an offset at or above the true one, and with it the segments that hold no support. The steps
 to the exact threshold, and the output, then read the other segments only. One program takes one row at a time, and
 keeps its maxima in its own line of `maxima`.
@@ -391,4 +391,4 @@ def loss_backward(grad: Tensor, x: Tensor, target: Target, state: Tensor, alpha:
 
 def loss_shape(x: Tensor, target: Target, alpha: float) -> RowShape:
     kind = CLASSES if target.is_class else PROBABILITIES
-    return shape_of(x, None, alpha, TARGET=kind, SMOOTHED=target.smoothing > 0)
+    return shape_of(x, None, alpha, TARGET=kind.value, SMOOTHED=target.smoothing > 0)

@@ -3,7 +3,7 @@
 Rows of 1,024 to 131,072 scores, as many as make 2^26 of them (2^20 on a CPU), all in one process on the same tensors.
 "normal" scores are N(0, 1); "peaked" ones are N(0, 3^2) with one 12 ahead, as a trained model's often are. Beside the
 times stands the worst |sum p - 1| of each way, and for losses the memory at the peak beyond inputs and gradients.
-Medians of 15 calls (3 on a CPU).
+Medians: of some 50 ms of calls on a GPU, by triton.testing.do_bench; of 3 calls on a CPU.
 
 With --passes instead, in float64 on the CPU: how often, from three starts, the solver of a row looks at it.
 """
@@ -21,7 +21,7 @@ from flash_entmax.testing import DISTRIBUTIONS, score_rows
 from flash_entmax.threshold import certified_offset, histogram_offset, newton_step, probability, support_weight
 
 LENGTHS = 1024, 4096, 16384, 50257, 65536, 131072
-REPEATS = 15
+REPEATS = 3
 
 
 def scores(kind: str, rows: int, length: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -68,38 +68,34 @@ def losses(alpha: float) -> dict:
     return ways
 
 
-def milliseconds(call) -> float:
-    """One call, by CUDA events or the clock."""
-    if not torch.cuda.is_available():
+def median_ms(call) -> float:
+    """On a GPU of the device's time alone, the caches cleared before each call."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=5, rep=50, return_mode="median")
+    call()
+    times = []
+    for _ in range(REPEATS):
         start = perf_counter()
         call()
-        return 1e3 * (perf_counter() - start)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop)
+        times.append(1e3 * (perf_counter() - start))
+    return median(times)
 
 
-def median_ms(call, repeats: int) -> float:
-    call()
-    return median(milliseconds(call) for _ in range(repeats))
-
-
-def measure_activation(way, x: torch.Tensor, repeats: int) -> dict:
+def measure_activation(way, x: torch.Tensor) -> dict:
     leaf, grad = x.detach().requires_grad_(), torch.randn_like(x)
     off = (way(x).double().sum(-1) - 1).abs().max().item()
     with torch.no_grad():
-        forward = median_ms(lambda: way(x), repeats)
-    step = median_ms(lambda: torch.autograd.grad(way(leaf), leaf, grad), repeats)
+        forward = median_ms(lambda: way(x))
+    step = median_ms(lambda: torch.autograd.grad(way(leaf), leaf, grad))
     return {"forward_ms": forward, "step_ms": step, "row_sum_error": off}
 
 
-def measure_loss(way, x: torch.Tensor, repeats: int) -> dict:
+def measure_loss(way, x: torch.Tensor) -> dict:
     leaf = x.detach().requires_grad_()
     target = torch.randint(x.shape[1], (x.shape[0],), device=x.device)
-    result = {"step_ms": median_ms(lambda: torch.autograd.grad(way(leaf, target), leaf), repeats)}
+    result = {"step_ms": median_ms(lambda: torch.autograd.grad(way(leaf, target), leaf))}
     if x.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -145,9 +141,9 @@ def print_passes() -> None:
             print(f"alpha {alpha:g}, {length:7} entries: {', '.join(means)}", flush=True)
 
 
-def attempt(measure, way, x, repeats) -> dict:
+def attempt(measure, way, x) -> dict:
     try:
-        return measure(way, x, repeats)
+        return measure(way, x)
     except Exception as error:  # a peer that cannot run a case is listed with its reason
         return {"cannot": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]}
 
@@ -173,10 +169,12 @@ def main() -> None:
         return
     on_cuda = torch.cuda.is_available()
     device, dtypes = ("cuda", (torch.bfloat16, torch.float32)) if on_cuda else ("cpu", (torch.float32,))
-    numbers, repeats = (2**26, REPEATS) if on_cuda else (2**20, 3)
+    numbers = 2**26 if on_cuda else 2**20
     name = torch.cuda.get_device_name() if on_cuda else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}, flash-entmax {__version__}, torch {torch.__version__}")
+    conditions = {"device": name, "torch": torch.__version__, "flash_entmax": __version__}
     results = []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for alpha in options.alphas:
         for dtype in dtypes:
             for kind in options.kinds:
@@ -189,12 +187,10 @@ def main() -> None:
                     ):
                         print(f"{task}, {size}")
                         for who, way in ways.items():
-                            result = attempt(measure, way, x, repeats)
+                            result = attempt(measure, way, x)
                             print(f"    {who:26} {shown(result)}", flush=True)
                             results.append({"task": task, "size": size, "way": who, **result})
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    conditions = {"device": name, "torch": torch.__version__, "flash_entmax": __version__, "repeats": repeats}
-    options.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))
+                    options.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A row is read whole once. Its maxima over segments of SEGMENT entries stay on the chip; being a subset of the row, they
 certify by Newton's steps an offset at or above the true one, and with it the segments that hold no support. The steps
-to the exact threshold, and the output, then read the other segments only. One program takes one row at a time, and
-keeps its maxima in its own line of `maxima`.
+to the exact threshold, and the output, then read the other segments only. One program takes one row at a time. A row
+that fits stays in its registers; of a longer one it keeps the maxima, in its own line of `maxima`.
 
 In the names of rows.py:  d = [slope (x - top) + offset]_+,  p = u (d + lift),  slope = alpha - 1,  r = 1 / slope.
 """
@@ -22,7 +22,7 @@ from .alpha import newton_step, probability, probability_and_weight, support_wei
 from .tile import device_of
 
 LONGEST_SEGMENT = 64
-MOST_SEGMENTS = 128  # that a program looks at together: 8,192 entries
+MOST_SEGMENTS = 128  # that a program looks at together: 8,192 entries, the longest row that stays in registers
 MOST_PLACES = 2048  # maxima that it looks at together
 WARPS = 64  # of the programs that share a multiprocessor, where each needs a line of maxima
 CLASSES, PROBABILITIES = tl.constexpr(1), tl.constexpr(2)  # what the target of a loss may be
@@ -41,21 +41,26 @@ class RowShape:
     POWER: int  # 1 / (alpha - 1) where it is 1 or 2, else 0
     PER_ROW: bool  # the exponent 1 / (alpha - 1) is a tensor of one number for each row
     SOLVED: float  # F - 1 up to which one more step is made on the output itself
+    RESIDENT: bool  # the segments are all that there are, and stay in registers
     TARGET: int = 0  # CLASSES (rows,), or PROBABILITIES (rows, n)
     SMOOTHED: bool = False
     OF_ALPHA: bool = False  # the gradient of alpha is asked for
 
     @property
     def warps(self) -> int:
-        return max(1, min(16, self.SEGMENT * self.SEGMENTS // 512))
+        return max(1, min(16, self.SEGMENT * self.SEGMENTS // (1024 if self.RESIDENT else 512)))
 
 
 class Row(NamedTuple):
-    """One row: its data, its length, and its line of maxima."""
+    """One row: where it stands, its length, its maxima by segment, and its entries.
+
+    Of a row that is not resident, the maxima are a pointer to the program's line for them, and so is `held`.
+    """
 
     data: Tensor
     n: int
     maxima: Tensor
+    held: Tensor
 
 
 @triton.jit
@@ -89,20 +94,40 @@ def segments_of(row, first, S: tl.constexpr):
 
 
 @triton.jit
+def load_span(data, first, n, S: tl.constexpr):
+    """The entries of the segments from column `first` on; -inf beyond the row."""
+    columns = columns_of(first, S)
+    return tl.load(data + columns, mask=columns < n, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
 def scan_row(row, S: tl.constexpr):
     """The row's maximum, after its segments' are stored: NaN where an entry is NaN or +inf; +inf where all are -inf."""
-    peak = filled(float("-inf"), S)
-    for first in range(0, row.n, S.SEGMENTS * S.SEGMENT):
-        columns = columns_of(first, S)
-        x = tl.load(row.data + columns, mask=columns < row.n, other=float("-inf")).to(tl.float32)
-        pointers, inside = segments_of(row, first, S)
-        tl.store(pointers, tl.max(x, 1), mask=inside)
-        peak = tl.maximum(peak, x, propagate_nan=tl.PropagateNan.ALL)
-    tl.debug_barrier()  # the maxima are there for all
+    if S.RESIDENT:
+        peak = row.held
+    else:
+        peak = filled(float("-inf"), S)
+        for first in range(0, row.n, S.SEGMENTS * S.SEGMENT):
+            x = load_span(row.data, first, row.n, S)
+            pointers, inside = segments_of(row, first, S)
+            tl.store(pointers, tl.max(x, 1), mask=inside)
+            peak = tl.maximum(peak, x, propagate_nan=tl.PropagateNan.ALL)
+        tl.debug_barrier()  # the maxima are there for all
     odd = sum_of(tl.where(peak < float("inf"), 0, 1))
     top = tl.max(tl.max(peak, 1), 0)
     top = tl.where(top == float("-inf"), float("inf"), top)
     return tl.where(odd > 0, float("nan"), top)
+
+
+@triton.jit
+def maxima_from(row, first, segments, S: tl.constexpr):
+    """(PLACES,) from the segment number `first` on."""
+    if S.RESIDENT:
+        maxima = row.maxima
+    else:
+        place = first + tl.arange(0, S.PLACES)
+        maxima = tl.load(row.maxima + place, mask=place < segments, other=float("-inf")).to(tl.float32)
+    return maxima
 
 
 @triton.jit
@@ -118,9 +143,7 @@ def certify_row(row, top, slope, exponent, S: tl.constexpr):
         total = tl.zeros((PLACES,), tl.float32)
         weight = tl.zeros((PLACES,), tl.float32)
         for first in range(0, segments, PLACES):
-            place = first + tl.arange(0, PLACES)
-            maxima = tl.load(row.maxima + place, mask=place < segments, other=float("-inf")).to(tl.float32)
-            d = tl.maximum((maxima - top) * slope + offset, 0.0)
+            d = tl.maximum((maxima_from(row, first, segments, S) - top) * slope + offset, 0.0)
             total += probability(d, exponent, S.POWER)
             weight += support_weight(d, exponent, S.POWER)
         stepped = newton_step(offset, tl.sum(total, 0), tl.sum(weight, 0), exponent) + offset * rounding
@@ -131,11 +154,14 @@ def certify_row(row, top, slope, exponent, S: tl.constexpr):
 @triton.jit
 def load_live(row, first, top, slope, offset, S: tl.constexpr):
     """(x, d) of the segments that may hold support, NaN included; of the others -inf and 0, without a look at them."""
-    columns = columns_of(first, S)
-    pointers, inside = segments_of(row, first, S)
-    maxima = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
-    live = tl.where((maxima - top) * slope + offset <= 0, 0, 1)[:, None] > 0
-    x = tl.load(row.data + columns, mask=live & (columns < row.n), other=float("-inf")).to(tl.float32)
+    if S.RESIDENT:
+        x = row.held
+    else:
+        columns = columns_of(first, S)
+        pointers, inside = segments_of(row, first, S)
+        maxima = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
+        live = tl.where((maxima - top) * slope + offset <= 0, 0, 1)[:, None] > 0
+        x = tl.load(row.data + columns, mask=live & (columns < row.n), other=float("-inf")).to(tl.float32)
     return x, tl.maximum((x - top) * slope + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -175,10 +201,16 @@ def lifted(d, lift, exponent, S: tl.constexpr):
 
 @triton.jit
 def open_row(x, maxima, index, n, S: tl.constexpr):
-    """The row, and this program's line for its maxima, which its last row is done with."""
-    tl.debug_barrier()
-    line = maxima + tl.cast(tl.program_id(0), tl.int64) * tl.cdiv(n, S.SEGMENT)
-    return Row(x + tl.cast(index, tl.int64) * n, n, line)
+    """The row, with its entries, or with this program's line for its maxima, which its last row is done with."""
+    data = x + tl.cast(index, tl.int64) * n
+    if S.RESIDENT:
+        held = load_span(data, 0, n, S)
+        row = Row(data, n, tl.max(held, 1), held)
+    else:
+        tl.debug_barrier()
+        line = maxima + tl.cast(tl.program_id(0), tl.int64) * tl.cdiv(n, S.SEGMENT)
+        row = Row(data, n, line, line)
+    return row
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -204,15 +236,16 @@ def entmax_backward_kernel(grad, p, grad_x, grad_alpha, exponents, rows, n, S: t
     exponent = exponent_of(exponents, index, S)
     weight = filled(0.0, S)
     moment = filled(0.0, S)
+    held = load_gradient(grad + start, p + start, 0, n, exponent, S)
     for first in range(0, n, S.SEGMENTS * S.SEGMENT):
-        _, g, u = load_gradient(grad + start, p + start, first, n, exponent, S)
+        _, g, u = held if S.RESIDENT else load_gradient(grad + start, p + start, first, n, exponent, S)
         weight += u
         moment += u * g
     whole = sum_of(weight)
     mean = tl.where(whole == 0, 0.0, sum_of(moment) / whole)
     bend = filled(0.0, S)
     for first in range(0, n, S.SEGMENTS * S.SEGMENT):
-        of_p, g, u = load_gradient(grad + start, p + start, first, n, exponent, S)
+        of_p, g, u = held if S.RESIDENT else load_gradient(grad + start, p + start, first, n, exponent, S)
         columns = columns_of(first, S)
         tl.store(grad_x + start + columns, (u * (g - mean)).to(grad_x.dtype.element_ty), mask=columns < n)
         if S.OF_ALPHA:
@@ -287,9 +320,8 @@ def mean_of(row, top, S: tl.constexpr):
     """The mean of x - top."""
     total = filled(0.0, S)
     for first in range(0, row.n, S.SEGMENTS * S.SEGMENT):
-        columns = columns_of(first, S)
-        x = tl.load(row.data + columns, mask=columns < row.n, other=0.0).to(tl.float32)
-        total += tl.where(columns < row.n, x - top, 0.0)
+        x = row.held if S.RESIDENT else load_span(row.data, first, row.n, S)
+        total += tl.where(columns_of(first, S) < row.n, x - top, 0.0)
     return sum_of(total) / row.n
 
 
@@ -331,6 +363,7 @@ def shape_of(x: Tensor, alphas: Tensor | None, alpha: float, **options: bool) ->
         SEGMENT=segment,
         SEGMENTS=min(MOST_SEGMENTS, segments),
         PLACES=min(MOST_PLACES, segments),
+        RESIDENT=segments <= MOST_SEGMENTS,
         POWER=0 if alphas is not None else {2.0: 1, 1.5: 2}.get(alpha, 0),
         PER_ROW=alphas is not None,
         SOLVED=1e-6 if x.dtype == torch.float32 else 1e-4,
@@ -343,7 +376,9 @@ def exponents_of(alphas: Tensor | None, alpha: float) -> Tensor | float:
 
 
 def programs_with_maxima(x: Tensor, shape: RowShape) -> tuple[int, Tensor]:
-    """How many programs share the rows, and a line for each of them."""
+    """How many programs share the rows, and a line for each of them; resident rows need none."""
+    if shape.RESIDENT:
+        return x.shape[0], x.new_empty(0)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     programs = min(x.shape[0], WARPS // shape.warps * processors)
     return programs, x.new_empty(programs, ceil_div(x.shape[1], shape.SEGMENT))

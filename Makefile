@@ -5,19 +5,23 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?=
 BENCH ?=
+EVIDENCE ?=
 # Random calls that make fuzz draws
 FUZZ ?= 10000
 
 # Threads that wait sleep instead of spin: cores may be shared.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo bench test fuzz sanitize lint clean
+.PHONY: demo bench evidence test fuzz sanitize lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/flash-entmax demo $(DEMO)
 
 bench: $(VENV)/ready
 	$(BIN)/flash-entmax bench $(BENCH)
+
+evidence: $(VENV)/ready
+	$(BIN)/flash-entmax recipe all $(EVIDENCE)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto

@@ -3,7 +3,8 @@
 Rows of 1,024 to 131,072 scores, as many as make 2^26 of them (2^20 on a CPU), all in one process on the same tensors.
 "normal" scores are N(0, 1); "peaked" ones are N(0, 3^2) with one 12 ahead, as a trained model's often are. Beside the
 times stands the worst |sum p - 1| of each way, and for losses the memory at the peak beyond inputs and gradients.
-Medians: of some 50 ms of calls on a GPU, by triton.testing.do_bench; of 3 calls on a CPU.
+Medians: on a GPU of the device's time, in a CUDA graph, and beside it of steps as they are called (triton.testing), on
+a CPU of 3 calls.
 
 With --passes instead, in float64 on the CPU: how often, from three starts, the solver of a row looks at it.
 """
@@ -68,12 +69,18 @@ def losses(alpha: float) -> dict:
     return ways
 
 
-def median_ms(call) -> float:
-    """On a GPU of the device's time alone, the caches cleared before each call."""
+def median_ms(call, as_called: bool = False) -> float:
+    """On a GPU of the device's time alone, by a CUDA graph; or of the call, where the host may be what takes time."""
     if torch.cuda.is_available():
-        from triton.testing import do_bench
+        from triton.testing import do_bench, do_bench_cudagraph
 
-        return do_bench(call, warmup=5, rep=50, return_mode="median")
+        if as_called:
+            return do_bench(call, warmup=5, rep=30, return_mode="median")
+        try:
+            return do_bench_cudagraph(call, rep=30, return_mode="median")
+        except RuntimeError as error:
+            print(f"    no graph, timed as called: {str(error).splitlines()[0]}")
+            return median_ms(call, as_called=True)
     call()
     times = []
     for _ in range(REPEATS):
@@ -88,14 +95,21 @@ def measure_activation(way, x: torch.Tensor) -> dict:
     off = (way(x).double().sum(-1) - 1).abs().max().item()
     with torch.no_grad():
         forward = median_ms(lambda: way(x))
-    step = median_ms(lambda: torch.autograd.grad(way(leaf), leaf, grad))
-    return {"forward_ms": forward, "step_ms": step, "row_sum_error": off}
+    result = {"forward_ms": forward, **step_times(lambda: torch.autograd.grad(way(leaf), leaf, grad))}
+    return {**result, "row_sum_error": off}
+
+
+def step_times(step) -> dict:
+    times = {"step_ms": median_ms(step)}
+    if torch.cuda.is_available():
+        times["called_ms"] = median_ms(step, as_called=True)
+    return times
 
 
 def measure_loss(way, x: torch.Tensor) -> dict:
     leaf = x.detach().requires_grad_()
     target = torch.randint(x.shape[1], (x.shape[0],), device=x.device)
-    result = {"step_ms": median_ms(lambda: torch.autograd.grad(way(leaf, target), leaf))}
+    result = step_times(lambda: torch.autograd.grad(way(leaf, target), leaf))
     if x.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -151,7 +165,12 @@ def attempt(measure, way, x) -> dict:
 def shown(result: dict) -> str:
     if "cannot" in result:
         return result["cannot"]
-    units = {"forward_ms": "forward {:8.3f} ms", "step_ms": "step {:8.3f} ms", "row_sum_error": "|sum p - 1| {:.1e}"}
+    units = {
+        "forward_ms": "forward {:8.3f} ms",
+        "step_ms": "step {:8.3f} ms",
+        "called_ms": "as called {:8.3f} ms",
+        "row_sum_error": "|sum p - 1| {:.1e}",
+    }
     units["peak_mib"] = "peak {:8.1f} MiB"
     return "   ".join(units[name].format(value) for name, value in result.items())
 

@@ -1,4 +1,4 @@
-"""The command line: flash-entmax info, check, demo, inspect, bench."""
+"""The command line: flash-entmax info, check, demo, inspect, bench, recipe."""
 
 import argparse
 import shlex
@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
 
     about = "time and memory beside softmax and other entmax attention, cold start, and refinement steps"
     add_bench_options(commands.add_parser("bench", help=about, description=about))
+
+    about = "reproduce claims about models: each arm's learning rates and seeds; tables and pictures"
+    add_recipe_options(commands.add_parser("recipe", help=about, description=about))
     return top
 
 
@@ -68,7 +71,8 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     add("--smallest", action="store_true", help="one short length: every part within seconds")
-    add("--parts", nargs="+", metavar="PART", help="of speed, memory, roofline, cold-start, refinement (default: all)")
+    about = "of speed, memory, roofline, cold-start, refinement (default: all; with --inputs the first three)"
+    add("--parts", nargs="+", metavar="PART", help=about)
     add("--only", nargs="+", metavar="NAME", help="competitors, as the results name them (default: all that run here)")
     grid = bench_parser.add_argument_group("cases", "each flag replaces its part of the default grid")
     grid.add_argument("--lengths", nargs="+", type=int, metavar="N", help="tokens")
@@ -77,6 +81,24 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--groups", nargs="+", type=int, metavar="G", help="query heads for each key head")
     about = "the same scores from keys so far apart that bounds on whole blocks of them rule out nothing"
     grid.add_argument("--wide-blocks", action="store_true", help=about)
+    about = "instead of the default grid, what a trained model saw: safetensors of NAME.query, NAME.key and NAME.value"
+    grid.add_argument("--inputs", nargs="+", type=Path, metavar="FILE", help=about)
+
+
+def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
+    from .recipes import NAMES, SIZES
+
+    recipe_parser.set_defaults(command=recipe)
+    add = recipe_parser.add_argument
+    add("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=f"{', '.join(NAMES)}; or all")
+    about = "where the results go; what was interrupted goes on there (default: %(default)s)"
+    add("--out", type=Path, metavar="DIR", default=Path("out/recipes"), help=about)
+    about = "full is for a GPU, toy runs anywhere in seconds (default: full on a GPU, else toy)"
+    add("--size", choices=SIZES, help=about)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    about = "what the language model reads, a file or folder (default: PyTorch's Python sources)"
+    add("--text", type=Path, metavar="PATH", help=about)
+    add("--workers", type=int, metavar="N", help="models that are trained at a time (default: what fits the recipe)")
 
 
 def info(options: argparse.Namespace) -> int:
@@ -192,6 +214,7 @@ def bench(options: argparse.Namespace) -> int:
             topics=options.topics,
             groups=options.groups,
             wide_blocks=options.wide_blocks,
+            inputs=options.inputs,
             only=options.only,
             parts=options.parts,
             smallest=options.smallest,
@@ -201,3 +224,17 @@ def bench(options: argparse.Namespace) -> int:
     except BenchError as error:
         print(f"flash-entmax bench: {error}", file=sys.stderr)
         return 1
+
+
+def recipe(options: argparse.Namespace) -> int:
+    from .recipes import NAMES, RecipeError, options_for, run
+
+    names = NAMES if "all" in options.names else dict.fromkeys(options.names)
+    try:
+        wanted = options_for(options.out, options.size, options.device, options.text, options.workers)
+        for name in names:
+            run(name, wanted)
+    except RecipeError as error:
+        print(f"flash-entmax recipe: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -180,7 +180,10 @@ def test_rows_that_do_not_fit_in_registers(backend, monkeypatch):
     if backend.device == "cuda":
         monkeypatch.setattr(rows, "programs_with_maxima", lambda x, shape: (8, x.new_empty(8, 11)))
     for ours, truth in zip(everything(), held, strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6, equal_nan=True)
+        # Sums in another order: near alpha 1, the gradient to alpha has terms of hundreds that cancel.
+        torch.testing.assert_close(
+            ours, truth, rtol=1e-4, atol=1e-5 * (1 + truth.nan_to_num().abs().max()), equal_nan=True
+        )
 
 
 @given(data=st.data())

@@ -63,7 +63,7 @@ def demo_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     torch.manual_seed(0)
     settings = settings_for("cpu", folder, None, 1.7, None, smallest=True)
-    model = Transformer(settings)
+    model = Transformer(settings.layers, settings.width, settings.heads, alpha=settings.alpha)
     checkpoint.save(model, settings)
     return folder, model
 

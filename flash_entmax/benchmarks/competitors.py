@@ -26,8 +26,8 @@ ADASPLASH_HEAD_SIZES = (16, 32, 64, 128, 256)
 ADASPLASH_SHORTEST, ADASPLASH_LONGEST = 128, 32768
 KEPT_CONFIGS = 2
 DENSE_LONGEST = 8192
-# Buffers of (heads, length, length) float32 that a step of dense entmax holds: scores, sorted scores and their 64-bit
-# indices, the running sums of the sort, probabilities, and their gradients.
+# Buffers of (batch, heads, length, length) float32 that a step of dense entmax holds: scores, sorted scores and their
+# 64-bit indices, the running sums of the sort, probabilities, and their gradients.
 DENSE_BUFFERS = 14
 
 
@@ -198,7 +198,7 @@ def why_not_dense(case: Case, settings: Settings) -> str:
         return "the package entmax is not installed"
     if case.length > DENSE_LONGEST:
         return f"its dense scores are measured up to length {DENSE_LONGEST:,}, got {case.length:,}"
-    needed, free = DENSE_BUFFERS * 4 * case.heads * case.length**2, free_memory(settings.device)
+    needed, free = DENSE_BUFFERS * 4 * case.batch * case.heads * case.length**2, free_memory(settings.device)
     if needed > free:
         return f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
     if not settings.on_cuda:
@@ -206,7 +206,7 @@ def why_not_dense(case: Case, settings: Settings) -> str:
     if case.group > 1:
         return "repeats the keys of grouped heads, and so takes as long as without groups"
     first = next(other for other in settings.cases if other.shape == case.shape)
-    return "" if case == first else f"takes the same time at any sparsity: measured with {first.topics} topics only"
+    return "" if case == first else f"takes the same time at any sparsity: measured with {first.inputs} only"
 
 
 def free_memory(device: torch.device) -> float:

@@ -33,12 +33,16 @@ def conditions_of(settings: Settings) -> dict[str, object]:
         "command": settings.command,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "causal": True,
-        "batch": 1,
         "alpha": ALPHA,
-        "inputs": "testing.topic_inputs, seed 0",
+        "inputs": inputs_of(settings),
         "timing": timing_method(settings),
         "clocks": "not changed",
     }
+
+
+def inputs_of(settings: Settings) -> str:
+    sources = (str(case.captured or "testing.topic_inputs, seed 0") for case in settings.cases)
+    return "; ".join(dict.fromkeys(sources))
 
 
 def device_name(settings: Settings) -> str:

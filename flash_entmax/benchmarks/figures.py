@@ -1,5 +1,6 @@
 """The pictures of the benchmark. Needs matplotlib."""
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,14 @@ COLOURS = {
 }
 BASELINES = ("cudnn", "sdpa", "flash-attention-2")
 COLUMNS = 4
-PANEL = 3.1
+PANEL, TIMES = 3.1, 4.6
 RATIO_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 MILLISECOND_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 METHOD_COLOURS = ("#8a8f98", "#b08a4f", "#d1495b", "#6a994e", "#7fa8e8", "#1257c4")
 
 
 def save_speed(content: dict, path: Path) -> Path | None:
-    """A panel for each shape, then times by length. None where nothing was timed."""
+    """A panel for each shape, then times by length and by captured inputs. None where nothing was timed."""
     results = [
         result
         for result in content["results"]
@@ -38,14 +39,19 @@ def save_speed(content: dict, path: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     baseline = next((name for name in BASELINES if any(step_of(result, name) for result in results)), None)
-    shapes = sorted({shape_of(result) for result in results}, key=lambda shape: (shape[0], shape[1], -shape[3]))
+    shapes = sorted({shape_of(r) for r in results}, key=lambda shape: (*shape[:2], -shape[3], *shape[4:]))
     columns = max(2, min(COLUMNS, len(shapes)))
     rows = -(-len(shapes) // columns) if baseline else 0
-    figure = Figure(figsize=(PANEL * columns + 1, PANEL * rows + 5.6), layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=(PANEL * rows, 4.6)) if rows else [None, figure]
+    topics, captured = ([r for r in results if bool(r["captured"]) == wanted] for wanted in (False, True))
+    heights = [PANEL * rows] * bool(rows) + [TIMES] * bool(topics) + [TIMES] * bool(captured)
+    figure = Figure(figsize=(PANEL * columns + 1, sum(heights) + 1), layout="constrained")
+    parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
     if rows:
-        draw_ratios(parts[0], results, shapes, baseline, rows, columns)
-    draw_times(parts[1], results)
+        draw_ratios(next(parts), results, shapes, baseline, rows, columns)
+    if topics:
+        draw_times(next(parts), topics)
+    if captured:
+        draw_captured_times(next(parts), captured)
     conditions = content["conditions"]
     machine = f"{conditions['device']}, {conditions['dtype']}, torch {conditions['torch']}, {conditions['date']}"
     figure.suptitle(f"Entmax attention beside softmax: {machine}", fontsize=12, weight="bold", x=0.01, ha="left")
@@ -54,8 +60,10 @@ def save_speed(content: dict, path: Path) -> Path | None:
     return path
 
 
-def shape_of(result: dict) -> tuple[int, int, int, int]:
-    return result["length"], result["head_size"], result["heads"], result["key_heads"]
+def shape_of(result: dict) -> tuple[int, int, int, int, int, str]:
+    """The shape, and the file of captured inputs: what shares a panel."""
+    file = result["captured"]["file"] if result["captured"] else ""
+    return result["length"], result["head_size"], result["heads"], result["key_heads"], result["batch"], file
 
 
 def step_of(result: dict, name: str, key: str = "step_ms") -> float | None:
@@ -69,9 +77,11 @@ def draw_ratios(part: "Figure", results: list[dict], shapes: list, baseline: str
     grid = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, shape, panel in zip(grid.flat, shapes, panels, strict=False):
         draw_ratio_panel(axes, panel, [name for name in names if name != baseline], baseline)
-        length, head_size, heads, key_heads = shape
+        length, head_size, heads, key_heads, batch, file = shape
+        tokens = f"{length:,}" if batch == 1 else f"{batch} x {length:,}"
+        origin = f"{Path(file).stem}\n" if file else ""
         shared = "" if heads == key_heads else f"/{key_heads}"
-        axes.set_title(f"{length:,} tokens, {heads}{shared} heads of {head_size}", fontsize=9.5, loc="left")
+        axes.set_title(f"{origin}{tokens} tokens, {heads}{shared} heads of {head_size}", fontsize=9.5, loc="left")
     for axes in list(grid.flat)[len(shapes) :]:
         axes.set_axis_off()
     name_ticks(grid[0, 0].yaxis, RATIO_TICKS, grid[0, 0].get_ylim())
@@ -132,9 +142,29 @@ def draw_times(part: "Figure", results: list[dict]) -> None:
         axes.set_xticks(lengths, [f"{length:,}\n{result['heads']} heads" for length, result in sparsest.items()])
         axes.set_xticks([], minor=True)
         axes.set_xlabel("tokens", fontsize=10)
-        name_ticks(axes.yaxis, MILLISECOND_TICKS, axes.get_ylim())
-        axes.grid(True, which="major", color="#e3e5e8", linewidth=0.7)
-        axes.tick_params(labelsize=8.5)
+        finish_times(axes)
+
+
+def draw_captured_times(part: "Figure", results: list[dict]) -> None:
+    """Milliseconds of each captured case, by its name; a line joins those of one file and shape."""
+    labels = [f"{result['inputs']}  {result['block_sparsity']:.2f}" for result in results]
+    for axes, key, title in zip(
+        part.subplots(1, 2), ("forward_ms", "step_ms"), ("forward", "training step"), strict=True
+    ):
+        for name, shape in product(NAMES, {shape_of(result) for result in results}):
+            same = [(place, result) for place, result in enumerate(results) if shape_of(result) == shape]
+            draw_line(axes, name, [(place, time) for place, result in same if (time := step_of(result, name, key))])
+        axes.set(yscale="log")
+        axes.set_title(f"{title}, milliseconds", fontsize=9.5, loc="left")
+        axes.set_xticks(range(len(results)), labels, rotation=90)
+        axes.set_xlabel("captured inputs, and their block sparsity", fontsize=10)
+        finish_times(axes)
+
+
+def finish_times(axes: "Axes") -> None:
+    name_ticks(axes.yaxis, MILLISECOND_TICKS, axes.get_ylim())
+    axes.grid(True, which="major", color="#e3e5e8", linewidth=0.7)
+    axes.tick_params(labelsize=8.5)
 
 
 def name_ticks(axis, ticks: tuple[float, ...], limits: tuple[float, float]) -> None:

@@ -81,7 +81,7 @@ def exact(
     """Output of the rows from first_row on, and the gradients, a slice of rows at a time: row i sees keys 0 .. i."""
     length = query.shape[2]
     outputs, gradients = [], [torch.zeros_like(tensor) for tensor in (query, key, value)]
-    rows = max(1, SLICE_SCORES // (length * query.shape[1]))
+    rows = max(1, SLICE_SCORES // (length * query.shape[0] * query.shape[1]))
     for start in range(first_row, length, rows):
         stop = min(length, start + rows)
         parts = slice(start, stop), slice(0, stop), slice(0, stop)

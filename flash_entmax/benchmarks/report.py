@@ -13,10 +13,10 @@ from .settings import NAMES, OURS, TITLES, Settings
 def print_conditions(console: Console, settings: Settings) -> None:
     facts = conditions_of(settings)
     versions = f"torch {facts['torch']}, triton {facts['triton']}, python {facts['python']}"
-    console.print(f"{facts['device']}, {versions}, {facts['dtype']}, causal, batch 1, alpha {facts['alpha']}")
+    console.print(f"{facts['device']}, {versions}, {facts['dtype']}, causal, alpha {facts['alpha']}")
     console.print(f"times: {facts['timing']}; clocks {facts['clocks']}", soft_wrap=True)
     if settings.measures_cases:
-        console.print(f"{len(settings.cases)} cases\n")
+        console.print(f"{len(settings.cases)} cases; inputs: {facts['inputs']}\n", soft_wrap=True)
 
 
 class Lines:
@@ -42,11 +42,16 @@ class Lines:
 
 
 def place(result: dict) -> str:
-    return f"{result['length']:,} x {heads(result)}, block sparsity {known(result['block_sparsity'], '.2f')}"
+    label = f"{result['inputs']}, " if result["captured"] else ""
+    return f"{label}{tokens(result)} x {heads(result)}, block sparsity {known(result['block_sparsity'], '.2f')}"
 
 
 def known(value: float | None, form: str) -> str:
     return "unknown" if value is None else format(value, form)
+
+
+def tokens(result: dict) -> str:
+    return f"{result['length']:,}" if result["batch"] == 1 else f"{result['batch']} x {result['length']:,}"
 
 
 def heads(result: dict) -> str:
@@ -72,7 +77,7 @@ def measured_names(results: list[dict], key: str) -> list[str]:
 
 
 def print_speed(console: Console, content: dict) -> None:
-    results = sorted(content["results"], key=lambda r: (r["length"], r["head_size"], -r["key_heads"], r["topics"]))
+    results = sorted(content["results"], key=order)
     if names := measured_names(results, "step_ms"):
         print_grid(console, results, names, "forward / training step, milliseconds", "step_ms", times)
         print_ratios(console, results, names)
@@ -86,37 +91,47 @@ def print_speed(console: Console, content: dict) -> None:
     print_roofline(console, results, content["conditions"])
 
 
-def case_table(title: str, columns: list[str]) -> Table:
+def order(result: dict) -> tuple[int, ...]:
+    """Topics by shape, then what was captured, as it was measured."""
+    if result["captured"]:
+        return (1,)
+    return 0, result["length"], result["head_size"], -result["key_heads"], result["topics"]
+
+
+def print_cases(console: Console, title: str, columns: list[str], rows: list[tuple[dict, list[str]]]) -> None:
+    """A row for each result with its cells; the inputs are named where any were captured."""
+    named = any(result["captured"] for result, _ in rows)
     table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD)
+    if named:
+        table.add_column("inputs", no_wrap=True)
     for column in ("length", "heads x size", "block\nsparsity", "keys per\nquery", *columns):
         table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def case_cells(result: dict) -> tuple[str, ...]:
-    sparsity, size = known(result["block_sparsity"], ".2f"), known(result["support_size"], ".0f")
-    return f"{result['length']:,}", heads(result), sparsity, size
+    for result, cells in rows:
+        sparsity, size = known(result["block_sparsity"], ".2f"), known(result["support_size"], ".0f")
+        label = [result["inputs"]] if named else []
+        table.add_row(*label, tokens(result), heads(result), sparsity, size, *cells)
+    console.print(table)
 
 
 def print_grid(console: Console, results: list[dict], names: list[str], title: str, key: str, cell) -> None:
-    table = case_table(title, [TITLES[name] for name in names])
+    rows = []
     for result in results:
         entries = [result["competitors"].get(name, {}) for name in names]
         cells = [cell(entry) if key in entry else "wrong" if "wrong" in entry else "-" for entry in entries]
-        table.add_row(*case_cells(result), *cells)
-    console.print(table)
+        rows.append((result, cells))
+    print_cases(console, title, [TITLES[name] for name in names], rows)
 
 
 def print_ratios(console: Console, results: list[dict], names: list[str]) -> None:
     peers = [name for name in names if name != OURS]
     if OURS not in names or not peers:
         return
-    table = case_table(f"training step of {TITLES[OURS]} over that of", [TITLES[name] for name in peers])
+    rows = []
     for result in results:
         step = {name: result["competitors"].get(name, {}).get("step_ms") for name in names}
         ratios = [f"{step[OURS] / step[name]:.2f}" if step[OURS] and step[name] else "-" for name in peers]
-        table.add_row(*case_cells(result), *ratios)
-    console.print(table)
+        rows.append((result, ratios))
+    print_cases(console, f"training step of {TITLES[OURS]} over that of", [TITLES[name] for name in peers], rows)
 
 
 def print_stages(console: Console, results: list[dict]) -> None:
@@ -125,28 +140,26 @@ def print_stages(console: Console, results: list[dict]) -> None:
         stages |= result["competitors"].get(OURS, {}).get("stages_ms", {})
     if not stages:
         return
-    table = case_table(
-        f"training step of {TITLES[OURS]} by kernel, milliseconds", [s.replace("_", "\n") for s in stages]
-    )
+    rows = []
     for result in results:
         found = result["competitors"].get(OURS, {}).get("stages_ms", {})
-        table.add_row(*case_cells(result), *(f"{found[stage]:.3f}" if stage in found else "-" for stage in stages))
-    console.print(table)
+        rows.append((result, [f"{found[stage]:.3f}" if stage in found else "-" for stage in stages]))
+    title = f"training step of {TITLES[OURS]} by kernel, milliseconds"
+    print_cases(console, title, [stage.replace("_", "\n") for stage in stages], rows)
 
 
 def print_roofline(console: Console, results: list[dict], conditions: dict) -> None:
     if not any("roofline" in result for result in results):
         return
-    rate = conditions["matrix_flop_per_second"] / 1e12
-    table = case_table(
-        f"how near to the floor that {rate:,.3g} Tflop/s of matrix products allow", ["floor", "step", "reached"]
-    )
+    rows = []
     for result in results:
         if "roofline" in result:
             floor, step = result["roofline"]["step_ms"], result["competitors"][OURS]["step_ms"]
             attained = f"{100 * result['roofline']['attained']:.0f} %"
-            table.add_row(*case_cells(result), f"{milliseconds(floor)} ms", f"{milliseconds(step)} ms", attained)
-    console.print(table)
+            rows.append((result, [f"{milliseconds(floor)} ms", f"{milliseconds(step)} ms", attained]))
+    rate = conditions["matrix_flop_per_second"] / 1e12
+    title = f"how near to the floor that {rate:,.3g} Tflop/s of matrix products allow"
+    print_cases(console, title, ["floor", "step", "reached"], rows)
     console.print(FORMULA, soft_wrap=True)
 
 

@@ -2,7 +2,7 @@
 
 One product over all visible pairs of a causal call multiplies about length^2 / 2 pairs per head, 2 d flop each:
 
-    product = heads * (length^2 / 2) * 2 * d
+    product = batch * heads * (length^2 / 2) * 2 * d
 
 One of them is taken densely, Q K^T, as by a scan of every pair (what our bounds on blocks rule out is not scanned, so
 that very sparse steps may come close to this floor). All other products touch live tiles only, a share ``live`` of
@@ -27,8 +27,8 @@ FORWARD_PRODUCTS = 3
 QUERY_GRADIENT_PRODUCTS = 3
 KEY_VALUE_GRADIENT_PRODUCTS = 4
 FORMULA = (
-    "floor = (1 + 10 live) * heads * length^2 * d flop / rate: one dense Q K^T, and on the live tiles 3 products in "
-    "the forward, 3 for dQ, 4 for dK and dV"
+    "floor = (1 + 10 live) * batch * heads * length^2 * d flop / rate: one dense Q K^T, and on the live tiles 3 "
+    "products in the forward, 3 for dQ, 4 for dK and dV"
 )
 
 
@@ -41,7 +41,7 @@ class Floor(NamedTuple):
 
 def product_flop(case: Case) -> float:
     """One matrix product over all visible pairs of a causal call."""
-    return float(case.heads) * case.length**2 * case.head_size
+    return float(case.batch * case.heads) * case.length**2 * case.head_size
 
 
 def floor(case: Case, live: float, flop_per_second: float) -> Floor:

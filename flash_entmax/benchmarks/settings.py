@@ -14,7 +14,8 @@ import torch
 from flash_entmax.problem import MAX_HEAD_SIZE
 
 ALPHA = 1.5
-PARTS = ("speed", "memory", "roofline", "cold-start", "refinement")
+CASE_PARTS = ("speed", "memory", "roofline")
+PARTS = (*CASE_PARTS, "cold-start", "refinement")
 OURS, ADASPLASH = "flash-entmax", "adasplash"
 TITLES = {
     OURS: "flash-entmax",
@@ -35,15 +36,34 @@ class BenchError(Exception):
 
 
 @dataclass(frozen=True)
+class Captured:
+    """Where the inputs of a case are stored; ``source`` says which model they were captured from."""
+
+    file: str
+    name: str
+    label: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.source}" if self.source else self.file
+
+
+@dataclass(frozen=True)
 class Case:
-    """One call, causal, of batch 1. Block sparsity is about 1 - 1 / topics (see testing.topic_inputs)."""
+    """One causal call, on captured inputs or on topics: block sparsity about 1 - 1 / topics (testing.topic_inputs)."""
 
     length: int
     head_size: int
     heads: int
     key_heads: int
-    topics: int
+    topics: int | None = None
     wide_blocks: bool = False
+    batch: int = 1
+    captured: Captured | None = None
+
+    @property
+    def inputs(self) -> str:
+        return self.captured.label if self.captured else f"{self.topics} topics"
 
     @property
     def group(self) -> int:
@@ -51,9 +71,9 @@ class Case:
         return self.heads // self.key_heads
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Everything but the topics: cases of one shape share what competitors compile."""
-        return self.length, self.head_size, self.heads, self.key_heads
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Everything but the inputs: cases of one shape share what competitors compile."""
+        return self.batch, self.length, self.head_size, self.heads, self.key_heads
 
     @property
     def heads_by_size(self) -> str:
@@ -62,7 +82,7 @@ class Case:
 
     def __str__(self) -> str:
         wide = ", wide blocks" if self.wide_blocks else ""
-        return f"{self.length:,} tokens, heads {self.heads_by_size}, {self.topics} topics{wide}"
+        return f"{self.length:,} tokens, heads {self.heads_by_size}, {self.inputs}{wide}"
 
 
 @dataclass(frozen=True)
@@ -156,10 +176,16 @@ def settings_for(
     only: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
     wide_blocks: bool = False,
+    inputs: Sequence[Path] | None = None,
     smallest: bool = False,
     command: str = "flash-entmax bench",
 ) -> Settings:
-    """The grid that fits the machine, limited by what was asked for; ``device`` is "auto", "cpu" or "cuda"."""
+    """The grid that fits the machine, limited by what was asked for; ``device`` is "auto", "cpu" or "cuda".
+
+    With ``inputs``, their cases take the grid's place, and join it where any of its flags is given.
+    """
+    from .captured import captured_cases
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -171,12 +197,15 @@ def settings_for(
     check_numbers("--groups", groups)
     check_words("--only", only, NAMES)
     check_words("--parts", parts, PARTS)
-    parts = tuple(parts or PARTS)
+    parts = tuple(parts or (CASE_PARTS if inputs else PARTS))
     if "roofline" in parts and "speed" not in parts:
         raise BenchError(f"--parts {' '.join(parts)}: roofline compares with the measured time, so it needs speed too")
-    cases = dict.fromkeys(cases_of(grid, lengths, head_sizes, topics, groups))
-    cases = tuple(replace(case, wide_blocks=wide_blocks) for case in cases)
-    return Settings(torch.device(device), out, cases, parts, tuple(only or ()), grid, command)
+    cases = []
+    if not inputs or any((lengths, head_sizes, topics, groups, wide_blocks)):
+        grid_cases = cases_of(grid, lengths, head_sizes, topics, groups)
+        cases += [replace(case, wide_blocks=wide_blocks) for case in dict.fromkeys(grid_cases)]
+    cases += captured_cases(inputs or ())
+    return Settings(torch.device(device), out, tuple(cases), parts, tuple(only or ()), grid, command)
 
 
 def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[Case]:

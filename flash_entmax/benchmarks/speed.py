@@ -9,7 +9,7 @@ from torch import Tensor
 from flash_entmax import Support, entmax_attention
 from flash_entmax.testing import topic_inputs
 
-from . import measure, roofline
+from . import captured, measure, roofline
 from .competitors import Competitor, Ready, contestants
 from .gate import Truth
 from .settings import ALPHA, OURS, Case, Settings
@@ -46,8 +46,16 @@ def measure_case(case: Case, settings: Settings, ready: dict[str, Ready], rate: 
 
 
 def inputs_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
-    inputs = topic_inputs(
-        1,
+    if case.captured:
+        inputs = captured.load(case.captured, settings.dtype, settings.device)
+    else:
+        inputs = topics_of(case, settings)
+    return tuple(tensor.requires_grad_() for tensor in inputs)
+
+
+def topics_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
+    return topic_inputs(
+        case.batch,
         case.heads,
         case.length,
         case.head_size,
@@ -57,12 +65,11 @@ def inputs_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
         device=settings.device,
         wide_blocks=case.wide_blocks,
     )
-    return tuple(tensor.requires_grad_() for tensor in inputs)
 
 
 def facts_of(case: Case, inputs: tuple[Tensor, ...]) -> dict:
     """The case, and the measured sparsity of its inputs; null where measuring it failed."""
-    facts = asdict(case) | {"block_sparsity": None, "support_size": None}
+    facts = asdict(case) | {"inputs": case.inputs, "block_sparsity": None, "support_size": None}
     try:
         query, key, value = (tensor.detach() for tensor in inputs)
         support = entmax_attention(query, key, value, alpha=ALPHA, is_causal=True, return_support=True)[1]

@@ -26,7 +26,7 @@ def run(settings: Settings) -> None:
     corpus = read_corpus(settings.text, settings.context)
     console.print(corpus.origin, soft_wrap=True)
     torch.manual_seed(settings.seed)
-    model = Transformer(settings).to(settings.device)
+    model = Transformer(settings.layers, settings.width, settings.heads, alpha=settings.alpha).to(settings.device)
     before = train.bits_per_byte(model, settings, corpus.validation)
     console.print(f"untrained model: {before:.2f} bits per byte on the validation text")
 

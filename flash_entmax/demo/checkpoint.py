@@ -27,7 +27,7 @@ def load(path: Path, device: str) -> tuple[Transformer, Settings]:
         sizes = content["sizes"]
         settings = settings_for(device, path.parent, None, sizes.pop("alpha"), None, smallest=True)
         settings = replace(settings, **sizes)
-        model = Transformer(settings)
+        model = Transformer(settings.layers, settings.width, settings.heads, alpha=settings.alpha)
         model.load_state_dict(content["weights"])
     except DemoError:
         raise

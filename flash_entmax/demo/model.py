@@ -1,11 +1,9 @@
-"""A small byte-level transformer whose attention is entmax attention."""
+"""A small transformer whose attention is entmax attention."""
 
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from flash_entmax.nn import EntmaxAttention
-
-from .settings import Settings
 
 BYTES = 256
 
@@ -13,13 +11,13 @@ BYTES = 256
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, width: int, heads: int, **attention) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(settings.width)
-        self.attention = EntmaxAttention(settings.width, settings.heads, alpha=settings.alpha)
-        self.mlp_norm = nn.RMSNorm(settings.width)
-        self.widen = nn.Linear(settings.width, 4 * settings.width, bias=False)
-        self.narrow = nn.Linear(4 * settings.width, settings.width, bias=False)
+        self.attention_norm = nn.RMSNorm(width)
+        self.attention = EntmaxAttention(width, heads, **attention)
+        self.mlp_norm = nn.RMSNorm(width)
+        self.widen = nn.Linear(width, 4 * width, bias=False)
+        self.narrow = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -27,16 +25,18 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, settings: Settings) -> None:
+    """``attention`` are options of :class:`flash_entmax.nn.EntmaxAttention`, the same for every layer."""
+
+    def __init__(self, layers: int, width: int, heads: int, *, vocabulary: int = BYTES, **attention) -> None:
         super().__init__()
-        self.embed = nn.Embedding(BYTES, settings.width)
-        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
-        self.norm = nn.RMSNorm(settings.width)
-        self.predict = nn.Linear(settings.width, BYTES, bias=False)
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width, heads, **attention) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.predict = nn.Linear(width, vocabulary, bias=False)
         self.initialise()
 
     def initialise(self) -> None:
-        """Every branch starts at zero; the untrained model finds all bytes about equally likely (8 bits per byte)."""
+        """Every branch starts at zero; the untrained model finds all tokens about equally likely."""
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.predict.weight, std=0.02)
         for block in self.blocks:
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(block.narrow.weight)
 
     def forward(self, data: Tensor) -> Tensor:
-        """(batch, length) bytes -> (batch, length, 256) logits of the next byte."""
+        """(batch, length) tokens -> (batch, length, vocabulary) logits of the next token."""
         x = self.embed(data)
         for block in self.blocks:
             x = block(x)

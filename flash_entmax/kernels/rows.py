@@ -83,7 +83,7 @@ def filled(value, S: tl.constexpr):
 
 @triton.jit
 def sum_of(entries):
-    return tl.sum(tl.sum(entries, 1), 0)
+    return tl.sum(entries)
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def scan_row(row, S: tl.constexpr):
             peak = tl.maximum(peak, x, propagate_nan=tl.PropagateNan.ALL)
         tl.debug_barrier()  # the maxima are there for all
     odd = sum_of(tl.where(peak < float("inf"), 0, 1))
-    top = tl.max(tl.max(peak, 1), 0)
+    top = tl.max(peak)
     top = tl.where(top == float("-inf"), float("inf"), top)
     return tl.where(odd > 0, float("nan"), top)
 

@@ -1,0 +1,127 @@
+"""Find the largest among many: does an attention head that learned on a few items still find it among thousands?
+
+Each item has a class and a priority, and the answer is the class of the item with the highest priority (Velickovic et
+al. 2024, arXiv 2410.01104). One attention head looks at all items; it is trained on 5 to 16 of them and tested on up to
+131,072. Softmax must fail: each item keeps some probability, so that many items drown one, however it scores. Entmax
+gives most items exactly zero. SSMax (Nakanishi 2025, arXiv 2501.19399) and ASEntmax (arXiv 2506.16640) let the scores
+grow with the number of items, for softmax and for entmax.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot, softplus
+
+from flash_entmax import entmax_attention
+
+from .report import Measure
+from .training import mean_over
+
+ARMS = ("softmax", "entmax 1.5", "SSMax", "ASEntmax")
+VALIDATION = "16 items, as in training"
+MEASURES = (Measure("accuracy", "accuracy, %", "items"),)
+CLASSES, WIDTH = 10, 32
+FEWEST, MOST = 5, 16
+TOGETHER = 2**21  # items that are tested at a time
+
+
+@dataclass(frozen=True)
+class Size:
+    """``tests`` problems of each of the lengths."""
+
+    steps: int
+    batch: int
+    lengths: tuple[int, ...]
+    tests: int
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    seeds: int = 3
+    sweep_seeds: int = 3
+    workers: int = 6
+
+    @property
+    def sweep_steps(self) -> int:
+        return self.steps
+
+
+SIZES = {
+    "toy": Size(60, 64, (16, 64), 64, learning_rates=(3e-3,), seeds=1, sweep_seeds=1),
+    "full": Size(5000, 256, (16, 64, 256, 1024, 4096, 16_384, 131_072), 1024),
+}
+
+
+class Finder(nn.Module):
+    """Items to keys and values, a random query, one head, and the class of what it found."""
+
+    def __init__(self, arm: str) -> None:
+        super().__init__()
+        self.arm = arm
+        self.item = nn.Sequential(nn.Linear(CLASSES + 1, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.ask = nn.Sequential(nn.Linear(1, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.answer = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, CLASSES))
+        if arm == "SSMax":
+            self.growth = nn.Parameter(torch.tensor(1.0))
+        if arm == "ASEntmax":
+            self.beta, self.gamma = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 1)
+            for parameter in (*self.beta.parameters(), *self.gamma.parameters()):
+                nn.init.zeros_(parameter)
+
+    def temperature(self, asked: Tensor, count: int) -> Tensor | float:
+        """What scores are multiplied by among `count` items."""
+        if self.arm == "SSMax":
+            return self.growth * math.log(count)
+        if self.arm == "ASEntmax":
+            return 1.0 + softplus(self.beta(asked)) * math.log(count) ** (2.0 * torch.tanh(self.gamma(asked)))
+        return 1.0
+
+    def forward(self, items: Tensor, asked: Tensor) -> Tensor:
+        """items (batch, count, classes + 1) and asked (batch, 1) -> logits (batch, classes)."""
+        items, asked = self.item(items), self.ask(asked).unsqueeze(1)
+        query = self.query(asked) * self.temperature(asked, items.shape[1])
+        alpha = 1.5 if "entmax" in self.arm.lower() else 1.0
+        heads = (tensor.unsqueeze(1) for tensor in (query, self.key(items), self.value(items)))
+        return self.answer(entmax_attention(*heads, alpha=alpha).flatten(1))
+
+
+def build(arm: str, size: Size) -> Finder:
+    return Finder(arm)
+
+
+def problems(count: int, batch: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Items, what is asked (a number that says nothing), and the class of the item of highest priority."""
+    draw = torch.Generator(device).manual_seed(seed)
+    classes = torch.randint(CLASSES, (batch, count), generator=draw, device=device)
+    priority = torch.rand(batch, count, 1, generator=draw, device=device)
+    asked = torch.rand(batch, 1, generator=draw, device=device)
+    answer = classes.gather(1, priority.squeeze(-1).argmax(1, keepdim=True)).squeeze(1)
+    return torch.cat((one_hot(classes, CLASSES).float(), priority), -1), asked, answer
+
+
+def batch(step: int, run, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    seed = run.seed * size.steps + step
+    count = FEWEST + int(torch.randint(MOST + 1 - FEWEST, (), generator=torch.Generator().manual_seed(seed)))
+    return problems(count, size.batch, seed, run.device)
+
+
+def loss(model: Finder, items: Tensor, asked: Tensor, answer: Tensor) -> Tensor:
+    return cross_entropy(model(items, asked), answer)
+
+
+def tested(model: Finder, count: int, run, tests: int, of) -> float:
+    """The mean of ``of(logits, answer)`` over problems that no seed was trained on."""
+    part = min(tests, max(1, TOGETHER // count))
+    parts = (problems(count, part, 2**40 + first, run.device) for first in range(0, tests, part))
+    return mean_over(parts, lambda part: of(model(*part[:2]), part[2]))
+
+
+def validate(model: Finder, run, size: Size) -> float:
+    return tested(model, MOST, run, 8192, lambda logits, answer: cross_entropy(logits, answer, reduction="none"))
+
+
+def measure(model: Finder, run, size: Size) -> dict[str, dict[str, float]]:
+    def right(logits: Tensor, answer: Tensor) -> Tensor:
+        return 100.0 * (logits.argmax(-1) == answer)
+
+    return {"accuracy": {str(count): tested(model, count, run, size.tests, right) for count in size.lengths}}

@@ -1,0 +1,84 @@
+"""What came of a recipe: one table and one picture for each of its measures, over the seeds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, pstdev
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of each model at several places, such as lengths. ``logarithmic`` is the axis of the places."""
+
+    key: str
+    title: str
+    place: str
+    digits: int = 1
+    logarithmic: bool = True
+
+
+def write(console: Console, recipe, results: dict, path: Path) -> None:
+    console.print(", ".join(f"{name} {value}" for name, value in results["conditions"].items()), soft_wrap=True)
+    validation = Table(title=f"validation loss, nats: {recipe.VALIDATION}", title_justify="left")
+    for heading in ("arm", "learning rate", f"mean of {seeds_of(results)}", "each"):
+        validation.add_column(heading)
+    for arm, rate in results["best"].items():
+        losses = [results["runs"][key]["validation"] for key in results["chosen"][arm]]
+        each = "  ".join(f"{loss:.4f}" for loss in losses)
+        validation.add_row(arm, f"{rate:g}", f"{mean(losses):.4f} ± {pstdev(losses):.4f}", each)
+    console.print(validation)
+    for measure in recipe.MEASURES:
+        console.print(table(measure, results))
+        picture = draw(measure, results, path.with_name(f"{path.stem}-{measure.key}.png"))
+        console.print(f"{picture}", soft_wrap=True)
+    console.print(f"{results['seconds']:.0f} s in all; the numbers are {path}", soft_wrap=True)
+
+
+def seeds_of(results: dict) -> str:
+    count = len(next(iter(results["chosen"].values())))
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def places(measure: Measure, results: dict, arm: str) -> Iterator[tuple[str, list[float]]]:
+    """(place, the number of each seed)."""
+    found = [results["measures"][key][measure.key] for key in results["chosen"][arm]]
+    for place in found[0]:
+        yield place, [each[place] for each in found]
+
+
+def table(measure: Measure, results: dict) -> Table:
+    title = f"{measure.title}, by {measure.place}: mean and standard deviation of {seeds_of(results)}"
+    result = Table(title=title, title_justify="left")
+    result.add_column("arm")
+    rows = {arm: list(places(measure, results, arm)) for arm in results["chosen"]}
+    for place, _ in next(iter(rows.values())):
+        result.add_column(f"{int(place):,}" if place.isdigit() else place, justify="right")
+    for arm, cells in rows.items():
+        result.add_row(arm, *(f"{mean(v):.{measure.digits}f} ± {pstdev(v):.{measure.digits}f}" for _, v in cells))
+    return result
+
+
+def draw(measure: Measure, results: dict, path: Path) -> Path:
+    """Mean against place, with the range of the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for arm in results["chosen"]:
+        names, values = zip(*places(measure, results, arm), strict=True)
+        x = [float(name) for name in names]
+        (line,) = axes.plot(x, [mean(each) for each in values], marker="o", label=arm)
+        axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15)
+    if measure.logarithmic:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(x, [f"{place:,.0f}" for place in x])
+    axes.set(xlabel=measure.place, ylabel=measure.title)
+    axes.set_title(f"{results['conditions']['recipe']}: mean and range of {seeds_of(results)}", loc="left")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, facecolor="white")
+    return path

@@ -1,0 +1,152 @@
+"""One training loop for all recipes, which goes on where it was interrupted; its files are safetensors."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..demo.train import pace, parameter_groups
+
+SAVE_EVERY = 30.0  # seconds
+Show = Callable[[int, int], None]
+Batch = tuple[Tensor, ...]
+Loss = Callable[..., Tensor]
+
+
+def fit(
+    model: nn.Module,
+    batch_of: Callable[[int], Batch],
+    loss: Loss,
+    steps: int,
+    learning_rate: float,
+    path: Path,
+    show: Show,
+) -> None:
+    """Train to the last step on ``loss(model, *batch)``, and write the model to ``path``.
+
+    ``batch_of(step)`` must depend on the step alone: from the state of the training, which stands beside ``path`` until
+    it is done, an interrupted run goes on as if nothing had been. AdamW, a short warm-up, a cosine, gradients clipped
+    to 1.
+    """
+    rate = torch.zeros((), device=next(model.parameters()).device)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model), lr=rate, betas=(0.9, 0.95), fused=True, capturable=rate.is_cuda
+    )
+    give_state(optimizer)
+    unfinished = path.with_suffix(".unfinished.safetensors")
+    advance = Graphed(model, loss, optimizer) if rate.is_cuda else Eager(model, loss, optimizer)
+    begin, saved = restore(unfinished, model, optimizer), time.perf_counter()
+    for step in range(begin, steps):
+        rate.fill_(learning_rate * pace((step + 1) / steps))
+        advance(batch_of(step))
+        show(step + 1, steps)
+        if time.perf_counter() - saved > SAVE_EVERY:
+            save(unfinished, model, optimizer, step + 1)
+            saved = time.perf_counter()
+    save(path, model)
+    with suppress(FileNotFoundError):
+        unfinished.unlink()
+
+
+def give_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's moments, which a graph must find there; they and the weights stay as before any step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+
+
+class Eager:
+    """A step of training, operation by operation."""
+
+    def __init__(self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+
+    def __call__(self, batch: Batch) -> None:
+        self.optimizer.zero_grad()
+        self.loss(self.model, *batch).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+class Graphed(Eager):
+    """The same as one CUDA graph for each shape of the batch: small models would wait for the host at each kernel."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.graphs: dict[tuple, tuple[Batch, torch.cuda.CUDAGraph]] = {}
+
+    def __call__(self, batch: Batch) -> None:
+        shapes = tuple(tensor.shape for tensor in batch)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.capture(batch)
+        inputs, graph = self.graphs[shapes]
+        for own, given in zip(inputs, batch, strict=True):
+            own.copy_(given)
+        graph.replay()
+
+    def capture(self, batch: Batch) -> tuple[Batch, torch.cuda.CUDAGraph]:
+        """What a capture must not do, such as compile kernels, two passes without a step do before it."""
+        inputs = tuple(tensor.clone() for tensor in batch)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.loss(self.model, *inputs).backward()
+                self.optimizer.zero_grad()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            super().__call__(inputs)
+        return inputs, graph
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, step: int = 0) -> None:
+    """First beside it, so that an interruption leaves the old file or the new one."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if optimizer is not None:
+        for number, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"step": str(step)})
+    beside.replace(path)
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Load what `save` wrote, where it is there and whole; the step to go on with."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            step = int(file.metadata()["step"])
+    except (FileNotFoundError, SafetensorError):
+        return 0
+    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    if optimizer is not None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, key = name.split(".", 2)
+                state.setdefault(int(number), {})[key] = tensor
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # the tensor itself, which its owner writes to, not a copy
+    return step
+
+
+def mean_over(parts, of: Callable[[Tensor], Tensor]) -> float:
+    """The mean of what ``of`` gives for the rows of each part."""
+    with torch.no_grad():
+        values = torch.cat([of(part).flatten().double().cpu() for part in parts])
+    return values.mean().item() if values.isfinite().all() else math.inf

@@ -1,0 +1,283 @@
+"""Recipes at toy size: what they write, how they go on after an interruption, and what their measures mean."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import HAS_CUDA
+from safetensors.torch import load_file
+
+from flash_entmax.cli import main
+from flash_entmax.recipes import (
+    NAMES,
+    TRAINED,
+    language_model,
+    max_retrieval,
+    module_of,
+    report,
+    sequences,
+    sweep,
+    training,
+)
+
+ARMS = [(name, arm) for name in TRAINED for arm in module_of(name).ARMS]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """All recipes, run once by the command line."""
+    out = tmp_path_factory.mktemp("recipes")
+    assert main(["recipe", "all", "--size", "toy", "--device", "cpu", "--out", str(out)]) == 0
+    return out
+
+
+def a_run(folder, name="max-retrieval", arm="softmax", steps=6, device="cpu", seed=0):
+    return sweep.Run(name, "toy", arm, 3e-3, seed, steps, folder, device, None)
+
+
+def silent(step, of):
+    pass
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_arm_is_trained_and_measured(written, name):
+    results, recipe = json.loads((written / f"{name}-toy.json").read_text()), module_of(name)
+    assert set(results["chosen"]) == set(recipe.ARMS)
+    for arm, keys in results["chosen"].items():
+        assert len(keys) == recipe.SIZES["toy"].seeds
+        for key in keys:
+            assert arm in key
+            assert results["runs"][key]["validation"] > 0
+            for measure in recipe.MEASURES:
+                assert results["measures"][key][measure.key]
+    for measure in recipe.MEASURES:
+        assert (written / f"{name}-toy-{measure.key}.png").stat().st_size > 10_000
+    assert {"device", "torch", "flash_entmax", "date", "size"} <= set(results["conditions"])
+
+
+def test_what_is_there_is_not_made_again(written, monkeypatch, capsys):
+    monkeypatch.setattr(training, "fit", None)
+    monkeypatch.setattr(max_retrieval, "measure", None)
+    assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 0
+    assert "4 models, 4 done" in capsys.readouterr().out
+
+
+def test_sparsity_and_captured_inputs(written):
+    found = json.loads((written / "sparsity-toy.json").read_text())["models"]
+    assert {key.partition(" |")[0] for key in found} == {"entmax 1.5, RoPE", "ASEntmax, NAPE"}
+    for by_length in found.values():
+        for length, numbers in by_length.items():
+            keys = torch.tensor(numbers["keys_per_query"])
+            assert keys.shape == (2, 2)
+            assert ((keys >= 1) & (keys <= (int(length) + 1) / 2)).all()
+    tensors = load_file(written / "language-model-toy" / "inputs-128.safetensors")
+    assert set(tensors) == {f"layer{n}.{name}" for n in (0, 1) for name in ("query", "key", "value")}
+    assert all(tensor.shape == (1, 2, 128, 16) for tensor in tensors.values())
+
+
+def test_captured_inputs_can_be_timed(written, tmp_path, capsys):
+    path = str(written / "language-model-toy" / "inputs-128.safetensors")
+    assert main(["bench", "--inputs", path, "--device", "cpu", "--parts", "speed", "--out", str(tmp_path)]) == 0
+    assert "layer1" in capsys.readouterr().out
+
+
+def test_captured_inputs_are_what_the_model_attends_with(written):
+    """Attention of the captured tensors, through the rest of the layer, is the layer's own output."""
+    from flash_entmax import entmax_attention
+    from flash_entmax.recipes import options_for, sparsity
+
+    options = options_for(written, "toy", "cpu", None, None)
+    each = next(run for run in sparsity.trained(options) if run.arm == sparsity.CAPTURED)
+    model, outputs = sparsity.model_of(each), []
+    model.blocks[1].attention.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        model(sparsity.held_out(each, 1, 128))
+        tensors = load_file(written / "language-model-toy" / "inputs-128.safetensors")
+        mixed = entmax_attention(*(tensors[f"layer1.{name}"] for name in ("query", "key", "value")), is_causal=True)
+        ours = model.blocks[1].attention.out(mixed.transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(ours, outputs[0])
+
+
+def test_training_speed_is_of_whole_steps(written):
+    found = json.loads((written / "training-speed-toy.json").read_text())["bytes_per_second"]
+    assert list(found) == ["entmax 1.5, trained", "entmax 1.5, before training", "softmax, SDPA"]
+    assert all(speed > 0 for by_length in found.values() for speed in by_length.values())
+
+
+@pytest.mark.parametrize(("name", "arm"), [("max-retrieval", "ASEntmax"), ("reverse", "entmax 1.5")])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, name, arm):
+    whole, cut = a_run(tmp_path / "whole", name, arm), a_run(tmp_path / "cut", name, arm)
+    sweep.train(whole, silent)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+
+    def interrupt(step, of):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.train(cut, interrupt)
+    assert not cut.path.exists()
+    steps = []
+    sweep.train(cut, lambda step, of: steps.append(step))
+    assert steps == [4, 5, 6]  # the fourth was made, but not yet saved
+    assert not list(cut.folder.glob("*unfinished*"))
+    first, second = load_file(whole.path), load_file(cut.path)
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+def test_another_seed_is_another_model(tmp_path):
+    first, second = a_run(tmp_path), a_run(tmp_path, seed=1)
+    sweep.train(first, silent)
+    sweep.train(second, silent)
+    assert first.path != second.path
+    assert any(not torch.equal(t, load_file(second.path)[key]) for key, t in load_file(first.path).items())
+
+
+def test_the_rate_of_the_lowest_mean_validation_loss_is_chosen(tmp_path):
+    runs = {
+        rate: [replace(a_run(tmp_path), learning_rate=rate, seed=seed) for seed in (0, 1)] for rate in (1.0, 2.0, 3.0)
+    }
+    losses = {1.0: (0.1, 0.9), 2.0: (0.4, 0.5), 3.0: (0.1, float("inf"))}
+    found = {run.key: {"validation": losses[rate][run.seed]} for rate, own in runs.items() for run in own}
+    assert sweep.best_rate(found, runs) == 2.0
+
+
+def test_processes_share_the_work(tmp_path, capsys):
+    assert (
+        main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--workers", "2", "--out", str(tmp_path)])
+        == 0
+    )
+    assert "2 at a time" in capsys.readouterr().out
+    results = json.loads((tmp_path / "max-retrieval-toy.json").read_text())
+    assert len(results["measures"]) == 4
+
+
+def test_the_answer_of_max_retrieval_is_the_class_of_the_largest():
+    items, _, answer = max_retrieval.problems(30, 8, 0, "cpu")
+    assert items.shape == (8, 30, 11)
+    largest = items[..., -1].argmax(1)
+    assert torch.equal(items[torch.arange(8), largest, :-1].argmax(-1), answer)
+
+
+def test_answers_of_sequences():
+    for task, expected in ((sequences.SORT, lambda s: sorted(s)), (sequences.REVERSE, lambda s: s[::-1])):
+        data = task.problems(5, 3, 0, "cpu")
+        assert data.shape == (3, 11)
+        for row in data.tolist():
+            assert row[5] == sequences.SEPARATOR
+            assert row[6:] == expected(row[:5])
+
+
+def test_a_sequence_counts_if_all_of_its_tokens_are_right(monkeypatch, tmp_path):
+    task, size = sequences.SORT, sequences.SORT.SIZES["toy"]
+
+    def all_but_one(model, data):
+        answer = data[:, data.shape[1] // 2 + 1 :]
+        answer = answer.clone()
+        answer[0, -1] = (answer[0, -1] + 1) % sequences.VOCABULARY
+        return torch.nn.functional.one_hot(answer, sequences.VOCABULARY + 1).float()
+
+    monkeypatch.setattr(task, "logits", all_but_one)
+    exact = task.measure(None, a_run(tmp_path, "sort"), size)["exact"]
+    assert exact == {"1": 100.0 * (1 - 1 / size.tests), "2": 100.0 * (1 - 1 / size.tests)}
+
+
+def test_a_planted_fact_stands_in_its_slots_and_nowhere_else():
+    data = torch.full((2, 64), ord("x"))
+    places = language_model.plant(data, torch.tensor([[0, 2], [3, 1]]), torch.Generator().manual_seed(0))
+    first, second = (bytes(row.tolist()) for row in data)
+    line = first[:12]
+    assert line.startswith(b"\n@") and line[6:7] == b"=" and line.endswith(b";")  # noqa: PT018
+    assert first == line + 20 * b"x" + line + 20 * b"x"
+    assert second[16:28] == second[48:60] != line
+    assert bytes(data[0, places[0]].tolist()) == line[7:11]
+    assert places.tolist() == [[39, 40, 41, 42], [23, 24, 25, 26]]
+
+
+def test_a_model_that_copies_finds_every_fact(monkeypatch, tmp_path):
+    """One that looks up what followed the same key finds all, one that knows nothing finds none."""
+    run, size = a_run(tmp_path, "language-model", "softmax, RoPE"), language_model.SIZES["toy"]
+
+    def copier(data):
+        logits = torch.zeros(*data.shape, 256)
+        for row, text in enumerate(bytes(line.tolist()) for line in data):
+            for end in range(8, len(text)):
+                key = text.rfind(b"\n@", 0, end + 1)
+                first = text.find(text[key : key + 7])
+                offset = end + 1 - key
+                if key > first >= 0 and 7 <= offset < 11:
+                    logits[row, end, text[first + offset]] = 1.0
+        return logits
+
+    for multiple in size.multiples:
+        for depth in language_model.DEPTHS:
+            length = multiple * size.context
+            assert language_model.share_found(copier, run, size, length, depth) == 100.0
+            nothing = lambda data: torch.zeros(*data.shape, 256)  # noqa: E731
+            assert language_model.share_found(nothing, run, size, length, depth) == 0.0
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
+@pytest.mark.parametrize(("name", "arm"), ARMS)
+def test_a_graph_trains_as_single_operations_do(tmp_path, monkeypatch, name, arm):
+    graphed, eager = (a_run(tmp_path / way, name, arm, device="cuda") for way in ("graphed", "eager"))
+    sweep.train(graphed, silent)
+    monkeypatch.setattr(training, "Graphed", training.Eager)
+    sweep.train(eager, silent)
+    for key, tensor in load_file(eager.path).items():
+        torch.testing.assert_close(
+            load_file(graphed.path)[key], tensor, rtol=1e-3, atol=1e-3, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sparsity"], "language-model comes first"),
+        (["sort", "--workers", "0"], "--workers must be at least 1, got 0"),
+        (["language-model", "--text", "/nowhere"], "--text /nowhere: no such file or folder"),
+    ],
+)
+def test_what_cannot_run_says_why(tmp_path, capsys, arguments, message):
+    assert main(["recipe", *arguments, "--size", "toy", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_results_of_other_conditions_are_not_mixed(written, capsys):
+    results = written / "max-retrieval-toy.json"
+    kept = results.read_text()
+    results.write_text(kept.replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
+    assert "take another --out" in capsys.readouterr().err
+    results.write_text("{")
+    assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    results.write_text(kept)
+
+
+def test_missing_extras_are_named(monkeypatch, tmp_path, capsys):
+    from flash_entmax import recipes
+
+    monkeypatch.setattr(recipes, "NEEDED", ("matplotlib", "no_such_package"))
+    assert main(["recipe", "sort", "--out", str(tmp_path)]) == 1
+    assert "needs no_such_package: pip install 'flash-entmax[recipes]'" in capsys.readouterr().err
+
+
+def test_names_are_those_of_the_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["recipe", "juggling"])
+    assert "max-retrieval" in capsys.readouterr().err
+    assert len(NAMES) == 6
+
+
+def test_means_and_spreads_are_over_seeds():
+    results = {
+        "chosen": {"a": ["a | 0", "a | 1"]},
+        "measures": {"a | 0": {"m": {"8": 1.0}}, "a | 1": {"m": {"8": 3.0}}},
+    }
+    measure = report.Measure("m", "title", "place")
+    table = report.table(measure, results)
+    assert list(table.columns[1].cells) == ["2.0 ± 1.0"]
+    assert table.columns[1].header == "8"
+    assert "2 seeds" in table.title

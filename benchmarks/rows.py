@@ -75,9 +75,9 @@ def median_ms(call, as_called: bool = False) -> float:
         from triton.testing import do_bench, do_bench_cudagraph
 
         if as_called:
-            return do_bench(call, warmup=5, rep=30, return_mode="median")
+            return do_bench(call, warmup=5, rep=20, return_mode="median")
         try:
-            return do_bench_cudagraph(call, rep=30, return_mode="median")
+            return do_bench_cudagraph(call, rep=6, return_mode="median")
         except RuntimeError as error:
             print(f"    no graph, timed as called: {str(error).splitlines()[0]}")
             return median_ms(call, as_called=True)

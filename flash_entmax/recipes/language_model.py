@@ -62,13 +62,13 @@ class Size:
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     seeds: int = 3
     sweep_seeds: int = 1
-    sweep_steps: int = 150
+    sweep_steps: int = 100
     workers: int = 1
 
 
 SIZES = {
     "toy": Size(12, 4, 64, 2, 32, 2, 1, (1, 2), 4, learning_rates=(3e-3,), seeds=1, sweep_steps=12),
-    "full": Size(600, 16, 2048, 8, 512, 8, 16, (1, 2, 4, 8), 16),
+    "full": Size(450, 16, 2048, 8, 512, 8, 16, (1, 2, 4, 8), 16),
 }
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -129,7 +129,7 @@ def measure(run: Run, show: training.Show) -> dict:
 
 
 def distribute(task: Callable, runs: list[Run], workers: int, console: Console) -> Iterator[tuple[Run, dict]]:
-    """Results as they come, of so many processes at a time; GPUs take turns."""
+    """Results as they come, of so many processes at a time, on all GPUs."""
     if workers == 1:
         for each in runs:
             with progress(console, f"{each.recipe}: {each.key}") as show:
@@ -138,35 +138,34 @@ def distribute(task: Callable, runs: list[Run], workers: int, console: Console) 
         return
     if not runs:
         return
-    context, gpus = get_context("spawn"), max(1, torch.cuda.device_count())
+    context = get_context("spawn")
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(workers, context, initialise, (workers,)) as pool,
+        ProcessPoolExecutor(workers, context, initialise, (workers, context.Value("i", 0))) as pool,
         progress(console, f"{task.__name__}, {workers} at a time") as show,
     ):
         along = manager.dict()
-        waiting = {
-            pool.submit(perform_in_worker, task, each, number % gpus, along): each for number, each in enumerate(runs)
-        }
-        done = 0
+        waiting = {pool.submit(perform_in_worker, task, each, along): each for each in runs}
         while waiting:
             finished, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in finished:
                 each = waiting.pop(future)
-                done += 1
                 along.pop(each.key, None)
                 yield each, future.result()
+            done = len(runs) - len(waiting)
             show(round(1000 * (done + sum(along.values()))), 1000 * len(runs))
 
 
-def initialise(workers: int) -> None:
+def initialise(workers: int, started) -> None:
+    """Share the cores, and settle on a GPU: graphs are captured on the one that a process began with."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-def perform_in_worker(task: Callable, run: Run, gpu: int, along: dict) -> dict:
-    if run.device == "cuda":
-        torch.cuda.set_device(gpu)
-        run = replace(run, device=f"cuda:{gpu}")
+def perform_in_worker(task: Callable, run: Run, along: dict) -> dict:
     shown = -1.0
 
     def show(step: int, of: int) -> None:

@@ -246,18 +246,26 @@ class EntmaxAttention(WithAlpha):
         )
 
 
+class Zeros(nn.Linear):
+    """Starts at zero: drawn at random, projections of a temperature were seen to stay where they start.
+
+    As it draws nothing, what is made after it is as without it from the same seed.
+    """
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class AdaptiveTemperature(nn.Module):
     """ASEntmax (arXiv 2506.16640): 1 + beta * log(position + 2)^gamma, for the first ``heads`` heads; 1 for others."""
 
     def __init__(self, embed_dim: int, heads: int, **factory) -> None:
         super().__init__()
-        self.beta = nn.Linear(embed_dim, heads, **factory)
-        self.gamma = nn.Linear(embed_dim, heads, **factory)
-        self.reset_parameters()
+        self.beta, self.gamma = (Zeros(embed_dim, heads, **factory) for _ in range(2))
 
     def reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)  # drawn at random, these were seen to stay where they start
+        self.beta.reset_parameters(), self.gamma.reset_parameters()
 
     def forward(self, x: Tensor, position: Tensor, num_heads: int) -> Tensor:
         """x (..., embed_dim) at position (...) -> (..., num_heads) float32."""

@@ -72,7 +72,8 @@ LAYERS = {
     "rope, grouped": {"num_key_heads": 2, "bias": True},
     "alibi, learned": {"position": "alibi", "learn_alpha": True, "alpha": 1.4},
     "nape, adaptive": {"position": "nape", "temperature": "adaptive", "num_key_heads": 1},
-    "rope, adaptive, learned": {"temperature": "adaptive", "learn_alpha": True},
+    # From alpha 1.5 on, gradients jump where a key enters the support: rounding would decide.
+    "rope, adaptive, learned": {"temperature": "adaptive", "learn_alpha": True, "alpha": 1.3},
     "encoder, window": {"is_causal": False, "window_size": (5, -1), "head_dim": 10},
     "sparsemax, softcap": {"alpha": 2.0, "softcap": 1.5, "position": "nape"},
 }

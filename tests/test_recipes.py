@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import HAS_CUDA
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flash_entmax.cli import main
@@ -65,7 +66,7 @@ def test_what_is_there_is_not_made_again(written, monkeypatch, capsys):
 
 def test_sparsity_and_captured_inputs(written):
     found = json.loads((written / "sparsity-toy.json").read_text())["models"]
-    assert {key.partition(" |")[0] for key in found} == {"entmax 1.5, RoPE", "ASEntmax, NAPE"}
+    assert {key.partition(" |")[0] for key in found} == {"entmax 1.5, RoPE", "entmax 1.5, NAPE", "ASEntmax, NAPE"}
     for by_length in found.values():
         for length, numbers in by_length.items():
             keys = torch.tensor(numbers["keys_per_query"])
@@ -184,38 +185,105 @@ def test_a_sequence_counts_if_all_of_its_tokens_are_right(monkeypatch, tmp_path)
 
 
 def test_a_planted_fact_stands_in_its_slots_and_nowhere_else():
-    data = torch.full((2, 64), ord("x"))
-    places = language_model.plant(data, torch.tensor([[0, 2], [3, 1]]), torch.Generator().manual_seed(0))
-    first, second = (bytes(row.tolist()) for row in data)
-    line = first[:12]
-    assert line.startswith(b"\n@") and line[6:7] == b"=" and line.endswith(b";")  # noqa: PT018
-    assert first == line + 20 * b"x" + line + 20 * b"x"
-    assert second[16:28] == second[48:60] != line
-    assert bytes(data[0, places[0]].tolist()) == line[7:11]
-    assert places.tolist() == [[39, 40, 41, 42], [23, 24, 25, 26]]
+    data = torch.full((1, 48), ord("x"))
+    slots = torch.tensor([[[0, 2], [5, 3]]])
+    places = language_model.plant(data, slots, torch.Generator().manual_seed(0))
+    text = bytes(data[0].tolist())
+    first, second = text[:4], text[40:44]
+    assert text == first + 12 * b"x" + first + 4 * b"x" + second + 12 * b"x" + second + 4 * b"x"
+    assert min(first + second) >= 128
+    assert places.tolist() == [[[18, 19], [26, 27]]]
 
 
-def test_a_model_that_copies_finds_every_fact(monkeypatch, tmp_path):
-    """One that looks up what followed the same key finds all, one that knows nothing finds none."""
+def test_every_fact_of_the_test_stands_once_before_it_is_asked_for():
+    size = language_model.SIZES["full"]
+    for multiple in size.multiples:
+        length = multiple * size.context
+        slots = language_model.slots_of_test(length, size, 3, torch.Generator().manual_seed(0))
+        first, again = slots.unbind(-1)
+        facts = len(language_model.DEPTHS) * size.asked
+        assert slots.shape == (3, facts, 2)
+        assert all(len(set(row.flatten().tolist())) == 2 * facts for row in slots)
+        assert (first < length // 8 - facts).all()
+        assert (again >= length // 8 - facts).all()
+        assert (again < length // 8).all()
+        assert first[0, 0] == 0
+        assert first[0, -1] == length // 8 - facts - 1
+
+
+def test_a_model_that_looks_up_finds_every_fact(tmp_path):
+    """One that copies what followed the same bytes finds all, one that knows nothing finds none."""
     run, size = a_run(tmp_path, "language-model", "softmax, RoPE"), language_model.SIZES["toy"]
 
-    def copier(data):
+    def looks_up(data):
         logits = torch.zeros(*data.shape, 256)
         for row, text in enumerate(bytes(line.tolist()) for line in data):
-            for end in range(8, len(text)):
-                key = text.rfind(b"\n@", 0, end + 1)
-                first = text.find(text[key : key + 7])
-                offset = end + 1 - key
-                if key > first >= 0 and 7 <= offset < 11:
-                    logits[row, end, text[first + offset]] = 1.0
+            for end in range(2, len(text)):
+                for known in (3, 2):  # the key, with the first byte of the value or without
+                    before = text.find(text[end - known + 1 : end + 1])
+                    if min(text[end - known + 1 : end + 1]) >= 128 and before + known <= end:
+                        logits[row, end, text[before + known]] = 1.0
+                        break
         return logits
 
     for multiple in size.multiples:
-        for depth in language_model.DEPTHS:
-            length = multiple * size.context
-            assert language_model.share_found(copier, run, size, length, depth) == 100.0
-            nothing = lambda data: torch.zeros(*data.shape, 256)  # noqa: E731
-            assert language_model.share_found(nothing, run, size, length, depth) == 0.0
+        shares = language_model.shares_found(looks_up, run, size, multiple * size.context)
+        assert shares == dict.fromkeys(map(str, language_model.DEPTHS), 100.0)
+        shares = language_model.shares_found(lambda data: torch.zeros(*data.shape, 256), run, size, 256)
+        assert shares == dict.fromkeys(map(str, language_model.DEPTHS), 0.0)
+
+
+def test_losses_are_of_the_byte_that_follows():
+    """A model that knows each byte's successor has none, wherever the window begins."""
+    data = torch.arange(40).repeat(2, 1)
+    losses = language_model.next_byte_losses(lambda data: 100.0 * torch.nn.functional.one_hot(data + 1, 256), data)
+    assert losses.shape == (2, 39)
+    assert losses.abs().max() < 1e-6
+
+
+def test_logits_of_a_sequence_are_those_of_its_answer():
+    """From the separator on, each from the token before it."""
+    data = sequences.SORT.problems(5, 3, 0, "cpu")
+    echo = lambda data: torch.nn.functional.one_hot(data, sequences.VOCABULARY + 1)  # noqa: E731
+    seen = sequences.SORT.logits(echo, data).argmax(-1)
+    assert (seen[:, 0] == sequences.SEPARATOR).all()
+    assert torch.equal(seen[:, 1:], data[:, 6:-1])
+
+
+def test_problems_of_tests_are_not_those_of_training():
+    of_training = sequences.SORT.problems(16, 64, 0, "cpu")
+    for seed in (training.TEST_SEED, training.VALIDATION_SEED):
+        assert not torch.equal(sequences.SORT.problems(16, 64, seed, "cpu"), of_training)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_arms_start_from_the_same_weights(tmp_path, name):
+    first, *others = (a_run(tmp_path, name, arm).model().state_dict() for arm in module_of(name).ARMS)
+    shared = set(first).intersection(*others) - {"growth"}
+    assert len(shared) >= len(first) - 1
+    for other in others:
+        assert all(torch.equal(first[key], other[key]) for key in shared)
+
+
+def test_a_broken_checkpoint_is_not_measured(tmp_path):
+    run = a_run(tmp_path)
+    sweep.train(run, silent)
+    run.path.write_bytes(run.path.read_bytes()[:100])
+    with pytest.raises(SafetensorError):
+        sweep.measure(run, silent)
+    unfinished = run.path.with_suffix(".unfinished.safetensors")
+    run.path.rename(unfinished)
+    steps = []
+    sweep.train(run, lambda step, of: steps.append(step))
+    assert steps[0] == 1
+
+
+def test_a_model_that_is_there_is_not_trained_again(tmp_path):
+    run, steps = a_run(tmp_path), []
+    first = sweep.train(run, silent)
+    again = sweep.train(run, lambda step, of: steps.append(step))
+    assert not steps
+    assert again["validation"] == first["validation"]
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
@@ -253,9 +321,15 @@ def test_results_of_other_conditions_are_not_mixed(written, capsys):
     results.write_text(kept.replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
     assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
     assert "take another --out" in capsys.readouterr().err
+    results.write_text(kept.replace('"tests": 64', '"tests": 63'))
+    assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
+    assert "'tests': 64" in capsys.readouterr().err
     results.write_text("{")
     assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
     assert "cannot be read" in capsys.readouterr().err
+    results.unlink()
+    assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
+    assert "models without their max-retrieval-toy.json" in capsys.readouterr().err
     results.write_text(kept)
 
 
@@ -281,6 +355,6 @@ def test_means_and_spreads_are_over_seeds():
     }
     measure = report.Measure("m", "title", "place")
     table = report.table(measure, results)
-    assert list(table.columns[1].cells) == ["2.0 ± 1.0"]
+    assert list(table.columns[1].cells) == ["2.0 ± 1.4"]
     assert table.columns[1].header == "8"
     assert "2 seeds" in table.title

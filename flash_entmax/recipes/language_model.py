@@ -1,13 +1,13 @@
 """A byte-level language model on long documents: what does entmax attention cost at the training length, and what does
 it keep beyond it?
 
-Four transformers of 25 million parameters, alike but for their attention, read the same bytes: softmax and entmax 1.5
-with rotary positions, softmax and ASEntmax with the positions of NAPE (arXiv 2506.16640). AdaSplash-2 (arXiv
+Transformers of 25 million parameters, alike but for their attention, read the same bytes: softmax and entmax 1.5 with
+rotary positions; softmax, entmax 1.5 and ASEntmax with the positions of NAPE (arXiv 2506.16640). AdaSplash-2 (arXiv
 2604.15180) claims that entmax matches softmax at short context and gains at long context. So three things are measured:
 the loss on held-out text at the training length; the loss by position in windows of up to eight times that length; and
-whether a fact that was planted in the text is found again, by its depth and by the length of the window. For that,
-every window, in training too, holds a few facts, lines such as `@kfwq=zmra;`, each of them twice: the second time, what
-follows the sign can be known from the first.
+whether facts that were planted in the text are found again, by depth and by the length of the window. A fact is two
+bytes that name it and two that follow from these, of byte values that English text hardly has. The windows of the
+training hold some, each in several places, so that from the second on the last two can be known.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,13 @@ from ..demo.text import Corpus, even_windows, read_corpus
 from ..demo.train import precision
 from . import RecipeError
 from .report import Measure
-from .training import mean_over
+from .training import TEST_SEED, mean_over
 
 ARMS = {
     "softmax, RoPE": {"alpha": 1.0, "position": "rope"},
     "entmax 1.5, RoPE": {"alpha": 1.5, "position": "rope"},
     "softmax, NAPE": {"alpha": 1.0, "position": "nape"},
+    "entmax 1.5, NAPE": {"alpha": 1.5, "position": "nape"},
     "ASEntmax, NAPE": {"alpha": 1.5, "position": "nape", "temperature": "adaptive"},
 }
 VALIDATION = "held-out text at the training length, without planted facts"
@@ -39,16 +40,19 @@ MEASURES = (
     Measure("found", "planted facts found, %", "window, bytes"),
     Measure("depth", "planted facts found in the longest window, %", "depth, %", logarithmic=False),
 )
-LINE = 16  # bytes of a slot in which a fact may stand
-KEY = VALUE = 4
-LETTERS = 26
-DEPTHS = (0, 25, 50, 75, 95)  # where the fact stands, in per cent of the window; it is asked for at the end
-TOGETHER = 2**17  # bytes that are tested at a time
+SLOT = 8  # bytes, in which one fact may stand
+KEY = VALUE = 2
+HARDLY_USED = range(128, 256)
+DEPTHS = (0, 25, 50, 75, 100)  # where facts stand, in per cent of the window up to where it asks for them, its end
+TOGETHER = 2**15  # bytes that are tested at a time
 
 
 @dataclass(frozen=True)
 class Size:
-    """Windows of ``context`` bytes with ``facts`` each; ``windows`` of each of the multiples are tested."""
+    """Windows of ``context`` bytes, in training with ``facts`` in ``times`` places each.
+
+    ``windows`` of each of the ``multiples`` are tested, with ``asked`` facts at each depth.
+    """
 
     steps: int
     batch: int
@@ -57,18 +61,20 @@ class Size:
     width: int
     heads: int
     facts: int
+    times: int
+    asked: int
     multiples: tuple[int, ...]
     windows: int
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     seeds: int = 3
     sweep_seeds: int = 1
-    sweep_steps: int = 100
+    sweep_steps: int = 400
     workers: int = 1
 
 
 SIZES = {
-    "toy": Size(12, 4, 64, 2, 32, 2, 1, (1, 2), 4, learning_rates=(3e-3,), seeds=1, sweep_steps=12),
-    "full": Size(450, 16, 2048, 8, 512, 8, 16, (1, 2, 4, 8), 16),
+    "toy": Size(12, 4, 128, 2, 32, 2, 2, 2, 1, (1, 2), 4, learning_rates=(3e-3,), seeds=1, sweep_steps=12),
+    "full": Size(1500, 4, 2048, 8, 512, 8, 16, 4, 8, (1, 2, 4, 8), 16),
 }
 
 
@@ -102,9 +108,8 @@ def batch(step: int, run, size: Size) -> tuple[Tensor]:
     draw = torch.Generator(run.device).manual_seed(run.seed * size.steps + step)
     starts = torch.randint(len(text) - size.context, (size.batch, 1), generator=draw, device=run.device)
     data = text[starts + torch.arange(size.context + 1, device=run.device)].long()
-    slots = torch.rand(size.batch, size.context // LINE, generator=draw, device=run.device).argsort(1)
-    for fact in range(size.facts):
-        plant(data, slots[:, 2 * fact : 2 * fact + 2], draw)
+    slots = torch.rand(size.batch, size.context // SLOT, generator=draw, device=run.device).argsort(1)
+    plant(data, slots[:, : size.facts * size.times].unflatten(1, (size.facts, size.times)), draw)
     return (data,)
 
 
@@ -113,13 +118,15 @@ def loss(model: Transformer, data: Tensor) -> Tensor:
 
 
 def plant(data: Tensor, slots: Tensor, draw: torch.Generator) -> Tensor:
-    """Write a fact into slots (batch, times) of data, over what stood there; the places (batch, VALUE) of its last."""
-    letters = torch.randint(ord("a"), ord("a") + LETTERS, (len(data), KEY + VALUE), generator=draw, device=data.device)
-    signs = {sign: letters.new_full((len(data), 1), ord(sign)) for sign in "\n@=;"}
-    line = torch.cat((signs["\n"], signs["@"], letters[:, :KEY], signs["="], letters[:, KEY:], signs[";"]), 1)
-    places = LINE * slots.unsqueeze(-1) + torch.arange(line.shape[1], device=data.device)
-    data.scatter_(1, places.flatten(1), line.repeat(1, slots.shape[1]))
-    return places[:, -1, KEY + 3 : KEY + 3 + VALUE]
+    """Write a fact into each of the slots (batch, facts, times) of data, over what stood there.
+
+    Returns the places (batch, facts, VALUE) of what follows the key, in the last of each fact's slots.
+    """
+    shape = *slots.shape[:2], 1, KEY + VALUE
+    facts = torch.randint(HARDLY_USED.start, HARDLY_USED.stop, shape, generator=draw, device=data.device)
+    places = SLOT * slots.unsqueeze(-1) + torch.arange(KEY + VALUE, device=data.device)
+    data.scatter_(1, places.flatten(1), facts.expand(places.shape).flatten(1))
+    return places[:, :, -1, KEY:]
 
 
 def windows_of(run, size: Size, length: int, count: int) -> Tensor:
@@ -139,12 +146,12 @@ def measure(model: Transformer, run, size: Size) -> dict[str, dict[str, float]]:
     by_position = torch.cat([next_byte_losses(model, part).double() for part in longest.split(together)]).mean(0)
     ends = [lengths[0] // 4, lengths[0] // 2, *lengths]
     starts = [0, *ends]
-    found = {n: {depth: share_found(model, run, size, n, depth) for depth in DEPTHS} for n in lengths}
+    found = {length: shares_found(model, run, size, length) for length in lengths}
     return {
         "length": {str(length): loss_at(model, longest, length) for length in lengths},
         "position": {str(end): by_position[start:end].mean().item() for start, end in zip(starts, ends, strict=False)},
-        "found": {str(n): sum(found[n].values()) / len(DEPTHS) for n in lengths},
-        "depth": {str(depth): share for depth, share in found[lengths[-1]].items()},
+        "found": {str(length): sum(shares.values()) / len(shares) for length, shares in found.items()},
+        "depth": found[lengths[-1]],
     }
 
 
@@ -154,18 +161,28 @@ def loss_at(model: Transformer, longest: Tensor, length: int) -> float:
     return mean_over(data.split(max(1, TOGETHER // length)), lambda part: next_byte_losses(model, part))
 
 
-def share_found(model: Transformer, run, size: Size, length: int, depth: int) -> float:
-    """Of facts at a depth, asked for at the end of the window, in per cent: all bytes of the value are likeliest."""
+def shares_found(model: Transformer, run, size: Size, length: int) -> dict[str, float]:
+    """Of the facts at each depth, in per cent: where the key is repeated, the bytes that follow are the likeliest."""
     data = windows_of(run, size, length, size.windows)[:, :-1].clone()
-    last = length // LINE - 1
-    slots = torch.tensor([min(depth * last // 100, last - 1), last], device=data.device).expand(len(data), 2)
-    places = plant(data, slots, torch.Generator(data.device).manual_seed(2**40 + depth))
-
-    def right(part: tuple[Tensor, Tensor]) -> Tensor:
-        data, places = part
-        with precision(data.device):
-            predicted = model(data).argmax(-1)
-        return 100.0 * (predicted.gather(1, places - 1) == data.gather(1, places)).all(1)
-
+    draw = torch.Generator(data.device).manual_seed(TEST_SEED)
+    places = plant(data, slots_of_test(length, size, len(data), draw), draw)
+    right = []
     together = max(1, TOGETHER // length)
-    return mean_over(zip(data.split(together), places.split(together), strict=True), right)
+    for part, of_values in zip(data.split(together), places.split(together), strict=True):
+        with precision(data.device):
+            predicted = model(part).argmax(-1)
+        of_values = of_values.flatten(1)
+        hits = predicted.gather(1, of_values - 1) == part.gather(1, of_values)
+        right.append(hits.unflatten(1, (len(DEPTHS), size.asked, VALUE)).all(-1))
+    shares = 100.0 * torch.cat(right).double().mean((0, 2))
+    return {str(depth): share for depth, share in zip(DEPTHS, shares.tolist(), strict=True)}
+
+
+def slots_of_test(length: int, size: Size, count: int, draw: torch.Generator) -> Tensor:
+    """(count, facts, 2): where each stands, ``asked`` in a row at each depth, and again at the end, in any order."""
+    device, facts = draw.device, len(DEPTHS) * size.asked
+    before = length // SLOT - facts
+    starts = torch.tensor([depth * (before - size.asked) // 100 for depth in DEPTHS], device=device)
+    planted = (starts.unsqueeze(1) + torch.arange(size.asked, device=device)).flatten()
+    again = before + torch.rand(count, facts, generator=draw, device=device).argsort(1)
+    return torch.stack((planted.expand(count, facts), again), -1)

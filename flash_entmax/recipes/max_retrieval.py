@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, one_hot, softplus
 from flash_entmax import entmax_attention
 
 from .report import Measure
-from .training import mean_over
+from .training import TEST_SEED, VALIDATION_SEED, mean_over
 
 ARMS = ("softmax", "entmax 1.5", "SSMax", "ASEntmax")
 VALIDATION = "16 items, as in training"
@@ -109,19 +109,26 @@ def loss(model: Finder, items: Tensor, asked: Tensor, answer: Tensor) -> Tensor:
     return cross_entropy(model(items, asked), answer)
 
 
-def tested(model: Finder, count: int, run, tests: int, of) -> float:
+def mean_of_problems(model: Finder, count: int, run, tests: int, of, seed: int) -> float:
     """The mean of ``of(logits, answer)`` over problems that no seed was trained on."""
     part = min(tests, max(1, TOGETHER // count))
-    parts = (problems(count, part, 2**40 + first, run.device) for first in range(0, tests, part))
+    parts = (problems(count, part, seed + first, run.device) for first in range(0, tests, part))
     return mean_over(parts, lambda part: of(model(*part[:2]), part[2]))
 
 
 def validate(model: Finder, run, size: Size) -> float:
-    return tested(model, MOST, run, 8192, lambda logits, answer: cross_entropy(logits, answer, reduction="none"))
+    def losses(logits: Tensor, answer: Tensor) -> Tensor:
+        return cross_entropy(logits, answer, reduction="none")
+
+    return mean_of_problems(model, MOST, run, 8192, losses, VALIDATION_SEED)
 
 
 def measure(model: Finder, run, size: Size) -> dict[str, dict[str, float]]:
     def right(logits: Tensor, answer: Tensor) -> Tensor:
         return 100.0 * (logits.argmax(-1) == answer)
 
-    return {"accuracy": {str(count): tested(model, count, run, size.tests, right) for count in size.lengths}}
+    return {
+        "accuracy": {
+            str(count): mean_of_problems(model, count, run, size.tests, right, TEST_SEED) for count in size.lengths
+        }
+    }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 
 from rich.console import Console
 from rich.table import Table
@@ -21,20 +21,28 @@ class Measure:
 
 
 def write(console: Console, recipe, results: dict, path: Path) -> None:
-    console.print(", ".join(f"{name} {value}" for name, value in results["conditions"].items()), soft_wrap=True)
+    facts = (f"{name} {value}" for name, value in results["conditions"].items() if name != "settings")
+    console.print(", ".join(facts), soft_wrap=True)
     validation = Table(title=f"validation loss, nats: {recipe.VALIDATION}", title_justify="left")
     for heading in ("arm", "learning rate", f"mean of {seeds_of(results)}", "each"):
         validation.add_column(heading)
     for arm, rate in results["best"].items():
         losses = [results["runs"][key]["validation"] for key in results["chosen"][arm]]
         each = "  ".join(f"{loss:.4f}" for loss in losses)
-        validation.add_row(arm, f"{rate:g}", f"{mean(losses):.4f} ± {pstdev(losses):.4f}", each)
+        rates = results["conditions"]["settings"]["learning_rates"]
+        edge = " (end of the grid)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
+        validation.add_row(arm, f"{rate:g}{edge}", f"{mean(losses):.4f} ± {spread(losses):.4f}", each)
     console.print(validation)
     for measure in recipe.MEASURES:
         console.print(table(measure, results))
         picture = draw(measure, results, path.with_name(f"{path.stem}-{measure.key}.png"))
         console.print(f"{picture}", soft_wrap=True)
     console.print(f"{results['seconds']:.0f} s in all; the numbers are {path}", soft_wrap=True)
+
+
+def spread(values: list[float]) -> float:
+    """The standard deviation that a sample lets expect of all seeds; 0 of one."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def seeds_of(results: dict) -> str:
@@ -57,7 +65,7 @@ def table(measure: Measure, results: dict) -> Table:
     for place, _ in next(iter(rows.values())):
         result.add_column(f"{int(place):,}" if place.isdigit() else place, justify="right")
     for arm, cells in rows.items():
-        result.add_row(arm, *(f"{mean(v):.{measure.digits}f} ± {pstdev(v):.{measure.digits}f}" for _, v in cells))
+        result.add_row(arm, *(f"{mean(v):.{measure.digits}f} ± {spread(v):.{measure.digits}f}" for _, v in cells))
     return result
 
 

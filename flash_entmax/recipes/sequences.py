@@ -1,7 +1,7 @@
 """Sort and reverse: does a model that learned on short sequences still do it on ones up to eight times as long?
 
 A source of random tokens, a separator, and the answer: the tokens in order, or from the last to the first (as in arXiv
-2506.16640, with a smaller vocabulary, model and lengths). Each token of the answer depends on one place of the source,
+2506.16640, with a smaller model and shorter sources). Each token of the answer depends on one place of the source,
 or on a count, and the longer the source, the more other tokens softmax mixes in. All arms are the same causal
 transformer with the positions of NAPE: half of its heads see no positions, half prefer what is near. An answer counts
 if every token of it is right, each predicted from the right ones before it.
@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from ..demo.model import Transformer
 from ..demo.train import precision
 from .report import Measure
-from .training import mean_over
+from .training import TEST_SEED, VALIDATION_SEED, mean_over
 
 VOCABULARY = 32
 SEPARATOR = VOCABULARY
@@ -92,22 +92,25 @@ class Sequences:
         answer = data[:, data.shape[1] // 2 + 1 :]
         return cross_entropy(self.logits(model, data).flatten(0, 1), answer.flatten())
 
-    def tested(self, model: Transformer, length: int, run, tests: int, of) -> float:
+    def mean_of_problems(self, model: Transformer, length: int, run, tests: int, of, seed: int) -> float:
         part = min(tests, max(1, TOGETHER // (2 * length)))
-        parts = (self.problems(length, part, 2**40 + first, run.device) for first in range(0, tests, part))
+        parts = (self.problems(length, part, seed + first, run.device) for first in range(0, tests, part))
         return mean_over(parts, lambda data: of(self.logits(model, data), data[:, length + 1 :]))
 
     def validate(self, model: Transformer, run, size: Size) -> float:
         def losses(logits: Tensor, answer: Tensor) -> Tensor:
             return cross_entropy(logits.mT, answer, reduction="none")
 
-        return self.tested(model, size.longest, run, 2 * size.tests, losses)
+        return self.mean_of_problems(model, size.longest, run, 2 * size.tests, losses, VALIDATION_SEED)
 
     def measure(self, model: Transformer, run, size: Size) -> dict[str, dict[str, float]]:
         def right(logits: Tensor, answer: Tensor) -> Tensor:
             return 100.0 * (logits.argmax(-1) == answer).all(1)
 
-        exact = {str(n): self.tested(model, n * size.longest, run, size.tests, right) for n in size.multiples}
+        exact = {
+            str(n): self.mean_of_problems(model, n * size.longest, run, size.tests, right, TEST_SEED)
+            for n in size.multiples
+        }
         return {"exact": exact}
 
 

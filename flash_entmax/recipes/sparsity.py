@@ -6,7 +6,6 @@ which is what the kernels skip, and the keys that a query attends to. The querie
 written to files, which `flash-entmax bench --inputs FILE` times beside its own.
 """
 
-import json
 from pathlib import Path
 from statistics import mean
 
@@ -21,6 +20,7 @@ from flash_entmax import inspection
 from ..demo.text import even_windows
 from ..demo.train import precision
 from . import Options, RecipeError, language_model, sweep, training
+from .report import spread
 
 NAME = "language-model"
 LENGTHS = {"toy": (64, 128), "full": (2048, 4096, 8192, 16_384, 32_768)}
@@ -41,7 +41,7 @@ def run(options: Options) -> None:
     results = {"conditions": sweep.conditions("sparsity", options), "models": found}
     sweep.save(path, results)
     for quantity, title, shown in (
-        ("block_sparsity", "block sparsity, %", lambda value: f"{100 * value:.1f}"),
+        ("block_sparsity", "block sparsity, %", lambda value: f"{100 * value:.0f}"),
         ("keys_per_query", "keys per query", lambda value: f"{value:.1f}"),
     ):
         console.print(table(found, quantity, title, shown))
@@ -52,10 +52,10 @@ def run(options: Options) -> None:
 def trained(options: Options) -> list[sweep.Run]:
     """The models of the recipe language-model at their best learning rates, all seeds."""
     path = options.out / f"{NAME}-{options.size}.json"
-    best = json.loads(path.read_text()).get("best") if path.exists() else None
-    if best is None:
+    results = sweep.load(path, sweep.conditions(NAME, options))
+    if "chosen" not in results:
         raise RecipeError(f"{path} has no trained models yet: flash-entmax recipe {NAME} comes first")
-    return sweep.chosen_runs(NAME, options, best)
+    return sweep.chosen_runs(NAME, options, results["best"])
 
 
 def model_of(each: sweep.Run) -> torch.nn.Module:
@@ -110,15 +110,22 @@ def capture(options: Options, length: int) -> Path:
 
 
 def table(found: dict, quantity: str, title: str, shown) -> Table:
-    """Means over heads and windows; by layer, the range of the seeds' means."""
-    result = Table(title=f"{title}: mean of all layers and heads, and of each layer", title_justify="left")
-    layers = len(next(iter(next(iter(found.values())).values()))[quantity])
-    for heading in ("model", "length", "all", *(str(layer + 1) for layer in range(layers))):
-        result.add_column(heading, justify="left" if heading == "model" else "right")
+    """Means over windows and heads: of all layers, with the standard deviation of the seeds, and of each layer."""
+    arms: dict[str, list[dict]] = {}
     for key, by_length in found.items():
-        for length, numbers in by_length.items():
-            means = [mean(heads) for heads in numbers[quantity]]
-            result.add_row(key, f"{int(length):,}", shown(mean(means)), *map(shown, means))
+        arms.setdefault(key.partition(" |")[0], []).append(by_length)
+    result = Table(title=f"{title}: mean and deviation over seeds, and by layer", title_justify="left")
+    first = next(iter(found.values()))
+    layers = len(next(iter(first.values()))[quantity])
+    for heading in ("attention", "length", "all layers", *(str(layer + 1) for layer in range(layers))):
+        result.add_column(heading, justify="left" if heading == "attention" else "right")
+    for arm, seeds in arms.items():
+        for length in first:
+            means = [[mean(heads) for heads in by_length[length][quantity]] for by_length in seeds]
+            overall = [mean(layers) for layers in means]
+            by_layer = (mean(layer) for layer in zip(*means, strict=True))
+            numbers = f"{shown(mean(overall))} ± {shown(spread(overall))}"
+            result.add_row(arm, f"{int(length):,}", numbers, *map(shown, by_layer))
     return result
 
 

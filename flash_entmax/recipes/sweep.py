@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -25,7 +25,7 @@ from torch import nn
 
 from flash_entmax import __version__
 
-from . import Options, RecipeError, module_of, report, training
+from . import TRAINED, Options, RecipeError, module_of, report, training
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def run(name: str, options: Options) -> None:
     recipe, size = module_of(name), module_of(name).SIZES[options.size]
     path = options.out / f"{name}-{options.size}.json"
     results = load(path, conditions(name, options))
+    save(path, results)
     start = time.perf_counter()
 
     def perform(task: Callable, keep: dict, runs: list[Run]) -> None:
@@ -106,13 +107,17 @@ def chosen_runs(name: str, options: Options, best: dict[str, float]) -> list[Run
 
 
 def train(run: Run, show: training.Show) -> dict:
+    """A model that is there, as after a failure between its training and its validation, is not trained again."""
     recipe = module_of(run.recipe)
     model, size, start = run.model(), recipe.SIZES[run.size], time.perf_counter()
 
     def batch_of(step: int) -> training.Batch:
         return recipe.batch(step, run, size)
 
-    training.fit(model, batch_of, recipe.loss, run.steps, run.learning_rate, run.path, show)
+    if run.path.exists():
+        training.restore(run.path, model)
+    else:
+        training.fit(model, batch_of, recipe.loss, run.steps, run.learning_rate, run.path, show)
     return {"validation": recipe.validate(model.eval(), run, size), "seconds": time.perf_counter() - start}
 
 
@@ -148,9 +153,11 @@ def distribute(task: Callable, runs: list[Run], workers: int, console: Console) 
         waiting = {pool.submit(perform_in_worker, task, each, along): each for each in runs}
         while waiting:
             finished, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in finished:
+            for future in sorted(finished, key=lambda future: future.exception() is not None):
                 each = waiting.pop(future)
                 along.pop(each.key, None)
+                if future.exception() is not None:
+                    pool.shutdown(wait=False, cancel_futures=True)
                 yield each, future.result()
             done = len(runs) - len(waiting)
             show(round(1000 * (done + sum(along.values()))), 1000 * len(runs))
@@ -182,26 +189,30 @@ def workers_for(options: Options, size) -> int:
     return size.workers * torch.cuda.device_count() if options.device == "cuda" else 1
 
 
-def conditions(name: str, options: Options) -> dict[str, str]:
+def conditions(name: str, options: Options) -> dict:
     threads = f"cpu, {torch.get_num_threads()} threads"
     return {
         "recipe": name,
         "size": options.size,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else threads,
         "text": str(options.text) if options.text else "default",
+        "settings": asdict(module_of(name).SIZES[options.size]) if name in TRAINED else {},
         "flash_entmax": __version__,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def load(path: Path, own: dict[str, str]) -> dict:
+def load(path: Path, own: dict) -> dict:
     """What an earlier start of the same recipe left, or a new beginning."""
     if not path.exists():
+        if path.with_suffix("").exists():
+            raise RecipeError(f"{path.with_suffix('')} has models without their {path.name}: move it away")
         return {"conditions": own, "runs": {}, "measures": {}}
     try:
         results = json.loads(path.read_text())
         there = results["conditions"]
+        own = json.loads(json.dumps(own))  # tuples become lists there
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read ({error}): move it away to start anew") from error
     for name, value in own.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..demo.train import pace, parameter_groups
 
 SAVE_EVERY = 30.0  # seconds
+VALIDATION_SEED, TEST_SEED = 2**30, 2**31  # and on: no training comes so far, and a CPU's generator takes 32 bits
 Show = Callable[[int, int], None]
 Batch = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]
@@ -41,7 +42,11 @@ def fit(
     give_state(optimizer)
     unfinished = path.with_suffix(".unfinished.safetensors")
     advance = Graphed(model, loss, optimizer) if rate.is_cuda else Eager(model, loss, optimizer)
-    begin, saved = restore(unfinished, model, optimizer), time.perf_counter()
+    begin, saved = 0, time.perf_counter()
+    with suppress(
+        FileNotFoundError, SafetensorError
+    ):  # of a save that was interrupted nothing is left, and all is well
+        begin = restore(unfinished, model, optimizer)
     for step in range(begin, steps):
         rate.fill_(learning_rate * pace((step + 1) / steps))
         advance(batch_of(step))
@@ -124,13 +129,10 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Load what `save` wrote, where it is there and whole; the step to go on with."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            step = int(file.metadata()["step"])
-    except (FileNotFoundError, SafetensorError):
-        return 0
+    """Load what `save` wrote; the step to go on with."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        step = int(file.metadata()["step"])
     model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
     if optimizer is not None:
         state: dict[int, dict[str, Tensor]] = {}

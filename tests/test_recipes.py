@@ -21,6 +21,7 @@ from flash_entmax.recipes import (
     sweep,
     training,
 )
+from flash_entmax.recipes.runs import Run
 
 ARMS = [(name, arm) for name in TRAINED for arm in module_of(name).ARMS]
 
@@ -34,7 +35,7 @@ def written(tmp_path_factory):
 
 
 def a_run(folder, name="max-retrieval", arm="softmax", steps=6, device="cpu", seed=0):
-    return sweep.Run(name, "toy", arm, 3e-3, seed, steps, folder, device, None)
+    return Run(name, "toy", arm, 3e-3, seed, steps, folder, device, None)
 
 
 def silent(step, of):

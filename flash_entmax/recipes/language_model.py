@@ -24,6 +24,7 @@ from ..demo.text import Corpus, even_windows, read_corpus
 from ..demo.train import precision
 from . import RecipeError
 from .report import Measure
+from .runs import Run
 from .training import TEST_SEED, mean_over
 
 ARMS = {
@@ -92,7 +93,7 @@ def corpus_of(text: Path | None, context: int, device: str) -> Corpus:
     return Corpus(corpus.training.to(device), corpus.validation, corpus.origin)
 
 
-def corpus_for(run, size: Size) -> Corpus:
+def corpus_for(run: Run, size: Size) -> Corpus:
     return corpus_of(run.text, max(size.multiples) * size.context, run.device)
 
 
@@ -103,7 +104,7 @@ def next_byte_losses(model: Transformer, data: Tensor) -> Tensor:
     return cross_entropy(logits.float().mT, data[:, 1:], reduction="none")
 
 
-def batch(step: int, run, size: Size) -> tuple[Tensor]:
+def batch(step: int, run: Run, size: Size) -> tuple[Tensor]:
     text = corpus_for(run, size).training
     draw = torch.Generator(run.device).manual_seed(run.seed * size.steps + step)
     starts = torch.randint(len(text) - size.context, (size.batch, 1), generator=draw, device=run.device)
@@ -129,17 +130,17 @@ def plant(data: Tensor, slots: Tensor, draw: torch.Generator) -> Tensor:
     return places[:, :, -1, KEY:]
 
 
-def windows_of(run, size: Size, length: int, count: int) -> Tensor:
+def windows_of(run: Run, size: Size, length: int, count: int) -> Tensor:
     """(windows, length + 1) of held-out text, evenly spaced."""
     return even_windows(corpus_for(run, size).validation, count, length + 1).to(run.device)
 
 
-def validate(model: Transformer, run, size: Size) -> float:
+def validate(model: Transformer, run: Run, size: Size) -> float:
     data = windows_of(run, size, size.context, max(size.multiples) * size.windows)
     return mean_over(data.split(max(1, TOGETHER // size.context)), lambda part: next_byte_losses(model, part))
 
 
-def measure(model: Transformer, run, size: Size) -> dict[str, dict[str, float]]:
+def measure(model: Transformer, run: Run, size: Size) -> dict[str, dict[str, float]]:
     lengths = [size.context * multiple for multiple in size.multiples]
     longest = windows_of(run, size, lengths[-1], size.windows)
     together = max(1, TOGETHER // lengths[-1])
@@ -161,7 +162,7 @@ def loss_at(model: Transformer, longest: Tensor, length: int) -> float:
     return mean_over(data.split(max(1, TOGETHER // length)), lambda part: next_byte_losses(model, part))
 
 
-def shares_found(model: Transformer, run, size: Size, length: int) -> dict[str, float]:
+def shares_found(model: Transformer, run: Run, size: Size, length: int) -> dict[str, float]:
     """Of the facts at each depth, in per cent: where the key is repeated, the bytes that follow are the likeliest."""
     data = windows_of(run, size, length, size.windows)[:, :-1].clone()
     draw = torch.Generator(data.device).manual_seed(TEST_SEED)

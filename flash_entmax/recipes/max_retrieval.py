@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, one_hot, softplus
 from flash_entmax import entmax_attention
 
 from .report import Measure
+from .runs import Run
 from .training import TEST_SEED, VALIDATION_SEED, mean_over
 
 ARMS = ("softmax", "entmax 1.5", "SSMax", "ASEntmax")
@@ -99,7 +100,7 @@ def problems(count: int, batch: int, seed: int, device: str) -> tuple[Tensor, Te
     return torch.cat((one_hot(classes, CLASSES).float(), priority), -1), asked, answer
 
 
-def batch(step: int, run, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+def batch(step: int, run: Run, size: Size) -> tuple[Tensor, Tensor, Tensor]:
     seed = run.seed * size.steps + step
     count = FEWEST + int(torch.randint(MOST + 1 - FEWEST, (), generator=torch.Generator().manual_seed(seed)))
     return problems(count, size.batch, seed, run.device)
@@ -109,21 +110,21 @@ def loss(model: Finder, items: Tensor, asked: Tensor, answer: Tensor) -> Tensor:
     return cross_entropy(model(items, asked), answer)
 
 
-def mean_of_problems(model: Finder, count: int, run, tests: int, of, seed: int) -> float:
+def mean_of_problems(model: Finder, count: int, run: Run, tests: int, of, seed: int) -> float:
     """The mean of ``of(logits, answer)`` over problems that no seed was trained on."""
     part = min(tests, max(1, TOGETHER // count))
     parts = (problems(count, part, seed + first, run.device) for first in range(0, tests, part))
     return mean_over(parts, lambda part: of(model(*part[:2]), part[2]))
 
 
-def validate(model: Finder, run, size: Size) -> float:
+def validate(model: Finder, run: Run, size: Size) -> float:
     def losses(logits: Tensor, answer: Tensor) -> Tensor:
         return cross_entropy(logits, answer, reduction="none")
 
     return mean_of_problems(model, MOST, run, 8192, losses, VALIDATION_SEED)
 
 
-def measure(model: Finder, run, size: Size) -> dict[str, dict[str, float]]:
+def measure(model: Finder, run: Run, size: Size) -> dict[str, dict[str, float]]:
     def right(logits: Tensor, answer: Tensor) -> Tensor:
         return 100.0 * (logits.argmax(-1) == answer)
 

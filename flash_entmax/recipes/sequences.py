@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from ..demo.model import Transformer
 from ..demo.train import precision
 from .report import Measure
+from .runs import Run
 from .training import TEST_SEED, VALIDATION_SEED, mean_over
 
 VOCABULARY = 32
@@ -82,7 +83,7 @@ class Sequences:
         with precision(data.device):
             return model(data[:, :-1])[:, data.shape[1] // 2 :].float()
 
-    def batch(self, step: int, run, size: Size) -> tuple[Tensor]:
+    def batch(self, step: int, run: Run, size: Size) -> tuple[Tensor]:
         seed = run.seed * size.steps + step
         draw = torch.Generator().manual_seed(seed)
         length = int(torch.randint(size.shortest, size.longest + 1, (), generator=draw))
@@ -92,18 +93,18 @@ class Sequences:
         answer = data[:, data.shape[1] // 2 + 1 :]
         return cross_entropy(self.logits(model, data).flatten(0, 1), answer.flatten())
 
-    def mean_of_problems(self, model: Transformer, length: int, run, tests: int, of, seed: int) -> float:
+    def mean_of_problems(self, model: Transformer, length: int, run: Run, tests: int, of, seed: int) -> float:
         part = min(tests, max(1, TOGETHER // (2 * length)))
         parts = (self.problems(length, part, seed + first, run.device) for first in range(0, tests, part))
         return mean_over(parts, lambda data: of(self.logits(model, data), data[:, length + 1 :]))
 
-    def validate(self, model: Transformer, run, size: Size) -> float:
+    def validate(self, model: Transformer, run: Run, size: Size) -> float:
         def losses(logits: Tensor, answer: Tensor) -> Tensor:
             return cross_entropy(logits.mT, answer, reduction="none")
 
         return self.mean_of_problems(model, size.longest, run, 2 * size.tests, losses, VALIDATION_SEED)
 
-    def measure(self, model: Transformer, run, size: Size) -> dict[str, dict[str, float]]:
+    def measure(self, model: Transformer, run: Run, size: Size) -> dict[str, dict[str, float]]:
         def right(logits: Tensor, answer: Tensor) -> Tensor:
             return 100.0 * (logits.argmax(-1) == answer).all(1)
 

@@ -19,8 +19,10 @@ from flash_entmax import inspection
 
 from ..demo.text import even_windows
 from ..demo.train import precision
-from . import Options, RecipeError, language_model, sweep, training
+from . import Options, RecipeError, language_model, training
 from .report import spread
+from .results import conditions, load, save
+from .runs import Run, chosen_runs
 
 NAME = "language-model"
 LENGTHS = {"toy": (64, 128), "full": (2048, 4096, 8192, 16_384, 32_768)}
@@ -38,8 +40,7 @@ def run(options: Options) -> None:
     }
     path = options.out / f"sparsity-{options.size}.json"
     captured = [capture(options, length) for length in CAPTURED_LENGTHS[options.size]]
-    results = {"conditions": sweep.conditions("sparsity", options), "models": found}
-    sweep.save(path, results)
+    save(path, {"conditions": conditions("sparsity", options), "models": found})
     for quantity, title, shown in (
         ("block_sparsity", "block sparsity, %", lambda value: f"{100 * value:.0f}"),
         ("keys_per_query", "keys per query", lambda value: f"{value:.1f}"),
@@ -49,16 +50,16 @@ def run(options: Options) -> None:
     console.print(f"to time these: flash-entmax bench --inputs {' '.join(map(str, captured))}", soft_wrap=True)
 
 
-def trained(options: Options) -> list[sweep.Run]:
+def trained(options: Options) -> list[Run]:
     """The models of the recipe language-model at their best learning rates, all seeds."""
     path = options.out / f"{NAME}-{options.size}.json"
-    results = sweep.load(path, sweep.conditions(NAME, options))
+    results = load(path, conditions(NAME, options))
     if "chosen" not in results:
         raise RecipeError(f"{path} has no trained models yet: flash-entmax recipe {NAME} comes first")
-    return sweep.chosen_runs(NAME, options, results["best"])
+    return chosen_runs(NAME, options, results["best"])
 
 
-def model_of(each: sweep.Run) -> torch.nn.Module:
+def model_of(each: Run) -> torch.nn.Module:
     if not each.path.exists():
         raise RecipeError(f"{each.path} is not there: flash-entmax recipe {NAME} writes it")
     model = each.model()
@@ -66,13 +67,13 @@ def model_of(each: sweep.Run) -> torch.nn.Module:
     return model.eval()
 
 
-def held_out(each: sweep.Run, count: int, length: int) -> Tensor:
+def held_out(each: Run, count: int, length: int) -> Tensor:
     size = language_model.SIZES[each.size]
     return even_windows(language_model.corpus_for(each, size).validation, count, length).to(each.device)
 
 
 @torch.no_grad()
-def sparsity_of(each: sweep.Run, length: int) -> dict[str, list[list[float]] | int]:
+def sparsity_of(each: Run, length: int) -> dict[str, list[list[float]] | int]:
     """Means over windows of (layers, heads) numbers, and the extent of a tile."""
     model, parts = model_of(each), []
     for window in held_out(each, WINDOWS[each.size], length).split(1):

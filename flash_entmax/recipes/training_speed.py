@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..demo.train import parameter_groups
-from . import Options, language_model, sparsity, sweep
+from . import Options, language_model, sparsity
+from .results import conditions, save
+from .runs import Run
 
 LENGTHS = {"toy": (64, 128), "full": (2048, 8192, 32_768)}
 TOKENS = {"toy": 256, "full": 65_536}
@@ -40,12 +42,12 @@ def run(options: Options) -> None:
             found[name][str(length)] = data[:, 1:].numel() / seconds
         del model
     path = options.out / f"training-speed-{options.size}.json"
-    sweep.save(path, {"conditions": sweep.conditions("training-speed", options), "bytes_per_second": found})
+    save(path, {"conditions": conditions("training-speed", options), "bytes_per_second": found})
     console.print(table(found))
     console.print(f"{path}", soft_wrap=True)
 
 
-def first(options: Options, arm: str) -> sweep.Run:
+def first(options: Options, arm: str) -> Run:
     return next(each for each in sparsity.trained(options) if each.arm == arm)
 
 

@@ -1,0 +1,54 @@
+"""The file of a recipe's results: its conditions, and what came of each model."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from flash_entmax import __version__
+
+from . import TRAINED, Options, RecipeError, module_of
+
+
+def conditions(name: str, options: Options) -> dict:
+    threads = f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "recipe": name,
+        "size": options.size,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else threads,
+        "text": str(options.text) if options.text else "default",
+        "settings": asdict(module_of(name).SIZES[options.size]) if name in TRAINED else {},
+        "flash_entmax": __version__,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def load(path: Path, own: dict) -> dict:
+    """What an earlier start of the same recipe left, or a new beginning."""
+    if not path.exists():
+        if path.with_suffix("").exists():
+            raise RecipeError(f"{path.with_suffix('')} has models without their {path.name}: move it away")
+        return {"conditions": own, "runs": {}, "measures": {}}
+    try:
+        results = json.loads(path.read_text())
+        there = results["conditions"]
+        own = json.loads(json.dumps(own))  # tuples become lists there
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}): move it away to start anew") from error
+    for name, value in own.items():
+        if name != "date" and there.get(name) != value:
+            raise RecipeError(
+                f"{path} has results of {name} {there.get(name)!r}, and this is {value!r}: take another --out"
+            )
+    return results
+
+
+def save(path: Path, results: dict) -> None:
+    """First beside it, so that an interruption leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(results, indent=1) + "\n")
+    beside.replace(path)

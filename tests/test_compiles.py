@@ -22,6 +22,7 @@ SMALLEST_SHARED = 99 * 1024  # of GPUs of capability 8.6 and 8.9; 8.0 has 163 Ki
     ("capability", "dtype", "size", "alpha", "options"),
     [
         (90, "bfloat16", 64, 1.5, ()),
+        (80, "float16", 128, 1.3, ()),
         (90, "float32", 64, 2.0, ()),
         (80, "bfloat16", 128, 1.5, ("everything",)),
         (90, "bfloat16", 131_072, 1.5, ("rows",)),

@@ -14,12 +14,12 @@ WIDTH, HEADS, LENGTH = 24, 4, 37
 
 
 def layer_of(backend, **options) -> EntmaxAttention:
-    """A layer in which no parameter is at its start, so that each matters."""
+    """A layer in which no parameter is at its start, so that each matters; a temperature, a power, by little."""
     torch.manual_seed(0)
     layer = EntmaxAttention(WIDTH, HEADS, **options).to(backend.device)
     with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, parameter in layer.named_parameters():
+            parameter.add_((0.1 if name.startswith("temperature") else 0.3) * torch.randn_like(parameter))
     return layer
 
 
@@ -72,8 +72,7 @@ LAYERS = {
     "rope, grouped": {"num_key_heads": 2, "bias": True},
     "alibi, learned": {"position": "alibi", "learn_alpha": True, "alpha": 1.4},
     "nape, adaptive": {"position": "nape", "temperature": "adaptive", "num_key_heads": 1},
-    # From alpha 1.5 on, gradients jump where a key enters the support: rounding would decide.
-    "rope, adaptive, learned": {"temperature": "adaptive", "learn_alpha": True, "alpha": 1.3},
+    "rope, adaptive, learned": {"temperature": "adaptive", "learn_alpha": True},
     "encoder, window": {"is_causal": False, "window_size": (5, -1), "head_dim": 10},
     "sparsemax, softcap": {"alpha": 2.0, "softcap": 1.5, "position": "nape"},
 }
@@ -94,9 +93,9 @@ def test_against_a_plain_layer(backend, name):
     theirs = torch.autograd.grad(expected, [x, *layer.parameters()], grad.double().cpu())
     names = ["input", *(name for name, _ in layer.named_parameters())]
     for name, one, other in zip(names, ours, theirs, strict=True):
-        one, other = one.double().cpu(), other.double().cpu()
-        rounding = 1e-5 * (10 + other.abs().max().item())  # of sums whose terms are as large as the largest entries
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=rounding, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            one.double().cpu(), other.double().cpu(), rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ["rope, grouped", "nape, adaptive"])

@@ -158,7 +158,7 @@ def test_rows_that_do_not_fit_in_registers(backend, monkeypatch):
     """Read in spans, by fewer programs than there are rows, they are what they are when held."""
     if backend.impl != "triton":
         pytest.skip("about kernels")
-    from flash_entmax.kernels import rows
+    from flash_entmax.kernels import row, rows
 
     def everything():
         x, grad = scores(backend, 40, 700), scores(backend, 40, 700, seed=1)
@@ -175,8 +175,8 @@ def test_rows_that_do_not_fit_in_registers(backend, monkeypatch):
         yield entmax_loss(x, entmax(scores(backend, 40, 700, seed=2)), reduction="none")
 
     held = list(everything())
-    monkeypatch.setattr(rows, "MOST_SEGMENTS", 2)
-    monkeypatch.setattr(rows, "WARPS", 8)
+    monkeypatch.setattr(row, "MOST_SEGMENTS", 2)
+    monkeypatch.setattr(row, "WARPS", 8)
     if backend.device == "cuda":
         monkeypatch.setattr(rows, "programs_with_maxima", lambda x, shape: (8, x.new_empty(8, 11)))
     for ours, truth in zip(everything(), held, strict=True):

@@ -41,7 +41,7 @@ FURTHER = {
     "benchmarks": {"testing", "threshold"},
     "integrations": {"sight"},  # masks are translated into its words
 }
-KERNEL_WORDS = {"tile", "alpha", "lists", "view", "score"}
+KERNEL_WORDS = {"tile", "alpha", "lists", "view", "score", "row"}
 THRESHOLD_STAGES = {"bound", "scan", "certify"}  # one kernel takes its rows through all of them
 CONDUCTOR = "attention"
 

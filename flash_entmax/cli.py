@@ -6,19 +6,25 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .command import CommandError
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     options.typed = shlex.join(["flash-entmax", *arguments])
-    return options.command(options)
+    try:
+        return options.command(options)
+    except CommandError as error:
+        print(f"flash-entmax {options.name}: {error}", file=sys.stderr)
+        return 1
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="flash-entmax", description="Exact, data-dependent sparse attention for PyTorch."
     )
-    commands = top.add_subparsers(required=True, metavar="command")
+    commands = top.add_subparsers(required=True, metavar="command", dest="name")
 
     about = "versions, devices, and which implementation each device and dtype takes"
     commands.add_parser("info", help=about, description=about).set_defaults(command=info)
@@ -165,23 +171,17 @@ def check(options: argparse.Namespace) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    from .demo.settings import DemoError, settings_for
+    from .demo.settings import settings_for
 
-    try:
-        settings = settings_for(
-            options.device, options.out, options.text, options.alpha, options.steps, options.smallest
-        )
-        from .demo import run
+    settings = settings_for(options.device, options.out, options.text, options.alpha, options.steps, options.smallest)
+    from .demo import run
 
-        run(settings)
-    except DemoError as error:
-        print(f"flash-entmax demo: {error}", file=sys.stderr)
-        return 1
+    run(settings)
     return 0
 
 
 def inspect(options: argparse.Namespace) -> int:
-    from .inspect_model import InspectError, Wanted, run
+    from .inspect_model import Wanted, run
 
     wanted = Wanted(
         options.model,
@@ -193,48 +193,36 @@ def inspect(options: argparse.Namespace) -> int:
         layers=tuple(options.layers),
         device=options.device,
     )
-    try:
-        run(wanted)
-    except InspectError as error:
-        print(f"flash-entmax inspect: {error}", file=sys.stderr)
-        return 1
+    run(wanted)
     return 0
 
 
 def bench(options: argparse.Namespace) -> int:
-    from .benchmarks import BenchError, run
+    from .benchmarks import run
     from .benchmarks.settings import settings_for
 
-    try:
-        settings = settings_for(
-            options.device,
-            options.out,
-            lengths=options.lengths,
-            head_sizes=options.head_sizes,
-            topics=options.topics,
-            groups=options.groups,
-            wide_blocks=options.wide_blocks,
-            inputs=options.inputs,
-            only=options.only,
-            parts=options.parts,
-            smallest=options.smallest,
-            command=options.typed,
-        )
-        return 0 if run(settings) else 1
-    except BenchError as error:
-        print(f"flash-entmax bench: {error}", file=sys.stderr)
-        return 1
+    settings = settings_for(
+        options.device,
+        options.out,
+        lengths=options.lengths,
+        head_sizes=options.head_sizes,
+        topics=options.topics,
+        groups=options.groups,
+        wide_blocks=options.wide_blocks,
+        inputs=options.inputs,
+        only=options.only,
+        parts=options.parts,
+        smallest=options.smallest,
+        command=options.typed,
+    )
+    return 0 if run(settings) else 1
 
 
 def recipe(options: argparse.Namespace) -> int:
-    from .recipes import NAMES, RecipeError, options_for, run
+    from .recipes import NAMES, options_for, run
 
     names = NAMES if "all" in options.names else dict.fromkeys(options.names)
-    try:
-        wanted = options_for(options.out, options.size, options.device, options.text, options.workers)
-        for name in names:
-            run(name, wanted)
-    except RecipeError as error:
-        print(f"flash-entmax recipe: {error}", file=sys.stderr)
-        return 1
+    wanted = options_for(options.out, options.size, options.device, options.text, options.workers)
+    for name in names:
+        run(name, wanted)
     return 0

@@ -5,21 +5,17 @@ Needs matplotlib, and, for a model that is not the demo's, transformers: pip ins
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import inspection, page, plot
+from .command import CommandError, device_for, require
 from .inspection import Call
 
 MOST_BYTES = 2**22
 ATTENTION = {"entmax15": 1.5, "sparsemax": 2.0, "entmax": None}
-
-
-class InspectError(Exception):
-    """The command cannot run; the message is for the person who typed it."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +43,14 @@ class Subject:
 
 
 def run(wanted: Wanted) -> None:
-    """Print a table, write the pictures and the page. Raises an InspectError."""
+    """Print a table, write the pictures and the page. Raises an CommandError."""
     check(wanted)
     subject = open_demo(wanted) if demo_checkpoint(wanted.model) else open_transformers(wanted)
     length = len(subject.tokens)
     with torch.no_grad(), inspection.record(subject.model) as calls:
         subject.model(subject.ids)
     if not calls:
-        raise InspectError(f"{wanted.model} made no call of entmax attention (alpha 1 is softmax, and is not recorded)")
+        raise CommandError(f"{wanted.model} made no call of entmax attention (alpha 1 is softmax, and is not recorded)")
     chosen = [call for call in calls if call.number in numbers_of(wanted.layers, len(calls))]
     print(f"{wanted.model}: {subject.attention}; the first {length:,} tokens of {wanted.text}\n")
     for line in table(chosen):
@@ -63,30 +59,23 @@ def run(wanted: Wanted) -> None:
     try:
         paths = write(chosen, subject, wanted.out, name)
     except OSError as error:
-        raise InspectError(f"--out {wanted.out}: {error.strerror}") from error
+        raise CommandError(f"--out {wanted.out}: {error.strerror}") from error
     print("\npictures:", *paths[:-1], f"\npage, to be opened in a browser: {paths[-1]}")
 
 
 def check(wanted: Wanted) -> None:
     """Refuse before any work, rather than after the model has run."""
-    if find_spec("matplotlib") is None:
-        raise InspectError("needs matplotlib: pip install 'flash-entmax[plot]'")
+    require("plot", "matplotlib")
     if not 1 <= wanted.tokens <= page.MOST_TOKENS:
-        raise InspectError(f"--tokens must be from 1 to {page.MOST_TOKENS}, got {wanted.tokens}")
+        raise CommandError(f"--tokens must be from 1 to {page.MOST_TOKENS}, got {wanted.tokens}")
     if wanted.alpha is not None and not 1.0 < wanted.alpha <= 2.0:
-        raise InspectError(
+        raise CommandError(
             f"--alpha must be above 1 (softmax, nothing sparse to see) and at most 2, got {wanted.alpha}"
         )
     if wanted.alpha is not None and wanted.attention not in (None, "entmax"):
-        raise InspectError(f"--attention {wanted.attention} has its own alpha: leave --alpha away, or take entmax")
-    if wanted.device == "cuda" and not torch.cuda.is_available():
-        raise InspectError("--device cuda: PyTorch finds no CUDA device here")
+        raise CommandError(f"--attention {wanted.attention} has its own alpha: leave --alpha away, or take entmax")
+    device_for(wanted.device)
     numbers_of(wanted.layers, None)
-
-
-def device_of(wanted: Wanted) -> torch.device:
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if wanted.device == "auto" else wanted.device)
 
 
 def numbers_of(layers: Sequence[str], count: int | None) -> set[int]:
@@ -95,12 +84,12 @@ def numbers_of(layers: Sequence[str], count: int | None) -> set[int]:
     for part in layers:
         first, _, last = part.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or part == first)):
-            raise InspectError(f"--layers takes numbers and ranges, such as 0 3-5, got {part!r}")
+            raise CommandError(f"--layers takes numbers and ranges, such as 0 3-5, got {part!r}")
         if count is not None and int(last or first) >= count:
-            raise InspectError(f"--layers {part}: the model has the layers 0 to {count - 1}")
+            raise CommandError(f"--layers {part}: the model has the layers 0 to {count - 1}")
         numbers.update(range(int(first), int(last or first) + 1))
     if layers and not numbers:
-        raise InspectError(f"--layers {' '.join(layers)}: no layer is in there")
+        raise CommandError(f"--layers {' '.join(layers)}: no layer is in there")
     return numbers or set(range(count or 0))
 
 
@@ -109,9 +98,9 @@ def read_text(path: Path) -> bytes:
         with path.open("rb") as stream:
             text = stream.read(MOST_BYTES)
     except OSError as error:
-        raise InspectError(f"--text {path}: {error.strerror}") from error
+        raise CommandError(f"--text {path}: {error.strerror}") from error
     if not text.strip():
-        raise InspectError(f"--text {path}: no text to read")
+        raise CommandError(f"--text {path}: no text to read")
     return text
 
 
@@ -129,12 +118,8 @@ def demo_checkpoint(model: str) -> Path | None:
 
 def open_demo(wanted: Wanted) -> Subject:
     from .demo import checkpoint
-    from .demo.settings import DemoError
 
-    try:
-        model, settings = checkpoint.load(demo_checkpoint(wanted.model), wanted.device)
-    except DemoError as error:
-        raise InspectError(str(error)) from error
+    model, settings = checkpoint.load(demo_checkpoint(wanted.model), wanted.device)
     alpha = wanted.alpha or (ATTENTION[wanted.attention] if wanted.attention else None) or settings.alpha
     for block in model.blocks:
         block.attention.alpha = alpha
@@ -150,25 +135,24 @@ def letter(byte: int) -> str:
 
 
 def open_transformers(wanted: Wanted) -> Subject:
-    if find_spec("transformers") is None:
-        raise InspectError("models of Transformers need it: pip install 'flash-entmax[transformers]'")
+    require("transformers", "transformers")
     path = Path(wanted.model)
     if path.exists() and not (path / "config.json").is_file():
-        raise InspectError(f"{path} holds neither a model of Transformers (config.json) nor the demo's (model.pt)")
+        raise CommandError(f"{path} holds neither a model of Transformers (config.json) nor the demo's (model.pt)")
     if not path.exists() and wanted.model.startswith((".", "/", "~")):
-        raise InspectError(f"{path}: no such folder")
+        raise CommandError(f"{path}: no such folder")
     text = read_text(wanted.text).decode("utf-8", "replace")
     try:
         model, tokenizer, alpha = load_transformers(wanted)
     except (ImportError, OSError, ValueError) as error:
-        raise InspectError(f"{wanted.model}: {error}") from error
+        raise CommandError(f"{wanted.model}: {error}") from error
     limit = min(wanted.tokens, getattr(model.config, "max_position_embeddings", None) or wanted.tokens)
     encoding = tokenizer(text, truncation=True, max_length=limit, return_offsets_mapping=tokenizer.is_fast)
     ids = encoding["input_ids"]
     names = tokenizer.convert_ids_to_tokens(ids)
     tokens = pieces(text, encoding["offset_mapping"], names) if tokenizer.is_fast else names
     if not tokens:
-        raise InspectError(f"--text {wanted.text}: the tokenizer finds no token in it")
+        raise CommandError(f"--text {wanted.text}: the tokenizer finds no token in it")
     ids = torch.tensor([ids], device=model.device)
     return Subject(model, ids, tokens, f"entmax attention, alpha {alpha:g}, in place of the model's own")
 
@@ -194,7 +178,7 @@ def load_transformers(wanted: Wanted) -> tuple[nn.Module, object, float]:
     logging.set_verbosity_error()  # the head's weights are not missed
     logging.disable_progress_bar()
     try:
-        device = device_of(wanted)
+        device = torch.device(device_for(wanted.device))
         dtype = "auto" if device.type == "cuda" else torch.float32
         model = AutoModel.from_pretrained(wanted.model, config=config, attn_implementation=attention, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(wanted.model)
@@ -246,7 +230,7 @@ def write(calls: Sequence[Call], subject: Subject, out: Path, name: str) -> list
     try:
         web = page.save_page(out / "attention.html", subject.tokens, calls, title=name, note=subject.attention)
     except ValueError as error:
-        raise InspectError(f"{error} (--layers, --tokens)") from error
+        raise CommandError(f"{error} (--layers, --tokens)") from error
     return [*paths, web]
 
 

@@ -34,7 +34,18 @@ CORE = {
     "testing": set(),
 }
 # The outer programs use the public calls, the specification, and each other; never the private stages.
-OUTER = ("cli", "plot", "page", "inspect_model", "demo", "selfcheck", "benchmarks", "recipes", "integrations")
+OUTER = (
+    "command",
+    "cli",
+    "plot",
+    "page",
+    "inspect_model",
+    "demo",
+    "selfcheck",
+    "benchmarks",
+    "recipes",
+    "integrations",
+)
 PUBLIC = {"", "functional", "problem", "reference", "nn", "anneal", "inspection"}
 FURTHER = {
     # Inputs and error measures are shared with the tests, and the steps of the solvers in plain PyTorch are counted.

@@ -9,7 +9,8 @@ import torch
 from test_bench import CPU, bench, read
 
 from flash_entmax.benchmarks import gate, speed
-from flash_entmax.benchmarks.settings import BenchError, settings_for
+from flash_entmax.benchmarks.settings import settings_for
+from flash_entmax.command import CommandError
 
 pytest.importorskip("safetensors")
 
@@ -115,7 +116,7 @@ def test_captured_integers_are_refused(tmp_path):
     path = tmp_path / "toy.safetensors"
     tensors = {f"x.{role}": torch.zeros(1, 2, 4, 8, dtype=torch.int64) for role in ("query", "key", "value")}
     save_file(tensors, path)
-    with pytest.raises(BenchError, match=r"x must have float dtypes, got I64"):
+    with pytest.raises(CommandError, match=r"x must have float dtypes, got I64"):
         settings_for(**CPU, inputs=[path])
 
 
@@ -123,8 +124,8 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     torn = tmp_path / "torn.safetensors"
     torn.write_text("hello")
     for path in (tmp_path / "missing.safetensors", torn):
-        with pytest.raises(BenchError, match=re.escape(f"--inputs {path}: ")):
+        with pytest.raises(CommandError, match=re.escape(f"--inputs {path}: ")):
             settings_for(**CPU, inputs=[path])
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(BenchError, match=r"needs safetensors: pip install 'flash-entmax\[bench\]'"):
+    with pytest.raises(CommandError, match=r"needs safetensors: pip install 'flash-entmax\[bench\]'"):
         settings_for(**CPU, inputs=[torn])

@@ -121,12 +121,12 @@ def test_command_refuses(demo_folder, llama_folder, tmp_path, capsys):
 
 
 def test_command_says_what_to_install(monkeypatch, tmp_path, capsys):
-    from flash_entmax import inspect_model
+    from flash_entmax import command
 
     text = tmp_path / "text.txt"
     text.write_text("text")
     for package in ("transformers", "matplotlib"):
-        monkeypatch.setattr(inspect_model, "find_spec", lambda name, p=package: None if name == p else find_spec(name))
+        monkeypatch.setattr(command, "find_spec", lambda name, p=package: None if name == p else find_spec(name))
         code, _, complaints = run_command(capsys, "some/model", "--text", text)
         assert code == 1
         assert "pip install" in complaints

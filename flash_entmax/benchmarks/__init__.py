@@ -4,10 +4,10 @@ Needs matplotlib and rich: pip install "flash-entmax[bench]".
 """
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .settings import BenchError, Settings
+from ..command import make_folder, require
+from .settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def run(settings: Settings) -> bool:
     """Run the parts that were asked for and write their files. False where ours was wrong or failed on a case."""
-    require_extras()
+    require("bench", "matplotlib", "rich")
     from rich.console import Console
 
     from .report import print_conditions
@@ -24,7 +24,7 @@ def run(settings: Settings) -> bool:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=200)
-    make_folder(settings)
+    make_folder(settings.out)
     print_conditions(console, settings)
     is_right = run_cases(console, settings) if settings.measures_cases else True
     if "cold-start" in settings.parts:
@@ -89,19 +89,3 @@ def run_refinement(console: "Console", settings: Settings) -> None:
     report.print_refinement(console, content)
     path = figures.save_refinement(content, settings.out / "refinement.png")
     console.print(f"the picture is {path}", soft_wrap=True)
-
-
-def require_extras() -> None:
-    """Refuse before any work, rather than after the measurements, where a package is missing."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("matplotlib", "rich") if find_spec(name) is None]
-    if missing:
-        raise BenchError(f"needs {' and '.join(missing)}: pip install 'flash-entmax[bench]'")
-
-
-def make_folder(settings: Settings) -> None:
-    try:
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BenchError(f"--out {settings.out}: {error.strerror}") from error

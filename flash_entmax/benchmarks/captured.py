@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flash_entmax.problem import MAX_HEAD_SIZE
 
-from .settings import BenchError, Captured, Case
+from ..command import CommandError
+from .settings import Captured, Case
 
 ROLES = ("query", "key", "value")
 
@@ -37,21 +38,21 @@ def opened(path: Path | str) -> Iterator:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise BenchError("--inputs needs safetensors: pip install 'flash-entmax[bench]'") from error
+        raise CommandError("--inputs needs safetensors: pip install 'flash-entmax[bench]'") from error
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise BenchError(f"--inputs {path}: {error}") from error
+        raise CommandError(f"--inputs {path}: {error}") from error
 
 
 def names_in(path: Path, stored: Sequence[str]) -> list[str]:
     found = {name for name, _, role in (tensor.rpartition(".") for tensor in stored) if name and role in ROLES}
     if not found:
-        raise BenchError(f"--inputs {path}: has no tensors NAME.query, NAME.key and NAME.value")
+        raise CommandError(f"--inputs {path}: has no tensors NAME.query, NAME.key and NAME.value")
     missing = [f"{name}.{role}" for name in sorted(found) for role in ROLES if f"{name}.{role}" not in stored]
     if missing:
-        raise BenchError(f"--inputs {path}: has no {', '.join(missing)}")
+        raise CommandError(f"--inputs {path}: has no {', '.join(missing)}")
     return sorted(found, key=lambda name: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)])
 
 
@@ -60,19 +61,19 @@ def case_of(file, captured: Captured) -> Case:
     parts = [file.get_slice(f"{captured.name}.{role}") for role in ROLES]
     dtypes = [part.get_dtype() for part in parts]
     if not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
-        raise BenchError(f"{where} must have float dtypes, got {', '.join(dtypes)}")
+        raise CommandError(f"{where} must have float dtypes, got {', '.join(dtypes)}")
     query, key, value = (tuple(part.get_shape()) for part in parts)
     fits = len(query) == len(key) == 4 and key == value and (query[0], *query[2:]) == (key[0], *key[2:])
     if not fits or 0 in query + key:
-        raise BenchError(
+        raise CommandError(
             f"{where}: query must be (batch, heads, length, dim), key and value the same with their own number of "
             f"heads; got {query}, {key} and {value}"
         )
     batch, heads, length, head_size = query
     if heads % key[1]:
-        raise BenchError(f"{where}: the heads of key must divide those of query, got {key[1]} and {heads}")
+        raise CommandError(f"{where}: the heads of key must divide those of query, got {key[1]} and {heads}")
     if head_size > MAX_HEAD_SIZE:
-        raise BenchError(f"{where}: dim must be at most {MAX_HEAD_SIZE}, got {head_size}")
+        raise CommandError(f"{where}: dim must be at most {MAX_HEAD_SIZE}, got {head_size}")
     return Case(length, head_size, heads, key[1], batch=batch, captured=captured)
 
 

@@ -13,6 +13,8 @@ import torch
 
 from flash_entmax.problem import MAX_HEAD_SIZE
 
+from ..command import CommandError, device_for
+
 ALPHA = 1.5
 CASE_PARTS = ("speed", "memory", "roofline")
 PARTS = (*CASE_PARTS, "cold-start", "refinement")
@@ -29,10 +31,6 @@ TITLES = {
 NAMES = tuple(TITLES)
 MANY_HEADS, FEW_HEADS, LONGEST_WITH_MANY_HEADS = 16, 8, 8192
 LONG, VERY_LONG = 65536, 131072
-
-
-class BenchError(Exception):
-    """The benchmark cannot run; the message is for the person who started it."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +184,7 @@ def settings_for(
     """
     from .captured import captured_cases
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BenchError("--device cuda: PyTorch finds no CUDA device here")
+    device = device_for(device)
     grid = GRIDS[device, smallest]
     check_numbers("--lengths", lengths)
     check_numbers("--head-sizes", head_sizes, MAX_HEAD_SIZE)
@@ -199,7 +194,9 @@ def settings_for(
     check_words("--parts", parts, PARTS)
     parts = tuple(parts or (CASE_PARTS if inputs else PARTS))
     if "roofline" in parts and "speed" not in parts:
-        raise BenchError(f"--parts {' '.join(parts)}: roofline compares with the measured time, so it needs speed too")
+        raise CommandError(
+            f"--parts {' '.join(parts)}: roofline compares with the measured time, so it needs speed too"
+        )
     cases = []
     if not inputs or any((lengths, head_sizes, topics, groups, wide_blocks)):
         grid_cases = cases_of(grid, lengths, head_sizes, topics, groups)
@@ -217,11 +214,11 @@ def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[Case]:
         for head_size in head_sizes or default_sizes:
             for group in groups or default_groups:
                 if heads % group:
-                    raise BenchError(f"--groups must divide the {heads} heads at length {length:,}, got {group}")
+                    raise CommandError(f"--groups must divide the {heads} heads at length {length:,}, got {group}")
                 few = grid.topics_of_few and (length >= LONG or group > 1)
                 for count in topics or (grid.topics_of_few if few else grid.topics):
                     if count > head_size:
-                        raise BenchError(
+                        raise CommandError(
                             f"--topics must be at most the head size, got {count} at head size {head_size}"
                         )
                     yield Case(length, head_size, heads, heads // group, count)
@@ -231,10 +228,10 @@ def check_numbers(flag: str, numbers: Sequence[int] | None, most: int | None = N
     for number in numbers or ():
         if number < 1 or (most is not None and number > most):
             accepted = "at least 1" if most is None else f"from 1 to {most}"
-            raise BenchError(f"{flag} must be {accepted}, got {number}")
+            raise CommandError(f"{flag} must be {accepted}, got {number}")
 
 
 def check_words(flag: str, words: Sequence[str] | None, accepted: Sequence[str]) -> None:
     for word in words or ():
         if word not in accepted:
-            raise BenchError(f"{flag} takes {', '.join(accepted)}; got {word!r}")
+            raise CommandError(f"{flag} takes {', '.join(accepted)}; got {word!r}")

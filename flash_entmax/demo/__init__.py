@@ -5,14 +5,15 @@ Needs matplotlib and rich: pip install "flash-entmax[demo]".
 
 import time
 
-from .settings import DemoError, Settings
+from ..command import CommandError, make_folder, require
+from .settings import Settings
 
 CLEAR_FALL = 0.9
 
 
 def run(settings: Settings) -> None:
-    """Read, train, measure, draw. Raises a DemoError, also where the validation loss did not clearly fall."""
-    require_extras()
+    """Read, train, measure, draw. Raises a CommandError, also where the validation loss did not clearly fall."""
+    require("demo", "matplotlib", "rich")
     import torch
     from rich.console import Console
 
@@ -22,7 +23,7 @@ def run(settings: Settings) -> None:
 
     start = time.perf_counter()
     console = Console(highlight=False)
-    make_folder(settings)
+    make_folder(settings.out)
     corpus = read_corpus(settings.text, settings.context)
     console.print(corpus.origin, soft_wrap=True)
     torch.manual_seed(settings.seed)
@@ -50,23 +51,7 @@ def run(settings: Settings) -> None:
     console.print(f"\n{seconds:.0f} s in all; the picture is {picture}, the numbers are {numbers}", soft_wrap=True)
     console.print(f"to see any text as the model does: flash-entmax inspect {saved.parent} --text FILE", soft_wrap=True)
     if not losses.after <= CLEAR_FALL * before:
-        raise DemoError(
+        raise CommandError(
             f"the validation loss did not clearly fall: {before:.2f} bits per byte before training, "
             f"{losses.after:.2f} after {training.steps} steps"
         )
-
-
-def require_extras() -> None:
-    """Refuse before any work, rather than after the training, where a package is missing."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("matplotlib", "rich") if find_spec(name) is None]
-    if missing:
-        raise DemoError(f"needs {' and '.join(missing)}: pip install 'flash-entmax[demo]'")
-
-
-def make_folder(settings: Settings) -> None:
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--out {settings.out}: {error.strerror}") from error

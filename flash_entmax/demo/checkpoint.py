@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from ..command import CommandError
 from .model import Transformer
-from .settings import CPU, DemoError, Settings, settings_for
+from .settings import CPU, Settings, settings_for
 
 NAME = "model.pt"
 SIZES = tuple(CPU)
@@ -21,7 +22,7 @@ def save(model: Transformer, settings: Settings) -> Path:
 
 
 def load(path: Path, device: str) -> tuple[Transformer, Settings]:
-    """The model, ready to run on "auto", "cpu" or "cuda". Raises a DemoError for a file that `save` did not write."""
+    """The model, ready to run on "auto", "cpu" or "cuda". CommandError for a file that `save` did not write."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         sizes = content["sizes"]
@@ -29,8 +30,8 @@ def load(path: Path, device: str) -> tuple[Transformer, Settings]:
         settings = replace(settings, **sizes)
         model = Transformer(settings.layers, settings.width, settings.heads, alpha=settings.alpha)
         model.load_state_dict(content["weights"])
-    except DemoError:
+    except CommandError:
         raise
     except Exception as error:  # a file can be wrong in as many ways as unpickling has errors
-        raise DemoError(f"{path} is not a model that the demo wrote: {error}") from error
+        raise CommandError(f"{path} is not a model that the demo wrote: {error}") from error
     return model.to(settings.device).eval(), settings

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 
-
-class DemoError(Exception):
-    """The demo cannot run, or failed; the message is for the person who started it."""
+from ..command import CommandError, device_for
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,11 @@ def settings_for(
     device: str, out: Path, text: Path | None, alpha: float, steps: int | None, smallest: bool
 ) -> Settings:
     """The sizes that fit the machine; ``device`` is "auto", "cpu" or "cuda"."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DemoError("--device cuda: PyTorch finds no CUDA device here")
+    device = device_for(device)
     if not 1.0 < alpha <= 2.0:
-        raise DemoError(f"--alpha must be above 1 (softmax, nothing sparse to show) and at most 2, got {alpha}")
+        raise CommandError(f"--alpha must be above 1 (softmax, nothing sparse to show) and at most 2, got {alpha}")
     if steps is not None and steps < 1:
-        raise DemoError(f"--steps must be at least 1, got {steps}")
+        raise CommandError(f"--steps must be at least 1, got {steps}")
     sizes = SMALLEST if smallest else CUDA if device == "cuda" else CPU
     settings = Settings(device=torch.device(device), out=out, text=text, alpha=alpha, **sizes)
     return settings if steps is None else replace(settings, steps=steps)

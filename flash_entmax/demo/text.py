@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_entmax.plot import LINE_LENGTH
 
-from .settings import DemoError
+from ..command import CommandError
 
 LONG_FILE = 20_000
 MOST_BYTES = 2**26
@@ -43,12 +43,12 @@ def read_corpus(path: Path | None, context: int) -> Corpus:
         files, name = files_of(path), str(path)
     texts = readable(files)
     if not any(texts):
-        raise DemoError(f"--text {name}: no text to read (UTF-8 files that are not empty)")
+        raise CommandError(f"--text {name}: no text to read (UTF-8 files that are not empty)")
 
     training, validation = split(texts)
     for part, data in (("training", training), ("validation", validation)):
         if len(data) < FEWEST_CONTEXTS * (context + 1):
-            raise DemoError(
+            raise CommandError(
                 f"{name} is too short: {len(data)} bytes are left for {part}, "
                 f"and {FEWEST_CONTEXTS} contexts of {context} bytes are needed"
             )
@@ -62,7 +62,7 @@ def files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DemoError(f"--text {path}: no such file or folder")
+        raise CommandError(f"--text {path}: no such file or folder")
     inside = (file for file in path.rglob("*") if file.is_file())
     return sorted(file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
@@ -75,7 +75,7 @@ def readable(files: list[Path]) -> list[bytes]:
             with file.open("rb") as stream:
                 text = stream.read(MOST_BYTES - total)
         except OSError as error:
-            raise DemoError(f"cannot read {file}: {error.strerror}") from error
+            raise CommandError(f"cannot read {file}: {error.strerror}") from error
         if is_utf8(text):
             texts.append(text)
             total += len(text)

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from ..command import CommandError, device_for, require
+
 # Those that train models by the plan in sweep.py, and those that look at the models of another.
 TRAINED = ("max-retrieval", "sort", "reverse", "language-model")
 MEASURED = ("sparsity", "training-speed")
 NAMES = (*TRAINED, *MEASURED)
 SIZES = ("toy", "full")
-NEEDED = ("matplotlib", "rich", "safetensors")
-
-
-class RecipeError(Exception):
-    """A recipe cannot run; the message is for the person who started it."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,12 @@ class Options:
 
 def options_for(out: Path, size: str | None, device: str, text: Path | None, workers: int | None) -> Options:
     """``device`` may be "auto", and the size None: what fits the device."""
-    require_extras()
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device cuda: PyTorch finds no CUDA device here")
+    require("recipes", "matplotlib", "rich", "safetensors")
+    device = device_for(device)
     if workers is not None and workers < 1:
-        raise RecipeError(f"--workers must be at least 1, got {workers}")
+        raise CommandError(f"--workers must be at least 1, got {workers}")
     if text is not None and not text.exists():
-        raise RecipeError(f"--text {text}: no such file or folder")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        raise CommandError(f"--text {text}: no such file or folder")
     return Options(out, size or ("full" if device == "cuda" else "toy"), device, text, workers)
 
 
@@ -62,11 +54,3 @@ def module_of(name: str):
 
     twins = {"sort": sequences.SORT, "reverse": sequences.REVERSE}
     return twins.get(name) or import_module(f".{name.replace('-', '_')}", __name__)
-
-
-def require_extras() -> None:
-    from importlib.util import find_spec
-
-    missing = [package for package in NEEDED if find_spec(package) is None]
-    if missing:
-        raise RecipeError(f"needs {' and '.join(missing)}: pip install 'flash-entmax[recipes]'")

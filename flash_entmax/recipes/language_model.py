@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..demo.model import Transformer
-from ..demo.settings import DemoError
 from ..demo.text import Corpus, even_windows, read_corpus
 from ..demo.train import precision
-from . import RecipeError
 from .report import Measure
 from .runs import Run
 from .training import TEST_SEED, mean_over
@@ -42,8 +40,8 @@ MEASURES = (
     Measure("depth", "planted facts found in the longest window, %", "depth, %", logarithmic=False),
 )
 SLOT = 8  # bytes, in which one fact may stand
-KEY = VALUE = 2
-HARDLY_USED = range(128, 256)
+KEY = VALUE = 4
+LETTERS = range(ord("a"), ord("z") + 1)
 DEPTHS = (0, 25, 50, 75, 100)  # where facts stand, in per cent of the window up to where it asks for them, its end
 TOGETHER = 2**15  # bytes that are tested at a time
 
@@ -86,10 +84,7 @@ def build(arm: str, size: Size) -> Transformer:
 @cache
 def corpus_of(text: Path | None, context: int, device: str) -> Corpus:
     """The training text on the device, so that the windows of a step are made there."""
-    try:
-        corpus = read_corpus(text, context)
-    except DemoError as error:
-        raise RecipeError(str(error)) from error
+    corpus = read_corpus(text, context)
     return Corpus(corpus.training.to(device), corpus.validation, corpus.origin)
 
 
@@ -124,7 +119,7 @@ def plant(data: Tensor, slots: Tensor, draw: torch.Generator) -> Tensor:
     Returns the places (batch, facts, VALUE) of what follows the key, in the last of each fact's slots.
     """
     shape = *slots.shape[:2], 1, KEY + VALUE
-    facts = torch.randint(HARDLY_USED.start, HARDLY_USED.stop, shape, generator=draw, device=data.device)
+    facts = torch.randint(LETTERS.start, LETTERS.stop, shape, generator=draw, device=data.device)
     places = SLOT * slots.unsqueeze(-1) + torch.arange(KEY + VALUE, device=data.device)
     data.scatter_(1, places.flatten(1), facts.expand(places.shape).flatten(1))
     return places[:, :, -1, KEY:]

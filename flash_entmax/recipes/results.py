@@ -9,7 +9,8 @@ import torch
 
 from flash_entmax import __version__
 
-from . import TRAINED, Options, RecipeError, module_of
+from ..command import CommandError
+from . import TRAINED, Options, module_of
 
 
 def conditions(name: str, options: Options) -> dict:
@@ -30,17 +31,17 @@ def load(path: Path, own: dict) -> dict:
     """What an earlier start of the same recipe left, or a new beginning."""
     if not path.exists():
         if path.with_suffix("").exists():
-            raise RecipeError(f"{path.with_suffix('')} has models without their {path.name}: move it away")
+            raise CommandError(f"{path.with_suffix('')} has models without their {path.name}: move it away")
         return {"conditions": own, "runs": {}, "measures": {}}
     try:
         results = json.loads(path.read_text())
         there = results["conditions"]
         own = json.loads(json.dumps(own))  # tuples become lists there
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}): move it away to start anew") from error
+        raise CommandError(f"{path} cannot be read ({error}): move it away to start anew") from error
     for name, value in own.items():
         if name != "date" and there.get(name) != value:
-            raise RecipeError(
+            raise CommandError(
                 f"{path} has results of {name} {there.get(name)!r}, and this is {value!r}: take another --out"
             )
     return results

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from flash_entmax import inspection
 
+from ..command import CommandError
 from ..demo.text import even_windows
 from ..demo.train import precision
-from . import Options, RecipeError, language_model, training
+from . import Options, language_model, training
 from .report import spread
 from .results import conditions, load, save
 from .runs import Run, chosen_runs
@@ -55,13 +56,13 @@ def trained(options: Options) -> list[Run]:
     path = options.out / f"{NAME}-{options.size}.json"
     results = load(path, conditions(NAME, options))
     if "chosen" not in results:
-        raise RecipeError(f"{path} has no trained models yet: flash-entmax recipe {NAME} comes first")
+        raise CommandError(f"{path} has no trained models yet: flash-entmax recipe {NAME} comes first")
     return chosen_runs(NAME, options, results["best"])
 
 
 def model_of(each: Run) -> torch.nn.Module:
     if not each.path.exists():
-        raise RecipeError(f"{each.path} is not there: flash-entmax recipe {NAME} writes it")
+        raise CommandError(f"{each.path} is not there: flash-entmax recipe {NAME} writes it")
     model = each.model()
     training.restore(each.path, model)
     return model.eval()

@@ -13,7 +13,8 @@ from statistics import mean
 import torch
 from rich.console import Console
 
-from . import Options, RecipeError, module_of, report, training
+from ..command import CommandError
+from . import Options, module_of, report, training
 from .results import conditions, load, save
 from .runs import Run, chosen_runs, runs_of
 from .workers import distribute
@@ -74,7 +75,7 @@ def measure(run: Run, show: training.Show) -> dict:
     recipe = module_of(run.recipe)
     model = run.model()
     if not run.path.exists():
-        raise RecipeError(f"{run.path} is not there, and the results say that it was trained: move the results away")
+        raise CommandError(f"{run.path} is not there, and the results say that it was trained: move the results away")
     training.restore(run.path, model)
     with torch.no_grad():
         found = recipe.measure(model.eval(), run, recipe.SIZES[run.size])

@@ -1,0 +1,32 @@
+"""What the commands of `flash-entmax` check before any work."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+
+class CommandError(Exception):
+    """A command cannot do what was asked; the message is for the person who asked."""
+
+
+def require(extra: str, *packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise CommandError(f"needs {' and '.join(missing)}: pip install 'flash-entmax[{extra}]'")
+
+
+def device_for(choice: str) -> str:
+    """The string "cpu" or "cuda", which "auto" takes where there is one."""
+    import torch
+
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: PyTorch finds no CUDA device here")
+    return choice
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--out {path}: {error.strerror}") from error

@@ -1,7 +1,9 @@
 """Recipes at toy size: what they write, how they go on after an interruption, and what their measures mean."""
 
 import json
+import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flash_entmax.cli import main
+from flash_entmax.demo.model import Transformer
 from flash_entmax.recipes import (
     NAMES,
     TRAINED,
@@ -67,7 +70,7 @@ def test_what_is_there_is_not_made_again(written, monkeypatch, capsys):
 
 def test_sparsity_and_captured_inputs(written):
     found = json.loads((written / "sparsity-toy.json").read_text())["models"]
-    assert {key.partition(" |")[0] for key in found} == {"entmax 1.5, RoPE", "entmax 1.5, NAPE", "ASEntmax, NAPE"}
+    assert {key.partition(" |")[0] for key in found} == {arm for arm in language_model.ARMS if "entmax" in arm.lower()}
     for by_length in found.values():
         for length, numbers in by_length.items():
             keys = torch.tensor(numbers["keys_per_query"])
@@ -107,7 +110,9 @@ def test_training_speed_is_of_whole_steps(written):
     assert all(speed > 0 for by_length in found.values() for speed in by_length.values())
 
 
-@pytest.mark.parametrize(("name", "arm"), [("max-retrieval", "ASEntmax"), ("reverse", "entmax 1.5")])
+@pytest.mark.parametrize(
+    ("name", "arm"), [("max-retrieval", "ASEntmax"), ("reverse", "entmax 1.5"), ("language-model", "ASEntmax, NAPE")]
+)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, name, arm):
     whole, cut = a_run(tmp_path / "whole", name, arm), a_run(tmp_path / "cut", name, arm)
     sweep.train(whole, silent)
@@ -190,10 +195,11 @@ def test_a_planted_fact_stands_in_its_slots_and_nowhere_else():
     slots = torch.tensor([[[0, 2], [5, 3]]])
     places = language_model.plant(data, slots, torch.Generator().manual_seed(0))
     text = bytes(data[0].tolist())
-    first, second = text[:4], text[40:44]
-    assert text == first + 12 * b"x" + first + 4 * b"x" + second + 12 * b"x" + second + 4 * b"x"
-    assert min(first + second) >= 128
-    assert places.tolist() == [[[18, 19], [26, 27]]]
+    first, second = text[:8], text[40:]
+    assert text == first + 8 * b"x" + first + second + 8 * b"x" + second
+    assert (first + second).islower()
+    assert first != second
+    assert places.tolist() == [[[20, 21, 22, 23], [28, 29, 30, 31]]]
 
 
 def test_every_fact_of_the_test_stands_once_before_it_is_asked_for():
@@ -213,31 +219,53 @@ def test_every_fact_of_the_test_stands_once_before_it_is_asked_for():
 
 
 def test_a_model_that_looks_up_finds_every_fact(tmp_path):
-    """One that copies what followed the same bytes finds all, one that knows nothing finds none."""
+    """One that copies what followed the same four bytes finds all, one that knows nothing finds none."""
     run, size = a_run(tmp_path, "language-model", "softmax, RoPE"), language_model.SIZES["toy"]
 
     def looks_up(data):
         logits = torch.zeros(*data.shape, 256)
         for row, text in enumerate(bytes(line.tolist()) for line in data):
-            for end in range(2, len(text)):
-                for known in (3, 2):  # the key, with the first byte of the value or without
-                    before = text.find(text[end - known + 1 : end + 1])
-                    if min(text[end - known + 1 : end + 1]) >= 128 and before + known <= end:
-                        logits[row, end, text[before + known]] = 1.0
-                        break
+            for end in range(4, len(text) + 1):
+                before = text.find(text[end - 4 : end])
+                logits[row, end - 1, text[min(before + 4, len(text) - 1)]] = 100.0
         return logits
 
     for multiple in size.multiples:
-        shares = language_model.shares_found(looks_up, run, size, multiple * size.context)
-        assert shares == dict.fromkeys(map(str, language_model.DEPTHS), 100.0)
-        shares = language_model.shares_found(lambda data: torch.zeros(*data.shape, 256), run, size, 256)
-        assert shares == dict.fromkeys(map(str, language_model.DEPTHS), 0.0)
+        found, loss = language_model.recall(looks_up, run, size, multiple * size.context)
+        assert found == dict.fromkeys(map(str, language_model.DEPTHS), 100.0)
+        assert loss < 1e-6
+        found, loss = language_model.recall(lambda data: torch.zeros(*data.shape, 256), run, size, 256)
+        assert found == dict.fromkeys(map(str, language_model.DEPTHS), 0.0)
+        assert loss == pytest.approx(math.log(256))
+
+
+def test_alpha_moves_over_the_first_half(tmp_path):
+    run, size = a_run(tmp_path, "language-model", "ASEntmax, NAPE", steps=9), language_model.SIZES["toy"]
+    alphas = [alpha.item() for step in range(4) for _, alpha in [language_model.batch(step, run, size)]]
+    assert alphas[0] == pytest.approx(1.01)
+    assert alphas == sorted(alphas)
+    assert 1.4 < alphas[-1] < 1.5
+    assert len(language_model.batch(4, run, size)) == 1
+    for arm in ("softmax, RoPE", language_model.AT_ONCE):
+        assert len(language_model.batch(0, replace(run, arm=arm), size)) == 1
+
+
+def test_alpha_is_that_of_every_layer():
+    """A model at a moving alpha is the model that has it."""
+    data = torch.arange(40)[None]
+    moving, fixed = (Transformer(2, 32, 2, alpha=alpha, position="nape") for alpha in (1.5, 1.2))
+    for block in moving.blocks:
+        torch.nn.init.normal_(block.attention.query.weight)
+        torch.nn.init.normal_(block.attention.out.weight)
+    fixed.load_state_dict(moving.state_dict())
+    torch.testing.assert_close(moving(data, torch.tensor(1.2)), fixed(data))
+    assert not torch.allclose(moving(data), fixed(data))
 
 
 def test_losses_are_of_the_byte_that_follows():
     """A model that knows each byte's successor has none, wherever the window begins."""
     data = torch.arange(40).repeat(2, 1)
-    losses = language_model.next_byte_losses(lambda data: 100.0 * torch.nn.functional.one_hot(data + 1, 256), data)
+    losses = language_model.next_byte_losses(lambda data, _: 100.0 * torch.nn.functional.one_hot(data + 1, 256), data)
     assert losses.shape == (2, 39)
     assert losses.abs().max() < 1e-6
 
@@ -335,18 +363,18 @@ def test_results_of_other_conditions_are_not_mixed(written, capsys):
 
 
 def test_missing_extras_are_named(monkeypatch, tmp_path, capsys):
-    from flash_entmax import recipes
+    from flash_entmax import command
 
-    monkeypatch.setattr(recipes, "NEEDED", ("matplotlib", "no_such_package"))
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "safetensors" else find_spec(name))
     assert main(["recipe", "sort", "--out", str(tmp_path)]) == 1
-    assert "needs no_such_package: pip install 'flash-entmax[recipes]'" in capsys.readouterr().err
+    assert capsys.readouterr().err == "flash-entmax recipe: needs safetensors: pip install 'flash-entmax[recipes]'\n"
 
 
 def test_names_are_those_of_the_command(capsys):
     with pytest.raises(SystemExit):
         main(["recipe", "juggling"])
-    assert "max-retrieval" in capsys.readouterr().err
-    assert len(NAMES) == 6
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("juggling", *NAMES, "all"))
 
 
 def test_means_and_spreads_are_over_seeds():

@@ -19,8 +19,8 @@ class Block(nn.Module):
         self.widen = nn.Linear(width, 4 * width, bias=False)
         self.narrow = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), alpha=alpha)
         return x + self.narrow(gelu(self.widen(self.mlp_norm(x))))
 
 
@@ -36,16 +36,23 @@ class Transformer(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Every branch starts at zero; the untrained model finds all tokens about equally likely."""
+        """Every branch starts at zero; the untrained model finds all tokens about equally likely.
+
+        Queries start at zero too, so that at first every key has some probability, and with it a gradient.
+        """
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.predict.weight, std=0.02)
         for block in self.blocks:
+            nn.init.zeros_(block.attention.query.weight)
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.narrow.weight)
 
-    def forward(self, data: Tensor) -> Tensor:
-        """(batch, length) tokens -> (batch, length, vocabulary) logits of the next token."""
+    def forward(self, data: Tensor, alpha: Tensor | None = None) -> Tensor:
+        """(batch, length) tokens -> (batch, length, vocabulary) logits of the next token.
+
+        ``alpha`` is in place of that of the layers, where it moves during the training.
+        """
         x = self.embed(data)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, alpha)
         return self.predict(self.norm(x))

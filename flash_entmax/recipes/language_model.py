@@ -5,9 +5,13 @@ Transformers of 25 million parameters, alike but for their attention, read the s
 rotary positions; softmax, entmax 1.5 and ASEntmax with the positions of NAPE (arXiv 2506.16640). AdaSplash-2 (arXiv
 2604.15180) claims that entmax matches softmax at short context and gains at long context. So three things are measured:
 the loss on held-out text at the training length; the loss by position in windows of up to eight times that length; and
-whether facts that were planted in the text are found again, by depth and by the length of the window. A fact is two
-bytes that name it and two that follow from these, of byte values that English text hardly has. The windows of the
-training hold some, each in several places, so that from the second on the last two can be known.
+whether facts that were planted in the text are found again, by depth and by the length of the window. A fact is four
+letters that name it and four that follow from these, all drawn at random. The windows of the training hold some, each
+in several places, so that from the second on the last four can be known.
+
+A key without any probability has no gradient, and what to look for is learned late. So alpha moves from 1.01, all but
+softmax, to 1.5 over the first half of the training, as in AdaSplash (arXiv 2502.12082); one arm shows what happens
+where it is 1.5 at once.
 """
 
 from dataclasses import dataclass
@@ -18,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from flash_entmax.anneal import AlphaAnnealing
+
 from ..demo.model import Transformer
 from ..demo.text import Corpus, even_windows, read_corpus
 from ..demo.train import precision
@@ -25,12 +31,14 @@ from .report import Measure
 from .runs import Run
 from .training import TEST_SEED, mean_over
 
+AT_ONCE = "entmax 1.5 at once, NAPE"
 ARMS = {
     "softmax, RoPE": {"alpha": 1.0, "position": "rope"},
     "entmax 1.5, RoPE": {"alpha": 1.5, "position": "rope"},
     "softmax, NAPE": {"alpha": 1.0, "position": "nape"},
     "entmax 1.5, NAPE": {"alpha": 1.5, "position": "nape"},
     "ASEntmax, NAPE": {"alpha": 1.5, "position": "nape", "temperature": "adaptive"},
+    AT_ONCE: {"alpha": 1.5, "position": "nape"},
 }
 VALIDATION = "held-out text at the training length, without planted facts"
 MEASURES = (
@@ -38,12 +46,13 @@ MEASURES = (
     Measure("position", "loss, nats per byte", "position in the longest window (up to)", digits=3),
     Measure("found", "planted facts found, %", "window, bytes"),
     Measure("depth", "planted facts found in the longest window, %", "depth, %", logarithmic=False),
+    Measure("values", "loss on what follows the names of planted facts, nats per byte", "window, bytes", digits=2),
 )
 SLOT = 8  # bytes, in which one fact may stand
 KEY = VALUE = 4
 LETTERS = range(ord("a"), ord("z") + 1)
 DEPTHS = (0, 25, 50, 75, 100)  # where facts stand, in per cent of the window up to where it asks for them, its end
-TOGETHER = 2**15  # bytes that are tested at a time
+TOGETHER = 2**14  # bytes that are tested at a time
 
 
 @dataclass(frozen=True)
@@ -64,16 +73,16 @@ class Size:
     asked: int
     multiples: tuple[int, ...]
     windows: int
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3)
     seeds: int = 3
     sweep_seeds: int = 1
     sweep_steps: int = 400
-    workers: int = 1
+    workers: int = 3
 
 
 SIZES = {
     "toy": Size(12, 4, 128, 2, 32, 2, 2, 2, 1, (1, 2), 4, learning_rates=(3e-3,), seeds=1, sweep_steps=12),
-    "full": Size(1500, 4, 2048, 8, 512, 8, 16, 4, 8, (1, 2, 4, 8), 16),
+    "full": Size(1500, 4, 2048, 8, 512, 8, 16, 4, 8, (1, 2, 4, 8), 8),
 }
 
 
@@ -92,25 +101,37 @@ def corpus_for(run: Run, size: Size) -> Corpus:
     return corpus_of(run.text, max(size.multiples) * size.context, run.device)
 
 
-def next_byte_losses(model: Transformer, data: Tensor) -> Tensor:
+def next_byte_losses(model: Transformer, data: Tensor, alpha: Tensor | None = None) -> Tensor:
     """(batch, length + 1) bytes -> (batch, length) losses in nats; on CUDA in bfloat16 autocast."""
     with precision(data.device):
-        logits = model(data[:, :-1])
+        logits = model(data[:, :-1], alpha)
     return cross_entropy(logits.float().mT, data[:, 1:], reduction="none")
 
 
-def batch(step: int, run: Run, size: Size) -> tuple[Tensor]:
+def batch(step: int, run: Run, size: Size) -> tuple[Tensor] | tuple[Tensor, Tensor]:
+    """Windows with planted facts, and alpha as long as it moves."""
     text = corpus_for(run, size).training
     draw = torch.Generator(run.device).manual_seed(run.seed * size.steps + step)
     starts = torch.randint(len(text) - size.context, (size.batch, 1), generator=draw, device=run.device)
     data = text[starts + torch.arange(size.context + 1, device=run.device)].long()
     slots = torch.rand(size.batch, size.context // SLOT, generator=draw, device=run.device).argsort(1)
     plant(data, slots[:, : size.facts * size.times].unflatten(1, (size.facts, size.times)), draw)
-    return (data,)
+    return (data,) if step >= moves_until(run) else (data, alpha_at(step, run))
 
 
-def loss(model: Transformer, data: Tensor) -> Tensor:
-    return next_byte_losses(model, data).mean()
+def moves_until(run: Run) -> int:
+    """The step from which on alpha is where it shall be."""
+    return run.steps // 2 if ARMS[run.arm]["alpha"] > 1.0 and run.arm != AT_ONCE else 0
+
+
+def alpha_at(step: int, run: Run) -> Tensor:
+    annealing = AlphaAnnealing(moves_until(run), end=ARMS[run.arm]["alpha"], device=run.device)
+    annealing.load_state_dict({"taken": step})
+    return annealing.alpha
+
+
+def loss(model: Transformer, data: Tensor, alpha: Tensor | None = None) -> Tensor:
+    return next_byte_losses(model, data, alpha).mean()
 
 
 def plant(data: Tensor, slots: Tensor, draw: torch.Generator) -> Tensor:
@@ -142,12 +163,13 @@ def measure(model: Transformer, run: Run, size: Size) -> dict[str, dict[str, flo
     by_position = torch.cat([next_byte_losses(model, part).double() for part in longest.split(together)]).mean(0)
     ends = [lengths[0] // 4, lengths[0] // 2, *lengths]
     starts = [0, *ends]
-    found = {length: shares_found(model, run, size, length) for length in lengths}
+    found = {length: recall(model, run, size, length) for length in lengths}
     return {
         "length": {str(length): loss_at(model, longest, length) for length in lengths},
         "position": {str(end): by_position[start:end].mean().item() for start, end in zip(starts, ends, strict=False)},
-        "found": {str(length): sum(shares.values()) / len(shares) for length, shares in found.items()},
-        "depth": found[lengths[-1]],
+        "found": {str(length): sum(shares.values()) / len(shares) for length, (shares, _) in found.items()},
+        "depth": found[lengths[-1]][0],
+        "values": {str(length): nats for length, (_, nats) in found.items()},
     }
 
 
@@ -157,21 +179,25 @@ def loss_at(model: Transformer, longest: Tensor, length: int) -> float:
     return mean_over(data.split(max(1, TOGETHER // length)), lambda part: next_byte_losses(model, part))
 
 
-def shares_found(model: Transformer, run: Run, size: Size, length: int) -> dict[str, float]:
-    """Of the facts at each depth, in per cent: where the key is repeated, the bytes that follow are the likeliest."""
+def recall(model: Transformer, run: Run, size: Size, length: int) -> tuple[dict[str, float], float]:
+    """Where the name of a fact is repeated: how often, by the fact's depth, all that follows is the likeliest, in per
+    cent; and the loss on it, nats per byte.
+    """
     data = windows_of(run, size, length, size.windows)[:, :-1].clone()
     draw = torch.Generator(data.device).manual_seed(TEST_SEED)
     places = plant(data, slots_of_test(length, size, len(data), draw), draw)
-    right = []
+    right, losses = [], []
     together = max(1, TOGETHER // length)
     for part, of_values in zip(data.split(together), places.split(together), strict=True):
         with precision(data.device):
-            predicted = model(part).argmax(-1)
-        of_values = of_values.flatten(1)
-        hits = predicted.gather(1, of_values - 1) == part.gather(1, of_values)
-        right.append(hits.unflatten(1, (len(DEPTHS), size.asked, VALUE)).all(-1))
+            logits = model(part)
+        row = torch.arange(len(part), device=part.device)[:, None, None]
+        before, values = logits[row, of_values - 1].float(), part[row, of_values]
+        right.append((before.argmax(-1) == values).all(-1).unflatten(1, (len(DEPTHS), size.asked)))
+        losses.append(cross_entropy(before.flatten(0, 2), values.flatten(), reduction="none"))
     shares = 100.0 * torch.cat(right).double().mean((0, 2))
-    return {str(depth): share for depth, share in zip(DEPTHS, shares.tolist(), strict=True)}
+    found = {str(depth): share for depth, share in zip(DEPTHS, shares.tolist(), strict=True)}
+    return found, torch.cat(losses).double().mean().item()
 
 
 def slots_of_test(length: int, size: Size, count: int, draw: torch.Generator) -> Tensor:

@@ -99,7 +99,7 @@ def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
     add("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=f"{', '.join(NAMES)}; or all")
     about = "where the results go; what was interrupted goes on there (default: %(default)s)"
     add("--out", type=Path, metavar="DIR", default=Path("out/recipes"), help=about)
-    about = "full is for a GPU, toy runs anywhere in seconds (default: full on a GPU, else toy)"
+    about = "full is for a GPU, small for a CPU, toy shows in seconds that all works (default: what fits the device)"
     add("--size", choices=SIZES, help=about)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     about = "what the language model reads, a file or folder (default: PyTorch's Python sources)"

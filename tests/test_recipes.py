@@ -19,6 +19,7 @@ from flash_entmax.recipes import (
     language_model,
     max_retrieval,
     module_of,
+    planted,
     report,
     sequences,
     sweep,
@@ -193,7 +194,7 @@ def test_a_sequence_counts_if_all_of_its_tokens_are_right(monkeypatch, tmp_path)
 def test_a_planted_fact_stands_in_its_slots_and_nowhere_else():
     data = torch.full((1, 48), ord("x"))
     slots = torch.tensor([[[0, 2], [5, 3]]])
-    places = language_model.plant(data, slots, torch.Generator().manual_seed(0))
+    places = planted.plant(data, slots, torch.Generator().manual_seed(0))
     text = bytes(data[0].tolist())
     first, second = text[:8], text[40:]
     assert text == first + 8 * b"x" + first + second + 8 * b"x" + second
@@ -206,9 +207,9 @@ def test_every_fact_of_the_test_stands_once_before_it_is_asked_for():
     size = language_model.SIZES["full"]
     for multiple in size.multiples:
         length = multiple * size.context
-        slots = language_model.slots_of_test(length, size, 3, torch.Generator().manual_seed(0))
+        slots = planted.slots_of_test(3, length, size.asked, torch.Generator().manual_seed(0))
         first, again = slots.unbind(-1)
-        facts = len(language_model.DEPTHS) * size.asked
+        facts = len(planted.DEPTHS) * size.asked
         assert slots.shape == (3, facts, 2)
         assert all(len(set(row.flatten().tolist())) == 2 * facts for row in slots)
         assert (first < length // 8 - facts).all()
@@ -232,10 +233,10 @@ def test_a_model_that_looks_up_finds_every_fact(tmp_path):
 
     for multiple in size.multiples:
         found, loss = language_model.recall(looks_up, run, size, multiple * size.context)
-        assert found == dict.fromkeys(map(str, language_model.DEPTHS), 100.0)
+        assert found == dict.fromkeys(map(str, planted.DEPTHS), 100.0)
         assert loss < 1e-6
         found, loss = language_model.recall(lambda data: torch.zeros(*data.shape, 256), run, size, 256)
-        assert found == dict.fromkeys(map(str, language_model.DEPTHS), 0.0)
+        assert found == dict.fromkeys(map(str, planted.DEPTHS), 0.0)
         assert loss == pytest.approx(math.log(256))
 
 

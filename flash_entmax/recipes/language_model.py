@@ -27,6 +27,7 @@ from flash_entmax.anneal import AlphaAnnealing
 from ..demo.model import Transformer
 from ..demo.text import Corpus, even_windows, read_corpus
 from ..demo.train import precision
+from .planted import DEPTHS, plant, slots_of_test, slots_of_training
 from .report import Measure
 from .runs import Run
 from .training import TEST_SEED, mean_over
@@ -48,10 +49,6 @@ MEASURES = (
     Measure("depth", "planted facts found in the longest window, %", "depth, %", logarithmic=False),
     Measure("values", "loss on what follows the names of planted facts, nats per byte", "window, bytes", digits=2),
 )
-SLOT = 8  # bytes, in which one fact may stand
-KEY = VALUE = 4
-LETTERS = range(ord("a"), ord("z") + 1)
-DEPTHS = (0, 25, 50, 75, 100)  # where facts stand, in per cent of the window up to where it asks for them, its end
 TOGETHER = 2**14  # bytes that are tested at a time
 
 
@@ -80,9 +77,16 @@ class Size:
     workers: int = 3
 
 
+TOY = {"learning_rates": (3e-3,), "seeds": 1, "sweep_steps": 12, "workers": 1}
+SMALL = {"learning_rates": (1e-3, 3e-3), "seeds": 1, "sweep_steps": 150}
 SIZES = {
-    "toy": Size(12, 4, 128, 2, 32, 2, 2, 2, 1, (1, 2), 4, learning_rates=(3e-3,), seeds=1, sweep_steps=12),
-    "full": Size(1500, 4, 2048, 8, 512, 8, 16, 4, 8, (1, 2, 4, 8), 8),
+    "toy": Size(12, 4, 128, layers=2, width=32, heads=2, facts=2, times=2, asked=1, multiples=(1, 2), windows=4, **TOY),
+    "small": Size(
+        600, 4, 256, layers=3, width=96, heads=4, facts=4, times=4, asked=2, multiples=(1, 2, 4, 8), windows=16, **SMALL
+    ),
+    "full": Size(
+        1500, 4, 2048, layers=8, width=512, heads=8, facts=16, times=4, asked=8, multiples=(1, 2, 4, 8), windows=8
+    ),
 }
 
 
@@ -114,8 +118,7 @@ def batch(step: int, run: Run, size: Size) -> tuple[Tensor] | tuple[Tensor, Tens
     draw = torch.Generator(run.device).manual_seed(run.seed * size.steps + step)
     starts = torch.randint(len(text) - size.context, (size.batch, 1), generator=draw, device=run.device)
     data = text[starts + torch.arange(size.context + 1, device=run.device)].long()
-    slots = torch.rand(size.batch, size.context // SLOT, generator=draw, device=run.device).argsort(1)
-    plant(data, slots[:, : size.facts * size.times].unflatten(1, (size.facts, size.times)), draw)
+    plant(data, slots_of_training(size.batch, size.context, size.facts, size.times, draw), draw)
     return (data,) if step >= moves_until(run) else (data, alpha_at(step, run))
 
 
@@ -132,18 +135,6 @@ def alpha_at(step: int, run: Run) -> Tensor:
 
 def loss(model: Transformer, data: Tensor, alpha: Tensor | None = None) -> Tensor:
     return next_byte_losses(model, data, alpha).mean()
-
-
-def plant(data: Tensor, slots: Tensor, draw: torch.Generator) -> Tensor:
-    """Write a fact into each of the slots (batch, facts, times) of data, over what stood there.
-
-    Returns the places (batch, facts, VALUE) of what follows the key, in the last of each fact's slots.
-    """
-    shape = *slots.shape[:2], 1, KEY + VALUE
-    facts = torch.randint(LETTERS.start, LETTERS.stop, shape, generator=draw, device=data.device)
-    places = SLOT * slots.unsqueeze(-1) + torch.arange(KEY + VALUE, device=data.device)
-    data.scatter_(1, places.flatten(1), facts.expand(places.shape).flatten(1))
-    return places[:, :, -1, KEY:]
 
 
 def windows_of(run: Run, size: Size, length: int, count: int) -> Tensor:
@@ -185,7 +176,7 @@ def recall(model: Transformer, run: Run, size: Size, length: int) -> tuple[dict[
     """
     data = windows_of(run, size, length, size.windows)[:, :-1].clone()
     draw = torch.Generator(data.device).manual_seed(TEST_SEED)
-    places = plant(data, slots_of_test(length, size, len(data), draw), draw)
+    places = plant(data, slots_of_test(len(data), length, size.asked, draw), draw)
     right, losses = [], []
     together = max(1, TOGETHER // length)
     for part, of_values in zip(data.split(together), places.split(together), strict=True):
@@ -198,13 +189,3 @@ def recall(model: Transformer, run: Run, size: Size, length: int) -> tuple[dict[
     shares = 100.0 * torch.cat(right).double().mean((0, 2))
     found = {str(depth): share for depth, share in zip(DEPTHS, shares.tolist(), strict=True)}
     return found, torch.cat(losses).double().mean().item()
-
-
-def slots_of_test(length: int, size: Size, count: int, draw: torch.Generator) -> Tensor:
-    """(count, facts, 2): where each stands, ``asked`` in a row at each depth, and again at the end, in any order."""
-    device, facts = draw.device, len(DEPTHS) * size.asked
-    before = length // SLOT - facts
-    starts = torch.tensor([depth * (before - size.asked) // 100 for depth in DEPTHS], device=device)
-    planted = (starts.unsqueeze(1) + torch.arange(size.asked, device=device)).flatten()
-    again = before + torch.rand(count, facts, generator=draw, device=device).argsort(1)
-    return torch.stack((planted.expand(count, facts), again), -1)

@@ -53,7 +53,8 @@ class Sequences:
     ARMS = ("softmax", "entmax 1.5", "ASEntmax")
     MEASURES = (Measure("exact", "exact match, %", "times the longest source in training"),)
     SIZES = {  # noqa: RUF012
-        "toy": Size(40, 16, 2, 32, 2, 2, 4, (1, 2), 32, learning_rates=(3e-3,), seeds=1, sweep_seeds=1),
+        "toy": Size(40, 16, 2, 32, 2, 2, 4, (1, 2), 32, learning_rates=(3e-3,), seeds=1, workers=1),
+        "small": Size(4000, 64, 2, 64, 4, 8, 16, (1, 2, 4, 8), 256),
         "full": Size(8000, 64, 3, 128, 8, 16, 32, (1, 2, 4, 8), 1024),
     }
     VALIDATION = "sources of the longest length in training"

@@ -26,10 +26,10 @@ from .results import conditions, load, save
 from .runs import Run, chosen_runs
 
 NAME = "language-model"
-LENGTHS = {"toy": (64, 128), "full": (2048, 4096, 8192, 16_384, 32_768)}
-WINDOWS = {"toy": 2, "full": 4}
+LENGTHS = {"toy": (64, 128), "small": (256, 512, 1024, 2048), "full": (2048, 4096, 8192, 16_384, 32_768)}
+WINDOWS = {"toy": 2, "small": 4, "full": 4}
 CAPTURED = "entmax 1.5, RoPE"  # no bias on its scores: the benchmark's peers can take its queries and keys
-CAPTURED_LENGTHS = {"toy": (128,), "full": (8192, 32_768)}
+CAPTURED_LENGTHS = {"toy": (128,), "small": (2048,), "full": (8192, 32_768)}
 
 
 def run(options: Options) -> None:

@@ -6,6 +6,7 @@ chooses nothing. Only then the models at the best rates are measured. What is in
 run that was interrupted goes on from its last checkpoint.
 """
 
+import os
 import time
 from collections.abc import Callable
 from statistics import mean
@@ -86,4 +87,6 @@ def measure(run: Run, show: training.Show) -> dict:
 def workers_for(options: Options, size) -> int:
     if options.workers is not None:
         return options.workers
-    return size.workers * torch.cuda.device_count() if options.device == "cuda" else 1
+    if options.device == "cuda":
+        return size.workers * torch.cuda.device_count()
+    return min(size.workers, os.cpu_count() or 1)

@@ -22,9 +22,9 @@ from . import Options, language_model, sparsity
 from .results import conditions, save
 from .runs import Run
 
-LENGTHS = {"toy": (64, 128), "full": (2048, 8192, 32_768)}
-TOKENS = {"toy": 256, "full": 65_536}
-REPEATS = {"toy": 2, "full": 8}
+LENGTHS = {"toy": (64, 128), "small": (256, 1024, 2048), "full": (2048, 8192, 32_768)}
+TOKENS = {"toy": 256, "small": 2048, "full": 65_536}
+REPEATS = {"toy": 2, "small": 4, "full": 8}
 ENTMAX, SOFTMAX = "entmax 1.5, RoPE", "softmax, RoPE"
 
 

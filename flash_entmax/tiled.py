@@ -3,8 +3,9 @@
 The stages are those of the kernels. Of the tiles that intervals and masks leave, scores are computed once, densely; the
 maxima of their blocks of keys certify which tiles can hold support; the solve, the output and the gradient then touch
 only those. Tiles of rows that read about as many tiles of keys form a group, so that each stage is a few batched
-operations. Arithmetic is in float32 (float64 for float64 inputs). Beside copies of the inputs, no temporary holds more
-than a few times CHUNK_SCORES numbers, or the scores of one tile of rows. A unit is one query head of one batch row.
+operations. Where there are fewer rows or keys in all than a tile holds, it has only those. Arithmetic is in float32
+(float64 for float64 inputs). Beside copies of the inputs, no temporary holds more than a few times CHUNK_SCORES
+numbers, or the scores of one tile of rows. A unit is one query head of one batch row.
 """
 
 from collections.abc import Iterator
@@ -92,8 +93,9 @@ def groups(live: Tensor) -> Iterator[Group]:
 class Scope(NamedTuple):
     """The keys that each row sees, and what distance takes from their scores: Modifiers in the shape of tiles.
 
-    start, stop and position: (units, query tiles, TILE), rows past the last query see nothing; slopes: (units,), where
-    the interval has taken care of infinite ones; kinds: expanded to (batch, heads, query tiles, key tiles).
+    start, stop and position: (units, query tiles, rows), rows past the last query see nothing; slopes: (units,), where
+    the interval has taken care of infinite ones; kinds: expanded to (batch, heads, query tiles, key tiles); width: keys
+    of a tile.
     """
 
     start: Tensor
@@ -102,6 +104,7 @@ class Scope(NamedTuple):
     slopes: Tensor | None
     kinds: Tensor | None
     bits: Tensor | None
+    width: int
 
     @classmethod
     def of(cls, problem: Problem, modifiers: Modifiers, device: torch.device) -> "Scope":
@@ -115,7 +118,8 @@ class Scope(NamedTuple):
             slopes = slopes.masked_fill(infinite, 0.0).flatten()
         if kinds is not None:
             kinds = kinds.expand(problem.batch, problem.heads, ceil_div(problem.query_length, TILE), -1)
-        return cls(*(pad_rows(rows, 0) for rows in (start, stop, position)), slopes, kinds, modifiers.bits)
+        rows = (pad_rows(of_row, 0) for of_row in (start, stop, position))
+        return cls(*rows, slopes, kinds, modifiers.bits, extent(problem.key_length))
 
     def tiles(self, problem: Problem) -> Tensor:
         """(units, query tiles, key tiles) bool: False where no row of the tile sees a key of the tile."""
@@ -136,23 +140,27 @@ class Scope(NamedTuple):
         return self.kinds[unit // heads, unit % heads, query_tile, key_tile].masked_fill(~group.used, HIDDEN)
 
     def mask(self, kind: Tensor) -> Tensor:
-        """(tiles, TILE or 1, TILE or 1) bool: the pairs that the mask leaves, of tiles of the given kinds."""
+        """(tiles, rows or 1, width or 1) bool: the pairs that the mask leaves, of tiles of the given kinds."""
         whole = (kind == WHOLE)[:, None, None]
         if self.bits is None:
             return whole
-        partial = unpack_tiles(self.bits[(kind - FIRST_PARTIAL).clamp_min(0)], TILE)
+        partial = unpack_tiles(self.bits[(kind - FIRST_PARTIAL).clamp_min(0)], self.width)[:, : self.start.shape[-1]]
         return torch.where((kind >= FIRST_PARTIAL)[:, None, None], partial, whole)
 
     def separations(self, group: Group) -> Tensor:
-        """(n, TILE, m TILE): |position of the query - key|."""
+        """(n, rows, m width): |position of the query - key|."""
         position = self.position[group.rows].to(self.slopes.dtype).unsqueeze(-1)
-        key = keys_of(group.key_tile).flatten(1).to(position.dtype).unsqueeze(1)
+        key = self.keys_of(group.key_tile).flatten(1).to(position.dtype).unsqueeze(1)
         return (position - key).abs_()
 
+    def keys_of(self, key_tile: Tensor) -> Tensor:
+        """(..., width), the keys of each tile."""
+        return key_tile.unsqueeze(-1) * TILE + torch.arange(self.width, device=key_tile.device)
 
-def keys_of(key_tile: Tensor) -> Tensor:
-    """(..., TILE), the keys of each tile."""
-    return key_tile.unsqueeze(-1) * TILE + torch.arange(TILE, device=key_tile.device)
+
+def extent(length: int) -> int:
+    """Rows or keys of a tile."""
+    return max(1, min(TILE, length))
 
 
 def by_head(problem: Problem, modifiers: Modifiers) -> Iterator[tuple[Problem, Modifiers, slice, slice]]:
@@ -200,7 +208,7 @@ def attend(problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, v
 
 def attend_group(problem: Problem, group: Group, z: Tensor, visible: Tensor, v: Tensor) -> Solution:
     """All stages after the scores, for the tiles of rows of one group; live is (n, m)."""
-    tiles = z.unflatten(-1, (-1, TILE)).unsqueeze(0)
+    tiles = by_tile(z, group).unsqueeze(0)
     block_maxima = tiles.amax(-1)
     maximum = torch.where(visible > 0, block_maxima.amax(-1), torch.inf)
     low = smallest_offset(visible.to(z.dtype), problem.alpha)
@@ -218,25 +226,31 @@ def attend_group(problem: Problem, group: Group, z: Tensor, visible: Tensor, v: 
 
 
 def tiles_of(tensor: Tensor) -> Tensor:
-    """(batch, heads, length, dim) -> (units, tiles, TILE, dim) in the compute dtype, filled up with zeros."""
-    rows = pad(tensor.flatten(0, 1), (0, 0, 0, -tensor.shape[2] % TILE))
-    return rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (-1, TILE))
+    """(batch, heads, length, dim) -> (units, tiles, rows or width, dim) in the compute dtype, filled up with zeros."""
+    size = extent(tensor.shape[2])
+    rows = pad(tensor.flatten(0, 1), (0, 0, 0, -tensor.shape[2] % size))
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (-1, size))
 
 
 def pad_rows(rows: Tensor, fill: float) -> Tensor:
-    """(batch, heads, length) -> (units, query tiles, TILE)."""
-    flat = rows.flatten(0, 1)
-    return pad(flat, (0, -flat.shape[-1] % TILE), value=fill).unflatten(-1, (-1, TILE))
+    """(batch, heads, length) -> (units, query tiles, rows)."""
+    flat, size = rows.flatten(0, 1), extent(rows.shape[2])
+    return pad(flat, (0, -flat.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
 
 
 def unpadded(tiles: Tensor, like: Tensor) -> Tensor:
-    """(units, tiles, TILE, ...) -> (batch, heads, length, ...) of these extents of `like`."""
+    """(units, tiles, rows or width, ...) -> (batch, heads, length, ...) of these extents of `like`."""
     return tiles.flatten(1, 2)[:, : like.shape[2]].unflatten(0, like.shape[:2])
 
 
 def tiles_of_keys(tiles: Tensor, keys: tuple[Tensor, Tensor], used: Tensor) -> Tensor:
-    """(n, m TILE, dim) of a (units, key tiles, TILE, dim) tensor; zeros in the unused tiles, whatever is there."""
+    """(n, m width, dim) of a (units, key tiles, width, dim) tensor; zeros in the unused tiles, whatever is there."""
     return tiles[keys].masked_fill_(~used[:, :, None, None], 0.0).flatten(1, 2)
+
+
+def by_tile(z: Tensor, group: Group) -> Tensor:
+    """(n, rows, m width) -> (n, rows, m, width)."""
+    return z.unflatten(-1, (group.key_tile.shape[1], -1))
 
 
 def products(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
@@ -246,7 +260,7 @@ def products(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
 
 
 def scores(problem: Problem, scope: Scope, product: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """z of (n, TILE, m TILE), in place of the products, -inf where hidden; (n, TILE), how many keys each row sees."""
+    """z of (n, rows, m width), in place of the products, -inf where hidden; (n, rows), how many keys each row sees."""
     z = product.mul_((problem.alpha - 1.0) * problem.softcap if problem.softcap else problem.slope)
     if scope.slopes is not None:
         slopes = (problem.alpha - 1.0) * scope.slopes[group.unit]
@@ -255,20 +269,20 @@ def scores(problem: Problem, scope: Scope, product: Tensor, group: Group) -> tup
 
 
 def hide(z: Tensor, scope: Scope, group: Group) -> Tensor:
-    """Write -inf over what a row does not see; returns (n, TILE), how many keys it sees.
+    """Write -inf over what a row does not see; returns (n, rows), how many keys it sees.
 
     Tiles that all their rows see whole are not touched.
     """
     start, stop = (limit[group.rows].unsqueeze(-1) for limit in (scope.start, scope.stop))
-    keys, kinds = keys_of(group.key_tile), scope.kinds_of(group)
+    keys, kinds = scope.keys_of(group.key_tile), scope.kinds_of(group)
     whole = (start.amax(1) <= keys[..., 0]) & (keys[..., -1] < stop.amin(1)) & (kinds == WHOLE)
     row, column = (~whole).nonzero(as_tuple=True)
     key = keys[row, column].unsqueeze(1)
     seen = (start[row] <= key) & (key < stop[row]) & scope.mask(kinds[row, column])
-    tiles = z.unflatten(-1, (-1, TILE))
+    tiles = by_tile(z, group)
     tiles[row, :, column] = tiles[row, :, column].masked_fill_(~seen, -torch.inf)
-    in_whole = TILE * whole.sum(-1, keepdim=True, dtype=torch.int32)
-    return in_whole.repeat(1, TILE).index_add_(0, row, seen.sum(-1, dtype=torch.int32))
+    in_whole = scope.width * whole.sum(-1, keepdim=True, dtype=torch.int32)
+    return in_whole.repeat(1, z.shape[1]).index_add_(0, row, seen.sum(-1, dtype=torch.int32))
 
 
 def survivors(block_maxima: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
@@ -278,7 +292,7 @@ def survivors(block_maxima: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
 
 
 def gathered(tiles: Tensor, group: Group) -> Tensor:
-    """(n, TILE, m TILE): the live tiles of each tile of rows side by side; -inf in the unused ones."""
+    """(n, rows, m width): the live tiles of each tile of rows side by side; -inf in the unused ones."""
     unit, query_tile, key_tile = group.tiles
     live = tiles[unit, query_tile, :, key_tile].masked_fill_(~group.used[:, :, None, None], -torch.inf)
     return live.transpose(1, 2).flatten(2)
@@ -363,10 +377,20 @@ def distances(z: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
 
 
 def add_tiles(total: Tensor, keys: tuple[Tensor, Tensor], used: Tensor, parts: Tensor) -> None:
-    """Add (n, m TILE, dim) to the tiles of keys, one tile of rows after the other: within one, no tile comes twice."""
+    """Add (n, m width, dim) to the tiles of keys: at a time one tile of rows of each unit, so that none comes twice."""
     unit, key_tile = keys
-    for row, count in enumerate(used.sum(-1).tolist()):
-        total[unit[row, 0]][key_tile[row, :count]] += parts[row, : count * TILE].unflatten(0, (count, TILE))
+    parts = parts.unflatten(1, (key_tile.shape[1], -1))
+    turn = occurrence(unit[:, 0])
+    for number in range(int(turn.max()) + 1):
+        row, column = ((turn == number).unsqueeze(-1) & used).nonzero(as_tuple=True)
+        total[unit[row, 0], key_tile[row, column]] += parts[row, column]
+
+
+def occurrence(values: Tensor) -> Tensor:
+    """(n,): how often each value has come before."""
+    ordered, order = values.sort(stable=True)
+    place = torch.arange(len(values), device=values.device)
+    return torch.empty_like(order).index_copy_(0, order, place - torch.searchsorted(ordered, ordered))
 
 
 def support(
@@ -395,5 +419,5 @@ def count_support(
         z, _ = scores(problem, scope, products(problem, q[rows], keys), group)
         reached = distances(z, maximum[rows], offset[rows]) > 0
         size[rows] = reached.sum(-1, dtype=torch.int32)
-        marks[group.tiles] = reached.unflatten(-1, (-1, TILE)).any(-1).any(1)
+        marks[group.tiles] = by_tile(reached, group).any(-1).any(1)
     return unpadded(size, query), marks.unflatten(0, query.shape[:2])

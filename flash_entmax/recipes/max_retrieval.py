@@ -48,7 +48,7 @@ class Size:
 
 SIZES = {
     "toy": Size(60, 64, (16, 64), 64, learning_rates=(3e-3,), seeds=1, sweep_seeds=1, workers=1),
-    "small": Size(3000, 128, (16, 64, 256, 1024, 4096), 512, sweep_seeds=1),
+    "small": Size(3000, 128, (16, 64, 256, 1024, 4096), 512),
     "full": Size(5000, 256, (16, 64, 256, 1024, 4096, 16_384, 131_072), 1024),
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import sight
 from .problem import Modifiers, Problem, ceil_div, empty_output, row_dtype
 from .registration import as_given, below_autograd, differentiate, fake, operator, refuse_second_derivative
-from .tiled import TILE
+from .tiles import TILE
 
 _INPUTS = "Tensor query, Tensor key, Tensor value"
 _MODIFIERS = ", ".join(f"Tensor? {name}s" for name in ("alpha", "scale", "slope", "interval", "kind", "bit"))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from flash_entmax.benchmarks import cold_start, competitors, gate, refinement, roofline, speed
+from flash_entmax.benchmarks.cases import Case
 from flash_entmax.benchmarks.conditions import write_json
-from flash_entmax.benchmarks.settings import NAMES, Case, settings_for
+from flash_entmax.benchmarks.settings import NAMES, settings_for
 from flash_entmax.cli import main
 from flash_entmax.testing import DISTRIBUTIONS, score_rows
 from flash_entmax.threshold import threshold_by_sort

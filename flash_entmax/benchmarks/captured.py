@@ -16,7 +16,7 @@ from torch import Tensor
 from flash_entmax.problem import MAX_HEAD_SIZE
 
 from ..command import CommandError
-from .settings import Captured, Case
+from .cases import Captured, Case
 
 ROLES = ("query", "key", "value")
 

@@ -53,8 +53,8 @@ def child(name: str, started: float) -> dict:
     """Forward and backward at the first length, then at the others, in this new process."""
     import torch
 
+    from .cases import Case
     from .competitors import COMPETITORS
-    from .settings import Case
 
     competitor = next(one for one in COMPETITORS if one.name == name)
     imported = time.time()

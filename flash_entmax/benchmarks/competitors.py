@@ -17,8 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flash_entmax import entmax_attention
 
+from .cases import Case
 from .measure import Attend, step
-from .settings import ADASPLASH, ALPHA, OURS, Case, Settings
+from .settings import ADASPLASH, ALPHA, OURS, Settings
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 FLEX_BLOCK = 128

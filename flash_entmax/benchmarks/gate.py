@@ -14,8 +14,8 @@ from torch import Tensor
 from flash_entmax import entmax_attention
 from flash_entmax.testing import relative_error
 
+from .cases import Case
 from .measure import Attend, step
-from .settings import Case
 
 EVERY_ROW = 8192
 LAST_ROWS = 256

@@ -20,7 +20,7 @@ The solve has to read the scores of the surviving tiles again, once per step; th
 
 from typing import NamedTuple
 
-from .settings import Case
+from .cases import Case
 
 SCAN_PRODUCTS = 1
 FORWARD_PRODUCTS = 3

@@ -14,6 +14,8 @@ import torch
 from flash_entmax.problem import MAX_HEAD_SIZE
 
 from ..command import CommandError, device_for
+from .captured import captured_cases
+from .cases import Case
 
 ALPHA = 1.5
 CASE_PARTS = ("speed", "memory", "roofline")
@@ -31,56 +33,6 @@ TITLES = {
 NAMES = tuple(TITLES)
 MANY_HEADS, FEW_HEADS, LONGEST_WITH_MANY_HEADS = 16, 8, 8192
 LONG, VERY_LONG = 65536, 131072
-
-
-@dataclass(frozen=True)
-class Captured:
-    """Where the inputs of a case are stored; ``source`` says which model they were captured from."""
-
-    file: str
-    name: str
-    label: str
-    source: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.source}" if self.source else self.file
-
-
-@dataclass(frozen=True)
-class Case:
-    """One causal call, on captured inputs or on topics: block sparsity about 1 - 1 / topics (testing.topic_inputs)."""
-
-    length: int
-    head_size: int
-    heads: int
-    key_heads: int
-    topics: int | None = None
-    wide_blocks: bool = False
-    batch: int = 1
-    captured: Captured | None = None
-
-    @property
-    def inputs(self) -> str:
-        return self.captured.label if self.captured else f"{self.topics} topics"
-
-    @property
-    def group(self) -> int:
-        """Query heads for each key head."""
-        return self.heads // self.key_heads
-
-    @property
-    def shape(self) -> tuple[int, int, int, int, int]:
-        """Everything but the inputs: cases of one shape share what competitors compile."""
-        return self.batch, self.length, self.head_size, self.heads, self.key_heads
-
-    @property
-    def heads_by_size(self) -> str:
-        heads = str(self.heads) if self.group == 1 else f"{self.heads}/{self.key_heads}"
-        return f"{heads} x {self.head_size}"
-
-    def __str__(self) -> str:
-        wide = ", wide blocks" if self.wide_blocks else ""
-        return f"{self.length:,} tokens, heads {self.heads_by_size}, {self.inputs}{wide}"
 
 
 @dataclass(frozen=True)
@@ -182,8 +134,6 @@ def settings_for(
 
     With ``inputs``, their cases take the grid's place, and join it where any of its flags is given.
     """
-    from .captured import captured_cases
-
     device = device_for(device)
     grid = GRIDS[device, smallest]
     check_numbers("--lengths", lengths)

@@ -10,9 +10,10 @@ from flash_entmax import Support, entmax_attention
 from flash_entmax.testing import topic_inputs
 
 from . import captured, measure, roofline
+from .cases import Case
 from .competitors import Competitor, Ready, contestants
 from .gate import Truth
-from .settings import ALPHA, OURS, Case, Settings
+from .settings import ALPHA, OURS, Settings
 
 
 def measure_cases(settings: Settings, rate: float | None, finished: Callable[[dict], None]) -> bool:

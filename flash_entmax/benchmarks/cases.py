@@ -1,0 +1,53 @@
+"""One case of the benchmark: the shape of a call, and where its inputs come from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Where the inputs of a case are stored; ``source`` says which model they were captured from."""
+
+    file: str
+    name: str
+    label: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.source}" if self.source else self.file
+
+
+@dataclass(frozen=True)
+class Case:
+    """One causal call, on captured inputs or on topics: block sparsity about 1 - 1 / topics (testing.topic_inputs)."""
+
+    length: int
+    head_size: int
+    heads: int
+    key_heads: int
+    topics: int | None = None
+    wide_blocks: bool = False
+    batch: int = 1
+    captured: Captured | None = None
+
+    @property
+    def inputs(self) -> str:
+        return self.captured.label if self.captured else f"{self.topics} topics"
+
+    @property
+    def group(self) -> int:
+        """Query heads for each key head."""
+        return self.heads // self.key_heads
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Everything but the inputs: cases of one shape share what competitors compile."""
+        return self.batch, self.length, self.head_size, self.heads, self.key_heads
+
+    @property
+    def heads_by_size(self) -> str:
+        heads = str(self.heads) if self.group == 1 else f"{self.heads}/{self.key_heads}"
+        return f"{heads} x {self.head_size}"
+
+    def __str__(self) -> str:
+        wide = ", wide blocks" if self.wide_blocks else ""
+        return f"{self.length:,} tokens, heads {self.heads_by_size}, {self.inputs}{wide}"

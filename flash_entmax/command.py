@@ -1,4 +1,4 @@
-"""What the commands of `flash-entmax` check before any work."""
+"""What the commands of `flash-entmax` share: one error, and the checks before any work."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -43,7 +43,7 @@ class Subject:
 
 
 def run(wanted: Wanted) -> None:
-    """Print a table, write the pictures and the page. Raises an CommandError."""
+    """Print a table, write the pictures and the page. Raises a CommandError."""
     check(wanted)
     subject = open_demo(wanted) if demo_checkpoint(wanted.model) else open_transformers(wanted)
     length = len(subject.tokens)
@@ -135,12 +135,12 @@ def letter(byte: int) -> str:
 
 
 def open_transformers(wanted: Wanted) -> Subject:
-    require("transformers", "transformers")
     path = Path(wanted.model)
     if path.exists() and not (path / "config.json").is_file():
         raise CommandError(f"{path} holds neither a model of Transformers (config.json) nor the demo's (model.pt)")
     if not path.exists() and wanted.model.startswith((".", "/", "~")):
         raise CommandError(f"{path}: no such folder")
+    require("transformers", "transformers")
     text = read_text(wanted.text).decode("utf-8", "replace")
     try:
         model, tokenizer, alpha = load_transformers(wanted)

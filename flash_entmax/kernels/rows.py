@@ -81,7 +81,7 @@ def load_gradient(grad, p, first, n, exponent, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "ignored"])
 def loss_kernel(x, losses, state, maxima, aim, ignored, smoothing, entropy, exponents, rows, n, S: tl.constexpr):
-    """Loss of each row and (3, rows) what it was solved to. See `loss` in rows.py for the formula."""
+    """Loss of each row and (3, rows) what it was solved to. See `loss` in ../rows.py for the formula."""
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         own, kept = class_of(aim, index, ignored, S)
         if kept:
@@ -178,7 +178,7 @@ def launch(kernel, programs: int, shape: RowShape, *arguments) -> None:
 
 
 def entmax(x: Tensor, alphas: Tensor | None, alpha: float) -> Tensor:
-    """Arguments and results of this function, and of those below, are those of their namesakes in rows.py."""
+    """Arguments and results of this function, and of those below, are those of their namesakes in ../rows.py."""
     shape, out = shape_of(x, alphas, alpha), torch.empty_like(x)
     programs, maxima = programs_with_maxima(x, shape)
     launch(entmax_kernel, programs, shape, x, out, maxima, exponents_of(alphas, alpha), *x.shape)

@@ -3,7 +3,7 @@ it keep beyond it?
 
 Transformers of 25 million parameters, alike but for their attention, read the same bytes: softmax and entmax 1.5 with
 rotary positions; softmax, entmax 1.5 and ASEntmax with the positions of NAPE (arXiv 2506.16640). AdaSplash-2 (arXiv
-2604.15180) claims that entmax matches softmax at short context and gains at long context. So three things are measured:
+2604.15180) claims that entmax matches softmax at short context and gains at long context. So this is measured:
 the loss on held-out text at the training length; the loss by position in windows of up to eight times that length; and
 whether facts that were planted in the text are found again, by depth and by the length of the window. A fact is four
 letters that name it and four that follow from these, all drawn at random. The windows of the training hold some, each
@@ -82,7 +82,7 @@ SMALL = {"learning_rates": (1e-3, 3e-3), "seeds": 1, "sweep_steps": 150}
 SIZES = {
     "toy": Size(12, 4, 128, layers=2, width=32, heads=2, facts=2, times=2, asked=1, multiples=(1, 2), windows=4, **TOY),
     "small": Size(
-        600, 4, 256, layers=3, width=96, heads=4, facts=4, times=4, asked=2, multiples=(1, 2, 4, 8), windows=16, **SMALL
+        600, 4, 256, layers=3, width=96, heads=4, facts=2, times=4, asked=2, multiples=(1, 2, 4, 8), windows=16, **SMALL
     ),
     "full": Size(
         1500, 4, 2048, layers=8, width=512, heads=8, facts=16, times=4, asked=8, multiples=(1, 2, 4, 8), windows=8

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -11,17 +12,22 @@ from flash_entmax import __version__
 
 from ..command import CommandError
 from . import TRAINED, Options, module_of
+from .workers import cores
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def conditions(name: str, options: Options) -> dict:
-    threads = f"cpu, {torch.get_num_threads()} threads"
+    """``code`` stands for every line of the package: models of two versions are not mixed."""
+    code = sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
     return {
         "recipe": name,
         "size": options.size,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else threads,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {cores()} cores",
         "text": str(options.text) if options.text else "default",
         "settings": asdict(module_of(name).SIZES[options.size]) if name in TRAINED else {},
         "flash_entmax": __version__,
+        "code": code.hexdigest()[:16],
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }

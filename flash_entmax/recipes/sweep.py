@@ -6,7 +6,6 @@ chooses nothing. Only then the models at the best rates are measured. What is in
 run that was interrupted goes on from its last checkpoint.
 """
 
-import os
 import time
 from collections.abc import Callable
 from statistics import mean
@@ -18,7 +17,7 @@ from ..command import CommandError
 from . import Options, module_of, report, training
 from .results import conditions, load, save
 from .runs import Run, chosen_runs, runs_of
-from .workers import distribute
+from .workers import cores, distribute
 
 
 def run(name: str, options: Options) -> None:
@@ -49,6 +48,7 @@ def run(name: str, options: Options) -> None:
     perform(measure, results["measures"], chosen)
     results["chosen"] = {arm: [each.key for each in chosen if each.arm == arm] for arm in recipe.ARMS}
     results["seconds"] = results.get("seconds", 0.0) + time.perf_counter() - start
+    results["workers"] = workers_for(options, size)
     save(path, results)
     report.write(console, recipe, results, path)
 
@@ -89,4 +89,4 @@ def workers_for(options: Options, size) -> int:
         return options.workers
     if options.device == "cuda":
         return size.workers * torch.cuda.device_count()
-    return min(size.workers, os.cpu_count() or 1)
+    return min(size.workers, cores())

@@ -1,7 +1,7 @@
 """How many bytes a second does the language model train on at long context, with entmax and with the fastest softmax?
 
 Whole training steps (forward, backward, optimizer) of the models of the recipe language-model, whose attention is as
-sparse as training made it; the same before any training, where entmax has little to skip; and softmax attention by
+sparse as training made it; the same before any training, where entmax attends to every key; and softmax attention by
 PyTorch's cuDNN and FlashAttention-2 backends.
 """
 

@@ -44,9 +44,14 @@ def distribute(task: Callable, runs: list[Run], workers: int, console: Console) 
             show(round(1000 * (done + sum(along.values()))), 1000 * len(runs))
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def initialise(workers: int, started) -> None:
     """Share the cores, and settle on a GPU: graphs are captured on the one that a process began with."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(max(1, cores() // workers))
     with started.get_lock():
         number, started.value = started.value, started.value + 1
     if torch.cuda.is_available():

@@ -62,7 +62,7 @@ def test_speed_results(finished):
         assert tuple(result["competitors"]) == NAMES
         for name in ("flash-entmax", "sdpa", "dense-entmax"):
             entry = result["competitors"][name]
-            assert 0 < entry["forward_ms"] < 2 * entry["step_ms"]  # the machine may be busy with others meanwhile
+            assert 0 < entry["forward_ms"] < entry["step_ms"]
             assert set(entry["errors"]) == set(gate.QUANTITIES)
         attained = result["roofline"]["step_ms"] / result["competitors"]["flash-entmax"]["step_ms"]
         assert result["roofline"]["attained"] == pytest.approx(attained)

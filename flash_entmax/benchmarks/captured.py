@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flash_entmax.problem import MAX_HEAD_SIZE
 
-from ..command import CommandError
+from ..command import CommandError, require
 from .cases import Captured, Case
 
 ROLES = ("query", "key", "value")
@@ -35,10 +35,9 @@ def captured_cases(paths: Sequence[Path]) -> Iterator[Case]:
 
 @contextmanager
 def opened(path: Path | str) -> Iterator:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise CommandError("--inputs needs safetensors: pip install 'flash-entmax[bench]'") from error
+    require("bench", "safetensors")
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             yield file

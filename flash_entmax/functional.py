@@ -337,6 +337,7 @@ def softmax_attention(problem: Problem, query, key, value, alpha, scale, slopes,
     blind = ~visible.any(-1, keepdim=True)
     bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible & ~blind, -torch.inf)
     if slopes is not None:
+        slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
         bias = bias - reference.alibi(slopes, distance).to(query.dtype)
     output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared)
     return output.masked_fill(blind, 0.0)

@@ -301,18 +301,20 @@ def positions_of(x: Tensor, cu_seq: Tensor | None) -> Tensor:
 
 
 def rotation_of(position: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:
-    """(length,) positions -> (2, length, head_dim / 2): cosine and sine of the rotary angles (arXiv 2104.09864)."""
+    """(length,) positions -> (2, length, head_dim), of the rotary angles (arXiv 2104.09864) the cosines of both halves,
+    and the sines, those of the first half negated.
+    """
     speed = base ** -(torch.arange(0, head_dim, 2, device=position.device) / head_dim)
     angle = position.unsqueeze(-1) * speed
-    return torch.stack((angle.cos(), angle.sin()))
+    cosine, sine = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """(..., length, heads, head_dim): turn the pairs (x_j, x_{j + head_dim / 2}) of each position by its angles."""
     cosine, sine = rotation.unsqueeze(-2)
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
-    return turned.to(x.dtype)
+    partner = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * cosine + partner * sine).to(x.dtype)
 
 
 def check_heads(embed_dim: int, num_heads: int, num_key_heads: int, head_dim: int | None) -> None:

@@ -247,8 +247,7 @@ def test_alpha_moves_over_the_first_half(tmp_path):
     assert alphas == sorted(alphas)
     assert 1.4 < alphas[-1] < 1.5
     assert len(language_model.batch(4, run, size)) == 1
-    for arm in ("softmax, RoPE", language_model.AT_ONCE):
-        assert len(language_model.batch(0, replace(run, arm=arm), size)) == 1
+    assert len(language_model.batch(0, replace(run, arm="softmax, RoPE"), size)) == 1
 
 
 def test_alpha_is_that_of_every_layer():

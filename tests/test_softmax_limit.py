@@ -72,19 +72,19 @@ def masks(queries, keys):
 
 @each_impl
 @pytest.mark.parametrize("name", masks(1, 1))
-@pytest.mark.parametrize("with_slopes", [False, True])
-def test_masks_and_slopes_equal_a_dense_mask(impl, name, with_slopes):
+@pytest.mark.parametrize("slopes", [None, [0.5, 0.1], [[0.5, 0.1], [0.0, 0.2]]], ids=["none", "by head", "by row"])
+def test_masks_and_slopes_equal_a_dense_mask(impl, name, slopes):
     """Every option means the same as above alpha = 1; a query that sees no key gets output 0 and gradient 0."""
     query, key, value = leaves = [t.requires_grad_() for t in iid_inputs(2, 2, 50, 8, key_length=60)]
     options, visible, apart = masks(50, 60)[name]
-    if with_slopes:
-        slopes = torch.tensor([0.5, 0.1], requires_grad=True)
+    if slopes is not None:
+        slopes = torch.tensor(slopes, requires_grad=True)
         options, leaves = options | {"alibi_slopes": slopes}, [*leaves, slopes]
     output = entmax_attention(query, key, value, alpha=1.0, impl=impl, **options)
     wide = [tensor.detach().double().requires_grad_() for tensor in leaves]
     scores = wide[0] @ wide[1].mT / 8**0.5
-    if with_slopes:
-        scores = scores - wide[3].view(2, 1, 1) * apart
+    if slopes is not None:
+        scores = scores - wide[3].view(-1, 2, 1, 1) * apart
     weights = scores.masked_fill(~visible, -1e30).softmax(-1) * visible
     expected = weights @ wide[2]
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)

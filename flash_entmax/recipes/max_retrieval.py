@@ -41,10 +41,6 @@ class Size:
     sweep_seeds: int = 3
     workers: int = 6
 
-    @property
-    def sweep_steps(self) -> int:
-        return self.steps
-
 
 SIZES = {
     "toy": Size(60, 64, (16, 64), 64, learning_rates=(3e-3,), seeds=1, sweep_seeds=1, workers=1),

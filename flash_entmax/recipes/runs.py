@@ -39,14 +39,14 @@ class Run:
         return recipe.build(self.arm, recipe.SIZES[self.size]).to(self.device)
 
 
-def runs_of(name: str, options: Options, arm: str, rate: float, seeds: int, steps: int) -> list[Run]:
-    folder = options.out / f"{name}-{options.size}"
+def runs_of(name: str, options: Options, arm: str, rate: float, seeds: int) -> list[Run]:
+    folder, steps = options.out / f"{name}-{options.size}", module_of(name).SIZES[options.size].steps
     return [
         Run(name, options.size, arm, rate, seed, steps, folder, options.device, options.text) for seed in range(seeds)
     ]
 
 
 def chosen_runs(name: str, options: Options, best: dict[str, float]) -> list[Run]:
-    """All seeds and steps of every arm at its best learning rate."""
-    size = module_of(name).SIZES[options.size]
-    return [each for arm, rate in best.items() for each in runs_of(name, options, arm, rate, size.seeds, size.steps)]
+    """All seeds of every arm at its best learning rate."""
+    seeds = module_of(name).SIZES[options.size].seeds
+    return [each for arm, rate in best.items() for each in runs_of(name, options, arm, rate, seeds)]

@@ -42,10 +42,6 @@ class Size:
     sweep_seeds: int = 1
     workers: int = 6
 
-    @property
-    def sweep_steps(self) -> int:
-        return self.steps
-
 
 class Sequences:
     """A recipe; ``answer`` makes the target of (batch, length) sources."""
@@ -55,7 +51,7 @@ class Sequences:
     SIZES = {  # noqa: RUF012
         "toy": Size(40, 16, 2, 32, 2, 2, 4, (1, 2), 32, learning_rates=(3e-3,), seeds=1, workers=1),
         "small": Size(4000, 64, 2, 64, 4, 8, 16, (1, 2, 4, 8), 256),
-        "full": Size(8000, 64, 3, 128, 8, 16, 32, (1, 2, 4, 8), 1024),
+        "full": Size(16000, 64, 3, 128, 8, 16, 32, (1, 2, 4, 8), 1024),
     }
     VALIDATION = "sources of the longest length in training"
 

@@ -1,8 +1,9 @@
 """The plan of every recipe that trains: arms, learning rates and seeds; what came of each is kept in one file.
 
-Every arm is trained at every learning rate with the sweep's seeds and steps, and at the best rate with all of them. The
-best is that of the lowest mean validation loss, which is taken where the arm was trained: what happens at other lengths
-chooses nothing. Only then the models at the best rates are measured. What is in the results is not made again, and a
+Every arm is trained at every learning rate with the sweep's seeds, and at the best rate with all of them. The best is
+that of the lowest mean validation loss, which is taken where the arm was trained: what happens at other lengths chooses
+nothing. (Nor does a shorter training: it was seen to prefer rates at which the whole training does worse.) Only then
+the models at the best rates are measured. What is in the results is not made again, and a
 run that was interrupted goes on from its last checkpoint.
 """
 
@@ -36,9 +37,7 @@ def run(name: str, options: Options) -> None:
             save(path, results)
 
     swept = {
-        arm: {
-            rate: runs_of(name, options, arm, rate, size.sweep_seeds, size.sweep_steps) for rate in size.learning_rates
-        }
+        arm: {rate: runs_of(name, options, arm, rate, size.sweep_seeds) for rate in size.learning_rates}
         for arm in recipe.ARMS
     }
     perform(train, results["runs"], [each for rates in swept.values() for runs in rates.values() for each in runs])

@@ -28,6 +28,7 @@ from flash_entmax.recipes import (
 from flash_entmax.recipes.runs import Run
 
 ARMS = [(name, arm) for name in TRAINED for arm in module_of(name).ARMS]
+COMPILED = [name for name in TRAINED if getattr(module_of(name).SIZES["full"], "compiled", False)]
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +263,24 @@ def test_alpha_is_that_of_every_layer():
     assert not torch.allclose(moving(data), fixed(data))
 
 
+def test_compiled_blocks_train_as_others_do(tmp_path, monkeypatch):
+    """All arms in one process, with alpha and without, as a worker meets them: torch.compile keeps all of their graphs,
+    and no part of a block is left out of them.
+    """
+    torch._dynamo.reset()
+    compile_blocks = Transformer.compile
+    monkeypatch.setattr(Transformer, "compile", lambda *given, **o: compile_blocks(*given, backend="aot_eager", **o))
+    compiled = {"toy": replace(language_model.SIZES["toy"], compiled=True)}
+    for arm in language_model.ARMS:
+        theirs = a_run(tmp_path / "theirs", "language-model", arm)
+        expected = sweep.train(theirs, silent)["validation"]
+        with monkeypatch.context() as patch:
+            patch.setattr(language_model, "SIZES", compiled)
+            actual = sweep.train(a_run(tmp_path / "ours", "language-model", arm), silent)["validation"]
+        assert actual == pytest.approx(expected, rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > len(language_model.ARMS)
+
+
 def test_losses_are_of_the_byte_that_follows():
     """A model that knows each byte's successor has none, wherever the window begins."""
     data = torch.arange(40).repeat(2, 1)
@@ -316,11 +335,18 @@ def test_a_model_that_is_there_is_not_trained_again(tmp_path):
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
-@pytest.mark.parametrize(("name", "arm"), ARMS)
-def test_a_graph_trains_as_single_operations_do(tmp_path, monkeypatch, name, arm):
-    """But for the order of atomic sums, which Adam's division magnifies where a gradient is near zero."""
+@pytest.mark.parametrize(
+    ("name", "arm", "compiled"),
+    [(*each, False) for each in ARMS] + [(*each, True) for each in ARMS if each[0] in COMPILED],
+)
+def test_a_graph_trains_as_single_operations_do(tmp_path, monkeypatch, name, arm, compiled):
+    """But for the order of sums and for roundings, which Adam's division magnifies where a gradient is near zero."""
     graphed, eager = (a_run(tmp_path / way, name, arm, device="cuda") for way in ("graphed", "eager"))
-    sweep.train(graphed, silent)
+    with monkeypatch.context() as patch:
+        if compiled:
+            torch._dynamo.reset()
+            patch.setitem(module_of(name).SIZES, "toy", replace(module_of(name).SIZES["toy"], compiled=True))
+        sweep.train(graphed, silent)
     monkeypatch.setattr(training, "Graphed", training.Eager)
     sweep.train(eager, silent)
     ours, truth = load_file(graphed.path), load_file(eager.path)

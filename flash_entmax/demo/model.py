@@ -47,6 +47,11 @@ class Transformer(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.narrow.weight)
 
+    def compile(self, **options) -> None:
+        """Each block by itself, with ``options`` of torch.compile: as they are alike, one compilation serves all."""
+        for block in self.blocks:
+            block.compile(**options)
+
     def forward(self, data: Tensor, alpha: Tensor | None = None) -> Tensor:
         """(batch, length) tokens -> (batch, length, vocabulary) logits of the next token.
 

@@ -53,7 +53,8 @@ TOGETHER = 2**14  # bytes that are tested at a time
 class Size:
     """Windows of ``context`` bytes, in training with ``facts`` in ``times`` places each.
 
-    ``windows`` of each of the ``multiples`` are tested, with ``asked`` facts at each depth.
+    ``windows`` of each of the ``multiples`` are tested, with ``asked`` facts at each depth. ``compiled``: torch.compile
+    makes one kernel of what stands between the products, in training.
     """
 
     steps: int
@@ -71,17 +72,29 @@ class Size:
     seeds: int = 3
     sweep_seeds: int = 1
     workers: int = 3
+    compiled: bool = False
 
 
 TOY = {"learning_rates": (3e-3,), "seeds": 1, "workers": 1}
-SMALL = {"learning_rates": (1e-3, 3e-3), "seeds": 1}
+SMALL = {"learning_rates": (3e-3, 6e-3), "seeds": 1}
 SIZES = {
     "toy": Size(12, 4, 128, layers=2, width=32, heads=2, facts=2, times=2, asked=1, multiples=(1, 2), windows=4, **TOY),
     "small": Size(
         600, 4, 256, layers=3, width=96, heads=4, facts=2, times=4, asked=2, multiples=(1, 2, 4, 8), windows=16, **SMALL
     ),
     "full": Size(
-        1500, 4, 2048, layers=5, width=640, heads=10, facts=16, times=4, asked=8, multiples=(1, 2, 4, 8), windows=8
+        1500,
+        4,
+        2048,
+        layers=5,
+        width=640,
+        heads=10,
+        facts=16,
+        times=4,
+        asked=8,
+        multiples=(1, 2, 4, 8),
+        windows=8,
+        compiled=True,
     ),
 }
 

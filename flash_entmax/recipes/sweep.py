@@ -59,15 +59,18 @@ def best_rate(found: dict, rates: dict[float, list[Run]]) -> float:
 def train(run: Run, show: training.Show) -> dict:
     """A model that is there, as after a failure between its training and its validation, is not trained again."""
     recipe = module_of(run.recipe)
-    model, size, start = run.model(), recipe.SIZES[run.size], time.perf_counter()
+    size, start = recipe.SIZES[run.size], time.perf_counter()
 
     def batch_of(step: int) -> training.Batch:
         return recipe.batch(step, run, size)
 
-    if run.path.exists():
-        training.restore(run.path, model)
-    else:
+    if not run.path.exists():
+        model = run.model()
+        if getattr(size, "compiled", False):
+            model.compile(fullgraph=True, dynamic=False)
         training.fit(model, batch_of, recipe.loss, run.steps, run.learning_rate, run.path, show)
+    model = run.model()
+    training.restore(run.path, model)
     return {"validation": recipe.validate(model.eval(), run, size), "seconds": time.perf_counter() - start}
 
 

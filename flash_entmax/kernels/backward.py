@@ -95,7 +95,7 @@ def accumulate_query(state, context, key_tile, MASKED: tl.constexpr, S: tl.const
     x, steepness = relative_distance(queries, top, slope, key, key_tile, extent, view, MASKED, S)
     v = load_keys(value, key_tile, extent, MASKED, S.TILE, S.VALUE, S.VALUE_PADDED)
     change = tl.dot(do, tl.trans(v), input_precision=S.PRECISION) - delta[:, None]
-    p, u = probability_and_weight(x, exponent, S.POWER)
+    p, u = probability_and_weight(x, exponent, S.POWER, S.HARDWARE)
     ds = u * change
     k = load_keys(key, key_tile, extent, MASKED, S.TILE, S.HEAD, S.HEAD_PADDED)
     dq = tl.dot((ds * steepness).to(k.dtype), k, state[0], input_precision=S.PRECISION)
@@ -179,7 +179,7 @@ def accumulate_key_value(state, context, query_tile, MASKED: tl.constexpr, S: tl
     row, column, where = tl.arange(0, TILE)[None, :], tl.arange(0, TILE)[:, None], (unit, query_tile, key_tile)
     score, steepness = finish(product, row, column, sight, bends, where, extent, view, MASKED, S)
     d = distance(score, top[None, :], slope, reach[None, :])
-    p, u = probability_and_weight(d, exponent, S.POWER)
+    p, u = probability_and_weight(d, exponent, S.POWER, S.HARDWARE)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=S.PRECISION)
     shift, _ = tl.split(tl.load(pairs + 2 * TILE))
     shifted = tl.broadcast_to(shift[None, :], (TILE, TILE))  # the product starts from -delta

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .alpha import newton_step, probability, probability_and_weight, support_weight
+from .alpha import newton_step, probability, probability_and_weight, support_weight, tolerance
 from .lists import listed_tiles
 from .score import of_head, open_queries, relative_distance
 from .tile import (
@@ -52,6 +52,7 @@ def output_kernel(
     mass = tl.zeros((TILE,), tl.float32)
     weight = tl.zeros((TILE,), tl.float32)
     power = tl.zeros((TILE,), tl.float32)
+    accepted = tolerance(S.ACCEPTED, 1e-5, exponent)
     passes = 0
     unfinished = 1
     while (unfinished > 0) & (passes < MAX_PASSES):
@@ -64,7 +65,7 @@ def output_kernel(
         weight = tl.sum(weights[0], 1)
         stepped = newton_step(reach, mass, weight * support_weight(reach, exponent, S.POWER), exponent)
         falls = (mass > 1.0) & (stepped < reach)
-        unfinished = tl.max(tl.where(falls & (mass > 1.0 + S.ACCEPTED), 1, 0), 0)
+        unfinished = tl.max(tl.where(falls & (mass > 1.0 + accepted), 1, 0), 0)
         reach = tl.where(falls, stepped, reach)
         passes += 1
     store_row(offset, unit, queries.row, extent, reach)
@@ -83,7 +84,7 @@ def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
     total, error, mean, mass, weight = state
     x, _ = relative_distance(queries, top, slope, key, key_tile, extent, view, MASKED, S)
     v = load_keys(value, key_tile, extent, MASKED, S.TILE, S.VALUE, S.VALUE_PADDED)
-    p, u = probability_and_weight(x, exponent, S.POWER)
+    p, u = probability_and_weight(x, exponent, S.POWER, S.HARDWARE)
     if S.COMPENSATED:
         total, error = add_compensated(total, error, tl.dot(p.to(v.dtype), v, input_precision=S.PRECISION))
     else:

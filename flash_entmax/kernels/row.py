@@ -164,7 +164,7 @@ def sum_row(row, top, slope, offset, exponent, S: tl.constexpr):
     weight = filled(0.0, S)
     for first in range(0, row.n, S.SEGMENTS * S.SEGMENT):
         _, d = load_live(row, first, top, slope, offset, S)
-        p, u = probability_and_weight(d, exponent, S.POWER)
+        p, u = probability_and_weight(d, exponent, S.POWER, False)
         total += p
         weight += u
     return tl.sum(total), tl.sum(weight)

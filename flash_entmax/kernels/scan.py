@@ -8,7 +8,7 @@ out of reach of any threshold.
 import triton
 import triton.language as tl
 
-from .score import listed_scores, scores
+from .score import listed_maxima, scores
 
 ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum, twice that of its 11 bits
 
@@ -24,8 +24,7 @@ def scan_tiles(queries, key, below, tiles, column, slope, extent, view, S: tl.co
     below = tl.where(sees, below, float("inf"))  # rows past the last query keep no tile alive
     unmasked = tiles.split // ABREAST * ABREAST
     for place in range(0, unmasked, ABREAST):
-        score = listed_scores(queries, key, tiles, place, extent, view, S)
-        highest = tl.max(tl.reshape(score, (TILE, ABREAST, TILE)), 2)
+        highest = listed_maxima(queries, key, tiles, place, extent, view, S)
         pointers = column[:, None] + tl.cast(place + tl.arange(0, ABREAST), tl.int64)[None, :] * TILE
         tl.store(pointers, ((highest - below[:, None]) * slope).to(tl.float16))
         best = tl.maximum(best, tl.max(highest, 1))

@@ -3,6 +3,7 @@
 A setting may depend on the dtype, the head sizes and the device; never on a length, so a new length compiles nothing.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..problem import Modifiers, Problem
 from .tile import aligned_size
 
+HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
 WIDEST_PIPELINED = 128  # head size; tiles of larger heads fill the shared memory once
 
 
@@ -28,8 +30,9 @@ class Shape:
     COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
     ABREAST: int  # tiles of keys that the threshold's stages multiply at a time where no mask is needed
     LANES: int  # parts in which a row's sums are kept until its last tile
-    SOLVED: float  # the solve leaves it to the output to confirm a last step from F - 1 up to this
-    ACCEPTED: float  # the F - 1 that the output leaves to one more step on itself
+    SOLVED: float  # the solve leaves it to the output to confirm a last step from F - 1 up to this; less above 1.5
+    ACCEPTED: float  # the F - 1 that the output leaves to one more step on itself; less above 1.5
+    HARDWARE: bool  # the processor's logarithm is exact enough
     INTERVALS: bool  # which keys a query sees is loaded; else all, or the causal ones
     FILTERED: bool  # a filter by tiles hides keys; what its tiles are told apart by:
     FILTER_BY_BATCH: bool
@@ -87,8 +90,9 @@ def shape_of(problem: Problem, modifiers: Modifiers, dtype: torch.dtype) -> Shap
         COMPENSATED=dtype == torch.float32,
         ABREAST=2 if tile == 64 and head <= 64 and power and modifiers.slopes is None else 1,
         LANES=1 if dtype == torch.float32 else 8,
-        SOLVED=1e-6 if dtype == torch.float32 else 0.05 if power == 2 else 1e-4,
-        ACCEPTED=1e-3 if power == 2 else 1e-5,  # above 1.5, u jumps at the threshold: the gradient needs it exact
+        SOLVED=1e-6 if dtype == torch.float32 else 0.05,
+        ACCEPTED=1e-3,
+        HARDWARE=dtype != torch.float32 and HAS_PTX,
         INTERVALS=modifiers.intervals is not None,
         FILTERED=modifiers.kinds is not None,
         FILTER_BY_BATCH=bool(by_batch),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import load_columns, load_keys, load_tile, query_head, tile_pointers
+from .tile import load_columns, load_keys, load_tile, load_whole_tile, query_head, tile_pointers
 from .view import hide, hide_filtered, visible_interval
 
 
@@ -117,7 +117,28 @@ def scores(queries, key, key_tile, extent, view, MASKED: tl.constexpr, S: tl.con
 
 @triton.jit
 def listed_scores(queries, key, tiles, place, extent, view, S: tl.constexpr):
-    """Scores of S.ABREAST listed tiles without a mask: two share the loop's overhead and make wider products."""
+    """Scores of S.ABREAST listed tiles without a mask."""
+    if S.ALIBI:
+        score, _ = scores(queries, key, tl.load(tiles.tiles + place), extent, view, False, S)
+    else:
+        score, _ = capped(listed_products(queries, key, tiles, place, S), queries.cap, S)
+    return score
+
+
+@triton.jit
+def listed_maxima(queries, key, tiles, place, extent, view, S: tl.constexpr):
+    """(TILE, S.ABREAST): each row's maximum over each of these tiles. As tanh rises, it is taken of maxima only."""
+    if S.ALIBI:
+        highest = tl.max(listed_scores(queries, key, tiles, place, extent, view, S), 1, keep_dims=True)
+    else:
+        product = tl.reshape(listed_products(queries, key, tiles, place, S), (S.TILE, S.ABREAST, S.TILE))
+        highest, _ = capped(tl.max(product, 2), queries.cap, S)
+    return highest
+
+
+@triton.jit
+def listed_products(queries, key, tiles, place, S: tl.constexpr):
+    """query . key of S.ABREAST listed tiles: two share the loop's overhead and make wider products."""
     TILE: tl.constexpr = S.TILE
     first = tl.load(tiles.tiles + place)
     if S.ABREAST == 2:
@@ -125,10 +146,9 @@ def listed_scores(queries, key, tiles, place, extent, view, S: tl.constexpr):
         apart = tl.cast(tl.load(tiles.tiles + place + 1) - first - 1, tl.int64) * TILE * key.row_stride
         second = tl.where(row < TILE, 0, apart)[:, None]
         k = load_columns(tile_pointers(key, first * TILE, 2 * TILE, S.HEAD_PADDED) + second, S.HEAD, S.HEAD_PADDED)
-        score, _ = capped(tl.dot(queries.q, tl.trans(k), input_precision=S.PRECISION), queries.cap, S)
     else:
-        score, _ = scores(queries, key, first, extent, view, False, S)
-    return score
+        k = load_whole_tile(key, first * TILE, TILE, S.HEAD, S.HEAD_PADDED)
+    return tl.dot(queries.q, tl.trans(k), input_precision=S.PRECISION)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ is at or above the true one whenever the list of tiles gets shorter, so that eac
 import triton
 import triton.language as tl
 
-from .alpha import newton_step, probability, probability_and_weight, support_weight
+from .alpha import newton_step, probability, probability_and_weight, support_weight, tolerance
 from .bound import bound_tiles
 from .certify import PLACES, certify_offset, shorten
 from .scan import scan_tiles
@@ -57,8 +57,9 @@ def threshold_kernel(
     tiles = shorten(tiles, column, shift + reach + doubt, S)
 
     reach = solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S)
-    # 2^-20 covers the rounding of slope / offset in the relative distances that the output sees.
-    tiles = shorten(tiles, column, shift + reach * (1.0 + 2.0**-20) + doubt, S)
+    # 2^-20 of the offset covers the rounding of slope / offset in the relative distances that the output sees, 2^-19
+    # what the processor's logarithm may be off by.
+    tiles = shorten(tiles, column, shift + reach * (1.0 + 2.0**-18) + doubt, S)
 
     store_row(maximum, unit, queries.row, extent, top)
     store_row(offset, unit, queries.row, extent, tl.where(top < float("inf"), reach, 1.0))
@@ -70,13 +71,14 @@ def threshold_kernel(
 
 @triton.jit
 def solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S: tl.constexpr):
-    """Newton's steps over the listed tiles until no row of the tile has F above 1 by more than S.SOLVED.
+    """Newton's steps over the listed tiles until no row of the tile has F above 1 by more than is tolerated.
 
     Each step ends at or above the true offset, so any of them may be the last.
     """
     passes = 0
     unfinished = tiles.count
     unmasked = tiles.split // S.ABREAST * S.ABREAST
+    solved = tolerance(S.SOLVED, 1e-4, exponent)
     while (unfinished > 0) & (passes < MAX_STEPS):
         relative = slope / reach
         context = top, relative, 1.0 - top * relative, exponent
@@ -91,7 +93,7 @@ def solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S: tl.
         weight = tl.sum(weight[0], 1) * support_weight(reach, exponent, S.POWER)
         stepped = newton_step(reach, total, weight, exponent)
         falls = (total > 1.0) & (stepped < reach)
-        unfinished = tl.max(tl.where(falls & (total > 1.0 + S.SOLVED), 1, 0), 0)
+        unfinished = tl.max(tl.where(falls & (total > 1.0 + solved), 1, 0), 0)
         reach = tl.where(falls, stepped, reach)
         passes += 1
     if not S.COMPENSATED:  # what the multiply-add may have lost
@@ -111,7 +113,7 @@ def accumulate(total, weight, score, context, S: tl.constexpr):
         x = distance(score, top[:, None], slope[:, None], 1.0)
     else:
         x = tl.maximum(score * slope[:, None] + intercept[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
-    p, u = probability_and_weight(x, exponent, S.POWER)
+    p, u = probability_and_weight(x, exponent, S.POWER, S.HARDWARE)
     return sum_keys(total, p, S), sum_keys(weight, u, S)
 
 

@@ -1,4 +1,4 @@
-"""What each option costs beside the plain causal call: python benchmarks/options.py, on a GPU, a minute.
+"""What each option costs beside the plain causal call: python benchmarks/options.py, on a GPU, two minutes.
 
 Topics of 32,768 tokens, 8 heads of 64, bfloat16. Medians of 15 steps; forward is without gradient. What takes under
 2 ms here is mostly the host's time to launch it.
@@ -42,6 +42,9 @@ def rectangle(topics: int) -> None:
         "key mask": {"key_mask": seen},
         "softcap 50": {"softcap": 50.0},
         "alpha 1.49999": {"alpha": 1.49999},
+        "alpha 1.1": {"alpha": 1.1},
+        "alpha 1.75": {"alpha": 1.75},
+        "alpha 2": {"alpha": 2.0},
     }
     print(f"block sparsity about {1 - 1 / topics:.2f}, causal")
     for name, option in options.items():
@@ -73,7 +76,7 @@ def packed(length: int) -> None:
 def main() -> None:
     versions = f"flash-entmax {__version__}, torch {torch.__version__}, Triton {triton.__version__}"
     print(f"{torch.cuda.get_device_name()}, {versions}, {LENGTH} tokens, {HEADS} heads of {DIM}, bfloat16")
-    for topics in (4, 20):
+    for topics in (1, 4, 20):
         rectangle(topics)
     print("every key attended to, causal")
     for length in (2048, 128):

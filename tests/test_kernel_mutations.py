@@ -23,7 +23,8 @@ from flash_entmax.kernels import alpha, attention, certify, lists, score, tile, 
 
 KERNELS = [module for name, module in sys.modules.items() if name.startswith("flash_entmax.kernels.")]
 assert attention in KERNELS
-shorten, listed_scores, close_list, lean = certify.shorten, score.listed_scores, lists.close_list, score.lean
+shorten, close_list, lean = certify.shorten, lists.close_list, score.lean
+listed_scores, listed_maxima, listed_products = score.listed_scores, score.listed_maxima, score.listed_products
 Numbers = attention.Numbers
 
 
@@ -90,6 +91,17 @@ def every_tile_is_the_first(queries, key, tiles, place, extent, view, S):  # noq
 
 
 @triton.jit
+def every_maximum_is_of_the_first(queries, key, tiles, place, extent, view, S):  # noqa: N803
+    return listed_maxima(queries, key, tiles, 0, extent, view, S)
+
+
+@triton.jit
+def maxima_are_not_capped(queries, key, tiles, place, extent, view, S):  # noqa: N803
+    product = listed_products(queries, key, tiles, place, S)
+    return tl.max(tl.reshape(product, (S.TILE, S.ABREAST, S.TILE)), 2)
+
+
+@triton.jit
 def the_bound_forgets_the_bias(queries, block, extent, MOST: tl.constexpr, S):  # noqa: N803
     return 0.0
 
@@ -127,6 +139,8 @@ FAULTS = {
     "every query head takes the first alpha": ("of_head", every_head_has_the_first_number, "alpha by head, softcap"),
     "u is p": ("support_weight", alpha.probability, "causal"),
     "every tile is read as the first": ("listed_scores", every_tile_is_the_first, "topics"),
+    "every maximum is of the first tile": ("listed_maxima", every_maximum_is_of_the_first, "topics"),
+    "maxima are not capped": ("listed_maxima", maxima_are_not_capped, "alpha by head, softcap"),
     "gradients lack the scale": ("Numbers", the_scale_is_missing, "causal"),
 }
 IN_THEIR_HOME = ("visible_keys", "hide", "hide_filtered", "distance", "tanh", "lean", "are_whole", "of_head")

@@ -195,6 +195,30 @@ def test_kernels_pass_without_a_fault(check):
     CHECKS[check]()
 
 
+@triton.jit
+def logarithm_too_high(d, HARDWARE):  # noqa: N803
+    exact = tl.log2(d)
+    return exact + 2.0**-22 * tl.maximum(1.0, tl.abs(exact))
+
+
+@triton.jit
+def logarithm_too_low(d, HARDWARE):  # noqa: N803
+    exact = tl.log2(d)
+    return exact - 2.0**-22 * tl.maximum(1.0, tl.abs(exact))
+
+
+@pytest.mark.parametrize("alpha_of_call", [1.02, 1.3, 1.9])
+@pytest.mark.parametrize("logarithm", [logarithm_too_high, logarithm_too_low])
+def test_the_error_of_a_processors_logarithm_is_no_fault(monkeypatch, logarithm, alpha_of_call):
+    """What 16-bit types get on a GPU may be off by so much."""
+    monkeypatch.setattr(alpha, "binary_logarithm", logarithm)
+    for inputs in (
+        iid_inputs(1, 1, 130, 16, dtype=torch.float16),
+        topic_inputs(1, 1, 128, 16, 4, dtype=torch.float16),
+    ):
+        check_attention(Case(*inputs, alpha=alpha_of_call, is_causal=True), "triton")
+
+
 def test_every_distribution_without_a_fault():
     rows = [score_rows(name, 100, dtype=torch.float32) for name in DISTRIBUTIONS]
     check_row_sums(torch.cat(rows), 1.5, "triton")

@@ -30,6 +30,8 @@ def run(name: str, options: Options) -> None:
     start = time.perf_counter()
 
     def perform(task: Callable, keep: dict, runs: list[Run]) -> None:
+        # Arms in turn: each is compiled by one worker, and found compiled by the others.
+        runs = sorted(runs, key=lambda each: (each.seed, each.learning_rate))
         missing = [each for each in runs if each.key not in keep]
         console.print(f"{name}, {options.size}: {task.__name__} {len(runs)} models, {len(runs) - len(missing)} done")
         for each, found in distribute(task, missing, workers_for(options, size), console):

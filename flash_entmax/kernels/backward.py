@@ -11,7 +11,7 @@ Between the two, what dK and dV need of each tile of queries is packed into pair
 import triton
 import triton.language as tl
 
-from .alpha import probability, probability_and_weight, support_weight
+from .alpha import binary_logarithm, probability, probability_and_weight, support_weight
 from .lists import listed_tiles
 from .score import bends_of, distance, finish, of_head, open_queries, relative_distance
 from .tile import (
@@ -29,6 +29,8 @@ from .tile import (
     walk,
 )
 from .view import visible_interval
+
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -101,7 +103,8 @@ def accumulate_query(state, context, key_tile, MASKED: tl.constexpr, S: tl.const
     dq = tl.dot((ds * steepness).to(k.dtype), k, state[0], input_precision=S.PRECISION)
     if S.PARAMETERS:
         _, weights, weighted, shares, shared, of_slope = state
-        share = p * (1.0 - tl.log(reach)[:, None] - tl.log(tl.where(x > 0, x, 1.0)))
+        logarithm = tl.where(x > 0, LN_2 * binary_logarithm(x, S.HARDWARE), 0.0)
+        share = p * (1.0 - tl.log(reach)[:, None] - logarithm)
         if S.ALIBI:
             key_position = key_tile * S.TILE + tl.arange(0, S.TILE)
             far = tl.abs(queries.position[:, None] - key_position[None, :])

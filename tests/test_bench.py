@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_entmax.benchmarks import cold_start, competitors, gate, refinement, roofline, speed
+from flash_entmax.benchmarks import cold_start, competitors, gate, measure, refinement, roofline, speed
 from flash_entmax.benchmarks.cases import Case
 from flash_entmax.benchmarks.conditions import write_json
 from flash_entmax.benchmarks.settings import NAMES, settings_for
@@ -66,6 +66,32 @@ def test_speed_results(finished):
             assert set(entry["errors"]) == set(gate.QUANTITIES)
         attained = result["roofline"]["step_ms"] / result["competitors"]["flash-entmax"]["step_ms"]
         assert result["roofline"]["attained"] == pytest.approx(attained)
+
+
+def test_load_on_the_processor_slows_the_forward_pass_and_the_step_alike(monkeypatch):
+    """A forward pass is half of its backward pass, whatever else runs: here more and more does."""
+    seconds, load = 0.0, 1.0
+
+    def work(amount: float) -> None:
+        nonlocal seconds, load
+        seconds, load = seconds + load * amount, 1.1 * load
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query, key, value):
+            work(1e-3)
+            return query * 1
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            work(2e-3)
+            return (grad_output,) * 3
+
+    monkeypatch.setattr(measure, "perf_counter", lambda: seconds)
+    inputs = tuple(torch.ones(1, requires_grad=True) for _ in range(3))
+    settings = settings_for(**CPU, smallest=True)
+    times = measure.forward_and_step(Product.apply, inputs, torch.ones(1), settings)
+    assert times["step_ms"] == pytest.approx((1 + 2 * 1.1) * times["forward_ms"])
 
 
 def test_reasons_of_those_that_cannot_run(finished):

@@ -2,14 +2,15 @@
 
 On CUDA the times are triton.testing.do_bench's: CUDA events around each call, the L2 cache cleared before it. A call
 slower than SLOW_MS is timed three times instead, which no cache changes. Short steps may wait for the host that
-launches them; so up to GRAPH_LONGEST tokens a step is also timed as a CUDA graph, which needs no host. On CPU the times
-are those of torch.utils.benchmark.
+launches them; so up to GRAPH_LONGEST tokens a step is also timed as a CUDA graph, which needs no host. On CPU one
+series of steps gives both times, the forward pass timed within each step: other work on the cores slows both alike.
 """
 
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from statistics import median
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def timing_method(settings: Settings) -> str:
             f"at least {LEAST_REPEATS} times, L2 cleared before each); of {SLOW_REPEATS} calls where one takes over "
             f"{SLOW_MS:g} ms"
         )
-    return f"median of torch.utils.benchmark.Timer.blocked_autorange (at least {settings.grid.repeat_ms:g} ms)"
+    return f"median of the steps of {settings.grid.repeat_ms:g} ms, at least one, the forward pass timed in each"
 
 
 def step(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
@@ -47,12 +48,30 @@ def forward_and_step(
     attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings
 ) -> dict[str, float]:
     """Milliseconds of the forward pass as training runs it, of forward and backward together, and of their graph."""
+    if not settings.on_cuda:
+        return forward_and_step_on_cpu(attend, inputs, grad_output, settings)
     whole = partial(step, attend, inputs, grad_output)
     times = {"forward_ms": median_ms(partial(attend, *inputs), settings), "step_ms": median_ms(whole, settings)}
-    if settings.on_cuda and inputs[0].shape[2] <= GRAPH_LONGEST:
+    if inputs[0].shape[2] <= GRAPH_LONGEST:
         with suppress(RuntimeError):  # not every competitor can be recorded
             times["graph_ms"] = graph_ms(whole)
     return times
+
+
+def forward_and_step_on_cpu(
+    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings
+) -> dict[str, float]:
+    step(attend, inputs, grad_output)
+    samples = []
+    ends = perf_counter() + settings.grid.repeat_ms / 1e3
+    while not samples or perf_counter() < ends:
+        started = perf_counter()
+        output = attend(*inputs)
+        attended = perf_counter()
+        torch.autograd.grad(output, inputs, grad_output)
+        samples.append((attended - started, perf_counter() - started))
+    forward, whole = (1e3 * median(seconds) for seconds in zip(*samples, strict=True))
+    return {"forward_ms": forward, "step_ms": whole}
 
 
 def graph_ms(call: Callable[[], object]) -> float:

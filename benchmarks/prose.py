@@ -19,6 +19,11 @@ PACKAGES = (
     "debian-faq",
     "developers-reference",
     "jargon-text",
+    "git-doc",
+    "apt-doc",
+    "aptitude-doc-en",
+    "gimp-help-en",
+    "r-doc-html",
 )
 SHORTEST = 5_000  # bytes; what is shorter is a title page or an index
 FOREIGN = "/html/"  # the handbook has a folder for each language

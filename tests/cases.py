@@ -9,7 +9,8 @@ from flash_entmax import entmax_attention, entmax_attention_varlen, reference
 from flash_entmax.functional import parameters
 from flash_entmax.problem import Problem, Support
 from flash_entmax.sight import Sight
-from flash_entmax.testing import iid_inputs
+from flash_entmax.testing import iid_inputs, inputs_with_scores
+from flash_entmax.threshold import threshold_by_bisection
 
 PARAMETERS = ("alpha", "scale", "alibi_slopes")
 OF_SIGHT = (
@@ -179,6 +180,19 @@ def make_case(backend, heads=2, length=130, dim=16, *, dtype=torch.float32, batc
     fields = {name: options.pop(name) for name in ("alpha", "is_causal", "scale") if name in options}
     tensors = iid_inputs(batch, heads, length, dim, dtype=dtype, device=backend.device, seed=seed, **shape)
     return Case(*tensors, **fields, seed=seed, options=options)
+
+
+def crowd(alpha: float, depth: float, spread: float, dtype: torch.dtype, device: str = "cpu", keys: int = 2048) -> Case:
+    """Two keys, 0 and -1/4 in units of z, are the support, or nearly: all others are around `depth` above their tau."""
+    generator = torch.Generator().manual_seed(0)
+    _, offset = threshold_by_bisection(torch.tensor([0.0, -0.25], dtype=torch.float64), alpha)
+    z = depth - offset + spread * (torch.rand(16, keys, generator=generator, dtype=torch.float64) - 0.5)
+    z[:, 5], z[:, keys // 2] = 0.0, -0.25
+    query, key, scale = inputs_with_scores(z.half().double(), alpha)
+    value = 0.3 * torch.randn(1, 1, keys, 16, generator=generator, dtype=torch.float64)
+    value[..., 0] += 1.0  # on which the crowd agrees
+    value[0, 0, 5] *= -1.0
+    return Case(*(tensor.to(device, dtype) for tensor in (query, key, value)), alpha=alpha, scale=scale)
 
 
 def boundaries(lengths, device: str, dtype: torch.dtype = torch.int32) -> Tensor:

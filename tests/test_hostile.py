@@ -1,8 +1,10 @@
 """Inputs and memory that break attention kernels: NaN and inf, poisoned buffers, defects known from other packages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import Case, attend, run
+from cases import Case, attend, crowd, run
 from checks import assert_unchanged, check_attention, check_bad_key, check_bad_query, check_row_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -243,6 +245,20 @@ def test_keys_next_to_the_threshold_are_told_apart(backend, is_learned):
     for dtype in backend.dtypes:
         tensors = (t.to(backend.device, dtype) for t in (query, key, value))
         check_attention(Case(*tensors, alpha=alpha, scale=0.5), backend.impl)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "is_learned", "depth", "spread"),
+    [(1.45, False, -0.0025, 0.01), (1.5, False, -0.001, 0.004), (1.5, True, -0.001, 0.004)],
+)
+def test_a_crowd_of_keys_at_the_threshold(backend, alpha, is_learned, depth, spread):
+    """At an offset a little too large all of them seem to be attended to: hardly any probability, but most of sum u."""
+    for dtype in backend.dtypes:
+        if dtype != torch.bfloat16:  # which does not hold these scores
+            case = crowd(alpha, depth, spread, dtype, backend.device)
+            if is_learned:
+                case = replace(case, alpha=torch.tensor(alpha, device=backend.device))
+            check_attention(case, backend.impl)
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e14, 1e24])

@@ -67,7 +67,7 @@ def probability_and_weight(d, exponent, POWER: tl.constexpr, HARDWARE: tl.conste
 @triton.jit
 def binary_logarithm(d, HARDWARE: tl.constexpr):
     """log2(d). The processor's own takes one instruction instead of twenty, and is off by 2^-22: absolutely next to 1,
-    else of itself (PTX ISA, lg2.approx). For p above 2^-24 it is as if d were off by less than 2^-19 of itself.
+    else of itself (PTX ISA, lg2.approx). For p = d^r, d <= 1, it is as if d were off by less than 2^-21.
     """
     if HARDWARE:
         result = tl.inline_asm_elementwise(
@@ -79,7 +79,21 @@ def binary_logarithm(d, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def is_settled(total, weight, slope, exponent, limit):
+    """Whether Newton's step from F = total and sum u = weight leaves at most `limit` of sum u above that of the root.
+
+    `slope` is how fast sum u fell on the way here, and up to alpha = 1.5 it falls ever slower. So it has at most `fall`
+    of itself left to fall; were F^(alpha - 1) a straight line, `straight`, and the step would end at the root. Above
+    1.5 u is steep at the threshold, and F itself must be near 1.
+    """
+    fall = slope * (total - 1.0) / (exponent * weight * weight)
+    straight = (1.0 - 1.0 / exponent) * (1.0 - 1.0 / total)
+    left = fall * tl.maximum(fall - straight, fall / 8.0)
+    return (left <= limit) & (total - 1.0 <= tl.where(exponent < 2.0, 1e-4, float("inf")))
+
+
+@triton.jit
 def tolerance(limit, strict, exponent):
-    """Up to which F - 1 a row counts as solved. Above alpha = 1.5, u = p^(2 - alpha) is steep at the threshold, and the
-    gradient needs that exact."""
-    return tl.where(exponent < 2.0, tl.minimum(limit, strict), limit)
+    """Up to which F - 1 the output makes the last step on itself: above alpha = 1.5, where u is steep at the threshold,
+    less."""
+    return tl.where(exponent < 2.0, strict, limit)

@@ -7,7 +7,7 @@ is at or above the true one whenever the list of tiles gets shorter, so that eac
 import triton
 import triton.language as tl
 
-from .alpha import newton_step, probability, probability_and_weight, support_weight, tolerance
+from .alpha import is_settled, newton_step, probability, probability_and_weight, support_weight
 from .bound import bound_tiles
 from .certify import PLACES, certify_offset, shorten
 from .scan import scan_tiles
@@ -57,8 +57,8 @@ def threshold_kernel(
     tiles = shorten(tiles, column, shift + reach + doubt, S)
 
     reach = solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S)
-    # 2^-20 of the offset covers the rounding of slope / offset in the relative distances that the output sees, 2^-19
-    # what the processor's logarithm may be off by.
+    # 2^-20 of the offset covers the rounding of slope / offset in the relative distances that the output sees, 2^-21
+    # what the processor's logarithm may be off by; the solve's plain sums are covered by what `stored` has to spare.
     tiles = shorten(tiles, column, shift + reach * (1.0 + 2.0**-18) + doubt, S)
 
     store_row(maximum, unit, queries.row, extent, top)
@@ -71,14 +71,17 @@ def threshold_kernel(
 
 @triton.jit
 def solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S: tl.constexpr):
-    """Newton's steps over the listed tiles until no row of the tile has F above 1 by more than is tolerated.
+    """Newton's steps over the listed tiles until the last one has settled every row of the tile.
 
     Each step ends at or above the true offset, so any of them may be the last.
     """
+    unmasked = tiles.split // S.ABREAST * S.ABREAST
+    # The offset of the pass before, and its sum u: before the first, nothing is known of how sum u falls. Triton 3.6
+    # finds what a loop carries by place, and loses count after a name that only the condition reads: that one is last.
+    before = reach + 1.0
+    heavier = tl.full((S.TILE,), float("inf"), tl.float32)
     passes = 0
     unfinished = tiles.count
-    unmasked = tiles.split // S.ABREAST * S.ABREAST
-    solved = tolerance(S.SOLVED, 1e-4, exponent)
     while (unfinished > 0) & (passes < MAX_STEPS):
         relative = slope / reach
         context = top, relative, 1.0 - top * relative, exponent
@@ -93,7 +96,10 @@ def solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S: tl.
         weight = tl.sum(weight[0], 1) * support_weight(reach, exponent, S.POWER)
         stepped = newton_step(reach, total, weight, exponent)
         falls = (total > 1.0) & (stepped < reach)
-        unfinished = tl.max(tl.where(falls & (total > 1.0 + solved), 1, 0), 0)
+        settled = is_settled(total, weight, (heavier - weight) / (before - reach), exponent, S.SETTLED)
+        unfinished = tl.max(tl.where(falls & ~settled, 1, 0), 0)
+        before = tl.where(falls, reach, before)
+        heavier = tl.where(falls, weight, heavier)
         reach = tl.where(falls, stepped, reach)
         passes += 1
     if not S.COMPENSATED:  # what the multiply-add may have lost

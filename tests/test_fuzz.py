@@ -126,6 +126,8 @@ def padded_calls(draw, backend, shard: int, longest: int) -> Case:
         backend, heads, queries, kit.pick(dims), batch=batch, seed=seed, key_length=keys, key_heads=key_heads,
         value_dim=kit.pick(dims), dtype=kit.pick(backend.dtypes), **options,
     )  # fmt: skip
+    if few := draw(numbers([0, 0, 3, 20])):  # keys that repeat: equal scores, and crowds of them at the threshold
+        case.key = case.key[:, :, torch.arange(keys, device=device) % few]
     if draw(st.booleans()):
         case.query, case.key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (case.query, case.key))
     return case

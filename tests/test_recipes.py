@@ -309,3 +309,5 @@ def test_means_and_spreads_are_over_seeds():
     assert list(table.columns[1].cells) == ["2.0 ± 1.4"]
     assert table.columns[1].header == "8"
     assert "2 seeds" in table.title
+    results["chosen"]["a"].pop()
+    assert list(report.table(measure, results).columns[1].cells) == ["1.0"]

@@ -1,6 +1,6 @@
 """What came of a recipe: one table and one picture for each of its measures, over the seeds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,14 +24,14 @@ def write(console: Console, recipe, results: dict, path: Path) -> None:
     facts = (f"{name} {value}" for name, value in results["conditions"].items() if name != "settings")
     console.print(", ".join(facts), soft_wrap=True)
     validation = Table(title=f"validation loss, nats: {recipe.VALIDATION}", title_justify="left")
-    for heading in ("arm", "learning rate", f"mean of {seeds_of(results)}", "each"):
+    for heading in ("arm", "learning rate", seeds_of(results), "each"):
         validation.add_column(heading)
     for arm, rate in results["best"].items():
         losses = [results["runs"][key]["validation"] for key in results["chosen"][arm]]
         each = "  ".join(f"{loss:.4f}" for loss in losses)
         rates = results["conditions"]["settings"]["learning_rates"]
         edge = " (end of the grid)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
-        validation.add_row(arm, f"{rate:g}{edge}", f"{mean(losses):.4f} ± {spread(losses):.4f}", each)
+        validation.add_row(arm, f"{rate:g}{edge}", over_seeds(losses, "{:.4f}".format), each)
     console.print(validation)
     for measure in recipe.MEASURES:
         console.print(table(measure, results))
@@ -40,14 +40,14 @@ def write(console: Console, recipe, results: dict, path: Path) -> None:
     console.print(f"{results['seconds']:.0f} s in all; the numbers are {path}", soft_wrap=True)
 
 
-def spread(values: list[float]) -> float:
-    """The standard deviation that a sample lets expect of all seeds; 0 of one."""
-    return stdev(values) if len(values) > 1 else 0.0
+def over_seeds(values: list[float], shown: Callable[[float], str]) -> str:
+    """Mean ± the standard deviation that a sample lets expect of all seeds; the number where there is one seed."""
+    return shown(mean(values)) + (f" ± {shown(stdev(values))}" if len(values) > 1 else "")
 
 
 def seeds_of(results: dict) -> str:
     count = len(next(iter(results["chosen"].values())))
-    return "one seed" if count == 1 else f"{count} seeds"
+    return "one seed" if count == 1 else f"mean and standard deviation of {count} seeds"
 
 
 def places(measure: Measure, results: dict, arm: str) -> Iterator[tuple[str, list[float]]]:
@@ -58,14 +58,14 @@ def places(measure: Measure, results: dict, arm: str) -> Iterator[tuple[str, lis
 
 
 def table(measure: Measure, results: dict) -> Table:
-    title = f"{measure.title}, by {measure.place}: mean and standard deviation of {seeds_of(results)}"
+    title = f"{measure.title}, by {measure.place}: {seeds_of(results)}"
     result = Table(title=title, title_justify="left")
     result.add_column("arm")
     rows = {arm: list(places(measure, results, arm)) for arm in results["chosen"]}
     for place, _ in next(iter(rows.values())):
         result.add_column(f"{int(place):,}" if place.isdigit() else place, justify="right")
     for arm, cells in rows.items():
-        result.add_row(arm, *(f"{mean(v):.{measure.digits}f} ± {spread(v):.{measure.digits}f}" for _, v in cells))
+        result.add_row(arm, *(over_seeds(values, f"{{:.{measure.digits}f}}".format) for _, values in cells))
     return result
 
 
@@ -84,7 +84,9 @@ def draw(measure: Measure, results: dict, path: Path) -> Path:
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{place:,.0f}" for place in x])
     axes.set(xlabel=measure.place, ylabel=measure.title)
-    axes.set_title(f"{results['conditions']['recipe']}: mean and range of {seeds_of(results)}", loc="left")
+    count = len(values[0])
+    shown = "one seed" if count == 1 else f"mean and range of {count} seeds"
+    axes.set_title(f"{results['conditions']['recipe']}: {shown}", loc="left")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

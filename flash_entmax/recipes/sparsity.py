@@ -21,7 +21,7 @@ from ..command import CommandError
 from ..demo.text import even_windows
 from ..demo.train import precision
 from . import Options, language_model, training
-from .report import spread
+from .report import over_seeds
 from .results import conditions, load, save
 from .runs import Run, chosen_runs
 
@@ -126,8 +126,7 @@ def table(found: dict, quantity: str, title: str, shown) -> Table:
             means = [[mean(heads) for heads in by_length[length][quantity]] for by_length in seeds]
             overall = [mean(layers) for layers in means]
             by_layer = (mean(layer) for layer in zip(*means, strict=True))
-            numbers = f"{shown(mean(overall))} ± {shown(spread(overall))}"
-            result.add_row(arm, f"{int(length):,}", numbers, *map(shown, by_layer))
+            result.add_row(arm, f"{int(length):,}", over_seeds(overall, shown), *map(shown, by_layer))
     return result
 
 

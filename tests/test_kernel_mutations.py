@@ -228,12 +228,9 @@ def test_the_error_of_a_processors_logarithm_is_no_fault(monkeypatch, logarithm,
     """What 16-bit types get on a GPU may be off by so much; the gradient of alpha takes it too."""
     for module in (alpha, backward):
         monkeypatch.setattr(module, "binary_logarithm", logarithm)
-    alpha_of_call = torch.tensor(alpha_of_call)
-    for inputs in (
-        iid_inputs(1, 1, 130, 16, dtype=torch.float16),
-        topic_inputs(1, 1, 128, 16, 4, dtype=torch.float16),
-    ):
-        check_attention(Case(*inputs, alpha=alpha_of_call, is_causal=True), "triton")
+    noise, topics = iid_inputs(1, 1, 130, 16, dtype=torch.float16), topic_inputs(1, 1, 128, 16, 4, dtype=torch.float16)
+    for inputs, number in ((noise, alpha_of_call), (topics, alpha_of_call), (noise, torch.tensor(alpha_of_call))):
+        check_attention(Case(*inputs, alpha=number, is_causal=True), "triton")
 
 
 def test_every_distribution_without_a_fault():

@@ -93,7 +93,7 @@ def is_settled(total, weight, slope, exponent, limit):
 
 
 @triton.jit
-def tolerance(limit, strict, exponent):
+def tolerance(exponent):
     """Up to which F - 1 the output makes the last step on itself: above alpha = 1.5, where u is steep at the threshold,
     less."""
-    return tl.where(exponent < 2.0, strict, limit)
+    return tl.where(exponent < 2.0, 1e-5, 1e-3)

@@ -52,7 +52,7 @@ def output_kernel(
     mass = tl.zeros((TILE,), tl.float32)
     weight = tl.zeros((TILE,), tl.float32)
     power = tl.zeros((TILE,), tl.float32)
-    accepted = tolerance(S.ACCEPTED, 1e-5, exponent)
+    accepted = tolerance(exponent)
     passes = 0
     unfinished = 1
     while (unfinished > 0) & (passes < MAX_PASSES):

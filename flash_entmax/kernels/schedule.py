@@ -31,7 +31,6 @@ class Shape:
     ABREAST: int  # tiles of keys that the threshold's stages multiply at a time where no mask is needed
     LANES: int  # parts in which a row's sums are kept until its last tile
     SETTLED: float  # how much of sum u the solve may leave above that of the root
-    ACCEPTED: float  # the F - 1 that the output leaves to one more step on itself; less above 1.5
     HARDWARE: bool  # the processor's logarithm is exact enough
     INTERVALS: bool  # which keys a query sees is loaded; else all, or the causal ones
     FILTERED: bool  # a filter by tiles hides keys; what its tiles are told apart by:
@@ -91,7 +90,6 @@ def shape_of(problem: Problem, modifiers: Modifiers, dtype: torch.dtype) -> Shap
         ABREAST=2 if tile == 64 and head <= 64 and power and modifiers.slopes is None else 1,
         LANES=1 if dtype == torch.float32 else 8,
         SETTLED=2.0**-20 if dtype == torch.float32 else 2.0**-11,
-        ACCEPTED=1e-3,
         HARDWARE=dtype != torch.float32 and HAS_PTX,
         INTERVALS=modifiers.intervals is not None,
         FILTERED=modifiers.kinds is not None,

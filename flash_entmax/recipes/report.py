@@ -45,9 +45,9 @@ def over_seeds(values: list[float], shown: Callable[[float], str]) -> str:
     return shown(mean(values)) + (f" ± {shown(stdev(values))}" if len(values) > 1 else "")
 
 
-def seeds_of(results: dict) -> str:
+def seeds_of(results: dict, shown: str = "mean and standard deviation") -> str:
     count = len(next(iter(results["chosen"].values())))
-    return "one seed" if count == 1 else f"mean and standard deviation of {count} seeds"
+    return "one seed" if count == 1 else f"{shown} of {count} seeds"
 
 
 def places(measure: Measure, results: dict, arm: str) -> Iterator[tuple[str, list[float]]]:
@@ -84,9 +84,7 @@ def draw(measure: Measure, results: dict, path: Path) -> Path:
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{place:,.0f}" for place in x])
     axes.set(xlabel=measure.place, ylabel=measure.title)
-    count = len(values[0])
-    shown = "one seed" if count == 1 else f"mean and range of {count} seeds"
-    axes.set_title(f"{results['conditions']['recipe']}: {shown}", loc="left")
+    axes.set_title(f"{results['conditions']['recipe']}: {seeds_of(results, 'mean and range')}", loc="left")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -1,10 +1,12 @@
 """The public calls: check, choose an implementation, call."""
 
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops, reference
@@ -339,8 +341,23 @@ def softmax_attention(problem: Problem, query, key, value, alpha, scale, slopes,
     if slopes is not None:
         slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
         bias = bias - reference.alibi(slopes, distance).to(query.dtype)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared)
+    with sdpa_kernel(backends_for_masks()) if query.is_cuda else nullcontext():
+        output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared)
     return output.masked_fill(blind, 0.0)
+
+
+@torch.compiler.assume_constant_result
+def backends_for_masks() -> list[SDPBackend]:
+    """PyTorch's backends as they are enabled, without cuDNN unless it is the only one.
+
+    With a mask, 64 keys modulo 128 and scores below -88, cuDNN's gradient of the query is NaN (pytorch/pytorch#196678).
+    """
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+    }
+    return [backend for backend, is_enabled in enabled.items() if is_enabled] or [SDPBackend.CUDNN_ATTENTION]
 
 
 def choose_impl(query: Tensor, impl: Impl) -> Impl:

@@ -75,7 +75,6 @@ def test_alpha_is_that_of_every_layer():
     data = torch.arange(40)[None]
     moving, fixed = (Transformer(2, 32, 2, alpha=alpha, position="nape") for alpha in (1.5, 1.2))
     for block in moving.blocks:
-        torch.nn.init.normal_(block.attention.query.weight)
         torch.nn.init.normal_(block.attention.out.weight)
     fixed.load_state_dict(moving.state_dict())
     torch.testing.assert_close(moving(data, torch.tensor(1.2)), fixed(data))

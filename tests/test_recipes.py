@@ -1,6 +1,7 @@
 """Recipes at toy size: what they write, how they go on after an interruption, and what their measures mean."""
 
 import json
+import math
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -311,3 +312,22 @@ def test_means_and_spreads_are_over_seeds():
     assert "2 seeds" in table.title
     results["chosen"]["a"].pop()
     assert list(report.table(measure, results).columns[1].cells) == ["1.0"]
+
+
+def test_a_training_that_failed_is_reported(tmp_path, monkeypatch, capsys):
+    """Weights that are no numbers have an infinite loss, are still measured, and leave no deviation."""
+    monkeypatch.setitem(module_of("reverse").SIZES, "toy", replace(module_of("reverse").SIZES["toy"], seeds=2))
+    fit = training.fit
+
+    def fail(model, *rest):
+        if "seed-1" in rest[4].name:
+            model.embed.weight.data.fill_(math.nan)
+        fit(model, *rest)
+
+    monkeypatch.setattr(training, "fit", fail)
+    assert main(["recipe", "reverse", "--size", "toy", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "inf ± nan" in capsys.readouterr().out
+    results = json.loads((tmp_path / "reverse-toy.json").read_text())
+    for keys in results["chosen"].values():
+        assert results["runs"][keys[0]]["validation"] < results["runs"][keys[1]]["validation"] == math.inf
+        assert results["measures"][keys[1]]["exact"]["1"] == 0.0

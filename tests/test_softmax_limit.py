@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from flash_entmax import entmax_attention, entmax_attention_varlen
+from flash_entmax import entmax_attention, entmax_attention_varlen, functional
 from flash_entmax.testing import iid_inputs
 
 each_impl = pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
@@ -91,6 +92,76 @@ def test_masks_and_slopes_equal_a_dense_mask(impl, name, slopes):
     gradients = torch.autograd.grad(output.square().sum(), leaves)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected.square().sum(), wide), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5)
+
+
+FLASH, EFFICIENT, MATH, CUDNN = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.CUDNN_ATTENTION,
+)
+
+
+def enabled_backends():
+    flags = torch.backends.cuda
+    enabled = {
+        FLASH: flags.flash_sdp_enabled(),
+        EFFICIENT: flags.mem_efficient_sdp_enabled(),
+        MATH: flags.math_sdp_enabled(),
+        CUDNN: flags.cudnn_sdp_enabled(),
+    }
+    return {backend for backend, is_enabled in enabled.items() if is_enabled}
+
+
+class SaysThatItIsOnTheGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("enabled", "options", "expected"),
+    [
+        ({FLASH, EFFICIENT, MATH, CUDNN}, {}, {FLASH, EFFICIENT, MATH, CUDNN}),
+        ({FLASH, EFFICIENT, MATH, CUDNN}, {"window_size": (9, 0)}, {FLASH, EFFICIENT, MATH}),
+        ({MATH, CUDNN}, {"window_size": (9, 0)}, {MATH}),
+        ({CUDNN}, {"window_size": (9, 0)}, {CUDNN}),
+    ],
+)
+def test_masks_do_not_go_to_cudnn(monkeypatch, enabled, options, expected):
+    """On a GPU; shown without one, by a tensor that says it is there."""
+    seen = []
+
+    def attention(query, *rest, **options):
+        seen.append(enabled_backends())
+        return query
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(functional, "why_not_triton", lambda query: "")
+    query = torch.zeros(1, 2, 64, 16).as_subclass(SaysThatItIsOnTheGpu)
+    with sdpa_kernel(list(enabled)):
+        entmax_attention(query, query, query, alpha=1.0, is_causal=True, **options)
+        assert enabled_backends() == enabled
+    assert seen == [expected]
+
+
+def test_the_choice_of_backends_compiles():
+    def attend(query):
+        with sdpa_kernel(functional.backends_for_masks()):
+            return scaled_dot_product_attention(query, query, query)
+
+    query = torch.randn(1, 2, 8, 16)
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(query), attend(query))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("length", [64, 128, 192, 200])
+def test_gradients_are_finite_where_all_scores_are_low(length):
+    """With a mask cuDNN's gradient is NaN at 64 and 192, where exp(-score) is no float32 any more."""
+    query, key, value = (t.to(torch.bfloat16) for t in iid_inputs(1, 2, length, 64, device="cuda"))
+    query[..., 0], key[..., 0] = 1.0, -120 * 8.0
+    query, key, value = (t.requires_grad_() for t in (query, key, value))
+    output = entmax_attention(query, key, value, alpha=1.0, is_causal=True, window_size=(50, 0))
+    for gradient in torch.autograd.grad(output.square().sum(), (query, key, value)):
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])

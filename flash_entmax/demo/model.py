@@ -36,14 +36,10 @@ class Transformer(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Every branch starts at zero; the untrained model finds all tokens about equally likely.
-
-        Queries start at zero too, so that at first every key has some probability, and with it a gradient.
-        """
+        """Every branch starts at zero; the untrained model finds all tokens about equally likely."""
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.predict.weight, std=0.02)
         for block in self.blocks:
-            nn.init.zeros_(block.attention.query.weight)
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.narrow.weight)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -41,8 +42,12 @@ def write(console: Console, recipe, results: dict, path: Path) -> None:
 
 
 def over_seeds(values: list[float], shown: Callable[[float], str]) -> str:
-    """Mean ± the standard deviation that a sample lets expect of all seeds; the number where there is one seed."""
-    return shown(mean(values)) + (f" ± {shown(stdev(values))}" if len(values) > 1 else "")
+    """Mean ± the standard deviation that a sample lets expect of all seeds; the number where there is one seed.
+
+    A training that failed counts with its infinite loss, and then there is no deviation.
+    """
+    deviation = stdev(values) if len(values) > 1 and all(map(isfinite, values)) else nan
+    return shown(mean(values)) + (f" ± {shown(deviation)}" if len(values) > 1 else "")
 
 
 def seeds_of(results: dict, shown: str = "mean and standard deviation") -> str:

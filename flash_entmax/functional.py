@@ -1,13 +1,10 @@
 """The public calls: check, choose an implementation, call."""
 
 import os
-from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops, reference
 from .problem import Impl, Modifiers, Problem, Support, check_inputs, check_scalars, row_dtype
@@ -260,13 +257,17 @@ def attend(query, key, value, alpha, scale, softcap, slopes, sight, impl, return
     if slopes is not None:
         slopes = slopes.to(row_dtype(query)).expand(problem.batch, problem.heads)
 
-    if impl == "reference" or (not isinstance(alpha, Tensor) and alpha == 1.0):
-        dense = reference.attention if impl == "reference" else softmax_attention
-        if return_support and impl != "reference":
+    if impl == "reference":
+        with ops.as_given(query):
+            result = reference.attention(problem, query, key, value, alpha, scale, slopes, sight)
+        return result if return_support else result[0]
+    if not isinstance(alpha, Tensor) and alpha == 1.0:
+        from .softmax import softmax_attention
+
+        if return_support:
             raise ValueError("alpha=1 is softmax, which attends to every key: it has no support to return")
         with ops.as_given(query):
-            result = dense(problem, query, key, value, alpha, scale, slopes, sight)
-        return result if return_support or impl != "reference" else result[0]
+            return softmax_attention(problem, query, key, value, scale, slopes, sight)
 
     tiles = tile_filter(problem, sight, ops.tile(impl, query)) or (None, None)
     reached = reach(problem, sight) if reached is None else reached
@@ -320,44 +321,6 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-
-
-def softmax_attention(problem: Problem, query, key, value, alpha, scale, slopes, sight: Sight) -> Tensor:
-    """The limit alpha = 1, with this library's masks and zeros for a query without a visible key."""
-    if problem.softcap:
-        raise ValueError("softcap with alpha=1 (softmax) is not computed here: use FlexAttention, or alpha above 1")
-    shared = problem.heads != problem.key_heads
-    if isinstance(scale, Tensor):
-        query, scale = query * scale.to(query.dtype).view(-1, 1, 1), 1.0
-    masks = (sight.key_mask, sight.block_mask, slopes)
-    square = sight.window[1] != 0 or problem.diagonal == 0
-    if sight.is_plain and square and all(mask is None for mask in masks):
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=sight.window[1] == 0, scale=scale, enable_gqa=shared
-        )
-    visible, distance = reference.visible_mask(problem, sight, query.device)
-    blind = ~visible.any(-1, keepdim=True)
-    bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible & ~blind, -torch.inf)
-    if slopes is not None:
-        slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
-        bias = bias - reference.alibi(slopes, distance).to(query.dtype)
-    with sdpa_kernel(backends_for_masks()) if query.is_cuda else nullcontext():
-        output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared)
-    return output.masked_fill(blind, 0.0)
-
-
-@torch.compiler.assume_constant_result
-def backends_for_masks() -> list[SDPBackend]:
-    """PyTorch's backends as they are enabled, without cuDNN unless it is the only one.
-
-    With a mask, 64 keys modulo 128 and scores below -88, cuDNN's gradient of the query is NaN (pytorch/pytorch#196678).
-    """
-    enabled = {
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
-    }
-    return [backend for backend, is_enabled in enabled.items() if is_enabled] or [SDPBackend.CUDNN_ATTENTION]
 
 
 def choose_impl(query: Tensor, impl: Impl) -> Impl:

@@ -144,12 +144,12 @@ class Problem:
         return self.batch, self.heads, ceil_div(self.query_length, tile), words
 
 
-def empty_output(query: Tensor, size: int) -> Tensor:
-    """(batch, heads, query length, size), stored in the order of the query's dimensions: heads first, or rows first."""
-    batch, heads, length, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty(batch, length, heads, size).transpose(1, 2)
-    return query.new_empty(batch, heads, length, size)
+def empty_beside(tensor: Tensor, size: int) -> Tensor:
+    """(batch, heads, length, size), stored in the order of the tensor's dimensions: heads first, or rows first."""
+    batch, heads, length, _ = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty(batch, length, heads, size).transpose(1, 2)
+    return tensor.new_empty(batch, heads, length, size)
 
 
 def row_dtype(query: Tensor) -> torch.dtype:

@@ -1,6 +1,9 @@
 """Where the tests run: the kernels on CUDA, or in Triton's interpreter without it; plain PyTorch everywhere."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -11,6 +14,10 @@ from hypothesis import HealthCheck, settings
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is first imported
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # One for this run: what was compiled before an operator's results changed their layout would be found again.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 def quicken_the_interpreter() -> None:

@@ -7,6 +7,7 @@ from checks import check_attention, check_causal_alignment, check_live_map, chec
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from flash_entmax import entmax_attention
 from flash_entmax.testing import DISTRIBUTIONS, iid_inputs, inputs_with_scores, score_rows, topic_inputs
 
 HEAD_SIZES = (1, 2, 3, 16, 17, 32, 64, 80, 96, 128, 160, 256)
@@ -101,6 +102,22 @@ def test_any_strides(backend, layout):
     actual = run(strided, backend.impl, view(grad_output))
     for name, ours, theirs in zip(names(strided), actual.tensors, expected.tensors, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dim", [16, 24])
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_results_lie_as_their_inputs(backend, dim, rows_first):
+    """Output and gradients are stored heads first or rows first, as query, key and value are, each for itself."""
+    case = make_case(backend, length=backend.sizes(20, 70, 70), key_length=backend.sizes(40, 90, 90), dim=dim)
+    query, key, value = case.query, case.key, case.value
+    if rows_first:
+        query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
+    query, key, value = (t.requires_grad_() for t in (query, key, value))
+    output = entmax_attention(query, key, value, impl=backend.impl)
+    gradients = torch.autograd.grad(output.sum(), (query, key, value))
+    assert output.stride() == query.stride()
+    for gradient, tensor in zip(gradients, (query, key, value), strict=True):
+        assert gradient.stride() == tensor.stride()
 
 
 @pytest.mark.parametrize("queries", [3, 64, 100])

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_entmax import entmax, entmax_attention
 from flash_entmax.nn import AdaptiveTemperature, Entmax, EntmaxAttention, EntmaxLoss
@@ -199,6 +200,29 @@ def test_a_layer_is_the_call(backend):
     mixed = entmax_attention(*heads, is_causal=True, impl=backend.impl)
     expected = layer.out(mixed.transpose(1, 2).flatten(2))
     torch.testing.assert_close(layer(x, impl=backend.impl), expected, rtol=1e-5, atol=1e-6)
+
+
+class Copies(TorchDispatchMode):
+    """Elements that PyTorch copies from one layout to another."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.elements += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_a_layer_copies_no_layout(backend, position):
+    """The gradients of query, key and value are stored as these are, so that the projections take them as they come."""
+    layer = EntmaxAttention(64, 4, position=position).to(backend.device)
+    x = inputs(backend, 2, LENGTH, 64).requires_grad_()
+    output = layer(x, impl=backend.impl)
+    with Copies() as copies:
+        output.backward(output.detach())
+    assert copies.elements < x.numel()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from flash_entmax import entmax_attention, entmax_attention_varlen, functional
+from flash_entmax import entmax_attention, entmax_attention_varlen, functional, softmax
 from flash_entmax.testing import iid_inputs
 
 each_impl = pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
@@ -130,22 +130,24 @@ def test_masks_do_not_go_to_cudnn(monkeypatch, enabled, options, expected):
     """On a GPU; shown without one, by a tensor that says it is there."""
     seen = []
 
-    def attention(query, *rest, **options):
+    def attention(query, key, value, enable_gqa=False, **options):
         seen.append(enabled_backends())
+        assert enable_gqa or query.shape[1] == key.shape[1]  # masks and grouped heads do not go together in PyTorch
+        assert not enable_gqa or "attn_mask" not in options
         return query
 
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(softmax, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(functional, "why_not_triton", lambda query: "")
     query = torch.zeros(1, 2, 64, 16).as_subclass(SaysThatItIsOnTheGpu)
     with sdpa_kernel(list(enabled)):
-        entmax_attention(query, query, query, alpha=1.0, is_causal=True, **options)
+        entmax_attention(query, query[:, :1], query[:, :1], alpha=1.0, is_causal=True, **options)
         assert enabled_backends() == enabled
     assert seen == [expected]
 
 
 def test_the_choice_of_backends_compiles():
     def attend(query):
-        with sdpa_kernel(functional.backends_for_masks()):
+        with sdpa_kernel(softmax.backends_for_masks()):
             return scaled_dot_product_attention(query, query, query)
 
     query = torch.randn(1, 2, 8, 16)

@@ -54,7 +54,7 @@ def save_speed(content: dict, path: Path) -> Path | None:
         draw_captured_times(next(parts), captured)
     conditions = content["conditions"]
     machine = f"{conditions['device']}, {conditions['dtype']}, torch {conditions['torch']}, {conditions['date']}"
-    figure.suptitle(f"Entmax attention beside softmax: {machine}", fontsize=12, weight="bold", x=0.01, ha="left")
+    figure.suptitle(f"Entmax attention beside softmax\n{machine}", fontsize=12, weight="bold", x=0.01, ha="left")
     add_legend(figure, results)
     figure.savefig(path, dpi=130, facecolor="white")
     return path

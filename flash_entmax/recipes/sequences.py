@@ -7,6 +7,7 @@ transformer with the positions of NAPE: half of its heads see no positions, half
 if every token of it is right, each predicted from the right ones before it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,19 +45,19 @@ class Size:
 
 
 class Sequences:
-    """A recipe; ``answer`` makes the target of (batch, length) sources."""
+    """A recipe; ``answer`` makes the target of (batch, length) sources, ``steps`` are those of the full size."""
 
     ARMS = ("softmax", "entmax 1.5", "ASEntmax")
     MEASURES = (Measure("exact", "exact match, %", "times the longest source in training"),)
-    SIZES = {  # noqa: RUF012
-        "toy": Size(40, 16, 2, 32, 2, 2, 4, (1, 2), 32, learning_rates=(3e-3,), seeds=1, workers=1),
-        "small": Size(4000, 64, 2, 64, 4, 8, 16, (1, 2, 4, 8), 256),
-        "full": Size(16000, 64, 3, 128, 8, 16, 32, (1, 2, 4, 8), 1024),
-    }
     VALIDATION = "sources of the longest length in training"
 
-    def __init__(self, answer) -> None:
+    def __init__(self, answer: Callable[[Tensor], Tensor], steps: int) -> None:
         self.answer = answer
+        self.SIZES = {
+            "toy": Size(40, 16, 2, 32, 2, 2, 4, (1, 2), 32, learning_rates=(3e-3,), seeds=1, workers=1),
+            "small": Size(4000, 64, 2, 64, 4, 8, 16, (1, 2, 4, 8), 256),
+            "full": Size(steps, 64, 3, 128, 8, 16, 32, (1, 2, 4, 8), 1024),
+        }
 
     def build(self, arm: str, size: Size) -> Transformer:
         return Transformer(
@@ -112,5 +113,5 @@ class Sequences:
         return {"exact": exact}
 
 
-SORT = Sequences(lambda source: source.sort(1).values)
-REVERSE = Sequences(lambda source: source.flip(1))
+SORT = Sequences(lambda source: source.sort(1).values, steps=8000)
+REVERSE = Sequences(lambda source: source.flip(1), steps=16000)

@@ -136,7 +136,8 @@ def draw(found: dict, path: Path) -> Path:
 
     shown = {key: by_length for key, by_length in found.items() if "| seed 0 |" in key}
     lengths = list(next(iter(shown.values())))
-    size = 2.3 * len(lengths), 2.6 * len(shown)
+    layers = next(iter(shown.values()))[lengths[0]]["block_sparsity"]
+    size = 2.3 * len(lengths), (0.8 + 1.8 * len(layers) / len(layers[0])) * len(shown)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(shown), len(lengths), squeeze=False)
     for row, (key, by_length) in zip(grid, shown.items(), strict=True):

@@ -1,7 +1,7 @@
-"""What each option costs beside the plain causal call: python benchmarks/options.py, on a GPU, two minutes.
+"""What each option costs beside the plain causal call: python benchmarks/options.py, on a GPU, a minute.
 
 Topics of 32,768 tokens, 8 heads of 64, bfloat16. Medians of 15 steps; forward is without gradient. What takes under
-2 ms here is mostly the host's time to launch it.
+3 ms here is mostly the host's time to launch it.
 """
 
 import torch

@@ -166,8 +166,8 @@ def attention_backward(
     value_mean: Tensor, maximum: Tensor, offset: Tensor, live: Tensor, parameters: bool,
 ) -> Gradients:  # fmt: skip
     """dQ, dK, dV and, if wanted, (3, batch, heads) of alpha, scale and slopes. Sums run in one order on every call."""
-    of_query, *of_keys = (empty_beside(tensor, tensor.shape[-1]) for tensor in (query, key, value))
-    of_key, of_value = (torch.zeros_like(tensor, dtype=offset.dtype) for tensor in of_keys)
+    of_query, of_key, of_value = (empty_beside(tensor, tensor.shape[-1]) for tensor in (query, key, value))
+    of_key, of_value = (torch.zeros_like(tensor, dtype=offset.dtype) for tensor in (of_key, of_value))
     of_parameters = offset.new_empty(3 if parameters else 0, *query.shape[:2])
     for part, own_modifiers, own, shared in by_head(problem, modifiers):
         of_rows = (tensor[:, own] for tensor in (grad_output, query, value_mean, maximum, offset, live))

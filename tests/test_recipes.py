@@ -142,6 +142,36 @@ def test_the_rate_of_the_lowest_mean_validation_loss_is_chosen(tmp_path):
     assert sweep.best_rate(found, runs) == 2.0
 
 
+@pytest.mark.parametrize(
+    ("best", "rates"),
+    [
+        (4e-3, [2e-3, 4e-3, 8e-3]),
+        (1e-3, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]),
+        (16e-3, [2e-3, 4e-3, 8e-3, 16e-3, 32e-3]),
+        (1.0, [2e-3, 4e-3, 8e-3, 16e-3, 32e-3]),
+    ],
+)
+def test_the_grid_grows_where_its_end_is_best(tmp_path, monkeypatch, best, rates):
+    """Twice at most, for the arm that needs it; what is trained is the grid once, and the best rate with all seeds."""
+    name, trained = "reverse", []
+    toy = replace(module_of(name).SIZES["toy"], learning_rates=(2e-3, 4e-3, 8e-3), extensions=2, seeds=2)
+
+    def train(run, show):
+        trained.append(run)
+        wanted = best if run.arm == "softmax" else 4e-3
+        return {"validation": abs(math.log(run.learning_rate / wanted)), "seconds": 0.0}
+
+    monkeypatch.setitem(module_of(name).SIZES, "toy", toy)
+    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(sweep, "measure", lambda run, show: {"exact": {"1": 0.0}})
+    assert main(["recipe", name, "--size", "toy", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / f"{name}-toy.json").read_text())
+    assert results["rates"] == {"softmax": rates, "entmax 1.5": [2e-3, 4e-3, 8e-3], "ASEntmax": [2e-3, 4e-3, 8e-3]}
+    assert results["best"] == {"softmax": min(max(best, rates[0]), rates[-1]), "entmax 1.5": 4e-3, "ASEntmax": 4e-3}
+    softmax = [(run.learning_rate, run.seed) for run in trained if run.arm == "softmax"]
+    assert sorted(softmax) == sorted([*((rate, 0) for rate in rates), (results["best"]["softmax"], 1)])
+
+
 def test_processes_share_the_work(tmp_path, capsys):
     assert (
         main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--workers", "2", "--out", str(tmp_path)])
@@ -312,6 +342,16 @@ def test_means_and_spreads_are_over_seeds():
     assert "2 seeds" in table.title
     results["chosen"]["a"].pop()
     assert list(report.table(measure, results).columns[1].cells) == ["1.0"]
+
+
+def test_a_picture_without_any_finite_number(tmp_path):
+    results = {
+        "conditions": {"recipe": "sort"},
+        "chosen": {"a": ["a | 0"], "b": ["b | 0"]},
+        "measures": {key: {"m": {"8": math.inf, "16": math.inf}} for key in ("a | 0", "b | 0")},
+    }
+    report.draw(report.Measure("m", "title", "place"), results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").exists()
 
 
 def test_a_training_that_failed_is_reported(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """alpha = 1 is softmax: PyTorch's own attention, with this library's causal alignment."""
 
+import time
 from itertools import pairwise
+from threading import Thread
 
 import pytest
 import torch
@@ -30,6 +32,15 @@ def test_causal_equals_pytorch_at_equal_lengths(impl):
     expected = scaled_dot_product_attention(query, key, value, is_causal=True)
     actual = entmax_attention(query, key, value, alpha=1.0, is_causal=True, impl=impl)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 0, 5, 8), (1, 2, 0, 8)])
+@pytest.mark.parametrize("options", [{}, {"window_size": (2, 0)}], ids=["plain", "window"])
+def test_empty(shape, options):
+    query = torch.zeros(shape, requires_grad=True)
+    output = entmax_attention(query, query, query, alpha=1.0, **options)
+    assert output.shape == shape
+    assert torch.autograd.grad(output.sum(), query)[0].shape == shape
 
 
 @each_impl
@@ -117,38 +128,64 @@ class SaysThatItIsOnTheGpu(torch.Tensor):
     is_cuda = True
 
 
+def call_as_on_a_gpu(monkeypatch, attention, *, training=True, **options) -> None:
+    """With ``attention`` in place of PyTorch's."""
+    monkeypatch.setattr(softmax, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(functional, "why_not_triton", lambda query: "")
+    query = torch.zeros(1, 2, 64, 16).as_subclass(SaysThatItIsOnTheGpu).requires_grad_(training)
+    entmax_attention(query, query[:, :1], query[:, :1], alpha=1.0, is_causal=True, **options)
+
+
 @pytest.mark.parametrize(
     ("enabled", "options", "expected"),
     [
         ({FLASH, EFFICIENT, MATH, CUDNN}, {}, {FLASH, EFFICIENT, MATH, CUDNN}),
         ({FLASH, EFFICIENT, MATH, CUDNN}, {"window_size": (9, 0)}, {FLASH, EFFICIENT, MATH}),
+        ({FLASH, CUDNN}, {"window_size": (9, 0), "training": False}, {FLASH, CUDNN}),
         ({MATH, CUDNN}, {"window_size": (9, 0)}, {MATH}),
         ({CUDNN}, {"window_size": (9, 0)}, {CUDNN}),
     ],
 )
-def test_masks_do_not_go_to_cudnn(monkeypatch, enabled, options, expected):
+def test_masks_do_not_go_to_cudnn_in_training(monkeypatch, enabled, options, expected):
     """On a GPU; shown without one, by a tensor that says it is there."""
     seen = []
 
     def attention(query, key, value, enable_gqa=False, **options):
         seen.append(enabled_backends())
-        assert enable_gqa or query.shape[1] == key.shape[1]  # masks and grouped heads do not go together in PyTorch
-        assert not enable_gqa or "attn_mask" not in options
+        assert enable_gqa or query.shape[1] == key.shape[1]
+        assert not enable_gqa or "attn_mask" not in options  # which do not go together there
         return query
 
-    monkeypatch.setattr(softmax, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(functional, "why_not_triton", lambda query: "")
-    query = torch.zeros(1, 2, 64, 16).as_subclass(SaysThatItIsOnTheGpu)
     with sdpa_kernel(list(enabled)):
-        entmax_attention(query, query[:, :1], query[:, :1], alpha=1.0, is_causal=True, **options)
+        call_as_on_a_gpu(monkeypatch, attention, **options)
         assert enabled_backends() == enabled
     assert seen == [expected]
 
 
+def test_threads_leave_the_backends_as_they_were(monkeypatch):
+    """They are the process's: one call must not take what another has set for what is to be restored."""
+    before, seen = enabled_backends(), []
+
+    def attention(query, *rest, **options):
+        time.sleep(0.05)
+        seen.append(enabled_backends())
+        return query
+
+    threads = [
+        Thread(target=call_as_on_a_gpu, args=(monkeypatch, attention), kwargs={"window_size": (9, 0)}) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert seen == 3 * [before - {CUDNN}]
+    assert enabled_backends() == before
+
+
 def test_the_choice_of_backends_compiles():
     def attend(query):
-        with sdpa_kernel(softmax.backends_for_masks()):
-            return scaled_dot_product_attention(query, query, query)
+        return softmax.without_cudnn(lambda: scaled_dot_product_attention(query, query, query))
 
     query = torch.randn(1, 2, 8, 16)
     torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(query), attend(query))

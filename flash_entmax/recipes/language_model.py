@@ -71,6 +71,7 @@ class Size:
     learning_rates: tuple[float, ...] = (4e-4, 6e-4, 9e-4)
     seeds: int = 3
     sweep_seeds: int = 1
+    extensions: int = 0
     workers: int = 3
     compiled: bool = False
 
@@ -94,6 +95,7 @@ SIZES = {
         asked=8,
         multiples=(1, 2, 4, 8),
         windows=8,
+        extensions=2,
         compiled=True,
     ),
 }

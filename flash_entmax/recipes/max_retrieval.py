@@ -39,6 +39,7 @@ class Size:
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     seeds: int = 3
     sweep_seeds: int = 3
+    extensions: int = 0
     workers: int = 6
 
 

@@ -30,7 +30,7 @@ def write(console: Console, recipe, results: dict, path: Path) -> None:
     for arm, rate in results["best"].items():
         losses = [results["runs"][key]["validation"] for key in results["chosen"][arm]]
         each = "  ".join(f"{loss:.4f}" for loss in losses)
-        rates = results["conditions"]["settings"]["learning_rates"]
+        rates = results["rates"][arm]
         edge = " (end of the grid)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
         validation.add_row(arm, f"{rate:g}{edge}", over_seeds(losses, "{:.4f}".format), each)
     console.print(validation)
@@ -82,10 +82,12 @@ def draw(measure: Measure, results: dict, path: Path) -> Path:
     axes = figure.add_subplot()
     for arm in results["chosen"]:
         names, values = zip(*places(measure, results, arm), strict=True)
+        values = [[each if isfinite(each) else nan for each in seeds] for seeds in values]
         x = [float(name) for name in names]
         (line,) = axes.plot(x, [mean(each) for each in values], marker="o", label=arm)
         axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15)
     if measure.logarithmic:
+        axes.set_xlim(min(x) / 1.2, max(x) * 1.2)
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{place:,.0f}" for place in x])
     axes.set(xlabel=measure.place, ylabel=measure.title)

@@ -41,6 +41,7 @@ class Size:
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
     seeds: int = 3
     sweep_seeds: int = 1
+    extensions: int = 0
     workers: int = 6
 
 

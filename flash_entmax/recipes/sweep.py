@@ -2,9 +2,10 @@
 
 Every arm is trained at every learning rate with the sweep's seeds, and at the best rate with all of them. The best is
 that of the lowest mean validation loss, which is taken where the arm was trained: what happens at other lengths chooses
-nothing. (Nor does a shorter training: it was seen to prefer rates at which the whole training does worse.) Only then
-the models at the best rates are measured. What is in the results is not made again, and a
-run that was interrupted goes on from its last checkpoint.
+nothing. (Nor does a shorter training: it was seen to prefer rates at which the whole training does worse.) Where the
+best is the first or last of several rates, the grid of that arm grows, at most as often as the size's ``extensions``
+say. Only then the models at the best rates are measured. What is in the results is not made again, and a run that was
+interrupted goes on from its last checkpoint.
 """
 
 import time
@@ -38,12 +39,17 @@ def run(name: str, options: Options) -> None:
             keep[each.key] = found
             save(path, results)
 
-    swept = {
-        arm: {rate: runs_of(name, options, arm, rate, size.sweep_seeds) for rate in size.learning_rates}
-        for arm in recipe.ARMS
-    }
-    perform(train, results["runs"], [each for rates in swept.values() for runs in rates.values() for each in runs])
-    results["best"] = {arm: best_rate(results["runs"], rates) for arm, rates in swept.items()}
+    rates = {arm: list(size.learning_rates) for arm in recipe.ARMS}
+    for _ in range(1 + size.extensions):
+        swept = {
+            arm: {rate: runs_of(name, options, arm, rate, size.sweep_seeds) for rate in rates[arm]} for arm in rates
+        }
+        perform(train, results["runs"], [each for runs in swept.values() for seeds in runs.values() for each in seeds])
+        results["rates"] = rates
+        results["best"] = {arm: best_rate(results["runs"], runs) for arm, runs in swept.items()}
+        rates = {arm: extended(rates[arm], results["best"][arm]) for arm in rates}
+        if rates == results["rates"]:
+            break
     chosen = chosen_runs(name, options, results["best"])
     perform(train, results["runs"], chosen)
     perform(measure, results["measures"], chosen)
@@ -52,6 +58,15 @@ def run(name: str, options: Options) -> None:
     results["workers"] = workers_for(options, size)
     save(path, results)
     report.write(console, recipe, results, path)
+
+
+def extended(rates: list[float], best: float) -> list[float]:
+    """With the next rate of the geometric grid, in two digits, where the best is an end of it."""
+    if len(rates) > 1 and best == rates[-1]:
+        return [*rates, float(f"{rates[-1] ** 2 / rates[-2]:.2g}")]
+    if len(rates) > 1 and best == rates[0]:
+        return [float(f"{rates[0] ** 2 / rates[1]:.2g}"), *rates]
+    return rates
 
 
 def best_rate(found: dict, rates: dict[float, list[Run]]) -> float:

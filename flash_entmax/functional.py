@@ -92,7 +92,7 @@ def entmax_attention(
 
     Returns:
         The output, (batch, heads, query length, value size) in the dtype of the inputs (of autocast, where that is on,
-        as for ``scaled_dot_product_attention``), stored in the order of the query's dimensions; with
+        as for ``scaled_dot_product_attention``), stored in the order of the query's dimensions, as gradients are; with
         ``return_support`` a pair of it and the ``Support``, which carries no gradient. A query that sees no key gets
         output 0 and gradient 0. A NaN or inf in a row's scores, or in a value that it attends to, makes it NaN; so
         padding must be finite. A NaN in a tensor alpha, scale or slope makes its head NaN.
@@ -147,15 +147,13 @@ def entmax_attention_varlen(
         value: (key tokens, key heads, value size).
         cu_seq_q: (sequences + 1,) int32 or int64, from 0 upwards, on the device of the query.
         cu_seq_k: likewise for keys; None, or the same tensor, where queries and keys have the same boundaries.
-        max_q, max_k: at least the lengths of the longest sequence. They bound the memory that is set aside; a larger
-            number costs some of it.
+        max_q, max_k: at least the lengths of the longest sequence. They bound the memory that is set aside.
         is_causal: within its sequence, the last query sees the last key. ``window_size=(-1, 0)`` says the same.
         alibi_slopes: (heads,).
         query_positions: (query tokens,), the position of each query within its sequence of keys.
 
     Returns:
-        (query tokens, heads, value size), contiguous where the query is; the ``Support`` has no batch dimension, and
-        its tiles are those of all tokens.
+        (query tokens, heads, value size), contiguous where the query is; a ``Support`` of all tokens, without a batch.
 
     Raises:
         TypeError, ValueError: as :func:`entmax_attention`; ValueError for boundaries that fall, exceed the tokens or

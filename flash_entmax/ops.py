@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import sight
-from .problem import Modifiers, Problem, ceil_div, empty_beside, row_dtype
+from .problem import Modifiers, Problem, ceil_div, empty_stored_as, row_dtype
 from .registration import as_given, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from .tiles import TILE
 
@@ -61,7 +61,7 @@ def attention(query, key, value, *arguments):
 @fake("attention")
 def _(query, key, value, *arguments):
     problem, _, impl = _posed(query, key, value, arguments)
-    output = empty_beside(query, problem.value_size)
+    output = empty_stored_as(query, problem.value_size)
     row = query.new_empty(problem.batch, problem.heads, problem.query_length, dtype=row_dtype(query))
     live = query.new_empty(problem.live_shape(tile(impl, query)), dtype=torch.int32)
     return output, torch.empty_like(output), row, torch.empty_like(row), live
@@ -82,7 +82,7 @@ def attention_backward(
 @fake("attention_backward")
 def _(grad_output, query, key, value, value_mean, maximum, offset, live, parameters, *arguments):
     of_parameters = maximum.new_empty(3 if parameters else 0, *maximum.shape[:2])
-    return *(empty_beside(tensor, tensor.shape[-1]) for tensor in (query, key, value)), of_parameters
+    return *(empty_stored_as(tensor, tensor.shape[-1]) for tensor in (query, key, value)), of_parameters
 
 
 @operator(f"{_INPUTS}, {_MODIFIERS}, {_STATE}, {_SCALARS}", results=3)

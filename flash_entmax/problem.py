@@ -144,8 +144,8 @@ class Problem:
         return self.batch, self.heads, ceil_div(self.query_length, tile), words
 
 
-def empty_beside(tensor: Tensor, size: int) -> Tensor:
-    """(batch, heads, length, size), stored in the order of the tensor's dimensions: heads first, or rows first."""
+def empty_stored_as(tensor: Tensor, size: int) -> Tensor:
+    """(batch, heads, length, size) in the tensor's order: heads first, or rows first, as a layer's projections are."""
     batch, heads, length, _ = tensor.shape
     if tensor.stride(1) < tensor.stride(2):
         return tensor.new_empty(batch, length, heads, size).transpose(1, 2)

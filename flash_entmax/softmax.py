@@ -31,18 +31,16 @@ def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight:
     if sight.is_plain and square and all(mask is None for mask in masks):
         is_causal = sight.window[1] == 0
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=shared)
-    spread = shared and query.is_cuda  # PyTorch's fused kernel for masks takes no shared heads there
-    if spread:
+    if shared and query.is_cuda:  # where PyTorch's fused kernel for masks takes no shared heads
         key, value = (tensor.repeat_interleave(problem.group, 1) for tensor in (key, value))
+        shared = False
     visible, distance = reference.visible_mask(problem, sight, query.device)
     blind = ~visible.any(-1, keepdim=True)
     bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible & ~blind, -torch.inf)
     if slopes is not None:
         slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
         bias = bias - reference.alibi(slopes, distance).to(query.dtype)
-    attend = partial(
-        scaled_dot_product_attention, query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared and not spread
-    )
+    attend = partial(scaled_dot_product_attention, query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared)
     output = without_cudnn(attend) if query.is_cuda and query.requires_grad else attend()
     return output.masked_fill(blind, 0.0)
 

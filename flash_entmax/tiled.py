@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Modifiers, Problem, ceil_div, empty_beside, pack_tiles, unpack_tiles
+from .problem import Modifiers, Problem, ceil_div, empty_stored_as, pack_tiles, unpack_tiles
 from .sight import WHOLE
 from .threshold import certified_offset, probability, smallest_offset, solve, support_weight
 from .tiles import TILE, Group, Scope, add_tiles, by_tile, groups, pad_rows, tiles_of, tiles_of_keys, unpadded
@@ -52,7 +52,7 @@ def by_head(problem: Problem, modifiers: Modifiers) -> Iterator[tuple[Problem, M
 
 def attention(problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, value: Tensor) -> Solution:
     """Output and value_mean (input dtype), maximum and offset (compute dtype), and the packed map of live tiles."""
-    output, value_mean = (empty_beside(query, problem.value_size) for _ in range(2))
+    output, value_mean = (empty_stored_as(query, problem.value_size) for _ in range(2))
     row_dtype = torch.promote_types(query.dtype, torch.float32)
     maximum, offset = (query.new_empty(query.shape[:3], dtype=row_dtype) for _ in range(2))
     whole = Solution(output, value_mean, maximum, offset, query.new_empty(problem.live_shape(TILE), dtype=torch.int32))
@@ -166,7 +166,7 @@ def attention_backward(
     value_mean: Tensor, maximum: Tensor, offset: Tensor, live: Tensor, parameters: bool,
 ) -> Gradients:  # fmt: skip
     """dQ, dK, dV and, if wanted, (3, batch, heads) of alpha, scale and slopes. Sums run in one order on every call."""
-    of_query, of_key, of_value = (empty_beside(tensor, tensor.shape[-1]) for tensor in (query, key, value))
+    of_query, of_key, of_value = (empty_stored_as(tensor, tensor.shape[-1]) for tensor in (query, key, value))
     of_key, of_value = (torch.zeros_like(tensor, dtype=offset.dtype) for tensor in (of_key, of_value))
     of_parameters = offset.new_empty(3 if parameters else 0, *query.shape[:2])
     for part, own_modifiers, own, shared in by_head(problem, modifiers):

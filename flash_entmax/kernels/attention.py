@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem import WORD_BITS, Modifiers, Problem, ceil_div, empty_beside
+from ..problem import WORD_BITS, Modifiers, Problem, ceil_div, empty_stored_as
 from . import schedule
 from .backward import gradient_key_value_kernel, gradient_query_kernel
 from .bound import summary_kernel
@@ -136,7 +136,7 @@ def new_lists(parts: list[Chunk], device: torch.device) -> Tensor:
 
 def attention(problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """(output, value_mean, maximum, offset, live) of flash_entmax::attention."""
-    output = empty_beside(query, aligned_size(problem.value_size))
+    output = empty_stored_as(query, aligned_size(problem.value_size))
     value_mean = torch.empty_like(output)
     maximum, offset = (query.new_empty(output.shape[:3], dtype=torch.float32) for _ in range(2))
     live = query.new_empty(problem.live_shape(schedule.tile_size(query.dtype)), dtype=torch.int32)
@@ -190,13 +190,13 @@ def attention_backward(
     """(grad_query, grad_key, grad_value, grad_parameters) of flash_entmax::attention_backward."""
     if problem.is_empty:
         nothing = maximum.new_zeros(3 if parameters else 0, problem.batch, problem.heads)
-        return *(empty_beside(tensor, tensor.shape[-1]).zero_() for tensor in (query, key, value)), nothing
+        return *(empty_stored_as(tensor, tensor.shape[-1]).zero_() for tensor in (query, key, value)), nothing
     sizes = query.shape[-1], key.shape[-1], value.shape[-1]
     with device_of(query):
         call = Call.of(problem, modifiers, query)
         packed = maximum.new_empty(call.units * call.query_tiles * call.shape.TILE * 4)
         tensors = aligned(query), aligned(key), aligned(value), aligned(grad_output)
-        gradients = [matrix(empty_beside(tensor, aligned_size(tensor.shape[-1]))) for tensor in (query, key, value)]
+        gradients = [matrix(empty_stored_as(tensor, aligned_size(tensor.shape[-1]))) for tensor in (query, key, value)]
         shares = maximum.new_empty(problem.batch, problem.heads, call.query_tiles, 3) if parameters else None
         rows = maximum, offset, packed, live
         query_stage(call, *tensors, aligned(value_mean), *rows, gradients[0], shares)

@@ -53,8 +53,9 @@ TOGETHER = 2**14  # bytes that are tested at a time
 class Size:
     """Windows of ``context`` bytes, in training with ``facts`` in ``times`` places each.
 
-    ``windows`` of each of the ``multiples`` are tested, with ``asked`` facts at each depth. ``compiled``: torch.compile
-    makes one kernel of what stands between the products, in training.
+    ``windows`` of each of the ``multiples`` are tested, with ``asked`` facts at each depth. An arm's grid of
+    learning rates may grow ``extensions`` times. ``compiled``: torch.compile makes one kernel of what stands between
+    the products, in training.
     """
 
     steps: int

@@ -23,6 +23,8 @@ def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight:
     """The output; zeros for a query without a visible key."""
     if problem.softcap:
         raise ValueError("softcap with alpha=1 (softmax) is not computed here: use FlexAttention, or alpha above 1")
+    if problem.is_empty:
+        return nothing(problem, query, key, value)
     if isinstance(scale, Tensor):
         query, scale = (query * scale.view(-1, 1, 1)).to(query.dtype), 1.0
     shared = problem.group > 1
@@ -43,6 +45,13 @@ def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight:
     attend = partial(scaled_dot_product_attention, query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared)
     output = without_cudnn(attend) if query.is_cuda and query.requires_grad else attend()
     return output.masked_fill(blind, 0.0)
+
+
+def nothing(problem: Problem, query, key, value) -> Tensor:
+    """Zeros, with gradients of zero: PyTorch 2.11 on a CPU divides by the number of heads, be it 0."""
+    anything = query.sum(-1, keepdim=True) + key.sum() + value.sum()
+    zeros = anything.masked_fill(torch.ones_like(anything, dtype=torch.bool), 0.0)
+    return zeros.expand(*query.shape[:-1], problem.value_size).contiguous()
 
 
 def without_cudnn(attend: Callable[[], Tensor]) -> Tensor:

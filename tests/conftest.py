@@ -42,8 +42,23 @@ def quicken_the_interpreter() -> None:
     InterpretedFunction.__call__ = call
 
 
+def steady_products() -> None:
+    """A GPU gives a product of a query and a key the same bits in every tile; NumPy's depend on the tile's shape and on
+    the processor. Added in float64 and rounded once, they are the same again."""
+    import numpy
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        assert a.data.dtype.kind == "f", f"held as integers in the interpreter: {a.dtype}"
+        product = numpy.matmul(a.data, b.data, dtype=numpy.float64)
+        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
 if not HAS_CUDA and find_spec("triton"):
     quicken_the_interpreter()
+    steady_products()
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)

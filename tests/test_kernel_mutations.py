@@ -121,6 +121,11 @@ def any_step_is_the_last(total, weight, slope, exponent, limit):
     return total >= 0.0
 
 
+@triton.jit
+def no_tile_is_left(places, tiles, column, reach, S):  # noqa: N803
+    return tile.TileList(places, 0, 0)
+
+
 def the_scale_is_missing(scale, slope, exponent):
     return Numbers(1.0, slope, exponent)
 
@@ -147,6 +152,7 @@ FAULTS = {
     "every maximum is of the first tile": ("listed_maxima", every_maximum_is_of_the_first, "topics"),
     "maxima are not capped": ("listed_maxima", maxima_are_not_capped, "alpha by head, softcap"),
     "the solve ends with its first step": ("is_settled", any_step_is_the_last, "crowd"),
+    "later steps of the solve have no tiles": ("tiles_within", no_tile_is_left, "crowd"),
     "gradients lack the scale": ("Numbers", the_scale_is_missing, "causal"),
 }
 IN_THEIR_HOME = ("visible_keys", "hide", "hide_filtered", "distance", "tanh", "lean", "are_whole", "of_head")

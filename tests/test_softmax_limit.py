@@ -34,13 +34,17 @@ def test_causal_equals_pytorch_at_equal_lengths(impl):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 0, 5, 8), (1, 2, 0, 8)])
+@pytest.mark.parametrize("shape", [(0, 2, 5, 6), (2, 0, 5, 6), (1, 2, 0, 6), (1, 2, 5, 0)])
 @pytest.mark.parametrize("options", [{}, {"window_size": (2, 0)}], ids=["plain", "window"])
 def test_empty(shape, options):
-    query = torch.zeros(shape, requires_grad=True)
-    output = entmax_attention(query, query, query, alpha=1.0, **options)
-    assert output.shape == shape
-    assert torch.autograd.grad(output.sum(), query)[0].shape == shape
+    """Zeros, also of queries that are NaN."""
+    batch, heads, queries, keys = shape
+    query, key, value = (torch.full((batch, heads, length, 8), torch.nan) for length in (queries, keys, keys))
+    inputs = query.requires_grad_(), key.requires_grad_(), value[..., :3].clone().requires_grad_()
+    output = entmax_attention(*inputs, alpha=1.0, **options)
+    assert output.shape == (batch, heads, queries, 3)
+    for tensor in (output, *torch.autograd.grad(output.sum(), inputs)):
+        assert (tensor == 0).all()
 
 
 @each_impl

@@ -156,6 +156,7 @@ def forward_stages(
     shape, (_, *numbers) = call.shape, call.numbers
     parts = call.query_chunks(MAXIMA // shape.TILE)
     lists = new_lists(parts, live.device)
+    sublists = torch.empty_like(lists)
     maxima = torch.empty(len(lists) * shape.TILE, dtype=torch.float16, device=live.device)
     counts = lists.new_empty(max(chunk.units * chunk.tiles for chunk in parts), 2)
     summary = summarise(call, key)
@@ -163,7 +164,7 @@ def forward_stages(
         sizes = *call.extent, chunk.first_unit, chunk.units, chunk.first_tile
         chunk.run(
             threshold_kernel, schedule.threshold_launch(shape), query, key, *summary, maxima, maximum, offset, live,
-            lists, counts, call.view, *numbers, *sizes, call.words, chunk.capacity, S=shape,
+            lists, sublists, counts, call.view, *numbers, *sizes, call.words, chunk.capacity, S=shape,
         )  # fmt: skip
         chunk.run(
             output_kernel, schedule.output_launch(shape), query, key, value, maximum, offset, lists, counts, output,

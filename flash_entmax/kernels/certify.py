@@ -40,19 +40,41 @@ def load_maxima(column, first, count, S: tl.constexpr):
 
 
 @triton.jit
+def within_reach(tiles, column, first, reach, S: tl.constexpr):
+    """(tiles, maxima, alive) of some places of the list: alive are those of which some row has a maximum within reach
+    (NaN is)."""
+    place = first + tl.arange(0, PLACES)
+    tile = tl.load(tiles.tiles + place, mask=place < tiles.count, other=0)
+    maxima = load_maxima(column, first, tiles.count, S)
+    alive = tl.where(place < tiles.count, tl.max(tl.where(maxima + reach[:, None] <= 0, 0, 1), 0), 0)
+    return tile, maxima, alive
+
+
+@triton.jit
 def shorten(tiles, column, reach, S: tl.constexpr):
-    """Keep the tiles of which some row has a maximum within reach (NaN is), in place, and their maxima with them."""
+    """Keep the tiles of which some row has a maximum within reach, in place, and their maxima with them."""
     count = 0
     split = 0
     for first in range(0, tiles.count, PLACES):
-        place = first + tl.arange(0, PLACES)
-        tile = tl.load(tiles.tiles + place, mask=place < tiles.count, other=0)
-        maxima = load_maxima(column, first, tiles.count, S)
-        alive = tl.where(place < tiles.count, tl.max(tl.where(maxima + reach[:, None] <= 0, 0, 1), 0), 0)
+        tile, maxima, alive = within_reach(tiles, column, first, reach, S)
         tl.debug_barrier()  # all have read this span before it is written over
         target = tl.cast(count + tl.cumsum(alive, 0) - 1, tl.int64) * S.TILE
         tl.store(column[:, None] + target[None, :], maxima.to(tl.float16), mask=(alive > 0)[None, :])
         count = append(tiles.tiles, count, tile, alive)
-        split += tl.sum(tl.where(place < tiles.split, alive, 0), 0)
+        split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
     tl.debug_barrier()
     return TileList(tiles.tiles, split, count)
+
+
+@triton.jit
+def tiles_within(places, tiles, column, reach, S: tl.constexpr):
+    """The same tiles as a list at other places."""
+    count = 0
+    split = 0
+    tl.debug_barrier()  # all are done with what was listed in these places before
+    for first in range(0, tiles.count, PLACES):
+        tile, _, alive = within_reach(tiles, column, first, reach, S)
+        count = append(places, count, tile, alive)
+        split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
+    tl.debug_barrier()
+    return TileList(places, split, count)

@@ -9,13 +9,14 @@ import triton.language as tl
 
 from .alpha import is_settled, newton_step, probability, probability_and_weight, support_weight
 from .bound import bound_tiles
-from .certify import PLACES, certify_offset, shorten
+from .certify import PLACES, certify_offset, shorten, tiles_within
 from .scan import scan_tiles
 from .score import distance, listed_scores, of_head, open_queries, scores
 from .tile import (
     SIZES,
     WORD,
     Extent,
+    TileList,
     heaviest_first,
     key_head,
     list_of,
@@ -25,12 +26,15 @@ from .tile import (
 )
 
 MAX_STEPS = tl.constexpr(40)
+# 2^-20 of the offset covers the rounding of slope / offset in relative distances, 2^-21 what the processor's logarithm
+# may be off by; the solve's plain sums are covered by what the rounding of a stored maximum has to spare.
+SAFETY = tl.constexpr(1.0 + 2.0**-18)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def threshold_kernel(
-    query, key, centre, radius, error, largest, maxima, maximum, offset, live, lists, counts, view, slope, exponent,
-    heads, group, query_length, key_length, first_unit, units, first_tile, words, capacity, S: tl.constexpr,
+    query, key, centre, radius, error, largest, maxima, maximum, offset, live, lists, sublists, counts, view, slope,
+    exponent, heads, group, query_length, key_length, first_unit, units, first_tile, words, capacity, S: tl.constexpr,
 ):  # fmt: skip
     """Stores each row's `maximum` (of the scores; +inf where no key is visible) and `offset`, the list of tiles that
     may hold support, and their bits in `live`."""
@@ -54,12 +58,12 @@ def threshold_kernel(
     slack = noise + stored
     doubt = tl.where(slack < 1.0, slack, float("nan"))
     reach = tl.where(slack < 1.0, certify_offset(column, tiles.count, shift, exponent, S) + slack, 1.0)
-    tiles = shorten(tiles, column, shift + reach + doubt, S)
+    margin = shift + doubt
+    tiles = shorten(tiles, column, margin + reach, S)
 
-    reach = solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S)
-    # 2^-20 of the offset covers the rounding of slope / offset in the relative distances that the output sees, 2^-21
-    # what the processor's logarithm may be off by; the solve's plain sums are covered by what `stored` has to spare.
-    tiles = shorten(tiles, column, shift + reach * (1.0 + 2.0**-18) + doubt, S)
+    sublist = sublists + tl.cast(index, tl.int64) * capacity
+    reach = solve(queries, top, reach, tiles, (column, margin), sublist, key, slope, exponent, extent, view, S)
+    tiles = shorten(tiles, column, margin + reach * SAFETY, S)
 
     store_row(maximum, unit, queries.row, extent, top)
     store_row(offset, unit, queries.row, extent, tl.where(top < float("inf"), reach, 1.0))
@@ -70,38 +74,48 @@ def threshold_kernel(
 
 
 @triton.jit
-def solve(queries, top, reach, tiles, key, slope, exponent, extent, view, S: tl.constexpr):
-    """Newton's steps over the listed tiles until the last one has settled every row of the tile.
+def solve(queries, top, reach, tiles, maxima, sublist, key, slope, exponent, extent, view, S: tl.constexpr):
+    """Newton's steps until the last one has settled every row of the tile: the first over all listed tiles, each
+    further one over those within reach of the rows that are not settled yet.
 
     Each step ends at or above the true offset, so any of them may be the last.
     """
-    unmasked = tiles.split // S.ABREAST * S.ABREAST
+    column, margin = maxima
+    places, split, count = tiles.tiles, tiles.split, tiles.count
     # The offset of the pass before, and its sum u: before the first, nothing is known of how sum u falls. Triton 3.6
     # finds what a loop carries by place, and loses count after a name that only the condition reads: that one is last.
     before = reach + 1.0
     heavier = tl.full((S.TILE,), float("inf"), tl.float32)
+    rest = tl.full((S.TILE,), 1, tl.int32)  # rows that are not settled
     passes = 0
     unfinished = tiles.count
     while (unfinished > 0) & (passes < MAX_STEPS):
         relative = slope / reach
         context = top, relative, 1.0 - top * relative, exponent
         total, weight = no_sums(S), no_sums(S)
+        unmasked = split // S.ABREAST * S.ABREAST
+        listed = TileList(places, split, count)
         for place in range(0, unmasked, S.ABREAST):
-            score = listed_scores(queries, key, tiles, place, extent, view, S)
+            score = listed_scores(queries, key, listed, place, extent, view, S)
             total, weight = accumulate(total, weight, score, context, S)
-        for place in range(unmasked, tiles.count):
-            score, _ = scores(queries, key, tl.load(tiles.tiles + place), extent, view, True, S)
+        for place in range(unmasked, count):
+            score, _ = scores(queries, key, tl.load(places + place), extent, view, True, S)
             total, weight = accumulate(total, weight, score, context, S)
         total = tl.sum(total[0], 1) * probability(reach, exponent, S.POWER)
         weight = tl.sum(weight[0], 1) * support_weight(reach, exponent, S.POWER)
         stepped = newton_step(reach, total, weight, exponent)
-        falls = (total > 1.0) & (stepped < reach)
+        falls = (rest > 0) & (total > 1.0) & (stepped < reach)
         settled = is_settled(total, weight, (heavier - weight) / (before - reach), exponent, S.SETTLED)
-        unfinished = tl.max(tl.where(falls & ~settled, 1, 0), 0)
         before = tl.where(falls, reach, before)
         heavier = tl.where(falls, weight, heavier)
         reach = tl.where(falls, stepped, reach)
+        rest = tl.where(falls & ~settled, 1, 0)
         passes += 1
+        unfinished = tl.max(rest, 0)
+        if unfinished > 0:
+            within = tl.where(rest > 0, margin + reach * SAFETY, float("-inf"))
+            shorter = tiles_within(sublist, tiles, column, within, S)
+            places, split, count = sublist, shorter.split, shorter.count
     if not S.COMPENSATED:  # what the multiply-add may have lost
         lost = tl.where(top < float("inf"), tl.abs(top * slope) * 2.0**-22, 0.0)
         reach = tl.minimum(reach + lost, 1.0)

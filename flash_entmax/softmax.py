@@ -23,10 +23,10 @@ def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight:
     """The output; zeros for a query without a visible key."""
     if problem.softcap:
         raise ValueError("softcap with alpha=1 (softmax) is not computed here: use FlexAttention, or alpha above 1")
-    if problem.is_empty:
-        return nothing(problem, query, key, value)
     if isinstance(scale, Tensor):
         query, scale = (query * scale.view(-1, 1, 1)).to(query.dtype), 1.0
+    if problem.is_empty:
+        return nothing(problem, query, key, value)
     shared = problem.group > 1
     masks = (sight.key_mask, sight.block_mask, slopes)
     square = sight.window[1] != 0 or problem.diagonal == 0

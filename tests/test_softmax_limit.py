@@ -45,6 +45,9 @@ def test_empty(shape, options):
     assert output.shape == (batch, heads, queries, 3)
     for tensor in (output, *torch.autograd.grad(output.sum(), inputs)):
         assert (tensor == 0).all()
+    scale = torch.ones(heads, requires_grad=True)
+    output = entmax_attention(*(tensor.detach() for tensor in inputs), alpha=1.0, scale=scale, **options)
+    assert torch.autograd.grad(output.sum(), scale)[0].shape == scale.shape
 
 
 @each_impl

@@ -68,7 +68,7 @@ def shorten(tiles, column, reach, S: tl.constexpr):
 
 @triton.jit
 def tiles_within(places, tiles, column, reach, S: tl.constexpr):
-    """The same tiles as a list at other places."""
+    """The tiles that `shorten` would keep, as a list at other places; nothing else is written."""
     count = 0
     split = 0
     tl.debug_barrier()  # all are done with what was listed in these places before

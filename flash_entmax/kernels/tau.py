@@ -1,7 +1,8 @@
 """The threshold of each row, and the tiles that hold support: bound, scan, certify, solve, one after the other.
 
 One program takes one tile of queries through all four. The row's offset, tau = slope * maximum - offset in units of z,
-is at or above the true one whenever the list of tiles gets shorter, so that each list holds all support.
+is at or above the true one whenever the list of tiles gets shorter, so that each list holds all support, and a sublist
+of the solve all that of the rows that it is for.
 """
 
 import triton

@@ -44,7 +44,7 @@ def quicken_the_interpreter() -> None:
 
 def steady_products() -> None:
     """A GPU gives a product of a query and a key the same bits in every tile; NumPy's depend on the tile's shape and on
-    the processor. Added in float64 and rounded once, they are the same again. What sums in float32 lose, a GPU shows."""
+    the processor. Added in float64 and rounded once, they are the same again. What float32 sums lose, a GPU shows."""
     import numpy
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

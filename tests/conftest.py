@@ -43,8 +43,8 @@ def quicken_the_interpreter() -> None:
 
 
 def steady_products() -> None:
-    """A GPU gives a product of a query and a key the same bits in every tile; NumPy's depend on the tile's shape and on
-    the processor. Added in float64 and rounded once, they are the same again. What float32 sums lose, a GPU shows."""
+    """NumPy's bits of a product of a query and a key depend on the tile's shape and on the processor. Added in float64
+    and rounded once, they hardly do. What sums in float32 lose, only the tests on a GPU show."""
     import numpy
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -11,12 +11,11 @@ from .problem import Impl, Modifiers, Problem, Support, check_inputs, check_scal
 from .sight import (
     UNLIMITED,
     Sight,
-    boundaries_are_valid,
     check_boundaries,
     check_longest,
     check_sight,
+    filter_of_blocks,
     reach,
-    tile_filter,
 )
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
@@ -218,34 +217,15 @@ def packed_attention(
     if isinstance(query_positions, int):
         raise TypeError("query_positions of packed sequences must be a tensor or None, got int")
     check_longest(max_q, max_k)
-    sight = Sight(is_causal, window_size, query_positions, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k)
+    sight = Sight(
+        is_causal, window_size, query_positions, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k
+    )
     check_sight(query, key, sight)
     check_boundaries(query, key, sight)
-    check_packing(query, key, sight, max_q, max_k)
-    return attend(
-        query, key, value, alpha, scale, softcap, alibi_slopes, sight, impl, return_support,
-        reached=reach(Problem.of(query, key, value, 1.5, False, 1.0), sight, max_q, max_k),
-    )  # fmt: skip
+    return attend(query, key, value, alpha, scale, softcap, alibi_slopes, sight, impl, return_support)
 
 
-def check_packing(query: Tensor, key: Tensor, sight: Sight, max_q: int, max_k: int) -> None:
-    """The boundaries' values: read on the CPU; on a GPU, where that would wait for the device, asserted there."""
-    packings = [("cu_seq_q", sight.cu_seq_q, query.shape[2], max_q), ("cu_seq_k", sight.cu_seq_k, key.shape[2], max_k)]
-    if sight.cu_seq_q is sight.cu_seq_k:
-        packings = [("cu_seq_q", sight.cu_seq_q, min(query.shape[2], key.shape[2]), max(max_q, max_k))]
-    for name, boundaries, tokens, longest in packings:
-        valid = boundaries_are_valid(boundaries, tokens, longest)
-        if torch.compiler.is_compiling():  # a message with sizes in it would compile anew for each of them
-            torch._assert_async(valid, f"{name} must rise from 0, and not beyond the tokens or the longest")
-            continue
-        message = f"{name} must rise from 0 to at most {tokens} tokens in steps of at most {longest}"
-        if boundaries.is_cuda:
-            torch._assert_async(valid, message)
-        elif not valid:
-            raise ValueError(f"{message}, got {boundaries.tolist()}")
-
-
-def attend(query, key, value, alpha, scale, softcap, slopes, sight, impl, return_support, reached=None):
+def attend(query, key, value, alpha, scale, softcap, slopes, sight, impl, return_support):
     """The call itself, after all checks."""
     impl = choose_impl(query, impl)
     alpha, scale = parameters(query, alpha, scale)
@@ -255,6 +235,7 @@ def attend(query, key, value, alpha, scale, softcap, slopes, sight, impl, return
     if slopes is not None:
         slopes = slopes.to(row_dtype(query)).expand(problem.batch, problem.heads)
 
+    seen = intervals(problem, sight, query)
     if impl == "reference":
         with ops.as_given(query):
             result = reference.attention(problem, query, key, value, alpha, scale, slopes, sight)
@@ -265,20 +246,22 @@ def attend(query, key, value, alpha, scale, softcap, slopes, sight, impl, return
         if return_support:
             raise ValueError("alpha=1 is softmax, which attends to every key: it has no support to return")
         with ops.as_given(query):
-            return softmax_attention(problem, query, key, value, scale, slopes, sight)
+            return softmax_attention(problem, query, key, value, scale, slopes, sight, seen)
 
-    tiles = tile_filter(problem, sight, ops.tile(impl, query)) or (None, None)
-    reached = reach(problem, sight) if reached is None else reached
+    tile = ops.tile(impl, query, value)
+    if sight.key_mask is not None:
+        tiles = ops.key_filter(sight.key_mask, tile)
+    else:
+        tiles = filter_of_blocks(problem, sight, tile) or (None, None)
     learned = (alpha, scale) if isinstance(alpha, Tensor) else (None, None)
-    modifiers = Modifiers(*learned, slopes, intervals(problem, sight, query), *tiles)
-    scalars = *numbers, float(softcap), sight.is_plain and sight.window[1] == 0, reached, impl
+    modifiers = Modifiers(*learned, slopes, seen, *tiles)
+    scalars = *numbers, float(softcap), sight.is_plain and sight.window[1] == 0, reach(problem, sight), impl
     output, _, maximum, offset, live = ops.attention(query, key, value, *modifiers, *scalars)
     if not return_support:
         return output
     detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *modifiers))
     maximum, size, marks = ops.attention_support(*detached, maximum, offset, live, *scalars)
-    extent = ops.tile(impl, query)
-    return output, Support(maximum, offset, size, marks, (extent, extent))
+    return output, Support(maximum, offset, size, marks, (tile, tile))
 
 
 def intervals(problem: Problem, sight: Sight, query: Tensor) -> Tensor | None:
@@ -288,7 +271,8 @@ def intervals(problem: Problem, sight: Sight, query: Tensor) -> Tensor | None:
     given = sight.query_positions
     positions, first = (given, 0) if isinstance(given, Tensor) else (None, problem.diagonal if given is None else given)
     limits = positions, sight.key_lengths, sight.cu_seq_q, sight.cu_seq_k
-    return ops.intervals(query.detach(), *limits, problem.key_length, first, *sight.window)
+    longest = sight.max_q, sight.max_k
+    return ops.intervals(query.detach(), *limits, problem.key_length, first, *sight.window, *longest)
 
 
 def parameters(query: Tensor, alpha: float | Tensor, scale: float | Tensor | None):

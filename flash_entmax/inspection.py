@@ -115,7 +115,7 @@ class Call:
         self._versions = versions(query, key)
         self._modifiers = Modifiers(*modifiers)
         self._maximum, self._offset, self._live = (tensor.detach() for tensor in results[2:5])
-        self._tile = ops.tile(self.impl, query)
+        self._tile = ops.tile(self.impl, query, value)
 
     def __repr__(self) -> str:
         p = self.problem
@@ -181,7 +181,7 @@ class Call:
         steps.index_put_((batch, row // tile, start[batch, row] // tile), one, accumulate=True)
         steps.index_put_((batch, row // tile, (stop[batch, row] - 1) // tile + 1), -one, accumulate=True)
         seen = (steps.cumsum(-1)[..., :-1] > 0).unsqueeze(1).expand(grid)
-        return seen if self._modifiers.kinds is None else seen & (self._modifiers.kinds != HIDDEN)
+        return seen if self._modifiers.kinds is None else seen & (self._modifiers.kinds[..., :-1] != HIDDEN)
 
     @property
     def block_sparsity(self) -> Tensor:
@@ -259,7 +259,7 @@ class Call:
             self.intervals[batch].long(),
             None if kinds is None else kinds[batch, head],
             m.bits,
-            unpack_tiles(self._live[batch, head], ceil_div(p.key_length, self._tile)),
+            p.unpack_live(self._live, self._tile)[batch, head],
             self._tile,
         )
 

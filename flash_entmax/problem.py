@@ -9,7 +9,7 @@ from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 
-MAX_HEAD_SIZE = 256
+MAX_HEAD_SIZE = 512
 WORD_BITS = 32
 
 
@@ -58,6 +58,17 @@ class Modifiers(NamedTuple):
     intervals: Tensor | None = None
     kinds: Tensor | None = None
     bits: Tensor | None = None
+
+
+class Tangents(NamedTuple):
+    """The direction that a forward-mode derivative is taken in: one tensor like each input, None where it is 0."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    alpha: Tensor | None = None
+    scale: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,11 @@ class Problem:
         return self.heads // self.key_heads if self.key_heads else 1
 
     @property
+    def widest(self) -> int:
+        """The larger head size, of keys or of values."""
+        return max(self.head_size, self.value_size)
+
+    @property
     def slope(self) -> float:
         """z = slope * (query . key)."""
         return (self.alpha - 1.0) * self.scale
@@ -138,10 +154,26 @@ class Problem:
         )
         return torch.stack((torch.zeros_like(position), stop, position)).expand(self.batch, -1, -1)
 
-    def live_shape(self, tile: int) -> tuple[int, int, int, int]:
-        """Shape of the packed map of live tiles: one bit for each key tile, in int32 words."""
-        words = ceil_div(ceil_div(self.key_length, tile), WORD_BITS)
-        return self.batch, self.heads, ceil_div(self.query_length, tile), words
+    def live_words(self, tile: int) -> int:
+        """The int32 words in which a tile of queries has one bit for each tile of keys.
+
+        There is one more than it takes: PyTorch would compile an extent of 1 by itself.
+        """
+        return ceil_div(ceil_div(self.key_length, tile), WORD_BITS) + 1
+
+    def live_shape(self, tile: int) -> tuple[int, int, int]:
+        """Shape of the packed map of live tiles: (batch, heads, query tiles * words)."""
+        return self.batch, self.heads, ceil_div(self.query_length, tile) * self.live_words(tile)
+
+    def pack_live(self, tiles: Tensor, tile: int) -> Tensor:
+        """(batch, heads, query tiles, key tiles) bool -> the packed map."""
+        words = pack_tiles(tiles)
+        return torch.nn.functional.pad(words, (0, self.live_words(tile) - words.shape[-1])).flatten(2)
+
+    def unpack_live(self, live: Tensor, tile: int) -> Tensor:
+        """The inverse of `pack_live`."""
+        rows = live.unflatten(-1, (ceil_div(self.query_length, tile), self.live_words(tile)))
+        return unpack_tiles(rows, ceil_div(self.key_length, tile))
 
 
 def empty_stored_as(tensor: Tensor, size: int) -> Tensor:

@@ -1,7 +1,5 @@
 """The specification: entmax attention by its definition, dense, in plain autograd. Slow on purpose; best in float64."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -20,9 +18,8 @@ def entmax_rows(z: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tenso
         return z, torch.full_like(z.sum(-1), torch.inf), torch.ones_like(z.sum(-1))
     r = 1.0 / (alpha - 1.0)
     with torch.no_grad():
-        value = float(alpha)
-        solve = threshold_by_sort if value in (1.5, 2.0) else threshold_by_bisection
-        maximum, offset = solve(z, value)
+        solve = threshold_by_sort if not isinstance(alpha, Tensor) and alpha in (1.5, 2.0) else threshold_by_bisection
+        maximum, offset = solve(z.detach(), alpha.detach() if isinstance(alpha, Tensor) else alpha)
     distance = positive(z - maximum.unsqueeze(-1) + offset.unsqueeze(-1))
     slope = r * torch.where(distance > 0, distance.detach() ** (r - 1.0), 0.0).sum(-1)
     total = positive_power(distance, r).sum(-1)
@@ -47,44 +44,40 @@ def positive_power(distance: Tensor, r: float | Tensor) -> Tensor:
 def visible_mask(problem: Problem, sight: Sight, device: torch.device) -> tuple[Tensor, Tensor]:
     """((batch or 1, heads or 1, query length, key length) bool, True where the query sees the key;
     (batch or 1, 1, query length, key length), the distance from the query's position to the key)."""
-    position = sight.query_positions if isinstance(sight.query_positions, Tensor) else None
-    batch = 1 if position is None or position.dim() == 1 else problem.batch
-    visible = torch.zeros(batch, 1, problem.query_length, problem.key_length, dtype=torch.bool, device=device)
-    distance = torch.zeros_like(visible, dtype=torch.int64)
+    query, key = (torch.arange(length, device=device) for length in (problem.query_length, problem.key_length))
+    visible = torch.ones(problem.query_length, problem.key_length, dtype=torch.bool, device=device)
+    first, position = 0, query + problem.diagonal
+    if sight.cu_seq_q is not None:
+        visible, first, position = sequences(sight, query, key)
+    if isinstance(sight.query_positions, Tensor):
+        position = first + sight.query_positions.long()
+    elif sight.query_positions is not None:
+        position = query + sight.query_positions
+    ahead = (key - position.unsqueeze(-1)).masked_fill(~visible, 0).view(-1, 1, *visible.shape)
+    visible = visible.expand_as(ahead)
     left, right = sight.window
-    for queries, keys in sequences(problem, sight):
-        among = torch.arange(keys.stop - keys.start, device=device)
-        if position is None:
-            first = sight.query_positions
-            first = (keys.stop - keys.start) - (queries.stop - queries.start) if first is None else first
-            place = (torch.arange(queries.stop - queries.start, device=device) + first).expand(batch, -1)
-        else:
-            place = position.expand(batch, -1)[:, queries].long()
-        ahead = (among - place.unsqueeze(-1)).unsqueeze(1)
-        inside = torch.ones_like(ahead, dtype=torch.bool)
-        if left != UNLIMITED:
-            inside &= ahead >= -left
-        if right != UNLIMITED:
-            inside &= ahead <= right
-        visible[:, :, queries, keys] = inside
-        distance[:, :, queries, keys] = ahead.abs()
+    if left != UNLIMITED:
+        visible = visible & (ahead >= -left)
+    if right != UNLIMITED:
+        visible = visible & (ahead <= right)
     if sight.key_lengths is not None:
-        visible = visible & (torch.arange(problem.key_length, device=device) < sight.key_lengths[:, None, None, None])
+        visible = visible & (key < sight.key_lengths[:, None, None, None])
     if sight.key_mask is not None:
         visible = visible & sight.key_mask[:, None, None, :]
     if sight.block_mask is not None:
         visible = visible & blocks_mask(problem, sight.block_mask)
-    return visible, distance
+    return visible, ahead.abs()
 
 
-def sequences(problem: Problem, sight: Sight) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys) of each packed sequence, or of the one that there is."""
-    if sight.cu_seq_q is None:
-        yield slice(0, problem.query_length), slice(0, problem.key_length)
-        return
-    cu_q, cu_k = sight.cu_seq_q.tolist(), sight.cu_seq_k.tolist()
-    for n in range(len(cu_q) - 1):
-        yield slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+def sequences(sight: Sight, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of packed sequences: (query length, key length) bool, whether query and key are of one sequence; of each query,
+    the first key of its sequence, and its position, by which the last query stands at the last key."""
+    cu_q, cu_k = sight.cu_seq_q.long(), sight.cu_seq_k.long()
+    count = cu_q.shape[0] - 1
+    of_query, of_key = (torch.searchsorted(cu, token, right=True) - 1 for cu, token in ((cu_q, query), (cu_k, key)))
+    same = (of_query.unsqueeze(-1) == of_key) & (of_key < count)
+    end = (of_query + 1).clamp_max(count)
+    return same, cu_k[of_query.clamp_max(count)], cu_k[end] - cu_q[end] + query
 
 
 def blocks_mask(problem: Problem, block_mask) -> Tensor:

@@ -1,10 +1,14 @@
-"""How an operator of PyTorch is defined here: its schema, what tracing sees of it, its autograd, its arithmetic."""
+"""How an operator of PyTorch is defined: its schema, what tracing sees of it, autograd, torch.vmap, arithmetic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.amp.autocast_mode import is_autocast_available
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import _SingleLevelFunction
 
 # The decorator custom_op takes fewer lines, and 0.3 ms more of a step's Python: see docs/design.md.
 _library = torch.library.Library("flash_entmax", "DEF")
@@ -27,16 +31,33 @@ def fake(name: str) -> Callable:
     return torch.library.register_fake(f"flash_entmax::{name}", lib=_library)
 
 
+# Autograd
+
+
 def differentiate(operator, function: type[torch.autograd.Function]) -> None:
-    """Let autograd take `function` for the operator, where it records anything."""
+    """Let autograd take `function` for the operator where it records anything, in reverse or in forward mode.
+
+    torch.func puts levels of autograd over one another. Each comes here by itself, as it does for an operator of
+    PyTorch: the function then is of a single level, and what it calls below autograd belongs to the next.
+    """
+    members = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward", "jvp")}
+    at_one_level = type(function.__name__, (_SingleLevelFunction,), members)
 
     def call(*arguments):
-        if torch.is_grad_enabled():
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return at_one_level.apply(*arguments)
+        if torch.is_grad_enabled() or has_tangent(arguments):
             return function.apply(*arguments)
         with below_autograd():
             return operator(*arguments)
 
-    _library.impl(operator.name().partition("::")[2], call, "Autograd")
+    _library.impl(name_of(operator), call, "Autograd")
+
+
+def has_tangent(arguments: Sequence) -> bool:
+    """Forward-mode derivatives go on where gradients are off, in ``no_grad`` and ``inference_mode``."""
+    return any(isinstance(argument, Tensor) and unpack_dual(argument).tangent is not None for argument in arguments)
 
 
 def below_autograd() -> AbstractContextManager:
@@ -45,10 +66,11 @@ def below_autograd() -> AbstractContextManager:
 
 
 def refuse_second_derivative(operator) -> None:
-    """The gradient has none of its own: a second derivative is refused, not left out."""
-    name = operator.name().removesuffix("_backward")
+    """The derivative has none of its own: a second derivative is refused, not left out."""
+    name = name_of(operator).rpartition("_")[0]
+    message = f"{name} has no second derivative"
 
-    class Gradient(torch.autograd.Function):
+    class Derivative(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
             with below_autograd():
@@ -56,12 +78,80 @@ def refuse_second_derivative(operator) -> None:
 
         @staticmethod
         def backward(ctx, *_):
-            raise RuntimeError(f"{name} has no second derivative")
+            raise RuntimeError(message)
 
-    differentiate(operator, Gradient)
+        @staticmethod
+        def jvp(ctx, *_):
+            raise RuntimeError(message)
+
+    differentiate(operator, Derivative)
+
+
+def name_of(operator) -> str:
+    """Without the namespace and the overload."""
+    return operator.name().partition("::")[2].partition(".")[0]
+
+
+# torch.vmap
+
+
+def batch_into(operator, arguments: Sequence[int | None], results: Sequence[int]) -> None:
+    """Let torch.vmap put its dimension into one that the operator's tensors have, so that one call serves all samples.
+
+    `arguments` names that dimension of each of the first arguments, and `results` that of each result. Where an
+    argument that has none (None) differs from sample to sample, the samples are computed one by one.
+    """
+
+    def rule(info, in_dims, *values):
+        batched = [index for index, dim in enumerate(in_dims) if dim is not None]
+        if any(index >= len(arguments) or arguments[index] is None for index in batched):
+            return one_by_one(operator, info.batch_size, in_dims, values)
+        first = values[0] if in_dims[0] is None else values[0].select(in_dims[0], 0)
+        extent = first.shape[arguments[0]]
+        folded = list(values)
+        for index, dim in enumerate(arguments):
+            if dim is not None and isinstance(values[index], Tensor):
+                folded[index] = fold(values[index], in_dims[index], dim, info.batch_size, extent)
+        outputs = operator(*folded)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        unfolded = tuple(
+            output.unflatten(dim, (info.batch_size, output.shape[dim] // info.batch_size))
+            for output, dim in zip(outputs, results, strict=True)
+        )
+        return (unfolded, tuple(results)) if len(unfolded) > 1 else (unfolded[0], results[0])
+
+    torch.library.register_vmap(f"flash_entmax::{name_of(operator)}", rule, lib=_library)
+
+
+def fold(tensor: Tensor, in_dim: int | None, dim: int, samples: int, extent: int) -> Tensor:
+    """`extent` entries along dim, or one for all of them, of one sample after the other."""
+    tensor = tensor.unsqueeze(dim) if in_dim is None else tensor.movedim(in_dim, dim)
+    shape = list(tensor.shape)
+    shape[dim], shape[dim + 1] = samples, extent
+    return tensor.expand(shape).flatten(dim, dim + 1)
+
+
+def one_by_one(operator, samples: int, in_dims: Sequence[int | None], values: Sequence) -> tuple:
+    """The operator of each sample, and what torch.vmap wants to know: the samples are the first dimension."""
+    outputs = []
+    for sample in range(samples):
+        own = (value if dim is None else value.select(dim, sample) for value, dim in zip(values, in_dims, strict=True))
+        outputs.append(operator(*own))
+    if isinstance(outputs[0], tuple):
+        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+    return torch.stack(outputs), 0
+
+
+def call_one_by_one(operator) -> None:
+    """Let torch.vmap call the operator for each sample."""
+    batch_into(operator, (), ())
+
+
+# Arithmetic
 
 
 def as_given(tensor: Tensor) -> AbstractContextManager:
     """Autocast must not cast inside an operator."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    is_on = is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()

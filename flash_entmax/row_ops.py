@@ -11,10 +11,19 @@ again, so that nothing of the size of x is kept.
 """
 
 import torch
+from torch import Tensor
 
 from .problem import row_dtype
-from .registration import as_given, below_autograd, differentiate, fake, operator, refuse_second_derivative
-from .rows import Target
+from .registration import (
+    as_given,
+    batch_into,
+    below_autograd,
+    differentiate,
+    fake,
+    operator,
+    refuse_second_derivative,
+)
+from .rows import Target, check_classes
 
 
 def stages(impl: str):
@@ -50,8 +59,10 @@ def _(grad, p, alphas, alpha, of_alpha, impl):
 
 @operator("Tensor x, Tensor aim, int ignored, float smoothing, float alpha, str impl", results=2)
 def loss(x, aim, ignored, smoothing, alpha, impl):
+    target = Target(aim, ignored, smoothing)
+    check_classes(target, x.shape[1])
     with as_given(x):
-        return stages(impl).loss(x, Target(aim, ignored, smoothing), alpha)
+        return stages(impl).loss(x, target, alpha)
 
 
 @fake("loss")
@@ -81,17 +92,34 @@ class Entmax(torch.autograd.Function):
     def forward(ctx, x, alphas, alpha, impl):
         with below_autograd():
             p = entmax(x, alphas, alpha, impl)
-        ctx.save_for_backward(p, *(() if alphas is None else (alphas,)))
+        ctx.save_for_backward(p, alphas)
+        ctx.save_for_forward(p, alphas)
         ctx.scalars = alpha, impl
         return p
 
     @staticmethod
     def backward(ctx, grad):
-        p, *alphas = ctx.saved_tensors
-        alpha, impl = ctx.scalars
         of_alpha = ctx.needs_input_grad[1]
-        grad_x, grad_alphas = entmax_backward(grad, p, alphas[0] if alphas else None, alpha, of_alpha, impl)
+        grad_x, grad_alphas = entmax_backward(grad, *ctx.saved_tensors, ctx.scalars[0], of_alpha, ctx.scalars[1])
         return grad_x, grad_alphas if of_alpha else None, None, None
+
+    @staticmethod
+    def jvp(ctx, x, alphas, *_):
+        """The derivative by x is a symmetric matrix, diag(u) - u u^T / sum u: its tangent is its gradient."""
+        p, own_alphas = ctx.saved_tensors
+        alpha, impl = ctx.scalars
+        change = 0.0 if x is None else entmax_backward(x, p, own_alphas, alpha, False, impl)[0]
+        return change if alphas is None else change + along_alpha(p, own_alphas, alphas)
+
+
+def along_alpha(p: Tensor, alphas: Tensor, tangent: Tensor) -> Tensor:
+    """d alpha r^2 (s - u sum s / sum u) of each row, with s = p (1 - ln d), ln d = ln p / r and r = 1 / (alpha - 1)."""
+    wide, ratio = p.to(alphas.dtype), (alphas - 1.0).unsqueeze(-1)
+    s = torch.where(p == 0, 0.0, wide * (1.0 - ratio * wide.log()))
+    u = torch.where(p == 0, 0.0, wide ** (1.0 - ratio))
+    total = u.sum(-1, keepdim=True)
+    centred = s - u * (s.sum(-1, keepdim=True) / torch.where(total == 0, 1.0, total))
+    return (centred * (tangent.unsqueeze(-1) / ratio**2)).to(p.dtype)
 
 
 class Loss(torch.autograd.Function):
@@ -102,6 +130,7 @@ class Loss(torch.autograd.Function):
         with below_autograd():
             losses, state = loss(x, aim, *scalars)
         ctx.save_for_backward(x, aim, state)
+        ctx.save_for_forward(x, aim, state)
         ctx.scalars = scalars
         ctx.mark_non_differentiable(state)
         ctx.set_materialize_grads(False)
@@ -113,8 +142,19 @@ class Loss(torch.autograd.Function):
             return (None,) * 6
         return loss_backward(grad, *ctx.saved_tensors, *ctx.scalars), *(None,) * 5
 
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        x, aim, state = ctx.saved_tensors
+        gradient = loss_backward(torch.ones_like(state[0]), x, aim, state, *ctx.scalars)
+        return torch.where(gradient == 0, 0.0, gradient.to(state.dtype) * tangent).sum(-1), None
+
 
 differentiate(entmax, Entmax)
 differentiate(loss, Loss)
 refuse_second_derivative(entmax_backward)
 refuse_second_derivative(loss_backward)
+
+batch_into(entmax, (0, 0), (0,))
+batch_into(entmax_backward, (0, 0, 0), (0, 0))
+batch_into(loss, (0, 0), (0, 1))
+batch_into(loss_backward, (0, 0, 0, 1), (0,))

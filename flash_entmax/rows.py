@@ -46,6 +46,19 @@ class Target(NamedTuple):
         return self.aim.dim() == 1
 
 
+def check_classes(target: Target, count: int) -> None:
+    """The classes' values: read on the CPU; on a GPU, where that would wait for the device, asserted there."""
+    if not target.is_class:
+        return
+    classes = target.aim
+    valid = ((classes >= 0) & (classes < count)) | (classes == target.ignored)
+    message = f"target must hold classes from 0 to {count - 1}, or ignore_index {target.ignored}"
+    if classes.is_cuda:
+        torch._assert_async(valid.all(), message)
+    elif not classes.is_meta and not valid.all():
+        raise ValueError(f"{message}, got {classes[~valid][0].item()}")
+
+
 def solve(x: Tensor, alpha: float) -> Solved:
     """Of rows in the arithmetic's dtype. NaN and +inf make a row NaN; one of nothing but -inf gets p = 0.
 

@@ -34,6 +34,8 @@ class Sight:
     block_mask: "BlockMask | None" = None
     cu_seq_q: Tensor | None = None
     cu_seq_k: Tensor | None = None
+    max_q: int = 0  # the longest packed sequence, of queries and of keys
+    max_k: int = 0
 
     @property
     def window(self) -> tuple[int, int]:
@@ -95,7 +97,23 @@ def check_longest(max_q: object, max_k: object) -> None:
             raise ValueError(f"{name} must be at least 0, got {longest}")
 
 
-def boundaries_are_valid(boundaries: Tensor, tokens: int, longest: int) -> Tensor:
+def check_packing(
+    cu_seq_q: Tensor, cu_seq_k: Tensor, query_length: int, key_length: int, max_q: int, max_k: int
+) -> None:
+    """The boundaries' values: read on the CPU; on a GPU, where that would wait for the device, asserted there."""
+    packings = [("cu_seq_q", cu_seq_q, query_length, max_q), ("cu_seq_k", cu_seq_k, key_length, max_k)]
+    if cu_seq_q is cu_seq_k:
+        packings = [("cu_seq_q", cu_seq_q, min(query_length, key_length), max(max_q, max_k))]
+    for name, boundaries, tokens, longest in packings:
+        valid = _boundaries_are_valid(boundaries, tokens, longest)
+        message = f"{name} must rise from 0 to at most {tokens} tokens in steps of at most {longest}"
+        if boundaries.is_cuda:
+            torch._assert_async(valid, message)
+        elif not boundaries.is_meta and not valid:
+            raise ValueError(f"{message}, got {boundaries.tolist()}")
+
+
+def _boundaries_are_valid(boundaries: Tensor, tokens: int, longest: int) -> Tensor:
     """Scalar bool on the device: from 0 upwards to at most `tokens`, in steps of at most `longest`."""
     steps = boundaries.diff()
     return (boundaries[0] == 0) & (boundaries[-1] <= tokens) & ((steps >= 0) & (steps <= longest)).all()
@@ -148,8 +166,9 @@ def _check_block_mask(block_mask: object, extents: tuple[int, int, int, int], de
 class TileFilter(NamedTuple):
     """A mask by tiles: `kinds` is HIDDEN, WHOLE, or FIRST_PARTIAL + the row of `bits` that says which keys are seen.
 
-    kinds: (batch or 1, heads or 1, query tiles or 1, key tiles) int32. bits: (partial tiles, queries or 1, words)
-    int32, where bit b of word w is key 32 w + b of the tile.
+    kinds: (batch or 1, heads or 1, query tiles or 1, key tiles + 1) int32. bits: (partial tiles, queries or 1, words)
+    int32, where bit b of word w is key 32 w + b of the tile. The tile past the last one decides nothing: PyTorch would
+    compile an extent of 1 by itself.
     """
 
     kinds: Tensor
@@ -206,7 +225,7 @@ def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, 
     return cu_q[sequence + 1] - row, first, torch.where(inside, end, first)
 
 
-def reach(problem: Problem, sight: Sight, max_q: int = 0, max_k: int = 0) -> int:
+def reach(problem: Problem, sight: Sight) -> int:
     """No fewer keys than there are from the first to the last that any 64 consecutive queries see.
 
     Not clamped to the keys that exist: a number that no length enters lets a compiler keep one graph for all lengths.
@@ -215,7 +234,7 @@ def reach(problem: Problem, sight: Sight, max_q: int = 0, max_k: int = 0) -> int
     if isinstance(sight.query_positions, Tensor) or sight.cu_seq_q is not sight.cu_seq_k:
         return problem.key_length
     if sight.cu_seq_q is not None:  # queries and keys of a sequence are in the same places
-        longest = max(max_q, max_k)
+        longest = max(sight.max_q, sight.max_k)
         left = longest if left == UNLIMITED else min(left, longest)
         right = longest if right == UNLIMITED else min(right, longest)
     if UNLIMITED in (left, right):
@@ -223,10 +242,8 @@ def reach(problem: Problem, sight: Sight, max_q: int = 0, max_k: int = 0) -> int
     return left + right + 64
 
 
-def tile_filter(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:
-    """The filter of a key mask or a block mask for tiles of `tile` queries and keys."""
-    if sight.key_mask is not None:
-        return _filter_of_keys(sight.key_mask, tile)
+def filter_of_blocks(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:
+    """The filter of a block mask for tiles of `tile` queries and keys."""
     if sight.block_mask is not None:
         by_tile = _filters.setdefault(sight.block_mask, {})
         if tile not in by_tile:
@@ -239,12 +256,13 @@ def tile_filter(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:
 _filters: WeakKeyDictionary = WeakKeyDictionary()  # evaluating a mask_mod takes longer than the attention
 
 
-def _filter_of_keys(mask: Tensor, tile: int) -> TileFilter:
+def filter_of_keys(mask: Tensor, tile: int) -> TileFilter:
+    """The filter of a key mask, (batch, key length) bool, for tiles of `tile` queries and keys."""
     batch, keys = mask.shape
     # Keys past the last one count as seen: the interval hides them, and whole tiles need no bits.
-    seen = pad(mask, (0, -keys % tile), value=True).view(-1, 1, tile)
+    seen = pad(mask, (0, -keys % tile + tile), value=True).view(-1, 1, tile)
     index = torch.arange(seen.shape[0], dtype=torch.int32, device=mask.device)
-    return TileFilter(_kinds(seen, index).view(batch, 1, 1, ceil_div(keys, tile)), pack_tiles(seen))
+    return TileFilter(_kinds(seen, index).view(batch, 1, 1, ceil_div(keys, tile) + 1), pack_tiles(seen))
 
 
 def _kinds(seen: Tensor, index: Tensor) -> Tensor:
@@ -270,11 +288,11 @@ def _filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> T
     by_key = torch.vmap(block_mask.mask_mod, in_dims=(None, None, None, 0))
     by_query = torch.vmap(by_key, in_dims=(None, None, 0, None))
     if batch.numel() == 0:
-        return TileFilter(kinds, kinds.new_zeros(1, tile, tile // WORD_BITS))
+        return TileFilter(pad(kinds, (0, 1)), kinds.new_zeros(1, tile, ceil_div(tile, WORD_BITS)))
     seen = torch.vmap(by_query)(batch, head, query, key)
     index = torch.arange(batch.numel(), dtype=torch.int32, device=kinds.device)
     kinds[batch, head, query_tile, key_tile] = _kinds(seen, index)
-    return TileFilter(kinds, pack_tiles(seen))
+    return TileFilter(pad(kinds, (0, 1)), pack_tiles(seen))
 
 
 def _mark(kinds: Tensor, counts: Tensor, indices: Tensor, kind: int) -> Tensor:

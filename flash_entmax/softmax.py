@@ -14,37 +14,60 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import reference
 from .problem import Problem
+from .registration import has_tangent
 from .sight import Sight
 
 BACKENDS_CHANGE = Lock()  # they are the process's, not a thread's
 
 
-def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight: Sight) -> Tensor:
-    """The output; zeros for a query without a visible key."""
+def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight: Sight, intervals) -> Tensor:
+    """The output; zeros for a query without a visible key. The intervals are those of Modifiers."""
     if problem.softcap:
         raise ValueError("softcap with alpha=1 (softmax) is not computed here: use FlexAttention, or alpha above 1")
     if isinstance(scale, Tensor):
         query, scale = (query * scale.view(-1, 1, 1)).to(query.dtype), 1.0
     if problem.is_empty:
         return nothing(problem, query, key, value)
-    shared = problem.group > 1
+    attend = partial(scaled_dot_product_attention, scale=scale)
+    if problem.group > 1:
+        attend = partial(attend, enable_gqa=True)
+    is_forward = has_tangent((query, key, value, slopes))
+    if is_forward:  # of whose derivatives the fused kernels have none
+        attend = partial(with_backends, [SDPBackend.MATH], attend)
     masks = (sight.key_mask, sight.block_mask, slopes)
     square = sight.window[1] != 0 or problem.diagonal == 0
     if sight.is_plain and square and all(mask is None for mask in masks):
-        is_causal = sight.window[1] == 0
-        return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=shared)
-    if shared and query.is_cuda:  # where PyTorch's fused kernel for masks takes no shared heads
+        return attend(query, key, value, is_causal=sight.window[1] == 0)
+    if problem.group > 1 and query.is_cuda:  # where PyTorch's fused kernel for masks takes no shared heads
         key, value = (tensor.repeat_interleave(problem.group, 1) for tensor in (key, value))
-        shared = False
-    visible, distance = reference.visible_mask(problem, sight, query.device)
-    blind = ~visible.any(-1, keepdim=True)
-    bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible & ~blind, -torch.inf)
+    intervals = problem.intervals(query.device) if intervals is None else intervals
+    visible, distance = visible_mask(problem, sight, intervals)
     if slopes is not None:
         slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
-        bias = bias - reference.alibi(slopes, distance).to(query.dtype)
-    attend = partial(scaled_dot_product_attention, query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared)
-    output = without_cudnn(attend) if query.is_cuda and query.requires_grad else attend()
-    return output.masked_fill(blind, 0.0)
+        visible = visible & ~((slopes == torch.inf)[:, :, None, None] & (distance > 0))
+    blind = ~visible.any(-1, keepdim=True)
+    bias = torch.zeros_like(visible, dtype=query.dtype)
+    if slopes is not None:
+        bias = bias - torch.where(visible, reference.alibi(slopes, distance), 0.0).to(query.dtype)
+    bias = bias.masked_fill(~visible & ~blind, -torch.inf)
+    if query.is_cuda and query.requires_grad and not is_forward:
+        # With a mask, 64 keys modulo 128 and scores below -88 cuDNN's gradient of the query is NaN
+        # (pytorch/pytorch#196678). An exported graph has no trace of this: it takes what is there where it runs.
+        attend = partial(with_backends, other_backends(), attend)
+    return attend(query, key, value, attn_mask=bias).masked_fill(blind, 0.0)
+
+
+def visible_mask(problem: Problem, sight: Sight, intervals: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch or 1, heads or 1, query length, key length): whether the query sees the key, and their distance."""
+    intervals = intervals[:1] if intervals.stride(0) == 0 else intervals
+    start, stop, position = intervals[:, None, :, :, None].unbind(2)
+    key = torch.arange(problem.key_length, device=intervals.device)
+    visible = (start <= key) & (key < stop)
+    if sight.key_mask is not None:
+        visible = visible & sight.key_mask[:, None, None, :]
+    if sight.block_mask is not None:
+        visible = visible & reference.blocks_mask(problem, sight.block_mask)
+    return visible, (position - key).abs()
 
 
 def nothing(problem: Problem, query, key, value) -> Tensor:
@@ -54,16 +77,13 @@ def nothing(problem: Problem, query, key, value) -> Tensor:
     return zeros.expand(*query.shape[:-1], problem.value_size).contiguous()
 
 
-def without_cudnn(attend: Callable[[], Tensor]) -> Tensor:
-    """With a mask, 64 keys modulo 128 and scores below -88 its gradient of the query is NaN (pytorch/pytorch#196678).
-
-    An exported graph has no trace of this, as which kernel it takes is decided where it runs.
-    """
+def with_backends(backends: list[SDPBackend], attend: Callable[..., Tensor], *tensors: Tensor, **options) -> Tensor:
+    """The call with only some of PyTorch's backends enabled."""
     if torch.compiler.is_compiling():
-        with sdpa_kernel(other_backends()):
-            return attend()
-    with BACKENDS_CHANGE, sdpa_kernel(other_backends()):
-        return attend()
+        with sdpa_kernel(backends):
+            return attend(*tensors, **options)
+    with BACKENDS_CHANGE, sdpa_kernel(backends):
+        return attend(*tensors, **options)
 
 
 @torch.compiler.assume_constant_result

@@ -28,8 +28,10 @@ def row_maximum(z: Tensor) -> Tensor:
     return torch.where(maximum == -torch.inf, torch.inf, maximum)
 
 
-def power(distance: Tensor, exponent: float) -> Tensor:
-    """distance^exponent for distance >= 0, with the integer cases in multiplications only."""
+def power(distance: Tensor, exponent: float | Tensor) -> Tensor:
+    """distance^exponent for distance >= 0, with the integer cases of a number in multiplications only."""
+    if isinstance(exponent, Tensor):
+        return distance.pow(exponent)
     if exponent == 2.0:
         return distance * distance
     if exponent == 1.0:
@@ -37,7 +39,7 @@ def power(distance: Tensor, exponent: float) -> Tensor:
     return distance.pow(exponent)
 
 
-def probability(distance: Tensor, alpha: float) -> Tensor:
+def probability(distance: Tensor, alpha: float | Tensor) -> Tensor:
     """p = d^(1 / (alpha - 1)), with d = [z - tau]_+."""
     return power(distance, 1.0 / (alpha - 1.0))
 
@@ -110,7 +112,7 @@ class Bracket:
         self.high = torch.where(active, self.high, offset)
 
 
-def smallest_offset(visible: Tensor, alpha: float) -> Tensor:
+def smallest_offset(visible: Tensor, alpha: float | Tensor) -> Tensor:
     """n^(1 - alpha), the offset of n equal scores, just below its rounding."""
     return visible.clamp_min(1).pow(1.0 - alpha) * (1 - 1e-6)
 
@@ -190,7 +192,7 @@ def histogram_offset(z: Tensor, alpha: float, bins: int = 8) -> Tensor:
     return offset.clamp_min(smallest_offset((z > -torch.inf).sum(-1).to(z.dtype), alpha))
 
 
-def threshold_by_bisection(z: Tensor, alpha: float, steps: int = 60) -> tuple[Tensor, Tensor]:
+def threshold_by_bisection(z: Tensor, alpha: float | Tensor, steps: int = 60) -> tuple[Tensor, Tensor]:
     """Halve [n^(1 - alpha), 1] until the digits end. Slow, and with nothing that could go wrong."""
     maximum = row_maximum(z)
     relative = z - maximum.unsqueeze(-1)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Modifiers, Problem, ceil_div, empty_stored_as, pack_tiles, unpack_tiles
+from .problem import Modifiers, Problem, Tangents, empty_stored_as
 from .sight import WHOLE
 from .threshold import certified_offset, probability, smallest_offset, solve, support_weight
 from .tiles import TILE, Group, Scope, add_tiles, by_tile, groups, pad_rows, tiles_of, tiles_of_keys, unpadded
@@ -77,7 +77,7 @@ def attend(problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, v
             whole[group.rows] = piece
         live[group.tiles] = part.live
     rows = (unpadded(tiles, query) for tiles in (output, value_mean, maximum, offset))
-    return Solution(*rows, pack_tiles(live).unflatten(0, query.shape[:2]))
+    return Solution(*rows, problem.pack_live(live.unflatten(0, query.shape[:2]), TILE))
 
 
 def attend_group(problem: Problem, group: Group, z: Tensor, visible: Tensor, v: Tensor) -> Solution:
@@ -190,7 +190,7 @@ def differentiate(
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     of_alpha, of_slopes = torch.zeros_like(delta), torch.zeros_like(delta)
-    for group in groups(unpack_tiles(live, k.shape[1]).flatten(0, 1)):
+    for group in groups(problem.unpack_live(live, TILE).flatten(0, 1)):
         rows, keys = group.rows, group.keys(problem)
         k_group, v_group = (tiles_of_keys(tensor, keys, group.used) for tensor in (k, v))
         product = products(problem, q[rows], k_group)
@@ -217,6 +217,73 @@ def differentiate(
     return Gradients(*(unpadded(tiles, like) for tiles, like in gradients), of_parameters)
 
 
+def attention_tangent(
+    problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor,
+    maximum: Tensor, offset: Tensor, live: Tensor, tangents: Tangents,
+) -> Tensor:  # fmt: skip
+    """The output's derivative along the tangents, in the dtype of the output."""
+    result = torch.empty_like(value_mean)
+    for part, own_modifiers, own, shared in by_head(problem, modifiers):
+        of_keys = (
+            None if tensor is None else tensor[:, shared] for tensor in (key, value, tangents.key, tangents.value)
+        )
+        key_part, value_part, key_tangent, value_tangent = of_keys
+        own_tangents = Tangents(
+            None if tangents.query is None else tangents.query[:, own],
+            key_tangent,
+            value_tangent,
+            *(None if number is None else number[own].item() for number in (tangents.alpha, tangents.scale)),
+            None if tangents.slopes is None else tangents.slopes[:, own],
+        )
+        of_rows = (tensor[:, own] for tensor in (query, value_mean, maximum, offset, live))
+        result[:, own] = change(part, own_modifiers, key_part, value_part, *of_rows, own_tangents)
+    return result
+
+
+def change(
+    problem: Problem, modifiers: Modifiers, key: Tensor, value: Tensor, query: Tensor, value_mean: Tensor,
+    maximum: Tensor, offset: Tensor, live: Tensor, tangents: Tangents,
+) -> Tensor:  # fmt: skip
+    """`attention_tangent` with one alpha and scale, whose tangents are numbers, in the compute dtype.
+
+    dO = sum dp v + sum p dv with dp = u (ds - c) + r^2 d alpha (s - u C), where s = p (1 - ln d), and c = sum u ds /
+    sum u and C = sum s / sum u keep sum p at 1.
+    """
+    scope = Scope.of(problem, modifiers, query.device)
+    q, k, v, mean = (tiles_of(tensor) for tensor in (query, key, value, value_mean))
+    dq, dk, dv = (None if t is None else tiles_of(t) for t in (tangents.query, tangents.key, tangents.value))
+    slopes = None if tangents.slopes is None else tangents.slopes.to(q.dtype).flatten()
+    maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
+    result = torch.zeros_like(mean)
+    for group in groups(problem.unpack_live(live, TILE).flatten(0, 1)):
+        rows, keys = group.rows, group.keys(problem)
+        k_group, v_group = (tiles_of_keys(tensor, keys, group.used) for tensor in (k, v))
+        product = products(problem, q[rows], k_group)
+        steepness = 1 - product * product if problem.softcap else 1.0
+        ds = torch.zeros_like(product)
+        if dq is not None:
+            ds.add_(torch.bmm(dq[rows], k_group.mT), alpha=problem.scale)
+        if dk is not None:
+            ds.add_(torch.bmm(q[rows], tiles_of_keys(dk, keys, group.used).mT), alpha=problem.scale)
+        if tangents.scale:
+            ds.add_(torch.bmm(q[rows], k_group.mT), alpha=tangents.scale)
+        ds.mul_(steepness)
+        if slopes is not None:
+            ds.sub_(scope.separations(group).mul_(slopes[group.unit][:, None, None]))
+        distance = distances(scores(problem, scope, product, group)[0], maximum[rows], offset[rows])
+        p, u = probability(distance, problem.alpha), support_weight(distance, problem.alpha)
+        dp = torch.where(u == 0, 0.0, u * ds)
+        if tangents.alpha:
+            weight = p * (1 - torch.where(distance > 0, distance, 1.0).log_())
+            dp.add_(weight, alpha=tangents.alpha / (problem.alpha - 1.0) ** 2)
+        total = u.sum(-1, keepdim=True)
+        dp.sub_(u * (dp.sum(-1, keepdim=True) / torch.where(total == 0, 1.0, total)))
+        result[rows] = product_with(dp, v_group)
+        if dv is not None:
+            result[rows] += product_with(p, tiles_of_keys(dv, keys, group.used))
+    return unpadded(result, query)
+
+
 def distances(z: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
     """[z - tau]_+, in place; 0 where the key is hidden and in unused tiles."""
     return z.sub_(maximum.unsqueeze(-1)).add_(offset.unsqueeze(-1)).clamp_min_(0)
@@ -227,7 +294,7 @@ def support(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maximum in units of z, the support size of each row (int32) and the exact map of live tiles (bool)."""
     size = torch.empty_like(maximum, dtype=torch.int32)
-    marks = unpack_tiles(live, ceil_div(problem.key_length, TILE))
+    marks = problem.unpack_live(live, TILE)
     for part, own_modifiers, own, shared in by_head(problem, modifiers):
         of_rows = (tensor[:, own] for tensor in (query, maximum, offset, marks))
         size[:, own], marks[:, own] = count_support(part, own_modifiers, key[:, shared], *of_rows)

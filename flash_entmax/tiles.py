@@ -94,7 +94,7 @@ class Scope(NamedTuple):
             stop = torch.where(infinite.unsqueeze(-1), stop.minimum(position + 1), stop)
             slopes = slopes.masked_fill(infinite, 0.0).flatten()
         if kinds is not None:
-            kinds = kinds.expand(problem.batch, problem.heads, ceil_div(problem.query_length, TILE), -1)
+            kinds = kinds[..., :-1].expand(problem.batch, problem.heads, ceil_div(problem.query_length, TILE), -1)
         rows = (pad_rows(of_row, 0) for of_row in (start, stop, position))
         return cls(*rows, slopes, kinds, modifiers.bits, extent(problem.key_length))
 

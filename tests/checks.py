@@ -12,7 +12,7 @@ from cases import Case, Result, Step, attend, names, run, run_dense
 from torch import Tensor
 
 from flash_entmax import entmax_attention, ops, reference
-from flash_entmax.problem import Support, unpack_tiles
+from flash_entmax.problem import Support
 from flash_entmax.testing import (
     DISTRIBUTIONS,
     FLOOR,
@@ -205,11 +205,11 @@ def operator_arguments(case: Case, impl: str) -> tuple:
 
 def live_map(case: Case, impl: str) -> tuple[Tensor, int]:
     """The tiles that the operator kept, (batch, heads, query tiles, key tiles) bool, and the extent of a tile."""
-    extent = ops.tile(impl, case.query)
+    extent = ops.tile(impl, case.query, case.value)
     with torch.no_grad():
         *_, words = ops.attention(*operator_arguments(case, impl))
     assert words.shape == case.problem.live_shape(extent)
-    return unpack_tiles(words, -(-case.problem.key_length // extent)), extent
+    return case.problem.unpack_live(words, extent), extent
 
 
 def check_live_map(case: Case, impl: str, exact: Support) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from flash_entmax.problem import Modifiers, Problem
+from flash_entmax.problem import Modifiers, Problem, Tangents
 
 
 class AbsentGpu:
@@ -40,8 +40,8 @@ def all_modifiers(heads: int, length: int, tile: int) -> Modifiers:
         scale=torch.full((heads,), 0.1),
         slopes=torch.full((1, heads), 0.5),
         intervals=torch.zeros(1, 3, length, dtype=torch.int32),
-        kinds=torch.zeros(1, heads, tiles, tiles, dtype=torch.int32),
-        bits=torch.zeros(3, tile, tile // 32, dtype=torch.int32),
+        kinds=torch.zeros(1, heads, tiles, tiles + 1, dtype=torch.int32),
+        bits=torch.zeros(3, tile, -(-tile // 32), dtype=torch.int32),
     )
 
 
@@ -57,10 +57,12 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
     attention.Chunk.run = compile_only
     query, key = torch.empty(1, 4, 256, head_size, dtype=dtype), torch.empty(1, 2, 256, head_size, dtype=dtype)
     problem = Problem.of(query, key, key, alpha, True, 1.0, softcap=30.0 if everything else 0.0)
-    modifiers = all_modifiers(4, 256, tile_size(dtype)) if everything else Modifiers()
+    modifiers = all_modifiers(4, 256, tile_size(dtype, head_size)) if everything else Modifiers()
     output, *saved = attention.attention(problem, modifiers, query, key, key)
     attention.attention_backward(problem, modifiers, output, query, key, key, *saved, everything)
     attention.support(problem, modifiers, query, key, *saved[1:])
+    numbers = (torch.ones(4), torch.ones(4), torch.ones(1, 4)) if everything else (None, None, None)
+    attention.attention_tangent(problem, modifiers, query, key, key, *saved, Tangents(query, key, key, *numbers))
 
 
 def compile_rows(capability: int, dtype: torch.dtype, size: int, alpha: float) -> None:

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem import WORD_BITS, Modifiers, Problem, ceil_div, empty_stored_as
+from ..problem import Modifiers, Problem, Tangents, ceil_div, empty_stored_as
 from . import schedule
 from .backward import gradient_key_value_kernel, gradient_query_kernel
 from .bound import summary_kernel
 from .forward import output_kernel, support_kernel
 from .schedule import Launch, Shape
+from .tangent import Directions, tangent_kernel
 from .tau import threshold_kernel
 from .tile import Matrix, aligned, aligned_size, device_of, matrix, trimmed
 from .view import View, bounds_kernel
@@ -103,7 +104,7 @@ class Call(NamedTuple):
             units=problem.batch * problem.heads,
             query_tiles=ceil_div(problem.query_length, shape.TILE),
             key_tiles=key_tiles,
-            words=ceil_div(key_tiles, WORD_BITS),
+            words=problem.live_words(shape.TILE),
             extent=(problem.heads, problem.group, problem.query_length, problem.key_length),
         )
         return call if modifiers.intervals is None or problem.is_empty else call.bounded()
@@ -139,7 +140,7 @@ def attention(problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor
     output = empty_stored_as(query, aligned_size(problem.value_size))
     value_mean = torch.empty_like(output)
     maximum, offset = (query.new_empty(output.shape[:3], dtype=torch.float32) for _ in range(2))
-    live = query.new_empty(problem.live_shape(schedule.tile_size(query.dtype)), dtype=torch.int32)
+    live = query.new_empty(problem.live_shape(schedule.tile_size(query.dtype, problem.widest)), dtype=torch.int32)
     if problem.is_empty:
         output.zero_(), value_mean.zero_(), maximum.fill_(torch.inf), offset.fill_(1.0), live.zero_()
     else:
@@ -233,13 +234,47 @@ def key_value_stage(call: Call, query, key, value, grad_output, packed, live, gr
         )  # fmt: skip
 
 
+def attention_tangent(
+    problem: Problem, modifiers: Modifiers, query, key, value, value_mean, maximum, offset, live, tangents: Tangents
+) -> Tensor:
+    """The output's derivative along the tangents, of flash_entmax::attention_tangent."""
+    result = empty_stored_as(query, aligned_size(problem.value_size))
+    if problem.is_empty:
+        return trimmed(result.zero_(), problem.value_size)
+    with device_of(query):
+        call = Call.of(problem, modifiers, query)
+        parts = call.query_chunks(LISTED)
+        lists = new_lists(parts, live.device)
+        directions = directions_of(tangents, (query, key, value), maximum)
+        shape = replace(call.shape, PARAMETERS=directions.alpha is not None)
+        tensors = aligned(query), aligned(key), aligned(value)
+        for chunk in parts:
+            chunk.run(
+                tangent_kernel, schedule.tangent_launch(shape), *tensors, directions, maximum, offset, live, lists,
+                matrix(result), call.view, *call.numbers, *call.extent, chunk.first_unit, chunk.units,
+                chunk.first_tile, call.words, chunk.capacity, S=shape,
+            )  # fmt: skip
+    return trimmed(result, problem.value_size)
+
+
+def directions_of(tangents: Tangents, tensors: tuple[Tensor, ...], maximum: Tensor) -> Directions:
+    """With zeros where there is no tangent; no parameters where none of them has one."""
+    batch, heads, _ = maximum.shape
+    like = *tensors, *(maximum.new_empty(shape) for shape in ((heads,), (heads,), (batch, heads)))
+    given = [torch.zeros_like(other) if own is None else own for own, other in zip(tangents, like, strict=True)]
+    parameters = tuple(tensor.to(maximum.dtype).contiguous() for tensor in given[3:])
+    has_parameters = any(tangent is not None for tangent in tangents[3:])
+    return Directions(*map(aligned, given[:3]), *(parameters if has_parameters else (None, None, None)))
+
+
 def support(
     problem: Problem, modifiers: Modifiers, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(maximum in units of z, support size, exact map of live tiles) of flash_entmax::attention_support."""
     size = torch.zeros(maximum.shape, dtype=torch.int32, device=query.device)
-    key_tiles = ceil_div(problem.key_length, schedule.tile_size(query.dtype))
-    marks = torch.zeros(*live.shape[:3], key_tiles, dtype=torch.bool, device=query.device)
+    tile = schedule.tile_size(query.dtype, problem.widest)
+    grid = (ceil_div(length, tile) for length in (problem.query_length, problem.key_length))
+    marks = torch.zeros(problem.batch, problem.heads, *grid, dtype=torch.bool, device=query.device)
     if problem.is_empty:
         return maximum.clone(), size, marks
     with device_of(query):

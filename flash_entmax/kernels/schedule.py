@@ -62,13 +62,17 @@ def padded_size(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def tile_size(dtype: torch.dtype) -> int:
-    """64 x 64 keeps the matrix units busy; float32 products run on the vector units and fill twice the memory."""
-    return 32 if dtype == torch.float32 else 64
+def tile_size(dtype: torch.dtype, size: int) -> int:
+    """64 x 64 keeps the matrix units busy; float32 products run on the vector units and fill twice the memory.
+
+    `size` is the larger head size, of keys or of values; above 256, half the tile fills the memory.
+    """
+    tile = 32 if dtype == torch.float32 else 64
+    return tile if size <= 256 else tile // 2
 
 
 def shape_of(problem: Problem, modifiers: Modifiers, dtype: torch.dtype) -> Shape:
-    tile = tile_size(dtype)
+    tile = tile_size(dtype, problem.widest)
     per_head = modifiers.alpha is not None
     power = 0 if per_head else {2.0: 1, 1.5: 2}.get(problem.alpha, 0)
     by_batch, by_head = (extent > 1 for extent in modifiers.kinds.shape[:2]) if modifiers.kinds is not None else (0, 0)
@@ -122,6 +126,10 @@ def output_launch(shape: Shape) -> Launch:
 
 def gradient_launch(shape: Shape) -> Launch:
     return Launch(4, 2, registers(shape, 3)) if is_narrow(shape) else wide_launch(shape)
+
+
+def tangent_launch(shape: Shape) -> Launch:
+    return Launch(4, 2) if is_narrow(shape) else Launch(8, 1)
 
 
 def is_narrow(shape: Shape) -> bool:

@@ -126,7 +126,7 @@ def kinds_of(unit, query_tile, key_tile, extent, view, S: tl.constexpr):
         index = index * extent.heads + unit % extent.heads
     if S.FILTER_BY_QUERY:
         index = index * query_tiles + tl.minimum(query_tile, query_tiles - 1)
-    return tl.load(view.kinds + index * key_tiles + tl.minimum(key_tile, key_tiles - 1))
+    return tl.load(view.kinds + index * (key_tiles + 1) + tl.minimum(key_tile, key_tiles - 1))
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def hide_filtered(score, row, key, unit, query_tile, key_tile, extent, view, S: 
     place = tl.cast(tl.maximum(kind - FIRST_PARTIAL, 0), tl.int64)  # the bits of a whole tile are not looked at
     if S.FILTER_BY_QUERY:
         place = place * S.TILE + row
-    words = view.bits + place * (S.TILE // WORD)
+    words = view.bits + place * ((S.TILE + WORD - 1) // WORD)
     word = tl.load(words)
     if S.TILE > WORD:
         word = tl.where(key < WORD, word, tl.load(words + 1))

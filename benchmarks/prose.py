@@ -30,7 +30,10 @@ SHORTEST = 5_000  # bytes; what is shorter is a title page or an index
 FOREIGN = "/html/"  # the handbook has a folder for each language
 # Words that every English page is full of and that its translations do not have. Their share of the words is at least
 # 0.12 on the pages of prose; it is at most 0.011 in translations, and 0.05 in indexes of keywords.
-ENGLISH = set("the of and to that it with by this from which you have are be or not".split())
+ENGLISH = {
+    "the", "of", "and", "to", "that", "it", "with", "by", "this",
+    "from", "which", "you", "have", "are", "be", "or", "not",
+}  # fmt: skip
 FEWEST_ENGLISH = 0.08
 
 

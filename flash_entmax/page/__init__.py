@@ -75,7 +75,7 @@ def save_page(
         "title": html.escape(title),
         "note": html.escape(note),
         "style": asset("style.css"),
-        "script": asset("script.js"),
+        "script": asset("data.js") + asset("script.js"),
         "facts": inside_script(facts),
         "data": "\n".join(data),
     }

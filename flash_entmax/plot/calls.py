@@ -196,8 +196,8 @@ def add_titles(figure: "Figure", title: str, explained: str) -> None:
     width, height = figure.get_size_inches()
     place = 0.16 / width, 1 - 0.27 / height
     text = figure.text(*place, title, fontsize=TITLE_SIZE, weight="bold", va="center", parse_math=False)
-    fit = (width - 2 * 0.16) * figure.dpi / text.get_window_extent().width
-    text.set_fontsize(TITLE_SIZE * min(1.0, fit))
+    while text.get_window_extent().width > (width - 2 * 0.16) * figure.dpi and text.get_fontsize() > 4:
+        text.set_fontsize(0.96 * text.get_fontsize())
     figure.text(0.16 / width, 1 - 0.46 / height, explained, fontsize=10, va="top", color=GREY, parse_math=False)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_inspection import tiny_llama
 
-from flash_entmax import cli, inspection
+from flash_entmax import cli, entmax_attention, inspection
 from flash_entmax.command import CommandError
+from flash_entmax.testing import iid_inputs
 
 
 def run_command(capsys, *arguments) -> tuple[int, str, str]:
@@ -187,6 +188,28 @@ def test_a_model_that_was_saved_with_entmax(llama_folder, tmp_path, capsys, aske
     assert shown_losses(printed)[0] == pytest.approx(expected, abs=0.0006)
 
 
+def test_alphas_that_differ_are_shown_from_the_smallest_to_the_largest():
+    from flash_entmax.inspect_model.loss import alpha_of
+
+    with inspection.record() as calls:
+        for alpha in (1.5, torch.tensor([1.25, 1.75])):
+            entmax_attention(*iid_inputs(1, 2, 5, 8), alpha=alpha)
+    assert alpha_of(calls) == "alpha 1.25 to 1.75"
+    assert alpha_of(calls[:1]) == "alpha 1.5"
+
+
+def test_a_config_whose_alpha_is_no_number_is_refused(llama_folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "saved"
+    shutil.copytree(llama_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"entmax_alpha": "1.5"}))
+    options = "--text", folder / "text.txt", "--device", "cpu", "--out", tmp_path / "out"
+    code, printed, complaints = run_command(capsys, folder, *options)
+    assert (code, printed) == (1, "")
+    assert "entmax_alpha must be a number" in complaints
+
+
 def test_offset_skips_tokens_of_the_text(llama_folder, tmp_path, capsys):
     """The model reads the tokens from there on as its first; special tokens stay around them."""
     pytest.importorskip("matplotlib")
@@ -222,6 +245,8 @@ def test_special_tokens_stay_around_the_text():
         wanted = Wanted("model", Path("text"), Path("out"), offset=offset)
         return transformers_model.encoded(tokenizer, wanted, b"a b c d e f g h", limit)[1]
 
+    with pytest.raises(CommandError, match="--tokens 2: the tokenizer adds 2 special ones to any text"):
+        read(0, 2)
     assert read(0, 5) == ["<s>", "a", " b", " c", "</s>"]
     assert read(3, 5) == ["<s>", " d", " e", " f", "</s>"]
     assert read(6, 5) == ["<s>", " g", " h", "</s>"]
@@ -403,7 +428,7 @@ def test_refusals_come_before_the_weights_are_read(llama_folder, demo_folder, tm
         code, _, complaints = run_command(capsys, llama_folder, *options)
         assert code == 1
         assert wrong[0] in complaints
-    for alpha, words in ((1, "must be above 1 and at most 2, got 1"), ("1.5", "got '1.5'"), (True, "got True")):
+    for alpha, words in ((1, "must be above 1 and at most 2, got 1"), (2.5, "got 2.5")):
         folder = tmp_path / str(alpha)
         shutil.copytree(llama_folder, folder)
         config = json.loads((folder / "config.json").read_text())

@@ -9,7 +9,7 @@ import torch
 
 from ..command import CommandError
 from .demo_model import demo_checkpoint, open_demo
-from .loss import loss_line, read, softmax_loss
+from .loss import alpha_of, loss_line, read, softmax_loss
 from .progress import Progress
 from .results import table, write
 from .transformers_model import open_transformers
@@ -31,14 +31,16 @@ def run(wanted: Wanted) -> None:
                     f"{wanted.model} made no call of entmax attention (alpha 1 is softmax, not recorded)"
                 )
             check_against(wanted, len(calls), max(call.problem.heads for call in calls))
-            loss = loss_line(subject, loss, softmax_loss(subject, progress))
-        except (ValueError, IndexError, torch.OutOfMemoryError) as error:
+            alpha = alpha_of(calls)
+            loss = loss_line(subject, alpha, loss, softmax_loss(subject, progress))
+        except (ValueError, TypeError, IndexError, torch.OutOfMemoryError) as error:
             raise CommandError(f"{wanted.model}: {error}") from error
         chosen = [call for call in calls if call.number in numbers_of(wanted.layers, len(calls))]
         rows = table(chosen, progress)
         progress.clear()
-        print(f"{wanted.model}: {subject.attention}; {subject.read}\n{loss}\n")
+        attention = f"entmax attention, {alpha}, {subject.origin}"
+        print(f"{wanted.model}: {attention}; {subject.read}\n{loss}\n")
         print(*rows, sep="\n")
         name = f"{Path(wanted.model).name}, {subject.read_briefly}"
-        paths = write(wanted, chosen, subject, name, f"{subject.attention}; {loss}", progress)
+        paths = write(wanted, chosen, subject, name, f"{attention}; {loss}", progress)
     print("\npictures:", *paths[:-1], f"\npage, to be opened in a browser: {paths[-1]}")

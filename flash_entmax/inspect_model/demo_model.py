@@ -29,7 +29,7 @@ def open_demo(wanted: Wanted) -> "DemoModel":
     trained = "as trained" if alpha == settings.alpha else f"trained with {settings.alpha:g}"
     text = content[wanted.offset :][: min(wanted.tokens, settings.context)]
     ids = torch.tensor([list(text)], device=settings.device)
-    subject = DemoModel(wanted, model, ids, [letter(byte) for byte in text], alpha, f"alpha {alpha:g}, {trained}")
+    subject = DemoModel(wanted, model, ids, [letter(byte) for byte in text], trained)
     subject.take(alpha)
     if settings.context == len(text) < min(wanted.tokens, len(content) - wanted.offset):
         subject.read += ", all that the model takes at once"

@@ -1,6 +1,6 @@
 """The model's loss on the text, with the attention shown and with softmax."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -64,7 +64,14 @@ def losses(subject: Subject) -> Iterator[float | None]:
         yield sum(cross_entropy(part.float(), target, reduction="sum").item() for part, target in rows)
 
 
-def loss_line(subject: Subject, loss: float | None, softmax: float | None) -> str:
+def loss_line(subject: Subject, alpha: str, loss: float | None, softmax: float | None) -> str:
     if loss is None:
         return f"no loss is shown: {subject.why_no_loss}"
-    return f"loss in nats per {subject.unit}: {loss:.3f} with alpha {subject.alpha:g}, {softmax:.3f} with softmax"
+    return f"loss in nats per {subject.unit}: {loss:.3f} with {alpha}, {softmax:.3f} with softmax"
+
+
+def alpha_of(calls: Sequence[Call]) -> str:
+    """In words: the one of all calls, or the smallest and the largest."""
+    numbers = [number for call in calls for number in torch.as_tensor(call.alpha).flatten().tolist()]
+    low, high = (f"{number:.4g}" for number in (min(numbers), max(numbers)))
+    return f"alpha {low}" if low == high else f"alpha {low} to {high}"

@@ -14,7 +14,7 @@ class Subject(ABC):
         model: whose calls are recorded.
         ids: (1, length), the text.
         tokens: what each of them stands for.
-        alpha, attention: of the attention that is looked at; in words, where it comes from.
+        origin: of the alpha that it runs with, in words.
         unit: what the model reads, "token" or "byte".
         vocabulary: how many of them there are.
         why_no_loss: in words; empty where the model predicts the next token.
@@ -24,10 +24,8 @@ class Subject(ABC):
     unit = "token"
     why_no_loss = ""
 
-    def __init__(
-        self, wanted: Wanted, model: nn.Module, ids: Tensor, tokens: list[str], alpha: float, attention: str
-    ) -> None:
-        self.model, self.ids, self.tokens, self.alpha, self.attention = model, ids, tokens, alpha, attention
+    def __init__(self, wanted: Wanted, model: nn.Module, ids: Tensor, tokens: list[str], origin: str) -> None:
+        self.model, self.ids, self.tokens, self.origin = model, ids, tokens, origin
         count = f"{len(tokens):,} {self.unit if len(tokens) == 1 else f'{self.unit}s'}"
         start = f" from {self.unit} {wanted.offset:,} on" if wanted.offset else ""
         self.read = f"{count} of {wanted.text}{start}" if start else f"the first {count} of {wanted.text}"

@@ -37,40 +37,41 @@ def load(wanted: Wanted, content: bytes) -> "TransformersModel":
     config = AutoConfig.from_pretrained(wanted.model)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("a model of an encoder and a decoder: the page shows a text that attends to itself")
-    attention, alpha, words = attention_of(wanted, config)
+    attention, _, words = attention_of(wanted, config)
     sizes = config.get_text_config()
     check_against(wanted, *(getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads")))
     context = getattr(sizes, "max_position_embeddings", None) or wanted.tokens
     tokenizer = AutoTokenizer.from_pretrained(wanted.model)
     ids, tokens = encoded(tokenizer, wanted, content, min(wanted.tokens, context))
-    if attention == "entmax":
-        config.entmax_alpha = alpha
+    if wanted.alpha is not None:
+        sizes.entmax_alpha = wanted.alpha
     model = load_weights(wanted, config, attention)
-    subject = TransformersModel(wanted, model, torch.tensor([ids], device=model.device), tokens, alpha, words)
+    subject = TransformersModel(wanted, model, torch.tensor([ids], device=model.device), tokens, words)
     subject.why_no_loss = subject.why_no_loss or why_no_loss(model)
     if context == len(tokens) < wanted.tokens:
         subject.read += ", all that the model takes at once"
     return subject
 
 
-def saved_alpha(config) -> float | None:
-    """Of a model that was saved with entmax attention."""
-    return getattr(config, "entmax_alpha", None)
+def saved_attention(config) -> tuple[str, object] | None:
+    """The entmax attention that a model was saved with, and its alpha; None of a model that was not."""
+    alpha = getattr(config.get_text_config(), "entmax_alpha", None)
+    return None if alpha is None else ("entmax", alpha)
 
 
-def attention_of(wanted: Wanted, config) -> tuple[str, float, str]:
+def attention_of(wanted: Wanted, config) -> tuple[str, object, str]:
     """The name of the attention, its alpha, and where that comes from, in words."""
-    saved = saved_alpha(config)
-    attention = wanted.attention or ("entmax" if wanted.alpha or saved is not None else "entmax15")
-    alpha = wanted.alpha or ATTENTION[attention] or saved
+    saved, found = saved_attention(config) or ("entmax15", None)
+    is_asked_for = wanted.attention is not None or wanted.alpha is not None
+    attention = (wanted.attention or "entmax") if is_asked_for else saved
+    alpha = wanted.alpha or ATTENTION[attention] or found
     if alpha is None:
         raise ValueError("--attention entmax needs --alpha: the model's config has no entmax_alpha")
-    if not (isinstance(alpha, (int, float)) and 1 < alpha <= 2):
+    if isinstance(alpha, (int, float)) and not 1 < alpha <= 2:
         raise ValueError(f"entmax_alpha in its config.json must be above 1 and at most 2, got {alpha!r}: give --alpha")
-    if saved is None:
-        return attention, alpha, f"entmax attention, alpha {alpha:g}, in place of the model's own"
-    words = "as found in its config.json" if alpha == saved else f"in place of {saved} in its config.json"
-    return attention, alpha, f"alpha {alpha:g}, {words}"
+    if found is None:
+        return attention, alpha, "in place of the model's own"
+    return attention, alpha, f"{'as found' if alpha == found else f'in place of {found}'} in its config.json"
 
 
 def load_weights(wanted: Wanted, config, attention: str):
@@ -154,6 +155,8 @@ class TransformersModel(Subject):
 def encoded(tokenizer, wanted: Wanted, content: bytes, limit: int) -> tuple[list[int], list[str]]:
     """At most `limit` tokens from `wanted.offset` on, between the special ones of the tokenizer; ids and texts."""
     text = content.decode("utf-8", "replace")
+    if limit <= (special := tokenizer.num_special_tokens_to_add()):
+        raise CommandError(f"--tokens {limit}: the tokenizer adds {special} special ones to any text")
     options = {"truncation": True, "max_length": wanted.offset + limit, "return_special_tokens_mask": True}
     encoding = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, **options)
     ids = encoding["input_ids"]

@@ -47,7 +47,8 @@ with torch.no_grad(), inspection.record(model) as calls:
 for call in calls:
     sizes = ", ".join(f"{size:.1f}" for size in call.keys_per_query)
     print(f"layer {call.number}: {sizes} keys per query by head, of {call.visible_per_query:.0f} visible;")
-    print(f"         {100 * call.block_sparsity.mean():.0f} % of the visible tiles are empty")
+    print(f"         {100 * call.block_sparsity.mean():.0f} % of the visible tiles are empty;")
+    print(f"         64 queries together attend to {call.keys_per_64_queries.mean():.0f} keys")
 
 # %% The keys of one query, exactly: a row of a sparse matrix.
 query = max(n for n, token in enumerate(tokens) if token == "attention")

@@ -64,8 +64,12 @@ def add_inspect_options(inspect_parser: argparse.ArgumentParser) -> None:
     about = "default: what the model was trained with, if that is entmax attention; else entmax15"
     add("--attention", choices=("entmax15", "sparsemax", "entmax"), help=about)
     add("--alpha", type=float, help="with entmax: above 1, at most 2; larger is sparser")
-    add("--tokens", type=int, metavar="N", default=1024, help="read the first N tokens (default: %(default)s)")
+    add("--tokens", type=int, metavar="N", default=1024, help="read N tokens of the text (default: %(default)s)")
+    about = "skip N tokens of the text; the model does not read them, and counts from the next one (default: 0)"
+    add("--offset", type=int, metavar="N", default=0, help=about)
     add("--layers", nargs="+", metavar="N", default=(), help="numbers and ranges, such as 0 3-5 (default: all)")
+    about = "draw the map of each, and open the page at the first: a head, as 8 (of the first layer shown), or 23:8"
+    add("--head", nargs="+", metavar="HEAD", default=(), help=about)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
 
 
@@ -190,7 +194,9 @@ def inspect(options: argparse.Namespace) -> int:
         attention=options.attention,
         alpha=options.alpha,
         tokens=options.tokens,
+        offset=options.offset,
         layers=tuple(options.layers),
+        heads=tuple(options.head),
         device=options.device,
     )
     run(wanted)

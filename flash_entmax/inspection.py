@@ -3,7 +3,7 @@
 with inspection.record(model) as calls:
     model(tokens)
 for call in calls:
-    print(call.name, call.keys_per_query, call.block_sparsity)
+    print(call.name, call.keys_per_query, call.block_sparsity, call.key_sparsity)
 rows = calls[3].rows(batch=0, head=2)  # a sparse CSR matrix: the keys of each query and their probabilities
 """
 
@@ -11,17 +11,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import NamedTuple
+from itertools import product
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ops
 from .functional import entmax_attention
-from .problem import Modifiers, Problem, Support, ceil_div, row_dtype, unpack_tiles
-from .reference import entmax_rows
-from .sight import FIRST_PARTIAL, HIDDEN, WHOLE
+from .problem import Modifiers, Problem, Support, ceil_div, row_dtype
+from .sight import HIDDEN
+from .sparse_rows import QUERIES, Head, HeadSight, union_sizes
 
 
 @contextmanager
@@ -198,6 +199,44 @@ class Call:
         """(heads,) float64: the mean support size of the queries that see a key."""
         return share(self.support.size.sum((0, 2)), (self.support.maximum < torch.inf).sum((0, 2)))
 
+    @cached_property
+    def live_keys(self) -> Tensor:
+        """(batch, heads, ceil(query length / 64)) int64: how many keys 64 consecutive queries attend to together.
+
+        A key counts once, however many of them attend to it: the union of their supports, as ``rows`` gives them and
+        in its memory. Packed sequences are cut every 64 tokens as well. A RuntimeError as of ``rows``.
+        """
+        p = self.problem
+        counts = torch.zeros(p.batch, p.heads, ceil_div(p.query_length, QUERIES), dtype=torch.int64)
+        for batch, head in product(range(p.batch), range(p.heads)):
+            counts[batch, head] = self._head(batch, head).live_keys()
+        return counts.to(self._maximum.device)
+
+    @cached_property
+    def visible_keys(self) -> Tensor:
+        """(batch, heads, ceil(query length / 64)) int64: how many keys at least one of 64 consecutive queries sees."""
+        p, kinds = self.problem, self._modifiers.kinds
+        shape = p.batch, p.heads, ceil_div(p.query_length, QUERIES)
+        if kinds is None:
+            return union_sizes(self.intervals.long(), QUERIES).unsqueeze(1).expand(shape)
+        counts = [
+            [self._sight(batch, head).visible_keys() for head in range(kinds.shape[1])] for batch in range(p.batch)
+        ]
+        return torch.tensor(counts, device=kinds.device).view(p.batch, kinds.shape[1], -1).expand(shape)
+
+    @property
+    def keys_per_64_queries(self) -> Tensor:
+        """(heads,) float64: the mean of ``live_keys`` over those 64 queries of which one sees a key."""
+        return share(self.live_keys.sum((0, 2)), (self.visible_keys > 0).sum((0, 2)))
+
+    @property
+    def key_sparsity(self) -> Tensor:
+        """(heads,) float64: the share of the keys visible to 64 consecutive queries that none of them attends to.
+
+        As ``block_sparsity``, for tiles of 64 queries and one key.
+        """
+        return 1 - share(self.live_keys.sum((0, 2)), self.visible_keys.sum((0, 2)))
+
     @property
     def visible_per_query(self) -> float:
         """How many keys a query sees on average, before masks by tile, of the queries that see one."""
@@ -235,20 +274,19 @@ class Call:
             torch.cat([part[field] for part in parts]) if parts else torch.zeros(0, device=view.query.device)
             for field in range(3)
         )
-        offsets = torch.nn.functional.pad(counts.long().cumsum(0), (1, 0))
+        offsets = pad(counts.long().cumsum(0), (1, 0))
         size = self.problem.query_length, self.problem.key_length
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # on first use
             values = values.to(dtype).clamp_min(smallest)
             return torch.sparse_csr_tensor(offsets, keys.long(), values, size, check_invariants=False)
 
-    def _head(self, batch: int, head: int) -> "Head":
+    def _head(self, batch: int, head: int) -> Head:
         p, m = self.problem, self._modifiers
         for name, index, extent in (("batch", batch, p.batch), ("head", head, p.heads)):
             if not 0 <= index < extent:
                 raise IndexError(f"{name} must be from 0 to {extent - 1}, got {index}")
         query, key = self.inputs
-        kinds = None if m.kinds is None else m.kinds.expand(p.batch, p.heads, ceil_div(p.query_length, self._tile), -1)
         return Head(
             query[batch, head].double(),
             key[batch, head // p.group].double(),
@@ -256,59 +294,17 @@ class Call:
             p.scale if m.scale is None else m.scale[head].item(),
             p.softcap,
             0.0 if m.slopes is None else m.slopes[batch, head].item(),
-            self.intervals[batch].long(),
-            None if kinds is None else kinds[batch, head],
-            m.bits,
+            self._sight(batch, head),
             p.unpack_live(self._live, self._tile)[batch, head],
-            self._tile,
         )
 
-
-class Head(NamedTuple):
-    """One head of one batch row: query (query length, head size) and key (key length, head size) in float64.
-
-    intervals: (3, query length). kinds and live: (query tiles, key tiles). See Modifiers for the rest.
-    """
-
-    query: Tensor
-    key: Tensor
-    alpha: float
-    scale: float
-    softcap: float
-    slope: float
-    intervals: Tensor
-    kinds: Tensor | None
-    bits: Tensor | None
-    live: Tensor
-    tile: int
-
-    def tile_row(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one tile of queries: how many keys each attends to, and these keys and probabilities, row after row."""
-        queries = slice(index * self.tile, (index + 1) * self.tile)
-        tiles = self.live[index].nonzero().flatten()
-        key = (tiles.unsqueeze(-1) * self.tile + torch.arange(self.tile, device=tiles.device)).flatten()
-        start, stop, position = self.intervals[:, queries].unsqueeze(-1)
-        visible = (start <= key) & (key < stop)
-        if self.kinds is not None:
-            visible &= self.mask(index, tiles)[: visible.shape[0]]
-        key = key.clamp_max(self.key.shape[0] - 1)  # those past the last one are not visible
-        scores = self.scale * (self.query[queries] @ self.key[key].mT)
-        if self.softcap:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        if self.slope:
-            distance = (position - key).abs()
-            scores = torch.where(distance == 0, scores, scores - self.slope * distance.double())
-        z = ((self.alpha - 1.0) * scores).masked_fill(~visible, -torch.inf)
-        probability, _, _ = entmax_rows(z, self.alpha)
-        row, column = (probability > 0).nonzero(as_tuple=True)
-        return (probability > 0).sum(-1), key[column], probability[row, column]
-
-    def mask(self, index: int, tiles: Tensor) -> Tensor:
-        """(tile or 1, keys of the tiles) bool: what the filter of tiles leaves."""
-        kind = self.kinds[index, tiles]
-        bits = unpack_tiles(self.bits[(kind - FIRST_PARTIAL).clamp_min(0)], self.tile)
-        seen = torch.where((kind >= FIRST_PARTIAL)[:, None, None], bits, (kind == WHOLE)[:, None, None])
-        return seen.transpose(0, 1).flatten(1)
+    def _sight(self, batch: int, head: int) -> HeadSight:
+        p, m = self.problem, self._modifiers
+        of_head = None
+        if m.kinds is not None:
+            kinds = m.kinds[..., :-1].expand(p.batch, -1, ceil_div(p.query_length, self._tile), -1)
+            of_head = kinds[batch, head if kinds.shape[1] > 1 else 0]
+        return HeadSight(self.intervals[batch].long(), of_head, m.bits, self._tile)
 
 
 def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options) -> Tensor:

@@ -91,6 +91,7 @@ def test_rows_of_packed_sequences(backend, keys):
     case = packed_case(backend, (5, 3, 70, 0), keys, spare=4, is_causal=True, dtype=dtype)
     call = recorded(case, backend.impl)
     check_rows(call, dense(case))
+    check_keys_together(call, case, dense(case) > 0)
     assert (call.rows(0, 1).crow_indices().diff()[-4:] == 0).all()
 
 
@@ -101,6 +102,7 @@ def test_against_the_reference(backend, name):
     call, expected = recorded(case, backend.impl), dense(case)
     check_rows(call, expected)
     check_numbers(call, case, expected > 0)
+    check_keys_together(call, case, expected > 0)
     _, support = attend_with_support(case, backend.impl)
     for ours, theirs in zip(call.support, support, strict=True):
         assert ours == theirs if isinstance(ours, tuple) else torch.equal(ours, theirs)
@@ -122,6 +124,17 @@ def check_numbers(call: inspection.Call, case: Case, exact: torch.Tensor) -> Non
     assert call.keys_per_query.tolist() == pytest.approx(means)
 
 
+def check_keys_together(call: inspection.Call, case: Case, exact: torch.Tensor) -> None:
+    """Of each 64 consecutive queries: the keys that one of them attends to, and those that one of them sees."""
+    visible, _ = reference.visible_mask(case.problem, case.sight, case.query.device)
+    live, seen = (any_in_tiles(marks, (64, 1)).sum(-1) for marks in (exact, visible.expand_as(exact)))
+    assert torch.equal(call.live_keys, live)
+    assert torch.equal(call.visible_keys, seen)
+    assert call.key_sparsity.tolist() == pytest.approx((1 - live.sum((0, 2)) / seen.sum((0, 2))).tolist())
+    means = [live[:, head][seen[:, head] > 0].double().mean().item() for head in range(live.shape[1])]
+    assert call.keys_per_64_queries.tolist() == pytest.approx(means)
+
+
 def test_tau_is_in_units_of_z(backend):
     """A key has positive probability exactly when (alpha - 1) * score is above tau."""
     case = make_case(backend, length=70, alpha=1.7, scale=0.3)
@@ -133,6 +146,17 @@ def test_tau_is_in_units_of_z(backend):
 def test_visible_keys_of_a_causal_call(backend):
     call = recorded(make_case(backend, length=70, is_causal=True), backend.impl)
     assert call.visible_per_query == pytest.approx(71 / 2)
+
+
+def test_keys_that_queries_far_apart_see_together():
+    """Windows of one tile of queries that overlap, touch and leave gaps, in any order; and queries that see nothing."""
+    positions = torch.tensor([90, 3, 4, 40, 250, 41, 44, -50, 91] + [200] * 60)
+    query, key, value = iid_inputs(1, 1, 69, 16, key_length=220)
+    with inspection.record() as calls:
+        entmax_attention(query, key, value, query_positions=positions, window_size=(2, 1))
+    seen = {k for position in positions[:64].tolist() for k in range(position - 2, position + 2) if 0 <= k < 220}
+    assert calls[0].visible_keys.tolist() == [[[len(seen), 4]]]
+    assert calls[0].live_keys[0, 0, 1] <= 4
 
 
 # Rows that are none, and memory
@@ -172,6 +196,8 @@ def test_memory_of_rows_follows_the_support():
         entmax_attention(*topic_inputs(1, 1, length, 64, 32), is_causal=True)
     with Largest() as largest:
         rows = calls[0].rows()
+        assert calls[0].live_keys.shape == (1, 1, 64)
+        assert calls[0].visible_keys.sum() == 64 * 65 / 2 * 64
     assert largest.numel < length**2 / 16
     assert rows.to_dense().sum(-1).allclose(torch.ones(length))
 

@@ -133,7 +133,6 @@ def check_shown(reader: Reader, expected: dict[int, float]) -> None:
 
 def test_hovering_shows_exactly_what_a_token_attends_to(reader, written):
     _, tokens, calls = written
-    assert reader.shaded() == {}
     for query in (0, 9, len(tokens) - 1):
         reader.token(query).hover()
         expected = exact(calls[0], 0, query)
@@ -144,6 +143,78 @@ def test_hovering_shows_exactly_what_a_token_attends_to(reader, written):
     assert 1 < len(expected) < len(tokens)
     tip = reader.tab.inner_text("#tip")
     assert tip.endswith(f": {len(expected)} keys")
+
+
+def test_it_opens_with_the_last_token(reader, written):
+    """Chosen, not pinned: the address stays as it is, and a pointer on another token shows that one."""
+    _, tokens, calls = written
+    last = len(tokens) - 1
+    check_shown(reader, exact(calls[0], 0, last))
+    assert "asking" in reader.token(last).get_attribute("class")
+    assert reader.tab.inner_text("#asking").endswith(f"at position {last}")
+    assert reader.tab.inner_text("#help").startswith("Point at any token")
+    assert reader.fragment() == ""
+    assert not reader.tab.is_visible("#unpin")
+
+
+def test_it_opens_with_the_head_that_is_asked_for(browser, tmp_path):
+    """Where the address names another, with that."""
+    calls = record(20)
+    path = page.save_page(tmp_path / "page.html", ["a "] * 20, calls, title="", start=(2, 3))
+    reader = Reader(browser, path).open()
+    assert reader.tab.get_attribute("body", "data-shown") == "2 3"
+    check_shown(reader, exact(calls[2], 3, 19))
+    assert reader.open("#head=1").tab.get_attribute("body", "data-shown") == "2 1"
+    assert reader.open("#layer=1").tab.get_attribute("body", "data-shown") == "1 0"
+    reader.close()
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A page of 30 layers of 16 heads, the calls of a module with a long name."""
+    calls = record(8, 30, 16)
+    for call in calls:
+        call.name = f"model.language_model.layers.{call.number}.self_attention.core"
+    tokens = [f"word{n} " for n in range(8)]
+    return page.save_page(tmp_path_factory.mktemp("deep") / "page.html", tokens, calls, title="deep")
+
+
+INSIDE = """cell => {
+    const [own, box] = [cell, cell.parentElement].map(e => e.getBoundingClientRect());
+    const heads = [...cell.parentElement.querySelectorAll(".top.left")].map(e => e.getBoundingClientRect())[0];
+    return own.top >= heads.bottom - 2 && own.bottom <= box.bottom && own.left >= heads.right - 2
+        && own.right <= box.right && own.bottom <= innerHeight;
+}"""
+
+
+def test_the_grid_scrolls_to_the_head_that_is_shown(browser, deep):
+    """By the address and by the menu; the numbers of layers and heads stay in sight, and the page where it is."""
+    reader = Reader(browser, deep).open("#layer=23&head=14&token=3")
+    pressed = reader.tab.locator('#grid [aria-pressed="true"]')
+    assert pressed.get_attribute("aria-label").startswith("layer 23, head 14")
+    assert pressed.evaluate(INSIDE)
+    for layer, head in ((29, 15), (0, 15), (0, 0), (15, 8)):
+        reader.tab.select_option("#layer", str(layer))
+        reader.tab.select_option("#head", str(head))
+        reader.wait(layer, head)
+        assert pressed.get_attribute("aria-label").startswith(f"layer {layer}, head {head}:")
+        assert pressed.evaluate(INSIDE), (layer, head)
+    assert reader.tab.evaluate("scrollX + scrollY") == 0
+    reader.close()
+
+
+@pytest.mark.parametrize("width", [1300, 390])
+def test_nothing_is_cut_off(browser, deep, width):
+    """The layer's name, the menus and the title, in a narrow window as well."""
+    reader = Reader(browser, deep)
+    reader.tab.set_viewport_size({"width": width, "height": 800})
+    reader.open("#layer=23")
+    assert reader.tab.inner_text("#name") == "model.language_model.layers.23.self_attention.core"
+    for selector in ("#name", "#layer", "#head", "h1", "header p", ".menus"):
+        fits = "e => e.scrollWidth <= e.clientWidth + 1 && e.getBoundingClientRect().right <= innerWidth"
+        assert reader.tab.eval_on_selector(selector, fits), selector
+    assert reader.tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    reader.close()
 
 
 def test_nothing_is_fetched_and_nothing_complains(reader, written):
@@ -201,7 +272,8 @@ def test_a_click_pins_and_the_address_restores(reader, written, browser):
     reader.token(2).hover()
     check_shown(reader, exact(calls[1], 1, 2))
     reader.open("#layer=7&head=99&token=-3")
-    assert reader.shaded() == {}
+    check_shown(reader, exact(calls[0], 0, len(written[1]) - 1))
+    assert not reader.tab.is_visible("#unpin")
     assert reader.complaints == []
 
 
@@ -289,7 +361,9 @@ def test_a_long_text(browser, tmp_path):
     assert reader.shaded() == pytest.approx(expected, abs=CODE)
     assert len(reader.listed()) == 500
     assert reader.tab.inner_text("#keys li:last-child") == f"and {len(expected) - 500} more"
-    assert reader.tab.evaluate("document.querySelector('.asking').getBoundingClientRect().top") < 800
+    assert 0 < reader.tab.evaluate("document.querySelector('.asking').getBoundingClientRect().top") < 800
+    reader.open()
+    assert 0 < reader.tab.evaluate("document.querySelector('.asking').getBoundingClientRect().top") < 800
     reader.close()
 
 
@@ -314,6 +388,16 @@ def test_the_data_is_exact_to_16_bits():
     assert codes.min() == 1
 
 
+def test_progress_goes_through_the_calls(tmp_path):
+    calls, seen = record(20, 3, 1), []
+    page.save_page(tmp_path / "page.html", ["a"] * 20, calls, title="", progress=lambda given: map(count(seen), given))
+    assert seen == calls
+
+
+def count(seen: list):
+    return lambda call: (seen.append(call), call)[1]
+
+
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     path, calls = tmp_path / "page.html", record(20, 1, 1)
     for tokens, given, message in (
@@ -326,6 +410,9 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
             page.save_page(path, tokens, given, title="")
     with pytest.raises(ValueError, match="batch must be from 0 to 0, got 1"):
         page.save_page(path, ["a"] * 20, calls, title="", batch=1)
+    for start, message in (((1, 0), r"a layer of \[0\], got \(1, 0\)"), ((0, 1), r"a head from 0 to 0, got \(0, 1\)")):
+        with pytest.raises(ValueError, match=message):
+            page.save_page(path, ["a"] * 20, calls, title="", start=start)
     monkeypatch.setattr(page, "MOST_PROBABILITIES", 30)
     with pytest.raises(ValueError, match=r"up to 30 positive probabilities, and these 1 layers have \d+: choose fewer"):
         page.save_page(path, ["a"] * 20, calls, title="")

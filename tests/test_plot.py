@@ -38,10 +38,46 @@ def test_pictures(tmp_path):
         assert len(colours) > 100, name
     words = {text.get_text() for text in drawn["support"].axes[0].texts}
     assert words == {f"{size:.1f}" for call in calls for size in call.keys_per_query.tolist()}
-    lines = drawn["sparsity"].axes[0].lines
-    assert [line.get_label() for line in lines] == ["0", "1", "2"]
-    expected = 100 * calls[2].block_sparsity_by_position
-    assert lines[2].get_ydata().tolist() == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("layers", [1, 2, 30])
+def test_block_sparsity_is_a_map_of_layers_by_position(layers):
+    """A row for each layer and a column for each tile of queries, both axes and the bar in words; of unlike lengths."""
+    with inspection.record() as calls:
+        for seed in range(layers):
+            entmax_attention(*topic_inputs(1, 2, 200 - 60 * (seed % 2), 32, 2, seed=seed), is_causal=True)
+    figure = plot.sparsity_figure(calls, "Block sparsity")
+    axes, bar = figure.axes
+    shown = torch.tensor(axes.images[0].get_array().filled(torch.nan))
+    assert shown.shape == (layers, 4)
+    for call, row in zip(calls, shown, strict=True):
+        expected = 100 * call.block_sparsity_by_position
+        torch.testing.assert_close(row[: len(expected)], expected)
+        assert row[len(expected) :].isnan().all()
+    assert axes.images[0].get_extent() == [0, 256, layers - 0.5, -0.5]
+    assert axes.get_xlim() == (0, 200)
+    assert axes.images[0].get_clim() == (0, 100)
+    assert [label.get_text() for label in axes.get_yticklabels()] == [str(call.number) for call in calls]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("position of the query (token)", "layer")
+    assert bar.get_ylabel() == "empty tiles, %"
+
+
+def test_titles_fit_and_words_do_not_overlap():
+    """However long the title and however few layers: everything is inside the picture."""
+    with inspection.record() as calls:
+        entmax_attention(*topic_inputs(1, 2, 200, 32, 2), is_causal=True)
+    title = "Support size: a model with a name, 1,024 tokens of a-file-with-a-long-name.md from token 4,096 on"
+    for draw in (plot.support_figure, plot.sparsity_figure, plot.map_figure):
+        figure = draw(calls[0] if draw is plot.map_figure else calls, title)
+        figure.draw_without_rendering()
+        words = [*figure.texts, *(axes.yaxis.label for axes in figure.axes)]
+        for text in words:
+            box = text.get_window_extent()
+            assert box.x0 >= 0, text
+            assert box.y0 >= 0, text
+            assert box.x1 <= figure.bbox.x1, text
+            assert box.y1 <= figure.bbox.y1, text
+        assert not any(figure.texts[0].get_window_extent().overlaps(text.get_window_extent()) for text in words[1:])
 
 
 @pytest.mark.parametrize("cells", [200, 40])

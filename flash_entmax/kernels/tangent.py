@@ -1,6 +1,6 @@
 """The output's derivative along tangents of the inputs, over the live tiles: dO = sum dp v + sum p dv.
 
-Scores change by ds. With s = p (1 - ln d) and t = u ds + r^2 d alpha s, dp = t - u sum t / sum u, so that sum p stays 1.
+Scores change by ds. With s = p (1 - ln d) and t = u ds + r^2 d alpha s, dp = t - u sum t / sum u: sum p stays 1.
 A first pass over a row's tiles has the two sums, a second one the products with the values.
 """
 

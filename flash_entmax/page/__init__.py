@@ -5,7 +5,7 @@ import html
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,13 +20,22 @@ CODES = 65_535  # a probability p is kept as sqrt(p) in 16 bits: off by less tha
 
 
 def save_page(
-    path: Path, tokens: Sequence[str], calls: Sequence[Call], *, title: str, note: str = "", batch: int = 0
+    path: Path,
+    tokens: Sequence[str],
+    calls: Sequence[Call],
+    *,
+    title: str,
+    note: str = "",
+    batch: int = 0,
+    start: tuple[int, int] | None = None,
+    progress: Callable[[Sequence[Call]], Iterable[Call]] = iter,
 ) -> Path:
     """Write the page to ``path`` and return it; makes its folder.
 
     The text stands there as tokens, beside a grid of support sizes by layer and head to choose from. Pointing at a
     token shades exactly the tokens that it attends to and lists their probabilities; a click pins it, and the address
-    then restores this state (``#layer=3&head=5&token=12``). Keyboard and touch work as well.
+    then restores this state (``#layer=3&head=5&token=12``). Keyboard and touch work as well. Until then the last token
+    is shown.
 
     Args:
         path: where to; ends in .html.
@@ -35,15 +44,18 @@ def save_page(
         title: which model and text this is.
         note: a line below it, with what else should be known.
         batch: which batch row of the calls.
+        start: (number of the call, head) to open with, where the address names none; the first by default.
+        progress: goes through the calls while they are written, as ``tqdm.tqdm`` does.
 
     Raises:
-        ValueError: tokens and calls that do not fit, or that are too large: MOST_TOKENS, and MOST_PROBABILITIES
-            positive probabilities (5 to 6 bytes each).
+        ValueError: a start that is not among the calls; tokens and calls that do not fit, or that are too large:
+            MOST_TOKENS, and MOST_PROBABILITIES positive probabilities (5 to 6 bytes each).
     """
     tokens, calls = list(tokens), list(calls)
     check_calls(tokens, calls, batch)
     facts = {
         "tokens": tokens,
+        "start": place_of(start, calls),
         "layers": [
             {
                 "number": call.number,
@@ -56,14 +68,14 @@ def save_page(
     }
     data = [
         f'<script type="text/plain" id="attention-{layer}-{head}">{encoded(call.rows(batch, head))}</script>'
-        for layer, call in enumerate(calls)
+        for layer, call in enumerate(progress(calls))
         for head in range(call.problem.heads)
     ]
     parts = {
         "title": html.escape(title),
         "note": html.escape(note),
         "style": asset("style.css"),
-        "script": asset("script.js"),
+        "script": asset("data.js") + asset("script.js"),
         "facts": inside_script(facts),
         "data": "\n".join(data),
     }
@@ -92,6 +104,17 @@ def check_calls(tokens: list[str], calls: list[Call], batch: int) -> None:
             f"the page holds up to {MOST_PROBABILITIES:,} positive probabilities, and these {len(calls)} layers have "
             f"{count:,}: choose fewer layers or tokens"
         )
+
+
+def place_of(start: tuple[int, int] | None, calls: list[Call]) -> tuple[int, int]:
+    """(index of the call, head)."""
+    heads = {call.number: call.problem.heads for call in calls}
+    number, head = (calls[0].number, 0) if start is None else start
+    if number not in heads:
+        raise ValueError(f"start must be (layer, head) with a layer of {list(heads)}, got {start}")
+    if not 0 <= head < heads[number]:
+        raise ValueError(f"start must be (layer, head) with a head from 0 to {heads[number] - 1}, got {start}")
+    return list(heads).index(number), head
 
 
 def visible_keys(call: Call, batch: int) -> list[int]:

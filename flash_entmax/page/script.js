@@ -1,36 +1,11 @@
-"use strict";
+// It stands behind data.js.
 
-const facts = JSON.parse(document.getElementById("facts").textContent);
-const $ = (id) => document.getElementById(id);
-const length = facts.tokens.length;
-const CODES = 65535;
 const MOST_LISTED = 500;
 
 // What is shown. `asking` is the token whose attention is shaded; pinned, it stays while the pointer moves on.
-const state = { layer: 0, head: 0, asking: null, pinned: false };
+const state = { layer: 0, head: 0, asking: length - 1, pinned: false };
 let attention = null; // of this layer and head: {offsets, keys, probabilities}
 let shaded = [];
-
-// Data: see `encoded` in the Python module.
-
-async function decoded(layer, head) {
-  const packed = Uint8Array.from(atob($(`attention-${layer}-${head}`).textContent), (c) => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const view = new DataView(await new Response(stream).arrayBuffer());
-  const offsets = new Uint32Array(length + 1);
-  for (let row = 0; row < length; row++) offsets[row + 1] = offsets[row] + view.getUint16(2 * row, true);
-  const count = offsets[length];
-  const keys = new Uint16Array(count), probabilities = new Float64Array(count);
-  for (let row = 0; row < length; row++) {
-    let key = -1;
-    for (let i = offsets[row]; i < offsets[row + 1]; i++) {
-      key += view.getUint16(2 * (length + i), true);
-      keys[i] = key;
-      probabilities[i] = (view.getUint16(2 * (length + count + i), true) / CODES) ** 2;
-    }
-  }
-  return { offsets, keys, probabilities };
-}
 
 /** The keys of a token, from the first on: [{key, p}]. */
 function keysOf(token) {
@@ -112,7 +87,7 @@ function shade() {
     token.setAttribute("aria-selected", "false");
   }
   shaded = [];
-  if (state.asking === null || attention === null) return;
+  if (attention === null) return;
   for (const { key, p } of keysOf(state.asking)) {
     paint(tokens[key], Math.sqrt(p));
     tokens[key].classList.add("key");
@@ -125,15 +100,12 @@ function shade() {
 }
 
 function list() {
-  const chosen = state.asking !== null && attention !== null;
-  $("help").hidden = chosen;
-  $("columns").hidden = !chosen;
   $("unpin").hidden = !state.pinned;
   $("asking").replaceChildren();
   $("keys").replaceChildren();
-  $("summary").textContent = "";
-  if (!chosen) return;
-  $("asking").append(quoted(state.asking), " ", make("small", `at position ${state.asking}`));
+  $("columns").hidden = attention === null;
+  if (attention === null) return;
+  $("asking").append(amid(state.asking), " ", make("small", `at position ${state.asking}`));
   const found = keysOf(state.asking).sort((a, b) => b.p - a.p);
   const visible = facts.layers[state.layer].visible[state.asking];
   $("summary").textContent = `attends to ${found.length} of ${visible} ${visible === 1 ? "token" : "tokens"}`;
@@ -163,7 +135,6 @@ function drawStrip() {
     drawing.fillStyle = token.style.background;
     if (token.classList.contains("key")) drawing.fillRect(0, place(token), width, 3 * ratio);
   }
-  if (state.asking === null) return;
   drawing.strokeStyle = getComputedStyle(document.body).getPropertyValue("--accent");
   drawing.lineWidth = 2 * ratio;
   drawing.strokeRect(ratio, place(tokens[state.asking]) - ratio, width - 2 * ratio, 5 * ratio);
@@ -222,9 +193,12 @@ async function choose(layer, head) {
   fillHeads();
   $("layer").value = state.layer;
   $("head").value = state.head;
+  const { name } = facts.layers[state.layer];
+  $("name").textContent = name.startsWith("call ") ? "" : name; // of a module, or of none
   for (const cell of $("grid").querySelectorAll("button")) {
     const pressed = +cell.dataset.layer === state.layer && +cell.dataset.head === state.head;
     cell.setAttribute("aria-pressed", String(pressed));
+    if (pressed) reveal($("grid"), cell);
   }
   const wanted = [state.layer, state.head];
   const found = await decoded(...wanted);
@@ -235,19 +209,30 @@ async function choose(layer, head) {
   show();
 }
 
-/** Take the state from the address; what it does not name, or names wrongly, is the first, or nothing pinned. */
+/** Take the state from the address; what it does not name, or names wrongly, is the start and the last token. */
 function restore() {
   const wanted = new URLSearchParams(location.hash.slice(1));
   const within = (text, end) => (/^\d+$/.test(text ?? "") && +text < end ? +text : null);
-  const layer = Math.max(0, facts.layers.findIndex((each) => String(each.number) === wanted.get("layer")));
+  const found = facts.layers.findIndex((each) => String(each.number) === wanted.get("layer"));
+  const [layer, first] = found >= 0 ? [found, 0] : facts.start;
   const token = within(wanted.get("token"), length);
   state.pinned = token !== null;
-  state.asking = token;
-  if (token !== null) {
-    roam(token);
-    tokens[token].scrollIntoView({ block: "center" });
+  state.asking = token ?? length - 1;
+  if (state.pinned) roam(token);
+  const box = $("tokens"), asking = tokens[state.asking];
+  box.scrollTop = asking.offsetTop - box.offsetTop - box.clientHeight / 2;
+  return choose(layer, within(wanted.get("head"), facts.layers[layer].sizes.length) ?? first);
+}
+
+/** Scroll the box, and nothing else, as little as shows the element beside the box's headings. */
+function reveal(box, element) {
+  for (const [place, extent, scroll, room] of [
+    ["offsetTop", "offsetHeight", "scrollTop", "clientHeight"],
+    ["offsetLeft", "offsetWidth", "scrollLeft", "clientWidth"],
+  ]) {
+    const start = element[place] - box[place], margin = 1.5 * element[extent];
+    box[scroll] = Math.max(Math.min(box[scroll], start - margin), start + margin + element[extent] - box[room]);
   }
-  return choose(layer, within(wanted.get("head"), facts.layers[layer].sizes.length) ?? 0);
 }
 
 function fillHeads() {
@@ -261,9 +246,10 @@ function fillGrid() {
   const low = Math.log(Math.min(...sizes)), high = Math.log(Math.max(...sizes));
   const grid = $("grid");
   grid.style.gridTemplateColumns = `auto repeat(${heads}, minmax(25px, 1fr))`;
-  const cells = [make("span"), ...Array.from({ length: heads }, (_, head) => make("span", head))];
+  const heading = (text, className) => make("span", text, { className });
+  const cells = [heading("", "top left"), ...Array.from({ length: heads }, (_, head) => heading(head, "top"))];
   facts.layers.forEach((layer, row) => {
-    cells.push(make("span", layer.number));
+    cells.push(heading(layer.number, "left"));
     for (let head = 0; head < heads; head++) {
       const mean = layer.sizes[head];
       if (mean === undefined) {
@@ -390,9 +376,7 @@ $("grid").addEventListener("click", (event) => {
 addEventListener("hashchange", restore);
 dark.addEventListener("change", () => [fillGrid, fillRamp, show].forEach((draw) => draw()));
 
-$("layer").append(...facts.layers.map(({ number: label, name }, index) => {
-  return make("option", name.startsWith("call ") ? label : `${label} (${name})`, { value: index });
-}));
+$("layer").append(...facts.layers.map((layer, index) => make("option", layer.number, { value: index })));
 fillGrid();
 fillRamp();
 if ("DecompressionStream" in window) restore();

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 MAP_CELLS = 256
 MOST_NUMBERS = 24  # heads beside each other whose cells have room for a number
-MANY_LAYERS = 12
+MOST_LAYER_NUMBERS = 40  # below each other
 GREY = "#444"
+TITLE_SIZE = 13
 
 
 def support_figure(calls: Sequence[Call], title: str) -> "Figure":
@@ -112,45 +113,48 @@ def map_figure(call: Call, title: str, batch: int = 0, head: int = 0, cells: int
 
 
 def sparsity_figure(calls: Sequence[Call], title: str) -> "Figure":
-    """Block sparsity against the position of the queries, one line for each layer.
+    """A heat map: block sparsity of each layer (row) along the positions of the queries; redder is fewer empty tiles.
 
     Args:
         calls, title: as for :func:`support_figure`.
     """
     require_matplotlib()
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.2, 4.4))
-    axes = figure.add_axes((0.085, 0.125, 0.765, 0.69))
-    # Without its end, whose yellow is hard to see on white.
-    palette = ListedColormap(colormaps["viridis"](torch.linspace(0, 0.88, 256).tolist()))
-    last = max(1, len(calls) - 1)
-    for layer, call in enumerate(calls):
-        sparsity, tile = call.block_sparsity_by_position.cpu(), call.support.tile_shape[0]
-        middle = torch.arange(len(sparsity)) * tile + tile / 2
-        middle = middle.clamp_max(call.problem.query_length - 0.5)
-        colour = palette(layer / last)
-        style = {"marker": "o", "markersize": 3.5} if len(sparsity) <= 40 else {}
-        axes.plot(middle, 100 * sparsity, color=colour, linewidth=1.6, label=str(call.number), clip_on=False, **style)
+    grid, tile = sparsity_grid(calls)
+    width, height = 8.2, 1.5 + min(7.0, max(1.8, 0.2 * len(calls)))
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0.75 / width, 0.6 / height, 1 - 2.0 / width, 1 - 1.4 / height))
+    end = max(call.problem.query_length for call in calls)
+    norm, palette = Normalize(0, 100), colours().reversed()
+    extent = (0, tile * grid.shape[1], len(calls) - 0.5, -0.5)
+    axes.imshow(100 * grid.numpy(), cmap=palette, norm=norm, aspect="auto", interpolation="nearest", extent=extent)
+    axes.set_facecolor(INVISIBLE)
+    step = 1 + (len(calls) - 1) // MOST_LAYER_NUMBERS
+    axes.set_yticks(range(0, len(calls), step), [call.number for call in calls[::step]])
+    axes.set(xlabel="position of the query (token)", ylabel="layer", xlim=(0, end))
+    axes.tick_params(length=2, labelsize=9)
+    axes.spines[:].set_visible(False)
+    for edge in range(1, len(calls)):
+        axes.axhline(edge - 0.5, color="white", linewidth=0.8)
+    bar = figure.add_axes((1 - 1.05 / width, 0.6 / height, 0.16 / width, 1 - 1.4 / height))
+    add_colourbar(figure, bar, norm, [0, 25, 50, 75, 100], "empty tiles, %", palette)
     tiles = {call.support.tile_shape[0] for call in calls}
-    size = f"{next(iter(tiles))} x {next(iter(tiles))} " if len(tiles) == 1 else ""
-    axes.set(xlabel="position of the query (token)", ylabel="empty tiles, % of the visible ones")
-    axes.set(xlim=(0, max(call.problem.query_length for call in calls)), ylim=(0, 100))
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(calls) <= MANY_LAYERS:
-        axes.legend(title="layer", loc="upper left", bbox_to_anchor=(1.02, 1.02), frameon=False, fontsize=9)
-    else:
-        bar = figure.add_axes((0.88, 0.125, 0.018, 0.69))
-        scale = ScalarMappable(Normalize(calls[0].number, calls[-1].number), palette)
-        figure.colorbar(scale, cax=bar, label="layer")
+    size = f"{tile} x {tile} " if len(tiles) == 1 else ""
     about = f"Share of the {size}tiles with a visible key that hold no positive probability, over all heads"
     add_titles(figure, title, about)
     return figure
+
+
+def sparsity_grid(calls: Sequence[Call]) -> tuple[Tensor, int]:
+    """(layers, tiles of queries) float64, and the extent of a tile: the smallest of all; NaN past the end of a call."""
+    smallest = min(call.support.tile_shape[0] for call in calls)
+    rows = [
+        call.block_sparsity_by_position.cpu().repeat_interleave(call.support.tile_shape[0] // smallest)
+        for call in calls
+    ]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan), smallest
 
 
 def binned(rows: Tensor, square: int) -> Tensor:
@@ -177,10 +181,11 @@ def hidden(call: Call, batch: int, square: int) -> Tensor:
     return (key + square <= first.unsqueeze(-1)) | (key >= end.unsqueeze(-1))
 
 
-def add_colourbar(figure: "Figure", axes: "Axes", norm, ticks: list[float], label: str) -> None:
+def add_colourbar(figure: "Figure", axes: "Axes", norm, ticks: list[float], label: str, palette=None) -> None:
     from matplotlib.cm import ScalarMappable
 
-    bar = figure.colorbar(ScalarMappable(norm, colours()), cax=axes, ticks=ticks, format=lambda share, _: f"{share:g}")
+    mappable = ScalarMappable(norm, palette or colours())
+    bar = figure.colorbar(mappable, cax=axes, ticks=ticks, format=lambda share, _: f"{share:g}")
     bar.minorticks_off()
     bar.outline.set_visible(False)
     bar.set_label(label, fontsize=10)
@@ -189,7 +194,10 @@ def add_colourbar(figure: "Figure", axes: "Axes", norm, ticks: list[float], labe
 
 def add_titles(figure: "Figure", title: str, explained: str) -> None:
     width, height = figure.get_size_inches()
-    figure.text(0.16 / width, 1 - 0.27 / height, title, fontsize=13, weight="bold", va="center", parse_math=False)
+    place = 0.16 / width, 1 - 0.27 / height
+    text = figure.text(*place, title, fontsize=TITLE_SIZE, weight="bold", va="center", parse_math=False)
+    while text.get_window_extent().width > (width - 2 * 0.16) * figure.dpi and text.get_fontsize() > 4:
+        text.set_fontsize(0.96 * text.get_fontsize())
     figure.text(0.16 / width, 1 - 0.46 / height, explained, fontsize=10, va="top", color=GREY, parse_math=False)
 
 

@@ -1,0 +1,50 @@
+"""What is looked at: a model, and a text as it reads it."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from .wanted import Wanted
+
+
+class Subject(ABC):
+    """A model that can run with entmax attention, and with softmax.
+
+    Attributes:
+        model: whose calls are recorded.
+        ids: (1, length), the text.
+        tokens: what each of them stands for.
+        origin: of the alpha that it runs with, in words.
+        unit: what the model reads, "token" or "byte".
+        vocabulary: how many of them there are.
+        why_no_loss: in words; empty where the model predicts the next token.
+        read, read_briefly: which part of the text that is, in words.
+    """
+
+    unit = "token"
+    why_no_loss = ""
+
+    def __init__(self, wanted: Wanted, model: nn.Module, ids: Tensor, tokens: list[str], origin: str) -> None:
+        self.model, self.ids, self.tokens, self.origin = model, ids, tokens, origin
+        count = f"{len(tokens):,} {self.unit if len(tokens) == 1 else f'{self.unit}s'}"
+        start = f" from {self.unit} {wanted.offset:,} on" if wanted.offset else ""
+        self.read = f"{count} of {wanted.text}{start}" if start else f"the first {count} of {wanted.text}"
+        self.read_briefly = f"{count} of {wanted.text.name}{start}"
+        if len(tokens) == 1:
+            self.why_no_loss = f"there is no next {self.unit} after a single one"
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int: ...
+
+    @abstractmethod
+    def run(self) -> None:
+        """Read the text, and predict nothing."""
+
+    @abstractmethod
+    def logits(self, first: int, stop: int) -> Tensor:
+        """(stop - first, vocabulary): read the text, and predict what follows each of these tokens."""
+
+    @abstractmethod
+    def take_softmax(self, implementation: str) -> None:
+        """Run with softmax from here on: PyTorch's "sdpa", or "eager". ValueError where the model does not have it."""

@@ -1,0 +1,69 @@
+"""The corpus of English prose: what benchmarks/prose.py takes for English, and what it leaves out."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "prose.py"
+spec = importlib.util.spec_from_file_location("prose", SCRIPT)
+prose = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prose)
+
+ENGLISH = (
+    "The command reads a list of packages from the file, and asks what to do with each of them. "
+    "It is a simple system that tells you what it will do, and then goes and does it."
+)
+TECHNICAL = (
+    "git remote add [-t <branch>] <name> <url>: add a remote named <name> for the repository at <url>. With -f, "
+    "git fetch <name> is run immediately after the remote information is set up. --tags imports every tag from it."
+)
+OTHERS = {
+    "German": "Das Programm liest eine Liste von Paketen aus der Datei und fragt, was mit jedem davon in dem System "
+    "zu tun ist. Es ist ein einfaches Verfahren, das Ihnen sagt, was es tun wird, und es dann tut.",
+    "French": "La commande lit une liste de paquets dans le fichier et demande ce qu'il faut faire de chacun. "
+    "C'est un système simple, qui vous dit ce qu'il va faire, puis le fait. L'option a un effet or il a un nom.",
+    "Spanish": "La orden lee una lista de paquetes del archivo y pregunta qué hacer con cada uno de ellos. "
+    "Es un sistema sencillo que le dice lo que va a hacer y luego lo hace.",
+    "Portuguese": "Ambos método dselect do APT e apt-get partilham a mesma interface. É um sistema simples que "
+    "geralmente lhe diz o que vai fazer e depois fá-lo. O by-hash é um nome.",
+    "Dutch": "Het programma leest een lijst van pakketten uit het bestand en vraagt wat er met elk daarvan moet. "
+    "Het is een eenvoudig systeem dat in het kort zegt wat het gaat doen, en dit dan doet.",
+    "Polish": "Program czyta listę pakietów z pliku i pyta, co zrobić z każdym z nich, a to jest prosty system.",
+    "Japanese": "APT の dselect メソッドと apt-get は、どちらも同じインターフェースを共有しています。",
+}
+
+
+@pytest.mark.parametrize("text", [ENGLISH, TECHNICAL], ids=["prose", "technical"])
+def test_english_is_taken(text):
+    assert prose.is_english_prose(text)
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_another_language_is_left_out(language):
+    """Also where the page quotes a few English words."""
+    text = OTHERS[language]
+    assert not prose.is_english_prose(text)
+    assert not prose.is_english_prose(
+        10 * text + " Previous Next Home: the list of packages. Copyright by the authors."
+    )
+
+
+@pytest.mark.parametrize("text", ["", "1 2 3", "Airbrush, Airbrush\nAlien Map, Filters\nAlign, Tools\n"])
+def test_what_is_no_prose_is_left_out(text):
+    assert not prose.is_english_prose(text)
+
+
+def test_pages_of_a_package(tmp_path):
+    """The handbook's folders of other languages are not read; the text of the others comes without its markup."""
+    pages = {
+        "usr/share/doc/handbook/html/en-US/one.html": "<html><head><title>t</title></head><p>The  page <b>of</b> it.",
+        "usr/share/doc/handbook/html/de-DE/one.html": "<p>Die Seite",
+        "usr/share/doc/apt-doc/guide.de.html/ch1.html": "<p>Die Seite<script>x</script>",
+        "usr/share/doc/apt-doc/genindex.html": "<p>index",
+    }
+    for name, content in pages.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    found = {Path(name).parts[-3]: text for name, text in prose.documents(tmp_path)}
+    assert found == {"html": "The page of it.", "apt-doc": "Die Seite"}

@@ -88,8 +88,13 @@ def test_an_annealed_alpha_is_saved_with_its_adapter(folder, tmp_path):
     train(model, tmp_path, callbacks=[callback])
     assert model.get_base_model().model.entmax_alpha.value.item() == pytest.approx(1.5)
     assert_loads_as(model, ids, folder, tmp_path, STARTS["not learned"])
-    train(model, tmp_path, callbacks=[integration.AnnealAlpha(model, 1.8, 1.9, steps=2)])
+    callback = integration.AnnealAlpha(model, 1.8, 1.9, steps=2)
+    assert model.get_base_model().model.entmax_alpha.value.item() == pytest.approx(1.8)
+    train(model, tmp_path, callbacks=[callback])
     assert model.get_base_model().model.entmax_alpha.value.item() == pytest.approx(1.9)
+    learned = get_peft_model(base(folder, STARTS["learned"]()), lora("entmax_alpha"))
+    with pytest.raises(ValueError, match="AnnealAlpha has no tensor to move: alpha of the model is a Parameter"):
+        integration.AnnealAlpha(learned, steps=2)
 
 
 def test_set_alpha_takes_a_model_with_an_adapter(folder):
@@ -119,5 +124,5 @@ def test_alpha_of_an_adapter_is_not_replaced_beside_it(folder):
 @pytest.mark.parametrize("attention", ["sdpa", "entmax"])
 def test_an_adapter_with_alpha_needs_a_model_with_a_place_for_it(folder, tmp_path, attention):
     get_peft_model(base(folder, STARTS["learned"]()), lora("entmax_alpha")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the adapter has an alpha, .*attn_implementation='entmax'"):
+    with pytest.raises(ValueError, match=r"the adapter has an alpha, .*attn_implementation='entmax'"):
         PeftModel.from_pretrained(base(folder, attention=attention), tmp_path)

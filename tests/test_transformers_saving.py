@@ -115,7 +115,7 @@ def test_models_with_other_heads_find_alpha(tmp_path):
 
 
 def test_parts_of_a_model_keep_their_own_attention(tmp_path):
-    """Here the text has entmax and the images have softmax; alpha is a number of the text, then a weight of the whole."""
+    """Here the text has entmax and the images have softmax; alpha is a number, then a weight of the whole."""
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = CLIPConfig(

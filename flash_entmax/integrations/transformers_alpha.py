@@ -149,6 +149,10 @@ def held_tensor(model: nn.Module) -> Tensor | None:
     return None if held is None else held.value
 
 
+def belongs_to_adapter(model: nn.Module) -> bool:
+    return not isinstance(getattr(_owner_in(model), "entmax_alpha", None), (Alpha, type(None)))
+
+
 # Setting
 
 
@@ -259,7 +263,7 @@ def _check_layers(alpha: dict, layers: list[nn.Module]) -> None:
 
 def _check_holder(model: nn.Module, root: nn.Module | None, owner: nn.Module | None, alpha: object) -> None:
     """What would leave the tensor where nothing trains it, or nothing saves it."""
-    if not isinstance(getattr(owner, "entmax_alpha", None), (Alpha, type(None))):
+    if belongs_to_adapter(model):
         wrapper = type(owner.entmax_alpha).__name__
         raise ValueError(f"alpha belongs to an adapter, {wrapper}: change {type(owner).__name__}.entmax_alpha.value")
     if not isinstance(alpha, Tensor):

@@ -4,7 +4,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..anneal import AlphaAnnealing
-from .transformers_alpha import held_tensor, set_alpha
+from .transformers_alpha import belongs_to_adapter, held_tensor, set_alpha
 
 
 class AnnealAlpha(TrainerCallback):
@@ -12,7 +12,8 @@ class AnnealAlpha(TrainerCallback):
 
     ``Trainer(model, ..., callbacks=[AnnealAlpha(model, steps=1000)])``; see :class:`AlphaAnnealing` for the arguments.
     Nothing is compiled again as alpha moves, a resumed training goes on where it stopped, and what is saved has the
-    alpha of that step. The logs get ``entmax_alpha``.
+    alpha of that step. What the trainer prints, and its ``state.log_history``, get ``entmax_alpha``; so do the callbacks
+    of ``report_to`` that come after this one.
     """
 
     def __init__(
@@ -20,15 +21,18 @@ class AnnealAlpha(TrainerCallback):
     ) -> None:
         self.model = model
         self.annealing = AlphaAnnealing(steps, start, end, shape, device=model.device)
-        set_alpha(model, self.annealing.alpha)
+        if not belongs_to_adapter(model):
+            set_alpha(model, self.annealing.alpha)
+        self._find()
+        self.annealing.load_state_dict({"taken": 0})
 
     def _find(self) -> None:
         """The model's tensor, which may have been moved, loaded or wrapped by an adapter."""
-        self.annealing.alpha = held_tensor(self.model)
-        if self.annealing.alpha is None:
-            raise ValueError(
-                "alpha of the model is no tensor any more, that AnnealAlpha could move: set_alpha came after it"
-            )
+        alpha = held_tensor(self.model)
+        if alpha is None or isinstance(alpha, nn.Parameter):
+            kind = "in its config" if alpha is None else "a Parameter, which is learned"
+            raise ValueError(f"AnnealAlpha has no tensor to move: alpha of the model is {kind}")
+        self.annealing.alpha = alpha
 
     def on_train_begin(self, arguments, state, control, model=None, **kwargs) -> None:
         self._find()
@@ -39,6 +43,6 @@ class AnnealAlpha(TrainerCallback):
         self.annealing.step()
 
     def on_log(self, arguments, state, control, logs=None, **kwargs) -> None:
-        alpha = held_tensor(self.model).item()
+        alpha = self.annealing.alpha.item()
         for record in (logs, *state.log_history[-1:]):
             record["entmax_alpha"] = alpha

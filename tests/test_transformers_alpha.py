@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5.4")
 pytest.importorskip("entmax")
 
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers_models import CONFIGS, assert_same, make, tokens, with_implementation
@@ -165,6 +166,44 @@ def test_models_made_of_several_devices_get_alpha_where_they_are():
     alpha = integration.alpha_of(model.layers[0].self_attn, torch.device("meta"))
     assert alpha.is_meta
     assert output(model, ids).isfinite().all()
+
+
+# Compiled, exported, without numbers
+
+
+def test_a_learned_alpha_in_a_compiled_model():
+    torch._dynamo.reset()
+    model, ids = learned(), tokens(2, 20)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def gradient(run):
+        return torch.autograd.grad(run(ids, use_cache=False).last_hidden_state.sin().sum(), model.entmax_alpha.value)[0]
+
+    assert_same(gradient(compiled), gradient(model))
+    with torch.no_grad():
+        model.entmax_alpha.value.fill_(1.9)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(gradient(compiled), gradient(model))
+
+
+def test_a_learned_alpha_is_exported_as_a_weight():
+    model, ids = learned(name="bert"), tokens(1, 20)
+    with torch.no_grad():
+        program = torch.export.export(model, (ids,), strict=False)
+        assert "entmax_alpha.value" in program.state_dict
+        assert_same(program.module()(ids).last_hidden_state, output(model, ids))
+
+
+def test_shapes_of_a_model_without_numbers():
+    """As for estimates of memory; a saved model is one that has its alpha from the config."""
+    config = learned(AutoModelForCausalLM).config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    with torch.no_grad():
+        assert model(tokens(1, 5).to("meta")).logits.shape == (1, 5, 97)
+    with FakeTensorMode(), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        assert model(torch.ones(1, 5, dtype=torch.long)).logits.shape == (1, 5, 97)
 
 
 # What is refused

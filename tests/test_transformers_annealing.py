@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5.4")
 pytest.importorskip("entmax")
 
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -27,7 +27,7 @@ def train(folder, callback, model, **options):
 
 
 def test_annealing_while_the_trainer_trains(tmp_path, capsys):
-    """With gradient checkpoints the same losses as without; alpha is in the logs, and where it should be after a pause."""
+    """With gradient checkpoints the same losses as without; alpha is in the logs, and right after a pause."""
     losses = {}
     for checkpointing in (False, True):
         model = make("llama", model_class=AutoModelForCausalLM)

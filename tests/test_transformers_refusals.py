@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5.4")
 pytest.importorskip("entmax")
 
 from transformers import (
@@ -20,7 +20,7 @@ from transformers import (
     GPTNeoConfig,
     MambaConfig,
 )
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import causal_mask_function
 from transformers_models import SMALL, make, tokens
 
 from flash_entmax.integrations import transformers as integration
@@ -69,7 +69,11 @@ def test_models_that_ask_for_what_is_refused():
         make("gpt2", 1.5, attn_pdrop=0.2).train()(ids)
 
 
-def test_transformers_is_missing(monkeypatch):
+def test_transformers_is_missing_or_too_old(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.__version__", "5.3.0")
+        with pytest.raises(ImportError, match=r"needs transformers 5\.4 or later, got 5\.3\.0: pip install"):
+            integration.register()
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r'pip install "flash-entmax\[transformers\]"'):
         integration.register()
@@ -162,13 +166,13 @@ COMPUTATIONS = {
 
 @pytest.mark.parametrize("name", COMPUTATIONS)
 def test_a_mask_is_no_tensor(name):
-    mask = create_causal_mask(make("llama", 1.5).config, torch.zeros(1, 5, 32), None, None)
+    mask = integration.mask(batch_size=1, q_length=5, kv_length=5, mask_function=causal_mask_function)
     with pytest.raises((TypeError, AttributeError), match=r"computes with its attention mask .*'eager' or 'sdpa'"):
         COMPUTATIONS[name](mask)
 
 
 def test_a_mask_can_be_passed_on():
-    mask = create_causal_mask(make("llama", 1.5).config, torch.zeros(1, 5, 32), None, None)
+    mask = integration.mask(batch_size=1, q_length=5, kv_length=5, mask_function=causal_mask_function)
     assert mask == integration.Mask(5, 5, (-1, 0))
     assert mask != integration.Mask(5, 6, (-1, 0))
     assert mask is not None

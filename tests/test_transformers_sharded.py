@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5.4")
 pytest.importorskip("entmax")
 
 from torch import distributed, multiprocessing, nn

@@ -1,4 +1,4 @@
-"""Entmax attention in the models of Transformers, version 5 and later.
+"""Entmax attention in the models of Transformers, version 5.4 and later.
 
 ::
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..functional import entmax_attention, entmax_attention_varlen
 from .transformers_alpha import alpha_of, set_alpha
-from .transformers_config import IMPLEMENTATIONS, implementation_of, is_declared, saved_attention
+from .transformers_config import IMPLEMENTATIONS, implementation_of, is_undeclared, saved_attention
 from .transformers_construction import note_caller, prepare_built, watch_construction
 from .transformers_masks import Mask, mask, sight_of
 
@@ -60,13 +60,13 @@ def register(*models: nn.Module) -> None:
         models: that were built before, and are to have one of these by ``model.set_attn_implementation``.
 
     Raises:
-        ImportError: Transformers 5 or later is not installed.
+        ImportError: Transformers 5.4 or later is not installed.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, __version__
     except ImportError as error:
         raise ImportError(INSTALL.format("it is missing or older")) from error
-    if int(__version__.split(".")[0]) < 5:
+    if tuple(int(part) for part in __version__.split(".")[:2]) < OLDEST:
         raise ImportError(INSTALL.format(f"got {__version__}"))
     for name, alpha in IMPLEMENTATIONS.items():
         AttentionInterface.register(name, partial(attention, alpha=alpha))
@@ -76,7 +76,8 @@ def register(*models: nn.Module) -> None:
         prepare_built(model)
 
 
-INSTALL = 'this integration needs transformers 5 or later, {}: pip install "flash-entmax[transformers]"'
+OLDEST = 5, 4  # older ones describe masks differently, and load what was saved as softmax
+INSTALL = 'this integration needs transformers 5.4 or later, {}: pip install "flash-entmax[transformers]"'
 
 
 def __getattr__(name: str) -> Any:
@@ -127,7 +128,7 @@ def attention(
         RuntimeError: the model was built before :func:`register`.
     """
     note_caller(type(module).__name__)
-    if implementation_of(module) in IMPLEMENTATIONS and not is_declared(module.config):
+    if implementation_of(module) in IMPLEMENTATIONS and is_undeclared(module.config):
         raise RuntimeError(
             f"{type(module).__name__} belongs to a model that was built before register(), and would not be saved with "
             "this attention: call register(model), from flash_entmax.integrations.transformers"

@@ -12,8 +12,8 @@ class AnnealAlpha(TrainerCallback):
 
     ``Trainer(model, ..., callbacks=[AnnealAlpha(model, steps=1000)])``; see :class:`AlphaAnnealing` for the arguments.
     Nothing is compiled again as alpha moves, a resumed training goes on where it stopped, and what is saved has the
-    alpha of that step. What the trainer prints, and its ``state.log_history``, get ``entmax_alpha``; so do the callbacks
-    of ``report_to`` that come after this one.
+    alpha of that step. What the trainer prints, and its ``state.log_history``, get ``entmax_alpha``; of the callbacks
+    of ``report_to``, those that come after this one.
     """
 
     def __init__(

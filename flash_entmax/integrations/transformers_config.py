@@ -60,8 +60,9 @@ def declare(config: Any) -> None:
         config.entmax_attention = Declaration(config)
 
 
-def is_declared(config: Any) -> bool:
-    return isinstance(getattr(config, "attn_implementation", None), Declaration)
+def is_undeclared(config: Any) -> bool:
+    """A config of Transformers, of a model that was built before `declare` could be called."""
+    return hasattr(config, "sub_configs") and not isinstance(getattr(config, "attn_implementation", None), Declaration)
 
 
 class Declaration:

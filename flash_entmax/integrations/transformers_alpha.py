@@ -33,7 +33,7 @@ class Alpha(nn.Module):
             self.register_buffer("value", value)
 
     def forward(self) -> Tensor:
-        return self.value
+        return self.value.clone()  # fully_shard of this module alone frees the value after the call
 
     def _apply(self, function, recurse=True):
         before = self.value

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional import ALPHAS
 from .transformers_config import HELD_BY, declare, implementation_of, is_held
-
-LOWEST, HIGHEST = 1.01, 2.0  # a tensor alpha is clamped to these
 
 
 class Alpha(nn.Module):
@@ -152,6 +151,7 @@ def held_tensor(model: nn.Module) -> Tensor | None:
 
 
 def belongs_to_adapter(model: nn.Module) -> bool:
+    """Something else than an `Alpha` stands in its place."""
     return not isinstance(getattr(_owner_in(model), "entmax_alpha", None), (Alpha, type(None)))
 
 
@@ -187,7 +187,7 @@ def set_alpha(model: nn.Module, alpha: float | Tensor | dict[int, float]) -> Non
         _check_layers(alpha, layers)
     else:
         check_number("alpha", alpha)
-    _take_away(root or model, owner)
+    _take_away(root or model)
     declared = {str(index): number for index, number in alpha.items()} if isinstance(alpha, dict) else alpha
     if isinstance(alpha, Tensor):
         if isinstance(alpha, nn.Parameter) and alpha.dim() == 0:
@@ -220,11 +220,11 @@ def _owner_in(model: nn.Module) -> nn.Module | None:
     return root if beside else base
 
 
-def _take_away(root: nn.Module, owner: nn.Module | None) -> None:
-    for module in root.modules():
+def _take_away(root: nn.Module) -> None:
+    for module in list(root.modules()):
         vars(module).pop("entmax_owner", None)
-    if owner is not None and hasattr(owner, "entmax_alpha"):
-        del owner.entmax_alpha
+        if isinstance(getattr(module, "entmax_alpha", None), Alpha):
+            del module.entmax_alpha
 
 
 # Checks
@@ -247,10 +247,10 @@ def check_tensor(alpha: Tensor, layers: list[nn.Module], owner: nn.Module) -> No
     device = next((weight.device for weight in owner.parameters()), alpha.device)
     if alpha.device != device or alpha.is_meta:
         raise ValueError(f"alpha must be on the device of the model and hold numbers, got {alpha.device}, not {device}")
-    numbers = alpha.detach().double()
-    # The nearest float32 of 1.01 is below it.
-    if not ((numbers > LOWEST - 1e-6) & (numbers <= HIGHEST)).all():
-        raise ValueError(f"a tensor alpha must be in [{LOWEST}, {HIGHEST:g}], got {alpha.detach().tolist()}")
+    numbers, (lowest, highest) = alpha.detach(), ALPHAS
+    ends = numbers.new_tensor([lowest, highest])  # in the dtype of alpha, whose 1.01 may be below that of float64
+    if not ((numbers >= ends[0]) & (numbers <= ends[1])).all():
+        raise ValueError(f"a tensor alpha must be in [{lowest:g}, {highest:g}], got {numbers.tolist()}")
 
 
 def _check_layers(alpha: dict, layers: list[nn.Module]) -> None:

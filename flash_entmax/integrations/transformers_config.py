@@ -94,7 +94,7 @@ class Declaration:
 
 def _unless_entmax(attention: object) -> object:
     """What another library wrote there stays; a name of ours is written from what the config is."""
-    return None if attention in IMPLEMENTATIONS or isinstance(attention, dict) else attention
+    return None if isinstance(attention, dict) or attention in IMPLEMENTATIONS else attention
 
 
 def saved_attention(config: Any) -> tuple[str, float | str] | None:

@@ -29,7 +29,7 @@ def on_registration(module: nn.Module, name: str, part: nn.Module | None) -> Non
     if part is None or name == "entmax_alpha":
         return
     if isinstance(module, PreTrainedModel):
-        if not module._modules:
+        if next(module.children(), None) is None:
             prepare(module)
         for inner in part.modules():
             _unwatch(inner)  # the outermost model is asked

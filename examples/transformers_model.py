@@ -28,7 +28,8 @@ model = LlamaForCausalLM._from_config(config, attn_implementation="entmax")
 text = torch.tensor(list(inspect.getsource(argparse).encode("ascii", "replace")))
 
 # One tensor is the alpha of all layers: moved in place from almost softmax to 1.5 over the first half of the training.
-# A Trainer does the same with callbacks=[AnnealAlpha(model, steps=STEPS // 2)], from the module of `register`.
+# A Trainer does the same with callbacks=[AnnealAlpha(model, steps=STEPS // 2)], from the module of `register`. Saved by
+# model.save_pretrained(folder), it is there again after LlamaForCausalLM.from_pretrained(folder).
 annealing = AlphaAnnealing(STEPS // 2)
 set_alpha(model, annealing.alpha)
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -1,15 +1,17 @@
 """What Transformers says about a mask, read into options of the attention: each mask shows what sdpa sees."""
 
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5.4")
 pytest.importorskip("entmax")
 
 from transformers import masking_utils as masks
 from transformers_models import LENGTH, assert_same, make, padding, tokens, with_implementation
 
 from flash_entmax.integrations import transformers as integration
+from flash_entmax.integrations import transformers_masks
 from flash_entmax.problem import Problem
 from flash_entmax.reference import visible_mask
 from flash_entmax.sight import Sight
@@ -117,3 +119,39 @@ def test_a_mask_that_is_ready():
         run("entmax15", additive * 0 - 1.0)
     with pytest.raises(ValueError, match=r"extents 1 or that of \(2, 4, 75, 75\), got \(2, 4, 75, 70\)"):
         run("entmax15", allowed[..., :70])
+
+
+def test_a_mask_that_was_written_to_is_read_again():
+    """By writes that a tensor does not count; and of one query, for as many as the layer has."""
+    kept = np.tril(np.ones((1, 2, 7, 7), dtype=bool))
+    tensor, row = torch.from_numpy(kept), torch.ones(1, 2, 1, 7, dtype=torch.bool)
+    row[:, :, :, 3] = False
+    query, key = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+
+    def run(mask, queries=7):
+        return integration.attention(torch.nn.Module(), query[:, :, :queries], key, key, mask, alpha=1.5)[0]
+
+    causal = run(tensor)
+    kept[:, :, :, 1:5] = False
+    assert torch.equal(run(tensor), run(tensor.clone()))
+    assert not torch.equal(run(tensor), causal)
+    tensor.data.fill_(True)
+    assert torch.equal(run(tensor), run(tensor.clone()))
+    for queries in (5, 7, 2):
+        assert torch.equal(run(row, queries), run(row.clone(), queries))
+    with torch.inference_mode():
+        made = torch.ones(1, 2, 7, 7, dtype=torch.bool).tril()
+        assert_same(run(made), causal)
+        made.fill_(True)
+        assert_same(run(made), run(made.clone()))
+
+
+def test_all_layers_share_what_was_made_of_a_mask(monkeypatch):
+    made = []
+    monkeypatch.setattr(transformers_masks, "_as_block_mask", lambda dense: made.append(dense) or KEPT(dense))
+    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    make("llama", 1.5)(tokens(2, LENGTH), attention_mask=mask)
+    assert len(made) == 1
+
+
+KEPT = transformers_masks._as_block_mask

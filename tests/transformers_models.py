@@ -71,8 +71,8 @@ def oracle(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
 
 
 def alpha_of(module):
-    own = getattr(module, "entmax_alpha", None)
-    return module.config.entmax_alpha if own is None else own
+    alpha = module.config.entmax_alpha
+    return alpha[str(module.layer_idx)] if isinstance(alpha, dict) else alpha
 
 
 def make(name: str, alpha: float | None = None, model_class=AutoModel, **options):

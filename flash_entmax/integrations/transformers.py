@@ -1,4 +1,4 @@
-"""Entmax attention in the models of Transformers, version 5 and later.
+"""Entmax attention in the models of Transformers, version 5.4 and later.
 
 ::
 
@@ -7,9 +7,12 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="entmax15")
 
-``"entmax15"`` is alpha 1.5, ``"sparsemax"`` alpha 2, and ``"entmax"`` takes alpha from :func:`set_alpha`, else from
-``config.entmax_alpha``. The model's own masks decide what a query sees, exactly as with ``"eager"``: padding on either
-side, packed sequences, windows, any cache. Causal, bidirectional, windowed and packed attention become options of
+``"entmax15"`` is alpha 1.5, ``"sparsemax"`` alpha 2, and ``"entmax"`` takes alpha from ``config.entmax_alpha``, which
+:func:`set_alpha` sets. What is saved has its attention and its alpha: a plain ``from_pretrained(folder)`` after
+``register()`` builds the same model, and without ``register()`` it is an error of Transformers.
+
+The model's own masks decide what a query sees, exactly as with ``"eager"``: padding on either side, packed sequences,
+windows, any cache. Causal, bidirectional, windowed and packed attention become options of
 :func:`entmax_attention`, which skips what they hide and works inside ``torch.compile``. Any other mask (chunks, image
 blocks, functions of one's own, 4-D masks) is evaluated densely into a FlexAttention ``BlockMask``: exact as well, but
 outside of ``torch.compile`` only.
@@ -22,11 +25,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..anneal import AlphaAnnealing
 from ..functional import entmax_attention, entmax_attention_varlen
+from .transformers_alpha import alpha_of, set_alpha
+from .transformers_config import IMPLEMENTATIONS, implementation_of, is_undeclared, saved_attention
+from .transformers_construction import note_caller, prepare_built, watch_construction
 from .transformers_masks import Mask, mask, sight_of
 
-IMPLEMENTATIONS = {"entmax15": 1.5, "sparsemax": 2.0, "entmax": None}
+__all__ = ["HARMLESS", "Mask", "attention", "mask", "register", "saved_attention", "set_alpha"]
 
 # What models pass on to attention functions that leaves the attention as it is. A model may add its own: anything else
 # that is not None is refused, because an option that is ignored in silence changes the model.
@@ -45,114 +50,43 @@ REFUSED = {
 }
 
 
-def register() -> None:
+def register(*models: nn.Module) -> None:
     """Make ``attn_implementation="entmax15"``, ``"sparsemax"`` and ``"entmax"`` known to Transformers.
 
-    Calling it again changes nothing.
+    Calling it again changes nothing. From then on, the ``config.json`` of a model says which of them it has
+    (``"attn_implementation": null`` where it has none).
+
+    Args:
+        models: that were built before, and are to have one of these by ``model.set_attn_implementation``.
 
     Raises:
-        ImportError: Transformers 5 or later is not installed.
+        ImportError: Transformers 5.4 or later is not installed.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, __version__
     except ImportError as error:
         raise ImportError(INSTALL.format("it is missing or older")) from error
-    if int(__version__.split(".")[0]) < 5:
+    if tuple(int(part) for part in __version__.split(".")[:2]) < OLDEST:
         raise ImportError(INSTALL.format(f"got {__version__}"))
     for name, alpha in IMPLEMENTATIONS.items():
         AttentionInterface.register(name, partial(attention, alpha=alpha))
         AttentionMaskInterface.register(name, mask)
+    watch_construction()
+    for model in models:
+        prepare_built(model)
 
 
-INSTALL = 'this integration needs transformers 5 or later, {}: pip install "flash-entmax[transformers]"'
-
-
-# alpha
-
-
-def set_alpha(model: nn.Module, alpha: float | Tensor) -> None:
-    """Give all layers of a model that runs ``attn_implementation="entmax"`` this alpha, in place of the config's.
-
-    Args:
-        model: already on its device.
-        alpha: from 1 to 2. A tensor, scalar or (heads,), on the model's device, is shared by all layers and may be
-            changed in place at any time; inside ``torch.compile`` that compiles nothing. A ``Parameter`` becomes the
-            model's parameter ``entmax_alpha``, and is learned.
-
-    A layer's own alpha is the attribute ``entmax_alpha`` of its attention module, which can be set there as well.
-    """
-    layers = [layer for layer in model.modules() if _implementation(layer) == "entmax"]
-    if not layers:
-        raise ValueError(f"set_alpha needs a model with attn_implementation='entmax', got {_implementation(model)!r}")
-    _check_alpha("alpha", alpha)
-    for layer in (model, *layers):
-        layer._parameters.pop("entmax_alpha", None)
-        layer.__dict__["entmax_alpha"] = alpha  # a layer refers to a Parameter and does not own it
-    if isinstance(alpha, nn.Parameter):
-        del model.__dict__["entmax_alpha"]
-        model.register_parameter("entmax_alpha", alpha)
-
-
-def _implementation(module: nn.Module) -> str | None:
-    """Of modules that hold a config, as all do that call an attention function."""
-    return getattr(getattr(module, "config", None), "_attn_implementation", None)
-
-
-def _check_alpha(name: str, alpha: object) -> None:
-    if isinstance(alpha, Tensor):
-        return
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(alpha).__name__}")
-    if not 1 <= alpha <= 2:
-        raise ValueError(f"{name} must be from 1 to 2, got {alpha}")
-
-
-def _alpha_of(module: nn.Module) -> float | Tensor:
-    alpha = getattr(module, "entmax_alpha", None)
-    if alpha is None:
-        alpha = getattr(module.config, "entmax_alpha", None)
-    if alpha is None:
-        raise ValueError(
-            "attn_implementation='entmax' needs an alpha: set config.entmax_alpha to a number from 1 to 2, or call "
-            "flash_entmax.integrations.transformers.set_alpha(model, alpha)"
-        )
-    _check_alpha("entmax_alpha", alpha)
-    return alpha
+OLDEST = 5, 4  # older ones describe masks differently, and load what was saved as softmax
+INSTALL = 'this integration needs transformers 5.4 or later, {}: pip install "flash-entmax[transformers]"'
 
 
 def __getattr__(name: str) -> Any:
-    """`AnnealAlpha` derives from a class of Transformers, which may not be installed: made at its first use."""
+    """`AnnealAlpha` derives from a class of Transformers, which may not be installed: imported at its first use."""
     if name != "AnnealAlpha":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = _annealing_callback()
-    return globals()[name]
+    from .transformers_annealing import AnnealAlpha
 
-
-def _annealing_callback() -> type:
-    from transformers import TrainerCallback
-
-    class AnnealAlpha(TrainerCallback):
-        """Moves alpha of a model with ``attn_implementation="entmax"`` from ``start`` to ``end``, a bit at each step.
-
-        ``Trainer(model, ..., callbacks=[AnnealAlpha(model, steps=1000)])``; see :class:`AlphaAnnealing` for the
-        arguments. Nothing is compiled again as alpha moves, and a resumed training goes on where it stopped.
-        """
-
-        def __init__(
-            self, model: nn.Module, start: float = 1.01, end: float = 1.5, *, steps: int, shape: str = "cosine"
-        ) -> None:
-            self.model = model
-            self.annealing = AlphaAnnealing(steps, start, end, shape, device=model.device)
-            set_alpha(model, self.annealing.alpha)
-
-        def on_train_begin(self, arguments, state, control, **kwargs) -> None:
-            self.annealing.alpha = self.annealing.alpha.to(self.model.device)  # the trainer may have moved the model
-            set_alpha(self.model, self.annealing.alpha)
-            self.annealing.load_state_dict({"taken": min(state.global_step, self.annealing.steps)})
-
-        def on_step_end(self, arguments, state, control, **kwargs) -> None:
-            self.annealing.step()
-
+    globals()[name] = AnnealAlpha
     return AnnealAlpha
 
 
@@ -191,7 +125,14 @@ def attention(
 
     Raises:
         ValueError: an option that entmax does not have, or that is not known; see HARMLESS.
+        RuntimeError: the model was built before :func:`register`.
     """
+    note_caller(type(module).__name__)
+    if implementation_of(module) in IMPLEMENTATIONS and is_undeclared(module.config):
+        raise RuntimeError(
+            f"{type(module).__name__} belongs to a model that was built before register(), and would not be saved with "
+            "this attention: call register(model), from flash_entmax.integrations.transformers"
+        )
     wanted = getattr(getattr(module, "config", None), "output_attentions", False)
     _check_options(dropout, {"output_attentions": wanted} | options)
     if isinstance(attention_mask, Mask):
@@ -204,7 +145,8 @@ def attention(
     if sight.key_length != key.shape[2] or (sight.is_local and sight.query_length != query.shape[2]):
         lengths = f"{sight.query_length} queries and {sight.key_length} keys"
         raise ValueError(f"the mask is for {lengths}, but the layer has {query.shape[2]} and {key.shape[2]}")
-    numbers = {"alpha": _alpha_of(module) if alpha is None else alpha, "scale": scaling, "softcap": softcap or 0.0}
+    alpha = alpha_of(module, query.device) if alpha is None else alpha
+    numbers = {"alpha": alpha, "scale": scaling, "softcap": softcap or 0.0}
     if cu_seq_lens_q is not None:
         if any(part is not None for part in (sight.positions, sight.key_mask, sight.block_mask)):
             raise ValueError("cu_seq_lens_q packs sequences without padding, cache or 4-D mask: pass it without them")

@@ -1,8 +1,8 @@
 """What the queries of a Transformers model see, as options of `entmax_attention`.
 
-Transformers describes a mask by a function of indices. `_read` calls it with symbols in place of indices, and so finds
-the bounds and the sequences that causal, bidirectional, windowed and packed attention are made of. What it cannot read
-(chunks, image blocks, functions of one's own) is evaluated densely into a FlexAttention ``BlockMask``, like 4-D masks.
+Transformers describes a mask by a function of indices, from which causal, bidirectional, windowed and packed attention
+are read. What cannot be read (chunks, image blocks, functions of one's own) is evaluated densely into a FlexAttention
+``BlockMask``, like 4-D masks.
 """
 
 from collections.abc import Callable
@@ -10,145 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..sight import UNLIMITED
-
-
-class _UnreadableError(Exception):
-    """The function does something else than the masks that have options of their own."""
-
-
-class _Seen:
-    """What a mask function says: keys from `left` before the query to `right` after it, of the query's sequence.
-
-    sequences: (batch, length), the number of each token's sequence. positions: the table that gave the places, if any.
-    """
-
-    device = None  # mask functions move their parts to each other's device
-
-    def __init__(self, left=UNLIMITED, right=UNLIMITED, sequences=None, positions=None) -> None:
-        self.left, self.right, self.sequences, self.positions = left, right, sequences, positions
-
-    def to(self, device) -> "_Seen":
-        return self
-
-    def __and__(self, other: "_Seen") -> "_Seen":
-        if not isinstance(other, _Seen):
-            raise _UnreadableError
-        return _Seen(
-            _nearer(self.left, other.left), _nearer(self.right, other.right),
-            _only(self.sequences, other.sequences), _only(self.positions, other.positions),
-        )  # fmt: skip
-
-    def __bool__(self) -> bool:
-        raise _UnreadableError
-
-
-def _nearer(one: int, other: int) -> int:
-    if UNLIMITED in (one, other):
-        return max(one, other)
-    return min(one, other)
-
-
-def _only(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is not None and other is not None and one is not other:
-        raise _UnreadableError
-    return other if one is None else one
-
-
-class _Place:
-    """query * (index of the query) + key * (index of the key) + shift; or its absolute value.
-
-    With `table`, places are those that the table gives for the indices: positions, or numbers of sequences.
-    """
-
-    def __init__(self, query: int, key: int, shift: int = 0, table: Tensor | None = None, is_absolute=False) -> None:
-        self.query, self.key, self.shift, self.table, self.is_absolute = query, key, shift, table, is_absolute
-
-    def new_ones(self, size, dtype=None) -> _Seen:
-        return _Seen()
-
-    def __sub__(self, other) -> "_Place":
-        if self.is_absolute and isinstance(other, int):
-            return _Place(self.query, self.key, self.shift - other, self.table, True)
-        if isinstance(other, int):
-            other = _Place(0, 0, other, self.table)
-        if not isinstance(other, _Place) or self.is_absolute or other.is_absolute or self.table is not other.table:
-            raise _UnreadableError
-        return _Place(self.query - other.query, self.key - other.key, self.shift - other.shift, self.table)
-
-    def __abs__(self) -> "_Place":
-        if (self.query, self.key) not in ((1, -1), (-1, 1)) or self.shift:
-            raise _UnreadableError
-        return _Place(self.query, self.key, 0, self.table, True)
-
-    def __le__(self, other) -> _Seen:
-        return (self - other).is_at_most_zero()
-
-    def __lt__(self, other) -> _Seen:
-        return self.__le__(other - 1)
-
-    def __ge__(self, other) -> _Seen:
-        return (_Place(0, 0, other, self.table) if isinstance(other, int) else other).__le__(self)
-
-    def __gt__(self, other) -> _Seen:
-        return self.__ge__(other - -1)
-
-    def __eq__(self, other) -> _Seen:
-        if not isinstance(other, _Place) or self.table is None or self.table is not other.table:
-            raise _UnreadableError
-        if (self.query, self.key, other.query, other.key) != (1, 0, 0, 1) or self.shift or other.shift:
-            raise _UnreadableError
-        return _Seen(sequences=self.table)
-
-    __hash__ = None
-
-    def is_at_most_zero(self) -> _Seen:
-        limit, sides = -self.shift, (self.query, self.key)
-        if self.is_absolute and limit >= 0:
-            return _Seen(limit, limit, positions=self.table)
-        if sides == (1, -1) and limit >= 0:  # query - key <= limit
-            return _Seen(left=limit, positions=self.table)
-        if sides == (-1, 1) and limit >= 0:
-            return _Seen(right=limit, positions=self.table)
-        if sides == (-1, 0) and limit >= 0:  # 0 <= query, which is always so
-            return _Seen(positions=self.table)
-        raise _UnreadableError
-
-
-class _LookUps(TorchFunctionMode):
-    """Lets places index a table, as in ``position_ids[batch, query]``."""
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        if function is torch.Tensor.__getitem__ and isinstance(arguments[1], tuple):
-            table, index = arguments
-            if len(index) == 2 and isinstance(index[0], _Batch) and isinstance(index[1], _Place):
-                place = index[1]
-                if place.table is not None or place.shift or place.is_absolute:
-                    raise _UnreadableError
-                return _Place(place.query, place.key, 0, table)
-        return function(*arguments, **(options or {}))
-
-
-class _Batch:
-    """The index of a batch row, or of a head: nothing can be done with it but to look up in a table."""
-
-
-def _read(mask_function: Callable) -> _Seen | None:
-    """Calls the function with symbols instead of indices; None where it is none of the masks that `_Seen` can say.
-
-    Works in ``torch.compile`` too, which cannot look into the function's closure, but can call it.
-    """
-    try:
-        with _LookUps():
-            seen = mask_function(_Batch(), _Batch(), _Place(1, 0), _Place(0, 1))
-    except Exception:  # whatever a function does that cannot work with symbols
-        return None
-    if not isinstance(seen, _Seen) or (seen.positions is not None and seen.sequences is None):
-        return None
-    return seen
+from .transformers_mask_functions import read
 
 
 class Mask(NamedTuple):
@@ -182,6 +47,49 @@ class Mask(NamedTuple):
         """What a query sees depends on where it stands."""
         return self.window != (UNLIMITED, UNLIMITED) or self.boundaries is not None
 
+    # A model that computes with its mask expects a tensor.
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(COMPUTES.format(f"reads its {name}"))
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        raise TypeError(COMPUTES.format(f"calls {getattr(function, '__name__', function)} on it"))
+
+    def __eq__(self, other: object) -> bool:
+        if other is None or isinstance(other, tuple):
+            return tuple.__eq__(self, other)
+        raise TypeError(COMPUTES.format("compares it"))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+
+COMPUTES = (
+    "this model computes with its attention mask (it {}), which is no tensor with entmax attention, but a description "
+    "of what a query sees: load the model with attn_implementation='eager' or 'sdpa'"
+)
+
+
+def _refuse(does: str) -> Callable:
+    def refuse(self, *operands):
+        raise TypeError(COMPUTES.format(does))
+
+    return refuse
+
+
+for _name in ("getitem", "setitem"):
+    setattr(Mask, f"__{_name}__", _refuse("indexes it"))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor"):
+    setattr(Mask, f"__{_name}__", _refuse("calculates with it"))
+    setattr(Mask, f"__r{_name}__", _refuse("calculates with it"))
+for _name in ("invert", "neg", "lt", "le", "gt", "ge"):
+    setattr(Mask, f"__{_name}__", _refuse("calculates with it"))
+
 
 def mask(
     *,
@@ -202,7 +110,7 @@ def mask(
     """
     if isinstance(attention_mask, Mask):
         return attention_mask
-    seen = None if use_vmap else _read(mask_function)
+    seen = None if use_vmap else read(mask_function)
     packed = seen is not None and seen.sequences is not None
     if packed and not (attention_mask is None and _are_rows(seen.sequences, q_length, kv_length, q_offset, kv_offset)):
         seen = None
@@ -289,15 +197,16 @@ def _given(dense: Tensor, query: Tensor, key: Tensor) -> Mask:
     if dense.dtype == torch.bool and dense.shape[1] == dense.shape[2] == 1:
         return Mask(query_length, key_length, key_mask=dense[:, 0, 0].expand(batch, key_length))
     _check_eager("a 4-D attention_mask")
-    version = None if dense.is_inference() else dense._version
-    kept_version, block_mask = _block_masks.get(dense, (None, None))
-    if version is None or version != kept_version:
-        block_mask = _as_block_mask(_visible(dense).expand(-1, -1, query_length, -1))
-        _block_masks[dense] = version, block_mask
+    visible = _visible(dense).expand(-1, -1, query_length, -1)
+    kept, block_mask = _block_masks.get(dense, (None, None))
+    if kept is None or not torch.equal(kept, visible):
+        block_mask = _as_block_mask(visible)
+        _block_masks[dense] = visible, block_mask
     return Mask(query_length, key_length, block_mask=block_mask)
 
 
-_block_masks = WeakTensorKeyDictionary()  # all layers get the same tensor
+# All layers get the same tensor. What was made of it is compared, as not every write to a tensor is counted by it.
+_block_masks = WeakTensorKeyDictionary()
 
 
 def _visible(dense: Tensor) -> Tensor:

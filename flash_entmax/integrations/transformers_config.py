@@ -1,0 +1,115 @@
+"""What the config of a Transformers model says about entmax attention, and how ``config.json`` comes to say it.
+
+Three keys: ``attn_implementation`` and ``entmax_alpha`` make a plain ``from_pretrained(folder)`` build what was saved;
+``entmax_attention``, the same name once more, is left where a load asks for softmax, and says that this is not what was
+saved.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+IMPLEMENTATIONS = {"entmax15": 1.5, "sparsemax": 2.0, "entmax": None}
+HELD_BY = "held_by"  # of config.entmax_alpha: the class of the module among whose weights alpha is
+
+
+def implementation_of(module: nn.Module) -> str | None:
+    """Of modules that hold a config, as all do that call an attention function."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def declared_attention(config: Any) -> str | dict | None:
+    """What ``attn_implementation=`` builds the entmax attention of this config; None where it has none.
+
+    A name where all its parts have the same, else a dict by part, as Transformers takes it.
+    """
+    own, parts = config._attn_implementation, dict(_parts_of(config))
+    within = {name: declared_attention(part) for name, part in parts.items()}
+    if own in IMPLEMENTATIONS and all(
+        within[name] == own or part._attn_implementation is None for name, part in parts.items()
+    ):
+        return own
+    named = {name: attention for name, attention in within.items() if attention is not None}
+    return ({"": own} if own in IMPLEMENTATIONS else {}) | named or None
+
+
+def _parts_of(config: Any) -> Iterator[tuple[str, Any]]:
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if hasattr(part, "sub_configs"):
+            yield name, part
+
+
+def takes_alpha(config: Any) -> bool:
+    """The config, or a part of it, has "entmax", whose alpha is set."""
+    return config._attn_implementation == "entmax" or any(takes_alpha(part) for _, part in _parts_of(config))
+
+
+def is_held(alpha: object) -> bool:
+    """Of config.entmax_alpha: alpha is a tensor, among the weights."""
+    return isinstance(alpha, dict) and HELD_BY in alpha
+
+
+def declare(config: Any) -> None:
+    """Let the config, and its parts, be saved with the attention that they have then."""
+    for _, part in _parts_of(config):
+        declare(part)
+    config.attn_implementation = Declaration(config, vars(config).get("attn_implementation"))
+    if declared_attention(config) is not None:
+        config.entmax_attention = Declaration(config)
+
+
+def is_undeclared(config: Any) -> bool:
+    """A config of Transformers, of a model that was built before `declare` could be called."""
+    return hasattr(config, "sub_configs") and not isinstance(getattr(config, "attn_implementation", None), Declaration)
+
+
+class Declaration:
+    """An attribute of a config that is written as `declared_attention` of that time.
+
+    A config is written by a deep copy of its attributes, without itself; a copy of the config has a declaration of its
+    own.
+    """
+
+    def __init__(self, config: Any, otherwise: object = None) -> None:
+        kept = isinstance(otherwise, Declaration)
+        self.config, self.otherwise = config, otherwise.otherwise if kept else _unless_entmax(otherwise)
+
+    def __deepcopy__(self, memo: dict) -> "Declaration | str | dict | None":
+        copied = memo.get(id(self.config))
+        return self.written() if copied is None else Declaration(copied, self.otherwise)
+
+    def written(self) -> "str | dict | None":
+        return declared_attention(self.config) or self.otherwise
+
+    def __eq__(self, other: object) -> bool:
+        return self.written() == (other.written() if isinstance(other, Declaration) else other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return repr(self.written())
+
+
+def _unless_entmax(attention: object) -> object:
+    """What another library wrote there stays; a name of ours is written from what the config is."""
+    return None if isinstance(attention, dict) or attention in IMPLEMENTATIONS else attention
+
+
+def saved_attention(config: Any) -> tuple[str, float | str] | None:
+    """What a loaded config declares: the name of the attention, and alpha as a number or in words.
+
+    None where the config declares no entmax attention. Of several parts, that of the first that has one.
+    """
+    name = config._attn_implementation
+    if name not in IMPLEMENTATIONS:
+        return next((found for _, part in _parts_of(config) if (found := saved_attention(part))), None)
+    alpha = IMPLEMENTATIONS[name] or getattr(config, "entmax_alpha", None)
+    if is_held(alpha):
+        count = len(alpha["initial"]) if isinstance(alpha["initial"], list) else 1
+        whose = f"one for each of {count} heads" if count > 1 else "one for all heads"
+        return name, f"{'learned' if alpha['learned'] else 'a tensor'}, {whose}, among the weights"
+    if isinstance(alpha, dict):
+        return name, f"by layer, {min(alpha.values()):g} to {max(alpha.values()):g}"
+    return name, "not set" if alpha is None else float(alpha)

@@ -1,0 +1,88 @@
+"""A model of Transformers whose weights are sharded over two processes: alpha is one of them."""
+
+import os
+import socket
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("entmax")
+
+from torch import distributed, multiprocessing, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM
+from transformers_models import make, tokens
+
+from flash_entmax.integrations import transformers as integration
+
+STARTS = {"with the model": torch.tensor(1.3), "by itself": torch.tensor([1.2, 1.4, 1.6, 1.8])}
+
+
+def prepared(name):
+    model = make("llama", model_class=AutoModelForCausalLM)
+    integration.set_alpha(model, nn.Parameter(STARTS[name].clone()))
+    return model, tokens(2, 20)
+
+
+def shard(model, name, **policy):
+    if name == "by itself":  # so that it has a policy of its own, and is gathered at each call
+        fully_shard(model.model.entmax_alpha)
+    for part in (*model.model.layers, model):
+        fully_shard(part, **policy)
+
+
+def train(model, ids):
+    """Two steps on the same batch in each process, so that averages of gradients are those of one process."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for _ in range(2):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def work(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    for name in STARTS:
+        model, ids = prepared(name)
+        shard(model, name)
+        train(model, ids)
+        with pytest.raises(ValueError, match="must be set before the model is wrapped"):
+            integration.set_alpha(model, nn.Parameter(torch.tensor(1.5)))
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if rank == 0:
+            model.save_pretrained(f"{folder}/{name}", state_dict=weights)
+        distributed.barrier()
+    assert dtype_in_mixed_precision("with the model") == torch.bfloat16
+    assert dtype_in_mixed_precision("by itself") == torch.float32
+    distributed.destroy_process_group()
+
+
+def dtype_in_mixed_precision(name):
+    model, ids = prepared(name)
+    shard(model, name, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    seen = []
+    model.model.entmax_alpha.register_forward_hook(lambda module, inputs, alpha: seen.append(alpha.dtype))
+    with torch.no_grad():
+        model(ids)
+    return seen[-1]
+
+
+def test_a_sharded_alpha_is_learned_and_saved(tmp_path):
+    """By fully_shard of layers and model: the same training as in one process, and the folder loads plainly."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(work, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    for name, start in STARTS.items():
+        model, ids = prepared(name)
+        train(model, ids)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert (loaded.model.entmax_alpha.value - start).abs().min() > 1e-3
+        wanted = dict(model.named_parameters())
+        for key, weight in loaded.named_parameters():
+            torch.testing.assert_close(weight, wanted.pop(key), rtol=1e-4, atol=1e-5)
+        assert not wanted

@@ -121,6 +121,10 @@ def reduced_shape(x: Tensor, dim: int) -> torch.Size:
 
 
 def choose_rows(x: Tensor, impl: str) -> str:
+    check_rows_impl(impl)
+    return choose_impl(x, impl)
+
+
+def check_rows_impl(impl: str) -> None:
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl must be one of 'auto', 'triton', 'torch', got {impl!r}")
-    return choose_impl(x, impl)

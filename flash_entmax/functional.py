@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .problem import Impl, Modifiers, Problem, Support, check_inputs, check_scalars, row_dtype
+from .problem import Impl, Modifiers, Problem, Support, check_flag, check_inputs, check_scalars, row_dtype
 from .sight import (
     UNLIMITED,
     Sight,
@@ -110,6 +110,7 @@ def entmax_attention(
     query, key, value = as_autocast(query, key, value)
     check_inputs(query, key, value)
     check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
+    check_flag("return_support", return_support)
     sight = Sight(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
     check_sight(query, key, sight)
     return attend(query, key, value, alpha, scale, softcap, alibi_slopes, sight, impl, return_support)
@@ -215,6 +216,7 @@ def packed_attention(
     query, key, value = as_autocast(query, key, value)
     check_inputs(query, key, value)
     check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
+    check_flag("return_support", return_support)
     if isinstance(query_positions, int):
         raise TypeError("query_positions of packed sequences must be a tensor or None, got int")
     check_longest(max_q, max_k)

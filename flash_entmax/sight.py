@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .problem import WORD_BITS, Problem, ceil_div, pack_tiles
+from .problem import WORD_BITS, Problem, ceil_div, check_flag, pack_tiles
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -52,20 +52,17 @@ class Sight:
 def check_sight(query: Tensor, key: Tensor, sight: Sight) -> None:
     """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
     (batch, heads, query_length, _), key_length = query.shape, key.shape[2]
-    window = sight.window_size
-    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(_is_int(size) for size in window)):
-        raise TypeError(f"window_size must be a pair of integers (left, right), got {window!r}")
-    if min(window) < UNLIMITED:
-        raise ValueError(f"window_size must be (left, right) with each at least 0, or -1 for no limit, got {window}")
+    check_flag("is_causal", sight.is_causal)
+    check_window(sight.window_size)
     given = sight.query_positions
     if isinstance(given, Tensor):
-        _check_index("query_positions", given, query, ((query_length,), (batch, query_length)))
+        check_index("query_positions", given, query, ((query_length,), (batch, query_length)))
     elif given is not None and not _is_int(given):
         raise TypeError(f"query_positions must be an integer, an integer tensor or None, got {type(given).__name__}")
     elif given is not None and abs(given) > FURTHEST:
         raise ValueError(f"query_positions must be from -2^30 to 2^30, got {given}")
     if sight.key_lengths is not None:
-        _check_index("key_lengths", sight.key_lengths, query, ((batch,),))
+        check_index("key_lengths", sight.key_lengths, query, ((batch,),))
     if sight.key_mask is not None:
         _check_tensor("key_mask", sight.key_mask, query, ((batch, key_length),))
         if sight.key_mask.dtype != torch.bool:
@@ -76,10 +73,17 @@ def check_sight(query: Tensor, key: Tensor, sight: Sight) -> None:
         _check_block_mask(sight.block_mask, (batch, heads, query_length, key_length), query.device)
 
 
+def check_window(window: object) -> None:
+    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(_is_int(size) for size in window)):
+        raise TypeError(f"window_size must be a pair of integers (left, right), got {window!r}")
+    if min(window) < UNLIMITED:
+        raise ValueError(f"window_size must be (left, right) with each at least 0, or -1 for no limit, got {window}")
+
+
 def check_boundaries(query: Tensor, key: Tensor, sight: Sight) -> None:
     """The boundaries of packed sequences: shapes and dtypes."""
     for name, boundaries in (("cu_seq_q", sight.cu_seq_q), ("cu_seq_k", sight.cu_seq_k)):
-        _check_index(name, boundaries, query, None)
+        check_index(name, boundaries, query, None)
         if boundaries.dim() != 1 or boundaries.shape[0] == 0:
             raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(boundaries.shape)}")
     if sight.cu_seq_q.shape != sight.cu_seq_k.shape:
@@ -105,7 +109,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _check_index(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
+def check_index(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
     _check_tensor(name, tensor, query, shapes)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")

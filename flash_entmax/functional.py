@@ -218,7 +218,8 @@ def packed_attention(
     check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
     check_flag("return_support", return_support)
     if isinstance(query_positions, int):
-        raise TypeError("query_positions of packed sequences must be a tensor or None, got int")
+        got = type(query_positions).__name__
+        raise TypeError(f"query_positions of packed sequences must be a tensor or None, got {got}")
     check_longest(max_q, max_k)
     sight = Sight(is_causal, window_size, query_positions, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k)
     check_sight(query, key, sight)

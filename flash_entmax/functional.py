@@ -82,9 +82,10 @@ def entmax_attention(
             int32 or int64, in any order: for shards and chunks of the queries.
         key_lengths: (batch,) int32 or int64: of each batch row, only so many keys exist (padding on the right).
         key_mask: (batch, key length) bool, True where the key may be seen (padding on the left, or anywhere).
-        block_mask: a FlexAttention ``BlockMask`` for these lengths, as a static filter: of its partial blocks the
-            ``mask_mod`` decides, evaluated by PyTorch at its first use and kept while the mask lives. Not inside
-            ``torch.compile``.
+        block_mask: a FlexAttention ``BlockMask`` for these lengths: of its partial blocks the ``mask_mod`` decides,
+            evaluated by PyTorch. What comes of it is kept until another one is set, or a tensor, number or function
+            that it reads is another or is written to; if it reads anything else (an object's attributes, inference
+            tensors), it is evaluated by each call. Not inside ``torch.compile``.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton where it can run, else torch.
             An explicit choice never falls back.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .closure import state_of
 from .problem import WORD_BITS, Problem, ceil_div, check_flag, pack_tiles
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 UNLIMITED = -1
 HIDDEN, WHOLE, FIRST_PARTIAL = 0, 1, 2
+LISTS = "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"  # of a BlockMask
 FURTHEST = 2**30  # positions beyond are taken for this one, so that differences fit 32 bits
 
 
@@ -232,15 +234,25 @@ def tile_filter(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:
     if sight.key_mask is not None:
         return _filter_of_keys(sight.key_mask, tile)
     if sight.block_mask is not None:
-        by_tile = _filters.setdefault(sight.block_mask, {})
-        if tile not in by_tile:
-            with torch.inference_mode(False), torch.no_grad():  # kept for training, wherever it is first used
-                by_tile[tile] = _filter_of_blocks(problem, sight.block_mask, tile)
-        return by_tile[tile]
+        return _kept_filter_of_blocks(problem, sight.block_mask, tile)
     return None
 
 
 _filters: WeakKeyDictionary = WeakKeyDictionary()  # evaluating a mask_mod takes longer than the attention
+
+
+def _kept_filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> TileFilter:
+    """What was made of the mask the last time, unless it, or anything that its mask_mod reads, has changed since."""
+    lists = tuple(getattr(block_mask, name) for name in LISTS)
+    state = state_of((block_mask.mask_mod, lists, block_mask.BLOCK_SIZE, problem.query_length, problem.key_length))
+    by_tile = _filters.setdefault(block_mask, {})
+    before, kept = by_tile.get(tile, (None, None))
+    if before is not None and state is not None and before.key == state.key:
+        return kept
+    with torch.inference_mode(False), torch.no_grad():  # kept for training, wherever it is first used
+        made = _filter_of_blocks(problem, block_mask, tile)
+    by_tile[tile] = state, made
+    return made
 
 
 def _filter_of_keys(mask: Tensor, tile: int) -> TileFilter:

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "flash_entmax"
 CORE = {
     "problem": set(),
     "threshold": {"problem"},
-    "sight": {"problem"},
+    "closure": set(),
+    "sight": {"closure", "problem"},
     "reference": {"threshold", "sight", "problem"},
     "softmax": {"reference", "sight", "problem"},
     "tiles": {"sight", "problem"},

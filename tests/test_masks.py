@@ -267,24 +267,6 @@ def test_a_static_filter_needs_no_mask_mod(backend):
     check_attention(case, backend.impl)
 
 
-def test_a_block_mask_is_evaluated_once(backend):
-    """Its tiles stay while the mask lives; another mask has its own."""
-    calls = []
-
-    def counted(b, h, q, k):
-        calls.append(1)
-        return k <= q
-
-    mask = create_block_mask(counted, None, None, 100, 100, device=backend.device)
-    case = make_case(backend, heads=1, length=100, block_mask=mask)
-    first = attend(case, backend.impl)
-    made = len(calls)
-    assert torch.equal(attend(case, backend.impl), first)
-    assert len(calls) == made
-    case.options["block_mask"] = create_block_mask(sliding, None, None, 100, 100, device=backend.device)
-    assert not torch.equal(attend(case, backend.impl), first)
-
-
 def test_keys_that_are_hidden_by_a_mask_have_no_gradient(backend):
     mask = create_block_mask(by_batch, 2, None, 130, 130, device=backend.device)
     case = make_case(backend, batch=2, length=130, block_mask=mask)

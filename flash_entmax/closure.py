@@ -3,9 +3,10 @@
 import dis
 import math
 import operator
-from functools import lru_cache, partial
+from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,9 @@ def _key_of_function(function: FunctionType, alive: list[object], seen: dict[int
     if id(function) in seen:
         return FunctionType, seen[id(function)]
     seen[id(function)] = len(seen)
-    names = names_read(function.__code__)
+    if function.__code__ not in _names:
+        _names[function.__code__] = names_read(function.__code__)
+    names = _names[function.__code__]
     if names is None:
         raise _UnknownError
     known = function.__globals__
@@ -93,7 +96,9 @@ def _content(cell) -> object:
         raise _UnknownError from None
 
 
-@lru_cache(maxsize=1024)
+_names: WeakKeyDictionary = WeakKeyDictionary()  # of code, which does not change
+
+
 def names_read(code: CodeType) -> tuple[str, ...] | None:
     """The global variables that the code, and that of functions made in it, reads; None if it imports or sets any."""
     names: dict[str, None] = {}

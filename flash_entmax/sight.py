@@ -4,6 +4,7 @@
 windows, positions, padding and packed sequences are all intervals), and a `TileFilter` for masks that are none.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -234,7 +235,10 @@ def tile_filter(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:
     if sight.key_mask is not None:
         return _filter_of_keys(sight.key_mask, tile)
     if sight.block_mask is not None:
-        return _kept_filter_of_blocks(problem, sight.block_mask, tile)
+        read = _kept_filter_of_blocks
+        if "torch._dynamo" in sys.modules:  # which goes on inside where it could not compile the call
+            read = torch.compiler.disable(read)
+        return read(problem, sight.block_mask, tile)
     return None
 
 
@@ -271,6 +275,8 @@ def _kinds(seen: Tensor, index: Tensor) -> Tensor:
 
 def _filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> TileFilter:
     """Whole blocks by FlexAttention's lists; of the others, its mask_mod decides for each query and key."""
+    from torch.nn.attention.flex_attention import create_mask
+
     query_tiles, key_tiles = ceil_div(problem.query_length, tile), ceil_div(problem.key_length, tile)
     kinds = torch.full(block_mask.kv_indices.shape, HIDDEN, dtype=torch.int32, device=block_mask.kv_indices.device)
     kinds = _mark(kinds, block_mask.kv_num_blocks, block_mask.kv_indices, FIRST_PARTIAL)
@@ -283,11 +289,13 @@ def _filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> T
     inside = torch.arange(tile, device=kinds.device)
     query = (query_tile.unsqueeze(-1) * tile + inside).clamp_max(problem.query_length - 1)
     key = (key_tile.unsqueeze(-1) * tile + inside).clamp_max(problem.key_length - 1)
-    by_key = torch.vmap(block_mask.mask_mod, in_dims=(None, None, None, 0))
-    by_query = torch.vmap(by_key, in_dims=(None, None, 0, None))
     if batch.numel() == 0:
         return TileFilter(kinds, kinds.new_zeros(1, tile, tile // WORD_BITS))
-    seen = torch.vmap(by_query)(batch, head, query, key)
+
+    def sees(place: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return block_mask.mask_mod(batch[place], head[place], query[place, i], key[place, j])
+
+    seen = create_mask(sees, batch.numel(), 1, tile, tile, device=kinds.device).squeeze(1)
     index = torch.arange(batch.numel(), dtype=torch.int32, device=kinds.device)
     kinds[batch, head, query_tile, key_tile] = _kinds(seen, index)
     return TileFilter(kinds, pack_tiles(seen))

@@ -323,6 +323,7 @@ def test_block_masks_that_do_not_fit(name):
 
 
 def test_a_block_mask_is_not_read_in_a_compiled_graph():
+    torch._dynamo.reset()
     mask, tensors = create_block_mask(causal, None, None, 64, 64, device="cpu"), iid_inputs(1, 2, 64, 8)
     compiled = torch.compile(entmax_attention, backend="eager", fullgraph=True)
     refused = (

@@ -1,7 +1,6 @@
 """flash-entmax: exact, differentiable, data-dependent sparse attention for PyTorch."""
 
 import sys
-from importlib.metadata import version
 
 from .activations import entmax, entmax15, sparsemax
 from .flops import register_flop_formulas
@@ -13,7 +12,7 @@ from .problem import Impl, Support
 if "torch.utils.flop_counter" in sys.modules:
     register_flop_formulas()
 
-__version__ = version("flash-entmax")
+__version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = [
     "Impl",
     "Support",

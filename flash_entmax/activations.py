@@ -70,9 +70,10 @@ def entmax15(x: Tensor, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
 
 
 def softmax(x: Tensor, dim: int) -> Tensor:
-    """The limit alpha = 1, with zeros where every entry is masked."""
-    masked = (x == -torch.inf).all(dim, keepdim=True)
-    return x.masked_fill(masked, 0.0).softmax(dim).masked_fill(masked, 0.0)
+    """The limit alpha = 1, with zeros where every entry is masked, and gradient 0 of each that is."""
+    masked = x == -torch.inf
+    blind = masked.all(dim, keepdim=True)
+    return x.masked_fill(masked, -torch.inf).masked_fill(blind, 0.0).softmax(dim).masked_fill(blind, 0.0)
 
 
 def check_scores(x: Tensor, dim: int, name: str = "x") -> None:
@@ -120,6 +121,10 @@ def reduced_shape(x: Tensor, dim: int) -> torch.Size:
 
 
 def choose_rows(x: Tensor, impl: str) -> str:
+    check_rows_impl(impl)
+    return choose_impl(x, impl)
+
+
+def check_rows_impl(impl: str) -> None:
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl must be one of 'auto', 'triton', 'torch', got {impl!r}")
-    return choose_impl(x, impl)

@@ -124,16 +124,19 @@ def info(options: argparse.Namespace) -> int:
 
 def versions() -> Iterator[tuple[str, str]]:
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import packages_distributions, version
 
     import torch
 
+    from . import __version__
     from .functional import TRITON_IS_INSTALLED
 
-    yield "flash-entmax", version("flash-entmax")
+    yield "flash-entmax", __version__
     yield "python", platform.python_version()
     yield "torch", torch.__version__
-    yield "triton", version("triton") if TRITON_IS_INSTALLED else "not installed"
+    names = packages_distributions().get("triton", [])  # ROCm and Windows have it by other names
+    known = ", ".join(f"{version(name)}{'' if name == 'triton' else f' ({name})'}" for name in names)
+    yield "triton", known or "installed, of an unknown version" if TRITON_IS_INSTALLED else "not installed"
 
 
 def devices() -> Iterator[tuple[str, str]]:

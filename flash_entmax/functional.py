@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .problem import Impl, Modifiers, Problem, Support, check_inputs, check_scalars, row_dtype
+from .problem import Impl, Modifiers, Problem, Support, check_flag, check_inputs, check_scalars, row_dtype
 from .sight import (
     UNLIMITED,
     Sight,
@@ -81,9 +81,10 @@ def entmax_attention(
             int32 or int64, in any order: for shards and chunks of the queries.
         key_lengths: (batch,) int32 or int64: of each batch row, only so many keys exist (padding on the right).
         key_mask: (batch, key length) bool, True where the key may be seen (padding on the left, or anywhere).
-        block_mask: a FlexAttention ``BlockMask`` for these lengths, as a static filter: of its partial blocks the
-            ``mask_mod`` decides, evaluated by PyTorch at its first use and kept while the mask lives. Not inside
-            ``torch.compile``.
+        block_mask: a FlexAttention ``BlockMask`` for these lengths: of its partial blocks the ``mask_mod`` decides,
+            evaluated by PyTorch. What comes of it is kept until another one is set, or a tensor, number or function
+            that it reads is another or is written to; if it reads anything else (an object's attributes, inference
+            tensors), it is evaluated by each call. Not inside ``torch.compile``.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton where it can run, else torch.
             An explicit choice never falls back.
@@ -109,6 +110,7 @@ def entmax_attention(
     query, key, value = as_autocast(query, key, value)
     check_inputs(query, key, value)
     check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
+    check_flag("return_support", return_support)
     sight = Sight(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
     check_sight(query, key, sight)
     return attend(query, key, value, alpha, scale, softcap, alibi_slopes, sight, impl, return_support)
@@ -214,8 +216,10 @@ def packed_attention(
     query, key, value = as_autocast(query, key, value)
     check_inputs(query, key, value)
     check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
+    check_flag("return_support", return_support)
     if isinstance(query_positions, int):
-        raise TypeError("query_positions of packed sequences must be a tensor or None, got int")
+        got = type(query_positions).__name__
+        raise TypeError(f"query_positions of packed sequences must be a tensor or None, got {got}")
     check_longest(max_q, max_k)
     sight = Sight(
         is_causal, window_size, query_positions, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k

@@ -7,6 +7,7 @@ for call in calls:
 rows = calls[3].rows(batch=0, head=2)  # a sparse CSR matrix: the keys of each query and their probabilities
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ops
 from .functional import entmax_attention
-from .problem import Modifiers, Problem, Support, ceil_div, row_dtype
+from .problem import Modifiers, Problem, Support, ceil_div, check_flag, row_dtype, said
 from .sight import HIDDEN
 from .sparse_rows import QUERIES, Head, HeadSight, union_sizes
 
@@ -45,7 +46,15 @@ def record(
 
     Yields:
         The list of calls, which grows as they run and stays afterwards. A call holds its query and key by reference.
+
+    Raises:
+        TypeError: an option of the wrong type.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if only is not None and not callable(only):
+        raise TypeError(f"only must be a function from names to True or False, got {said(only)}")
+    check_flag("keep_inputs", keep_inputs)
     calls: list[Call] = []
     with ExitStack() as stack:
         running = stack.enter_context(running_modules(model))
@@ -53,16 +62,30 @@ def record(
         yield calls
 
 
+class Running(threading.local):
+    """The names of the modules that are running in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def begin(self, name: str) -> None:
+        self.names.append(name)
+
+    def end(self, name: str) -> None:
+        if self.names and self.names[-1] == name:  # it may have begun before the recording
+            self.names.pop()
+
+
 @contextmanager
-def running_modules(model: nn.Module | None) -> Iterator[list[str]]:
-    """The names of the modules that are running, innermost last; the model itself has the name of its class."""
-    running: list[str] = []
+def running_modules(model: nn.Module | None) -> Iterator[Running]:
+    """The model itself has the name of its class."""
+    running = Running()
     handles = []
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     for name, module in model.named_modules() if model is not None else ():
         own = name or type(module).__name__
-        handles.append(module.register_forward_pre_hook(lambda *_, own=own: running.append(own)))
-        handles.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
+        handles.append(module.register_forward_pre_hook(lambda *_, own=own: running.begin(own)))
+        handles.append(module.register_forward_hook(lambda *_, own=own: running.end(own), always_call=True))
     try:
         yield running
     finally:
@@ -71,7 +94,7 @@ def running_modules(model: nn.Module | None) -> Iterator[list[str]]:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, calls: list["Call"], running: list[str], only: Callable | None, keep_inputs: bool) -> None:
+    def __init__(self, calls: list["Call"], running: Running, only: Callable | None, keep_inputs: bool) -> None:
         super().__init__()
         self.seen = 0
         self.calls, self.running, self.only, self.keep_inputs = calls, running, only, keep_inputs
@@ -81,7 +104,7 @@ class _Recorder(TorchDispatchMode):
         in_backward = torch._C._current_graph_task_id() != -1
         if function is ops.attention and not in_backward:
             number, self.seen = self.seen, self.seen + 1
-            name = self.running[-1] if self.running else f"call {number}"
+            name = self.running.names[-1] if self.running.names else f"call {number}"
             if self.only is None or self.only(name):
                 self.calls.append(Call(name, number, arguments, results))
                 if not self.keep_inputs:
@@ -115,6 +138,8 @@ class Call:
         self._inputs: tuple[Tensor, Tensor] | None = (query, key)
         self._versions = versions(query, key)
         self._modifiers = Modifiers(*modifiers)
+        if self._modifiers.slopes is not None:  # the caller's own, which an optimizer's step may write to
+            self._modifiers = self._modifiers._replace(slopes=self._modifiers.slopes.clone())
         self._maximum, self._offset, self._live = (tensor.detach() for tensor in results[2:5])
         self._tile = ops.tile(self.impl, query, value)
 
@@ -263,7 +288,7 @@ class Call:
         query that sees no key, or has a NaN among its scores, has no entries.
 
         Raises:
-            IndexError: no such batch row or head.
+            TypeError, IndexError: no such batch row or head.
             RuntimeError: query or key was released, or written to after the call.
         """
         view = self._head(batch, head)
@@ -283,9 +308,7 @@ class Call:
 
     def _head(self, batch: int, head: int) -> Head:
         p, m = self.problem, self._modifiers
-        for name, index, extent in (("batch", batch, p.batch), ("head", head, p.heads)):
-            if not 0 <= index < extent:
-                raise IndexError(f"{name} must be from 0 to {extent - 1}, got {index}")
+        check_place(batch, head, p.batch, p.heads)
         query, key = self.inputs
         return Head(
             query[batch, head].double(),
@@ -316,15 +339,26 @@ def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0,
         options: those of ``entmax_attention``, which raises a TypeError for others.
 
     Raises:
+        TypeError, IndexError: no such batch row or head.
         ValueError: ``alpha=1`` or ``impl="reference"``, whose attention is dense; or what ``entmax_attention`` raises.
     """
     if options.get("return_support"):
         raise ValueError("return_support has no place here: record() gives the support of a call")
+    if isinstance(query, Tensor) and query.dim() == 4:  # entmax_attention refuses others
+        check_place(batch, head, *query.shape[:2])
     with torch.no_grad(), record() as calls:
         entmax_attention(query, key, key, **options)
     if not calls:
         raise ValueError("alpha=1 (softmax) and impl='reference' are dense: they have no sparse rows to give")
     return calls[0].rows(batch, head)
+
+
+def check_place(batch: object, head: object, batches: int, heads: int) -> None:
+    for name, index, extent in (("batch", batch, batches), ("head", head, heads)):
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise TypeError(f"{name} must be an integer, got {said(index)}")
+        if not 0 <= index < extent:
+            raise IndexError(f"{name} must be from 0 to {extent - 1}, got {index}")
 
 
 def versions(*tensors: Tensor) -> tuple[int | None, ...]:

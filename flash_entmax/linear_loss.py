@@ -28,7 +28,8 @@ def linear_entmax_loss(
 
     For 16,384 tokens and 131,072 classes, bfloat16 logits and their gradient would take 8 GiB; here they take up to
     256 MiB, beside the weight's gradient in float32. Gradients are computed along with the loss, chunk by chunk: each
-    chunk's logits are made once.
+    chunk's logits are made once. Rows that are ignored count for nothing, whatever their ``hidden`` holds, and get
+    gradient 0, whatever the incoming gradient is; where no row counts, so do ``weight`` and ``bias``.
 
     Args:
         hidden: (..., size); float16, bfloat16, float32 or float64.
@@ -36,7 +37,7 @@ def linear_entmax_loss(
         target: int64 classes, of the shape of ``hidden`` without its last dimension.
         bias: (classes,), of the dtype of ``hidden``.
         alpha, ignore_index, label_smoothing, impl: as for :func:`flash_entmax.entmax_loss`.
-        reduction: ``"mean"`` or ``"sum"``.
+        reduction: ``"mean"`` (NaN, with gradient 0, if all rows are ignored) or ``"sum"``.
 
     Returns:
         A float32 scalar (float64 for float64). ``create_graph=True`` is refused: there is no second derivative.
@@ -63,12 +64,13 @@ class LinearLoss(torch.autograd.Function):
     """Sum of the losses, and its gradients, in one pass over the tokens; the backward pass only scales what is there.
 
     The weight's gradient stays in float32 until it is scaled: neither a mean over many tokens nor a loss scaled up for
-    float16 leaves the range of 16 bits before.
+    float16 leaves the range of 16 bits before. What counts for nothing is selected, not multiplied by 0: the incoming
+    gradient of a mean over no rows is inf.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, classes, is_training, *scalars):
-        dtype = row_dtype(hidden)
+        dtype, ignored = row_dtype(hidden), (classes == scalars[0]).unsqueeze(-1)
         total = hidden.new_zeros((), dtype=dtype)
         needed = [is_training and is_needed for is_needed in ctx.needs_input_grad[:3]]
         of_hidden = torch.empty_like(hidden) if needed[0] else None
@@ -83,22 +85,23 @@ class LinearLoss(torch.autograd.Function):
                     continue
                 of_logits = row_ops.loss_backward(torch.ones_like(losses), logits, classes[part], state, *scalars)
                 if of_hidden is not None:
-                    of_hidden[part] = of_logits @ weight
+                    of_hidden[part] = (of_logits @ weight).masked_fill_(ignored[part], 0.0)
                 if of_weight is not None:
-                    of_weight += product(of_logits.mT, hidden[part], dtype)
+                    of_weight += product(of_logits.mT, hidden[part].masked_fill(ignored[part], 0.0), dtype)
                 if of_bias is not None:
                     of_bias += of_logits.sum(0, dtype=dtype)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias, ignored)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             raise RuntimeError("linear_entmax_loss has no second derivative: create_graph=True is refused")
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = (None if g is None else (g.to(grad.dtype) * grad).to(dtype) for g, dtype in gradients)
-        return *scaled, *(None,) * 6
+        *gradients, ignored = ctx.saved_tensors
+        of_rows, of_all = grad.where(~ignored, 0.0), grad.where(~ignored.all(), 0.0)
+        parts = zip(gradients, (of_rows, of_all, of_all), ctx.dtypes, strict=True)
+        return *(None if g is None else (g.to(grad.dtype) * by).to(dtype) for g, by, dtype in parts), *(None,) * 6
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,8 +38,10 @@ def entmax_loss(
             a floating-point type, each summing to 1, not differentiated.
         alpha: above 1, up to 2. 2 is the sparsemax loss. (1 is ``torch.nn.functional.cross_entropy``.) In float32 the
             relative rounding of a probability is about 2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
-        ignore_index: rows with this target count for nothing, and get gradient 0. Not for probabilities.
-        reduction: ``"mean"`` over the rows that are not ignored (NaN if there are none), ``"sum"`` or ``"none"``.
+        ignore_index: rows with this target count for nothing, whatever their scores are, and get gradient 0, whatever
+            the incoming gradient is. Not for probabilities.
+        reduction: ``"mean"`` over the rows that are not ignored (NaN, with gradient 0, if there are none), ``"sum"`` or
+            ``"none"``.
         label_smoothing: from 0 to 1: the target becomes ``(1 - s) * target + s / classes``. The loss stays that of
             this mixed target, and is 0 where entmax equals it; ``cross_entropy`` would add the mixture's entropy.
         impl: as for :func:`flash_entmax.entmax`.

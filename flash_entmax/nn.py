@@ -6,20 +6,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from .activations import check_alpha_number, entmax
+from .activations import check_alpha_number, check_rows_impl, entmax
 from .functional import ALPHAS, entmax_attention, entmax_attention_varlen
 from .losses import check_options, entmax_loss
-from .problem import Impl
-from .sight import UNLIMITED
+from .problem import Impl, check_flag, check_softcap, is_number, said
+from .sight import UNLIMITED, check_index, check_window
 
 POSITIONS = "rope", "alibi", "nape", "none"
 TEMPERATURES = "fixed", "adaptive"
 
 
 class Alpha(nn.Module):
-    """A number, or a learned tensor of a shape: 1.01 + 0.99 sigmoid(logit), which no step takes out of range."""
+    """A number, or a learned tensor of a shape: 1.01 + 0.99 sigmoid(logit), which no step takes out of range.
 
-    def __init__(self, alpha: float, shape: tuple[int, ...] | None, **factory) -> None:
+    The logit is in float32, or float64 where the dtype is, whatever dtype the layer has; casting it to bfloat16, as
+    ``model.to(torch.bfloat16)`` does, moves alpha by at most 0.0005.
+    """
+
+    def __init__(
+        self,
+        alpha: float,
+        shape: tuple[int, ...] | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_alpha_number(alpha)
         self.number, self.logit = float(alpha), None
@@ -27,7 +37,9 @@ class Alpha(nn.Module):
             lowest, highest = ALPHAS
             if not lowest < alpha < highest:
                 raise ValueError(f"a learned alpha must start between {lowest} and {highest}, got {alpha}")
-            self.logit = nn.Parameter(torch.empty(shape, **factory))
+            dtype = torch.get_default_dtype() if dtype is None else dtype
+            dtype = torch.float32 if dtype.itemsize < 4 else dtype
+            self.logit = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -48,18 +60,34 @@ class Alpha(nn.Module):
 
 
 class WithAlpha(nn.Module):
-    """A module with an `Alpha` named power."""
+    """A module with an `Alpha` named power.
+
+    A number is an option of the module, as its sizes are: copies have it, ``state_dict`` does not. A learned alpha is a
+    parameter, ``power.logit``. A tensor that moves is neither: it is passed to each call.
+    """
 
     power: Alpha
 
     @property
     def alpha(self) -> float | Tensor:
-        """A number, or a tensor where it is learned, by head in an attention layer. What is assigned stays as it is."""
+        """A number, or a tensor where it is learned, by head in an attention layer.
+
+        A number that is assigned stays as it is. A tensor is refused: a copy of the module, or the same module on
+        another device, would go on with a copy of it, which nothing moves.
+        """
         return self.power()
 
     @alpha.setter
     def alpha(self, number: float) -> None:
         self.power = Alpha(number, None)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "alpha" and isinstance(value, Tensor):
+            raise TypeError(
+                f"alpha must be a number, got {type(value).__name__}: pass a tensor to each call, as in "
+                "module(x, alpha=annealing.alpha), or learn it with learn_alpha=True"
+            )
+        super().__setattr__(name, value)
 
 
 class Entmax(WithAlpha):
@@ -74,11 +102,15 @@ class Entmax(WithAlpha):
 
     def __init__(self, alpha: float = 1.5, dim: int = -1, learn_alpha: bool = False) -> None:
         super().__init__()
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise TypeError(f"dim must be an integer, got {said(dim)}")
+        check_flag("learn_alpha", learn_alpha)
         self.dim = dim
         self.power = Alpha(alpha, () if learn_alpha else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return entmax(x, self.alpha, self.dim)
+    def forward(self, x: Tensor, *, alpha: float | Tensor | None = None) -> Tensor:
+        """``alpha`` is in place of the module's own, as when it is annealed."""
+        return entmax(x, self.alpha if alpha is None else alpha, self.dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -98,6 +130,7 @@ class EntmaxLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(alpha, ignore_index, reduction, label_smoothing)
+        check_rows_impl(impl)
         self.alpha, self.impl = alpha, impl
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
 
@@ -135,9 +168,13 @@ class EntmaxAttention(WithAlpha):
             without slopes, scores of the query at position i are multiplied by 1 + beta * log(i + 2)^gamma, with
             beta = softplus(W_b x + b_b) and gamma = 2 tanh(W_g x + b_g) from the layer input x there; W, b start at 0.
         is_causal, window_size, softcap: as for :func:`flash_entmax.entmax_attention`.
-        rope_base: of the slowest angle.
+        rope_base: of the slowest angle; positive.
+        device, dtype: of the parameters; that of a learned alpha is at least float32.
 
     Shapes: (batch, length, embed_dim), or packed (tokens, embed_dim) with ``cu_seq`` and ``max_seq``.
+
+    Raises:
+        TypeError, ValueError: for options of the wrong type or out of range.
     """
 
     def __init__(
@@ -162,6 +199,14 @@ class EntmaxAttention(WithAlpha):
         super().__init__()
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
         check_heads(embed_dim, num_heads, num_key_heads, head_dim)
+        for name, flag in (("bias", bias), ("learn_alpha", learn_alpha), ("is_causal", is_causal)):
+            check_flag(name, flag)
+        check_window(window_size)
+        check_softcap(softcap)
+        if not is_number(rope_base):
+            raise TypeError(f"rope_base must be a positive number, got {said(rope_base)}")
+        if not 0.0 < rope_base < math.inf:
+            raise ValueError(f"rope_base must be positive and finite, got {rope_base}")
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         check_choices(position, temperature, self.head_dim, num_heads)
         self.num_heads, self.num_key_heads, self.position = num_heads, num_key_heads, position
@@ -172,7 +217,7 @@ class EntmaxAttention(WithAlpha):
         self.key = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
         self.value = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
         self.out = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias, **factory)
-        self.power = Alpha(alpha, (num_heads,) if learn_alpha else None, device=device)
+        self.power = Alpha(alpha, (num_heads,) if learn_alpha else None, **factory)
         self.temperature = None
         if temperature == "adaptive":
             self.temperature = AdaptiveTemperature(embed_dim, heads_without_slope(position, num_heads), **factory)
@@ -236,8 +281,13 @@ class EntmaxAttention(WithAlpha):
         expected = f"(batch, length, {width})" if cu_seq is None else f"(tokens, {width})"
         if x.dim() != (3 if cu_seq is None else 2) or x.shape[-1] != width:
             raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
-        if cu_seq is not None and not (key_lengths is None and key_mask is None):
+        if cu_seq is None:
+            return
+        if not (key_lengths is None and key_mask is None):
             raise ValueError("key_lengths and key_mask are for batch rows: packed sequences have no padding")
+        check_index("cu_seq", cu_seq, x, None)
+        if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
+            raise ValueError(f"cu_seq must have shape (sequences + 1,), got {tuple(cu_seq.shape)}")
 
     def extra_repr(self) -> str:
         return (
@@ -304,7 +354,8 @@ def rotation_of(position: Tensor, head_dim: int, base: float = 10_000.0) -> Tens
     """(length,) positions -> (2, length, head_dim), of the rotary angles (arXiv 2104.09864) the cosines of both halves,
     and the sines, those of the first half negated.
     """
-    speed = base ** -(torch.arange(0, head_dim, 2, device=position.device) / head_dim)
+    place = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device)
+    speed = base ** -(place / head_dim)
     angle = position.unsqueeze(-1) * speed
     cosine, sine = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)))
@@ -318,7 +369,14 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def check_heads(embed_dim: int, num_heads: int, num_key_heads: int, head_dim: int | None) -> None:
-    if num_heads < 1 or num_key_heads < 1 or num_heads % num_key_heads:
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_key_heads": num_key_heads}
+    sizes |= {} if head_dim is None else {"head_dim": head_dim}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an integer, got {said(size)}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if num_heads % num_key_heads:
         raise ValueError(f"num_heads must be a multiple of num_key_heads, got {num_heads} and {num_key_heads}")
     if head_dim is None and embed_dim % num_heads:
         raise ValueError(f"embed_dim must be a multiple of num_heads, or head_dim given, got {embed_dim}, {num_heads}")

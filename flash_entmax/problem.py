@@ -260,20 +260,17 @@ def check_scalars(
     batch, heads = query.shape[:2]
     if isinstance(alpha, Tensor):
         _check_parameter("alpha", alpha, query, ((), (heads,)))
-    elif not _is_number(alpha):
+    elif not is_number(alpha):
         raise TypeError(f"alpha must be a float in [1, 2] or a tensor, got {type(alpha).__name__}")
     elif not 1.0 <= alpha <= 2.0:
         raise ValueError(f"alpha must be in [1, 2] (1 is softmax, 2 is sparsemax), got {alpha}")
     if isinstance(scale, Tensor):
         _check_parameter("scale", scale, query, ((), (heads,)))
-    elif scale is not None and not _is_number(scale):
+    elif scale is not None and not is_number(scale):
         raise TypeError(f"scale must be a positive float, a tensor or None, got {type(scale).__name__}")
     elif scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    if not _is_number(softcap):
-        raise TypeError(f"softcap must be a positive float, or 0 for none, got {type(softcap).__name__}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or 0 for none, got {softcap}")
+    check_softcap(softcap)
     limit = 1e3 if query.dtype.itemsize == 2 else 1e6
     if softcap > limit:
         raise ValueError(f"softcap must be at most {limit:g} for {query.dtype}, got {softcap}")
@@ -287,7 +284,24 @@ def check_scalars(
             raise ValueError(f"(alpha - 1) * scale must be from 1e-30 to 1e30, got alpha {alpha} and scale {scale}")
 
 
-def _is_number(value: object) -> bool:
+def check_softcap(softcap: object) -> None:
+    if not is_number(softcap):
+        raise TypeError(f"softcap must be a positive float, or 0 for none, got {type(softcap).__name__}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or 0 for none, got {softcap}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{name} must be True or False, got {said(value)}")
+
+
+def said(value: object) -> str:
+    """What was passed, in a message: its value, or its type where that may be long."""
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+
+
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

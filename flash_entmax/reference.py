@@ -82,13 +82,11 @@ def sequences(sight: Sight, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor,
 
 def blocks_mask(problem: Problem, block_mask) -> Tensor:
     """(batch or 1, heads or 1, query length, key length) bool of a FlexAttention BlockMask."""
+    from torch.nn.attention.flex_attention import create_mask
+
     batch, heads = block_mask.kv_indices.shape[:2]
-    extents = torch.Size((batch, heads, problem.query_length, problem.key_length))
-    index = torch.meshgrid(*(torch.arange(n, device=block_mask.kv_indices.device) for n in extents), indexing="ij")
-    decide = block_mask.mask_mod
-    for _ in range(4):
-        decide = torch.vmap(decide)
-    partial = decide(*index)
+    extents = batch, heads, problem.query_length, problem.key_length
+    partial = create_mask(block_mask.mask_mod, *extents, device=block_mask.kv_indices.device)
     whole = torch.zeros_like(partial)
     listed = torch.zeros_like(partial)
     rows, columns = block_mask.BLOCK_SIZE

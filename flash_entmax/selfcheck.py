@@ -134,7 +134,7 @@ def inputs_of(case: Case, dtype: torch.dtype, device: str, seed: int) -> list[Te
         (case.key_heads, case.key_length, case.value_size),
         (case.heads, case.query_length, case.value_size),
     )
-    tensors = [torch.randn(2, *shape, generator=generator) for shape in shapes]
+    tensors = [torch.randn(2, *shape, generator=generator, dtype=torch.float32) for shape in shapes]
     tensors[0] *= case.spread
     if case.transposed:
         tensors = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]

@@ -4,6 +4,7 @@
 windows, positions, padding and packed sequences are all intervals), and a `TileFilter` for masks that are none.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .problem import WORD_BITS, Problem, ceil_div, pack_tiles
+from .closure import state_of
+from .problem import WORD_BITS, Problem, ceil_div, check_flag, pack_tiles
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 UNLIMITED = -1
 HIDDEN, WHOLE, FIRST_PARTIAL = 0, 1, 2
+LISTS = "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"  # of a BlockMask
 FURTHEST = 2**30  # positions beyond are taken for this one, so that differences fit 32 bits
 
 
@@ -54,20 +57,17 @@ class Sight:
 def check_sight(query: Tensor, key: Tensor, sight: Sight) -> None:
     """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
     (batch, heads, query_length, _), key_length = query.shape, key.shape[2]
-    window = sight.window_size
-    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(_is_int(size) for size in window)):
-        raise TypeError(f"window_size must be a pair of integers (left, right), got {window!r}")
-    if min(window) < UNLIMITED:
-        raise ValueError(f"window_size must be (left, right) with each at least 0, or -1 for no limit, got {window}")
+    check_flag("is_causal", sight.is_causal)
+    check_window(sight.window_size)
     given = sight.query_positions
     if isinstance(given, Tensor):
-        _check_index("query_positions", given, query, ((query_length,), (batch, query_length)))
+        check_index("query_positions", given, query, ((query_length,), (batch, query_length)))
     elif given is not None and not _is_int(given):
         raise TypeError(f"query_positions must be an integer, an integer tensor or None, got {type(given).__name__}")
     elif given is not None and abs(given) > FURTHEST:
         raise ValueError(f"query_positions must be from -2^30 to 2^30, got {given}")
     if sight.key_lengths is not None:
-        _check_index("key_lengths", sight.key_lengths, query, ((batch,),))
+        check_index("key_lengths", sight.key_lengths, query, ((batch,),))
     if sight.key_mask is not None:
         _check_tensor("key_mask", sight.key_mask, query, ((batch, key_length),))
         if sight.key_mask.dtype != torch.bool:
@@ -78,10 +78,17 @@ def check_sight(query: Tensor, key: Tensor, sight: Sight) -> None:
         _check_block_mask(sight.block_mask, (batch, heads, query_length, key_length), query.device)
 
 
+def check_window(window: object) -> None:
+    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(_is_int(size) for size in window)):
+        raise TypeError(f"window_size must be a pair of integers (left, right), got {window!r}")
+    if min(window) < UNLIMITED:
+        raise ValueError(f"window_size must be (left, right) with each at least 0, or -1 for no limit, got {window}")
+
+
 def check_boundaries(query: Tensor, key: Tensor, sight: Sight) -> None:
     """The boundaries of packed sequences: shapes and dtypes."""
     for name, boundaries in (("cu_seq_q", sight.cu_seq_q), ("cu_seq_k", sight.cu_seq_k)):
-        _check_index(name, boundaries, query, None)
+        check_index(name, boundaries, query, None)
         if boundaries.dim() != 1 or boundaries.shape[0] == 0:
             raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(boundaries.shape)}")
     if sight.cu_seq_q.shape != sight.cu_seq_k.shape:
@@ -123,7 +130,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _check_index(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
+def check_index(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
     _check_tensor(name, tensor, query, shapes)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
@@ -245,15 +252,28 @@ def reach(problem: Problem, sight: Sight) -> int:
 def filter_of_blocks(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:
     """The filter of a block mask for tiles of `tile` queries and keys."""
     if sight.block_mask is not None:
-        by_tile = _filters.setdefault(sight.block_mask, {})
-        if tile not in by_tile:
-            with torch.inference_mode(False), torch.no_grad():  # kept for training, wherever it is first used
-                by_tile[tile] = _filter_of_blocks(problem, sight.block_mask, tile)
-        return by_tile[tile]
+        read = _kept_filter_of_blocks
+        if "torch._dynamo" in sys.modules:  # which goes on inside where it could not compile the call
+            read = torch.compiler.disable(read)
+        return read(problem, sight.block_mask, tile)
     return None
 
 
 _filters: WeakKeyDictionary = WeakKeyDictionary()  # evaluating a mask_mod takes longer than the attention
+
+
+def _kept_filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> TileFilter:
+    """What was made of the mask the last time, unless it, or anything that its mask_mod reads, has changed since."""
+    lists = tuple(getattr(block_mask, name) for name in LISTS)
+    state = state_of((block_mask.mask_mod, lists, block_mask.BLOCK_SIZE, problem.query_length, problem.key_length))
+    by_tile = _filters.setdefault(block_mask, {})
+    before, kept = by_tile.get(tile, (None, None))
+    if before is not None and state is not None and before.key == state.key:
+        return kept
+    with torch.inference_mode(False), torch.no_grad():  # kept for training, wherever it is first used
+        made = _filter_of_blocks(problem, block_mask, tile)
+    by_tile[tile] = state, made
+    return made
 
 
 def filter_of_keys(mask: Tensor, tile: int) -> TileFilter:
@@ -273,6 +293,8 @@ def _kinds(seen: Tensor, index: Tensor) -> Tensor:
 
 def _filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> TileFilter:
     """Whole blocks by FlexAttention's lists; of the others, its mask_mod decides for each query and key."""
+    from torch.nn.attention.flex_attention import create_mask
+
     query_tiles, key_tiles = ceil_div(problem.query_length, tile), ceil_div(problem.key_length, tile)
     kinds = torch.full(block_mask.kv_indices.shape, HIDDEN, dtype=torch.int32, device=block_mask.kv_indices.device)
     kinds = _mark(kinds, block_mask.kv_num_blocks, block_mask.kv_indices, FIRST_PARTIAL)
@@ -285,11 +307,13 @@ def _filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> T
     inside = torch.arange(tile, device=kinds.device)
     query = (query_tile.unsqueeze(-1) * tile + inside).clamp_max(problem.query_length - 1)
     key = (key_tile.unsqueeze(-1) * tile + inside).clamp_max(problem.key_length - 1)
-    by_key = torch.vmap(block_mask.mask_mod, in_dims=(None, None, None, 0))
-    by_query = torch.vmap(by_key, in_dims=(None, None, 0, None))
     if batch.numel() == 0:
         return TileFilter(pad(kinds, (0, 1)), kinds.new_zeros(1, tile, ceil_div(tile, WORD_BITS)))
-    seen = torch.vmap(by_query)(batch, head, query, key)
+
+    def sees(place: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return block_mask.mask_mod(batch[place], head[place], query[place, i], key[place, j])
+
+    seen = create_mask(sees, batch.numel(), 1, tile, tile, device=kinds.device).squeeze(1)
     index = torch.arange(batch.numel(), dtype=torch.int32, device=kinds.device)
     kinds[batch, head, query_tile, key_tile] = _kinds(seen, index)
     return TileFilter(pad(kinds, (0, 1)), pack_tiles(seen))

@@ -5,6 +5,7 @@ Nothing in the package but its benchmarks imports this file, and it needs nothin
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -46,7 +47,7 @@ def topic_inputs(
     if not 1 <= topics <= seen:
         raise ValueError(f"topics must be from 1 to {seen}, to have orthonormal directions, got {topics}")
     plan = Generator().manual_seed(seed)
-    directions = torch.linalg.qr(torch.randn(seen, topics, generator=plan)).Q.mT.contiguous()
+    directions = torch.linalg.qr(torch.randn(seen, topics, generator=plan, dtype=torch.float32)).Q.mT.contiguous()
     directions = torch.nn.functional.pad(directions, (0, dim - seen))
     blocks = -(-length // TOPIC_BLOCK)
     topic = torch.randint(topics, (batch, key_heads, blocks), generator=plan)
@@ -55,18 +56,19 @@ def topic_inputs(
     centre = directions[topic] * (TOPIC_SCORE * dim**0.5) ** 0.5
 
     generator = Generator(device=device).manual_seed(seed + 1)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
 
     def noise(count: int) -> Tensor:
         # noise . noise / sqrt(dim) of two tokens has deviation (deviation of one coordinate)^2
-        white = torch.randn(batch, count, length, dim, generator=generator, device=device) * SCORE_DEVIATION**0.5
+        white = normal(batch, count, length, dim) * SCORE_DEVIATION**0.5
         white[..., seen:] = 0
         return white - (white @ directions.mT) @ directions
 
     query = centre.repeat_interleave(heads // key_heads, dim=1) + noise(heads)
     key = centre + noise(key_heads)
-    value = torch.randn(batch, key_heads, length, dim, generator=generator, device=device)
+    value = normal(batch, key_heads, length, dim)
     if wide_blocks:
-        key[..., seen:] = WIDE * torch.randn(key[..., seen:].shape, generator=generator, device=device)
+        key[..., seen:] = WIDE * normal(key[..., seen:].shape)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
@@ -89,7 +91,8 @@ def iid_inputs(
     value_dim = dim if value_dim is None else value_dim
     generator = Generator(device=device).manual_seed(seed)
     shapes = (heads, query_length, dim), (key_heads, key_length, dim), (key_heads, key_length, value_dim)
-    query, key, value = (torch.randn(batch, *shape, generator=generator, device=device).to(dtype) for shape in shapes)
+    normal = partial(torch.randn, batch, generator=generator, dtype=torch.float32, device=device)
+    query, key, value = (normal(*shape).to(dtype) for shape in shapes)
     return query, key, value
 
 

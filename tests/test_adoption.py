@@ -36,6 +36,19 @@ def test_the_layout_of_flash_attn():
     close(entmax_attention_varlen(*packed, cu_seqlens, cu_seqlens, 40, 40, is_causal=True), output.flatten(0, 1))
 
 
+def test_the_lengths_of_adasplash():
+    """Its varlen is key_lengths and zeros at the padding: each sequence alone, and no gradient from what is padded."""
+    q, k, v = (tensor.requires_grad_() for tensor in iid_inputs(2, 2, 50, 16))
+    varlen = torch.tensor([20, 50])
+    output = entmax_attention(q, k, v, key_lengths=varlen)
+    padded = torch.arange(q.shape[2], device=q.device) >= varlen[:, None]
+    assert (output[0, :, 20:] != 0).any()
+    output = output.masked_fill(padded[:, None, :, None], 0.0)
+    close(output[:1, :, :20], entmax_attention(*(tensor[:1, :, :20] for tensor in (q, k, v))))
+    assert (output[0, :, 20:] == 0).all()
+    assert all((g[0, :, 20:] == 0).all() for g in torch.autograd.grad(output.square().sum(), (q, k, v)))
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_the_mask_of_flex_attention(alpha):
     query, key, value = iid_inputs(1, 2, 100, 16)

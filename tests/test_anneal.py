@@ -1,9 +1,12 @@
 """Annealing alpha: the way it goes, and that a moving alpha is only a number."""
 
+import copy
 import math
+import pickle
 from itertools import pairwise
 
 import pytest
+import torch
 
 from flash_entmax import entmax_attention
 from flash_entmax.anneal import AlphaAnnealing
@@ -44,10 +47,51 @@ def test_it_continues_where_it_stopped():
         first.step()
     second.load_state_dict(first.state_dict())
     assert second.alpha == first.alpha
-    short = AlphaAnnealing(3)
-    short.load_state_dict(first.state_dict())
-    assert short.alpha.item() == pytest.approx(1.5), "beyond its steps it is at its end"
     assert second.step() == first.step()
+    second.load_state_dict({"taken": 4})
+    assert second.step() == first.alpha
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"steps": 3}, "steps 10 for 3"),
+        ({"start": 1.1}, r"start 1\.01 for 1\.1"),
+        ({"end": 2}, r"end 1\.5 for 2\.0"),
+        ({"shape": "linear", "end": 1.7}, r"end 1\.5 for 1\.7, shape 'cosine' for 'linear'"),
+    ],
+)
+def test_the_state_of_another_way_is_refused(other, message):
+    """Its steps would not lead to where they led."""
+    state = AlphaAnnealing(10).state_dict()
+    annealing = AlphaAnnealing(**{"steps": 10} | other)
+    with pytest.raises(ValueError, match=message):
+        annealing.load_state_dict(state)
+    assert annealing.taken == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"taken": 11}, "taken must be an integer from 0 to 10, got 11"),
+        ({"taken": -1}, "taken must be an integer from 0 to 10, got -1"),
+        ({"taken": 2.0}, r"taken must be an integer from 0 to 10, got 2\.0"),
+        ({}, "a state must hold taken"),
+        ({"taken": 2, "step": 3}, "a state must hold taken"),
+    ],
+)
+def test_a_wrong_state_is_refused(state, message):
+    with pytest.raises(ValueError, match=message):
+        AlphaAnnealing(10).load_state_dict(state)
+
+
+def test_a_copy_has_a_tensor_of_its_own():
+    annealing = AlphaAnnealing(10)
+    for copied in (copy.deepcopy(annealing), pickle.loads(pickle.dumps(annealing))):
+        assert copied.alpha == annealing.alpha
+        value = copied.step()
+        assert annealing.alpha != value
+        assert copied.state_dict() == annealing.state_dict() | {"taken": copied.taken}
 
 
 @pytest.mark.parametrize(
@@ -55,11 +99,20 @@ def test_it_continues_where_it_stopped():
     [
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"steps": 2.5}, "steps must be an integer of at least 1, got 2.5"),
+        ({"steps": True}, "steps must be an integer of at least 1, got True"),
         ({"steps": 3, "start": 1.0}, r"start must be in \[1.01, 2\].*, got 1.0"),
         ({"steps": 3, "end": 2.5}, r"end must be in \[1.01, 2\].*, got 2.5"),
         ({"steps": 3, "shape": "sigmoid"}, "shape must be one of 'linear', 'cosine', got 'sigmoid'"),
+        ({"steps": 3, "shape": ["linear"]}, r"shape must be one of 'linear', 'cosine', got \['linear'\]"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         AlphaAnnealing(**arguments)
+
+
+@pytest.mark.parametrize("name", ["start", "end"])
+@pytest.mark.parametrize("number", ["1.2", True, None, torch.tensor(1.2)])
+def test_ends_are_numbers(name, number):
+    with pytest.raises(TypeError, match=rf"{name} must be a number in \[1.01, 2\], got "):
+        AlphaAnnealing(3, **{name: number})

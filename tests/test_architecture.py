@@ -2,11 +2,14 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import flash_entmax
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flash_entmax"
@@ -15,7 +18,8 @@ PACKAGE = ROOT / "flash_entmax"
 CORE = {
     "problem": set(),
     "threshold": {"problem"},
-    "sight": {"problem"},
+    "closure": set(),
+    "sight": {"closure", "problem"},
     "reference": {"threshold", "sight", "problem"},
     "softmax": {"reference", "sight", "problem"},
     "tiles": {"sight", "problem"},
@@ -161,6 +165,34 @@ def test_import_is_light():
     loaded = set(done.stdout.split())
     assert "flash_entmax" in loaded
     assert not loaded & {"triton", "matplotlib", "rich"}
+
+
+WITHOUT_METADATA = """
+import importlib.metadata as metadata, pathlib, sys
+
+def hidden(name):
+    if name in ("flash-entmax", "flash_entmax"):
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+
+known, metadata.distribution = metadata.distribution, hidden
+sys.path.insert(0, sys.argv[1])
+import flash_entmax
+from flash_entmax.cli import versions
+assert pathlib.Path(flash_entmax.__file__).is_relative_to(sys.argv[1])
+print(flash_entmax.__version__, dict(versions())["flash-entmax"])
+"""
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(tmp_path):
+    """What is installed, if anything, is of the same version: one file says it."""
+    shutil.copytree(PACKAGE, tmp_path / "flash_entmax", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_METADATA, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [flash_entmax.__version__] * 2
+    assert re.fullmatch(r"\d+\.\d+\.\d+", flash_entmax.__version__)
+    assert not re.search(r"^version", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
 
 
 def tree_in_readme() -> set[str]:

@@ -67,6 +67,42 @@ def test_further_dimensions(backend):
     torch.testing.assert_close(loss, linear_entmax_loss(hidden[:10], weight, target[:10], impl=backend.impl))
 
 
+@pytest.mark.parametrize("scale", [1.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("tokens", [0, 11])
+def test_where_no_token_counts_every_gradient_is_zero(backend, reduction, scale, tokens):
+    """A batch without answers spoils no accumulated gradient, whatever the loss is scaled by."""
+    hidden, weight, bias, _ = problem(backend)
+    hidden = hidden.detach()[:tokens].requires_grad_()
+    target = torch.full((tokens,), -100, device=backend.device)
+    loss = linear_entmax_loss(hidden, weight, target, bias=bias, reduction=reduction, impl=backend.impl)
+    assert loss.isnan() if reduction == "mean" else loss == 0
+    leaves = hidden, weight, bias
+    for leaf, gradient in zip(leaves, torch.autograd.grad(scale * loss, leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_ignored_token_counts_for_nothing(backend, bad):
+    """Whatever its hidden state holds, and whatever gradient comes in, its own gradient is 0."""
+    hidden, weight, bias, target = problem(backend)
+    leaves = hidden, weight, bias
+    clean = linear_entmax_loss(hidden, weight, target, bias=bias, impl=backend.impl)
+    expected = torch.autograd.grad(clean, leaves)
+    with torch.no_grad():
+        hidden[5] = bad
+    loss = linear_entmax_loss(hidden, weight, target, bias=bias, impl=backend.impl)
+    assert loss == clean
+    for one, other in zip(torch.autograd.grad(loss, leaves, retain_graph=True), expected, strict=True):
+        assert torch.equal(one, other)
+    of_hidden, of_weight, of_bias = torch.autograd.grad(bad * loss, leaves)
+    assert (of_hidden[5] == 0).all()
+    assert not of_hidden[0].isfinite().all(), "what counts is scaled"
+    assert not of_weight.isfinite().all()
+    assert not of_bias.isfinite().all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_scaled_losses_in_16_bits(backend, reduction):
     """A mean over many tokens, times the scale that keeps float16 gradients from vanishing: as from float64."""

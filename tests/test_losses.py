@@ -114,6 +114,34 @@ def test_ignored_rows_and_reductions(backend):
     assert cross_entropy(x, all_ignored, ignore_index=7).isnan()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_gradient_of_an_ignored_row_is_selected(backend, bad, smoothing):
+    """It is 0 whatever comes in, also where no row is left to divide by."""
+    x, target = scores(backend, 5, 30).requires_grad_(), classes(backend, 30, 5)
+    target[[1, 4]] = -100
+    options = {"label_smoothing": smoothing, "impl": backend.impl}
+    loss = bad * entmax_loss(x, target, **options)
+    assert (torch.autograd.grad(loss, x)[0][[1, 4]] == 0).all()
+    for reduction in ("mean", "sum"):
+        loss = entmax_loss(x, torch.full_like(target, -100), reduction=reduction, **options)
+        assert loss.isnan() if reduction == "mean" else loss == 0, "as for cross_entropy"
+        for scale in (1.0, bad):
+            assert (torch.autograd.grad(scale * loss, x, retain_graph=True)[0] == 0).all()
+
+
+@pytest.mark.parametrize("of_classes", [True, False])
+def test_no_rows(backend, of_classes):
+    """The mean over none is NaN, the sum 0, as for cross_entropy; the gradient is empty."""
+    x = scores(backend, 0, 7).requires_grad_()
+    target = classes(backend, 7, 0) if of_classes else x.detach()
+    for reduction in ("mean", "sum", "none"):
+        ours = entmax_loss(x, target, reduction=reduction, impl=backend.impl)
+        theirs = cross_entropy(x, target, reduction=reduction)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        assert torch.autograd.grad(ours.sum(), x)[0].shape == (0, 7)
+
+
 @pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 7, 3), (2, 7, 2, 2)])
 def test_shapes_are_those_of_cross_entropy(backend, shape):
     x = scores(backend, *shape)

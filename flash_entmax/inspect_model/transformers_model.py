@@ -53,14 +53,10 @@ def load(wanted: Wanted, content: bytes) -> "TransformersModel":
     return subject
 
 
-def saved_attention(config) -> tuple[str, object] | None:
-    """The entmax attention that a model was saved with, and its alpha; None of a model that was not."""
-    alpha = getattr(config.get_text_config(), "entmax_alpha", None)
-    return None if alpha is None else ("entmax", alpha)
-
-
 def attention_of(wanted: Wanted, config) -> tuple[str, object, str]:
     """The name of the attention, its alpha, and where that comes from, in words."""
+    from ..integrations.transformers import saved_attention
+
     saved, found = saved_attention(config) or ("entmax15", None)
     is_asked_for = wanted.attention is not None or wanted.alpha is not None
     attention = (wanted.attention or "entmax") if is_asked_for else saved

@@ -63,7 +63,8 @@ def entmax_backward_kernel(grad, p, grad_x, grad_alpha, exponents, rows, n, S: t
     for first in range(0, n, S.SEGMENTS * S.SEGMENT):
         of_p, g, u = held if S.RESIDENT else load_gradient(grad + start, p + start, first, n, exponent, S)
         columns = columns_of(first, S)
-        tl.store(grad_x + start + columns, (u * (g - mean)).to(grad_x.dtype.element_ty), mask=columns < n)
+        dx = tl.where(u == 0, 0.0, u * (g - mean))  # 0 also where the mean is NaN
+        tl.store(grad_x + start + columns, dx.to(grad_x.dtype.element_ty), mask=columns < n)
         if S.OF_ALPHA:
             bend += tl.where(of_p == 0, 0.0, of_p * (g - mean) * (1.0 - tl.log(of_p) / exponent))
     if S.OF_ALPHA:
@@ -168,7 +169,8 @@ def loss_backward_kernel(
             difference -= (1.0 - smoothing) * q
         if S.SMOOTHED:
             difference -= smoothing / n
-        dx = tl.where(kept, g * difference, 0.0)
+        counts = kept & ((of_x != float("-inf")) | (difference != 0))
+        dx = tl.where(counts, g * difference, 0.0)
         tl.store(grad_x + start + columns, dx.to(grad_x.dtype.element_ty), mask=columns < n)
 
 

@@ -92,8 +92,8 @@ def problems(count: int, batch: int, seed: int, device: str) -> tuple[Tensor, Te
     """Items, what is asked (a number that says nothing), and the class of the item of highest priority."""
     draw = torch.Generator(device).manual_seed(seed)
     classes = torch.randint(CLASSES, (batch, count), generator=draw, device=device)
-    priority = torch.rand(batch, count, 1, generator=draw, device=device)
-    asked = torch.rand(batch, 1, generator=draw, device=device)
+    priority = torch.rand(batch, count, 1, generator=draw, dtype=torch.float32, device=device)
+    asked = torch.rand(batch, 1, generator=draw, dtype=torch.float32, device=device)
     answer = classes.gather(1, priority.squeeze(-1).argmax(1, keepdim=True)).squeeze(1)
     return torch.cat((one_hot(classes, CLASSES).float(), priority), -1), asked, answer
 

@@ -23,7 +23,7 @@ def plant(data: Tensor, slots: Tensor, draw: torch.Generator) -> Tensor:
 
 def slots_of_training(count: int, length: int, facts: int, times: int, draw: torch.Generator) -> Tensor:
     """(count, facts, times): anywhere in texts of a length."""
-    slots = torch.rand(count, length // SLOT, generator=draw, device=draw.device).argsort(1)
+    slots = torch.rand(count, length // SLOT, generator=draw, dtype=torch.float32, device=draw.device).argsort(1)
     return slots[:, : facts * times].unflatten(1, (facts, times))
 
 
@@ -33,5 +33,5 @@ def slots_of_test(count: int, length: int, asked: int, draw: torch.Generator) ->
     before = length // SLOT - facts
     starts = torch.tensor([depth * (before - asked) // 100 for depth in DEPTHS], device=device)
     planted = (starts.unsqueeze(1) + torch.arange(asked, device=device)).flatten()
-    again = before + torch.rand(count, facts, generator=draw, device=device).argsort(1)
+    again = before + torch.rand(count, facts, generator=draw, dtype=torch.float32, device=device).argsort(1)
     return torch.stack((planted.expand(count, facts), again), -1)

@@ -35,7 +35,7 @@ def fit(
     it is done, an interrupted run goes on as if nothing had been. AdamW, a short warm-up, a cosine, gradients clipped
     to 1.
     """
-    rate = torch.zeros((), device=next(model.parameters()).device)
+    rate = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
     optimizer = torch.optim.AdamW(
         parameter_groups(model), lr=rate, betas=(0.9, 0.95), fused=True, capturable=rate.is_cuda
     )

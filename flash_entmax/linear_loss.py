@@ -8,6 +8,14 @@ from .activations import DTYPES, choose_rows
 from .functional import as_autocast
 from .losses import check_options
 from .problem import Impl, ceil_div, row_dtype
+from .registration import (
+    below_autograd,
+    call_one_by_one,
+    differentiate,
+    fake,
+    operator,
+    refuse_second_derivative,
+)
 
 CHUNK_LOGITS = 2**26
 
@@ -40,7 +48,7 @@ def linear_entmax_loss(
         reduction: ``"mean"`` (NaN, with gradient 0, if all rows are ignored) or ``"sum"``.
 
     Returns:
-        A float32 scalar (float64 for float64). ``create_graph=True`` is refused: there is no second derivative.
+        A float32 scalar (float64 for float64). Second derivatives are refused.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options that do not fit.
@@ -56,52 +64,117 @@ def linear_entmax_loss(
     rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
     impl = choose_rows(hidden, impl)
     scalars = ignore_index, float(label_smoothing), float(alpha), impl
-    total = LinearLoss.apply(rows, weight, bias, classes, torch.is_grad_enabled(), *scalars)
+    total, *_ = linear_loss(rows, weight, bias, classes, False, False, False, *scalars)
     return total if reduction == "sum" else total / (classes != ignore_index).sum()
 
 
-class LinearLoss(torch.autograd.Function):
-    """Sum of the losses, and its gradients, in one pass over the tokens; the backward pass only scales what is there.
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor classes"
+_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
-    The weight's gradient stays in float32 until it is scaled: neither a mean over many tokens nor a loss scaled up for
-    float16 leaves the range of 16 bits before. What counts for nothing is selected, not multiplied by 0: the incoming
-    gradient of a mean over no rows is inf.
+
+@operator(
+    f"{_INPUTS}, bool of_hidden, bool of_weight, bool of_bias, int ignored, float smoothing, float alpha, str impl",
+    results=4,
+)
+def linear_loss(hidden, weight, bias, classes, of_hidden, of_weight, of_bias, *scalars):
+    """Sum of the losses, and those of its gradients that are asked for, in one pass over the tokens.
+
+    The gradients of weight and bias are in float32: neither a mean over many tokens nor a loss scaled up for float16
+    leaves the range of 16 bits before the backward pass has scaled them.
     """
+    dtype, ignored = row_dtype(hidden), (classes == scalars[0]).unsqueeze(-1)
+    total = hidden.new_zeros((), dtype=dtype)
+    gradients = new_gradients(hidden, weight, bias, of_hidden, of_weight, of_bias)
+    grad_hidden, grad_weight, grad_bias = (gradient.zero_() for gradient in gradients)
+    with row_ops.as_given(hidden):
+        for part in chunks(hidden.shape[0], weight.shape[0]):
+            logits = torch.nn.functional.linear(hidden[part], weight, bias)
+            losses, state = row_ops.loss(logits, classes[part], *scalars)
+            total += losses.sum()
+            if not (of_hidden or of_weight or of_bias):
+                continue
+            grad_logits = row_ops.loss_backward(torch.ones_like(losses), logits, classes[part], state, *scalars)
+            if of_hidden:
+                grad_hidden[part] = (grad_logits @ weight).masked_fill_(ignored[part], 0.0)
+            if of_weight:
+                grad_weight += product(grad_logits.mT, hidden[part].masked_fill(ignored[part], 0.0), dtype)
+            if of_bias:
+                grad_bias += grad_logits.sum(0, dtype=dtype)
+    return total, grad_hidden, grad_weight, grad_bias
+
+
+@fake("linear_loss")
+def _(hidden, weight, bias, classes, of_hidden, of_weight, of_bias, *_):
+    total = hidden.new_empty((), dtype=row_dtype(hidden))
+    return total, *new_gradients(hidden, weight, bias, of_hidden, of_weight, of_bias)
+
+
+def new_gradients(hidden, weight, bias, *asked: bool) -> list[Tensor]:
+    """Tensors for the gradients, without any element for those that are not asked for."""
+    wide = row_dtype(hidden)
+    shapes = ((hidden.shape, hidden.dtype), (weight.shape, wide), (weight.shape[:1], wide))
+    return [
+        hidden.new_empty(shape if is_asked else (0,), dtype=dtype)
+        for (shape, dtype), is_asked in zip(shapes, asked, strict=True)
+    ]
+
+
+@operator(f"Tensor grad, {_INPUTS}, {_GRADIENTS}, int ignored", results=3)
+def linear_loss_backward(grad, hidden, weight, bias, classes, grad_hidden, grad_weight, grad_bias, ignored):
+    """What there is, scaled. What counts for nothing is selected, not multiplied by 0: the incoming gradient of a mean
+    over no rows is inf."""
+    counts = (classes != ignored).unsqueeze(-1)
+    of_rows, of_all = grad.where(counts, 0.0), grad.where(counts.any(), 0.0)
+    return (
+        (grad_hidden.to(grad.dtype) * (of_rows if grad_hidden.dim() > 1 else of_all)).to(hidden.dtype),
+        (grad_weight * of_all).to(weight.dtype),
+        (grad_bias * of_all).to(weight.dtype),
+    )
+
+
+@fake("linear_loss_backward")
+def _(grad, hidden, weight, bias, classes, *gradients_and_ignored):
+    gradients, dtypes = gradients_and_ignored[:3], (hidden.dtype, weight.dtype, weight.dtype)
+    return tuple(torch.empty_like(own, dtype=dtype) for own, dtype in zip(gradients, dtypes, strict=True))
+
+
+class LinearLoss(torch.autograd.Function):
+    """Asks the operator for those gradients that its inputs need, and keeps them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, classes, is_training, *scalars):
-        dtype, ignored = row_dtype(hidden), (classes == scalars[0]).unsqueeze(-1)
-        total = hidden.new_zeros((), dtype=dtype)
-        needed = [is_training and is_needed for is_needed in ctx.needs_input_grad[:3]]
-        of_hidden = torch.empty_like(hidden) if needed[0] else None
-        of_weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
-        of_bias = torch.zeros_like(bias, dtype=dtype) if needed[2] else None
-        with row_ops.as_given(hidden):
-            for part in chunks(hidden.shape[0], weight.shape[0]):
-                logits = torch.nn.functional.linear(hidden[part], weight, bias)
-                losses, state = row_ops.loss(logits, classes[part], *scalars)
-                total += losses.sum()
-                if not any(needed):
-                    continue
-                of_logits = row_ops.loss_backward(torch.ones_like(losses), logits, classes[part], state, *scalars)
-                if of_hidden is not None:
-                    of_hidden[part] = (of_logits @ weight).masked_fill_(ignored[part], 0.0)
-                if of_weight is not None:
-                    of_weight += product(of_logits.mT, hidden[part].masked_fill(ignored[part], 0.0), dtype)
-                if of_bias is not None:
-                    of_bias += of_logits.sum(0, dtype=dtype)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(of_hidden, of_weight, of_bias, ignored)
-        return total
+    def forward(ctx, hidden, weight, bias, classes, *rest):
+        asked, scalars = rest[:3], rest[3:]
+        needed = (one or other for one, other in zip(asked, ctx.needs_input_grad, strict=False))
+        with below_autograd():
+            results = linear_loss(hidden, weight, bias, classes, *needed, *scalars)
+        ctx.scalars = scalars
+        ctx.save_for_backward(hidden, weight, bias, classes, *results[1:])
+        ctx.save_for_forward(hidden, weight, bias, classes)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
 
     @staticmethod
-    def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_entmax_loss has no second derivative: create_graph=True is refused")
-        *gradients, ignored = ctx.saved_tensors
-        of_rows, of_all = grad.where(~ignored, 0.0), grad.where(~ignored.all(), 0.0)
-        parts = zip(gradients, (of_rows, of_all, of_all), ctx.dtypes, strict=True)
-        return *(None if g is None else (g.to(grad.dtype) * by).to(dtype) for g, by, dtype in parts), *(None,) * 6
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 11
+        gradients = linear_loss_backward(grad, *ctx.saved_tensors, ctx.scalars[0])
+        kept = (own if needed else None for own, needed in zip(gradients, ctx.needs_input_grad, strict=False))
+        return *kept, *(None,) * 8
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        moved = [tangent is not None for tangent in tangents[:3]]
+        _, *gradients = linear_loss(*ctx.saved_tensors, *moved, *ctx.scalars)
+        pairs = [pair for pair, is_moved in zip(zip(gradients, tangents, strict=False), moved, strict=True) if is_moved]
+        change = sum(torch.where(own == 0, 0.0, own * tangent).sum(dtype=gradients[1].dtype) for own, tangent in pairs)
+        return change, None, None, None
+
+
+differentiate(linear_loss, LinearLoss)
+refuse_second_derivative(linear_loss_backward)
+call_one_by_one(linear_loss)
+call_one_by_one(linear_loss_backward)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.amp.autocast_mode import is_autocast_available
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
 # The decorator custom_op takes fewer lines, and 0.3 ms more of a step's Python: see docs/design.md.
@@ -40,19 +40,30 @@ def differentiate(operator, function: type[torch.autograd.Function]) -> None:
     torch.func puts levels of autograd over one another. Each comes here by itself, as it does for an operator of
     PyTorch: the function then is of a single level, and what it calls below autograd belongs to the next.
     """
-    members = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward", "jvp")}
-    at_one_level = type(function.__name__, (_SingleLevelFunction,), members)
 
     def call(*arguments):
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return at_one_level.apply(*arguments)
+                return at_one_level(function).apply(*arguments)
         if torch.is_grad_enabled() or has_tangent(arguments):
             return function.apply(*arguments)
         with below_autograd():
             return operator(*arguments)
 
     _library.impl(name_of(operator), call, "Autograd")
+
+
+def at_one_level(function: type[torch.autograd.Function]) -> type:
+    """The function, of one level of torch.func: below it derivatives are on or off as they are now."""
+    backward_mode, forward_mode = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+
+    def forward(ctx, *arguments):
+        with torch.set_grad_enabled(backward_mode), _set_fwd_grad_enabled(forward_mode):
+            return function.forward(ctx, *arguments)
+
+    members = {"forward": forward, "backward": function.backward, "jvp": function.jvp}
+    members = {name: staticmethod(member) for name, member in members.items()}
+    return type(function.__name__, (_SingleLevelFunction,), members)
 
 
 def has_tangent(arguments: Sequence) -> bool:
@@ -124,11 +135,12 @@ def batch_into(operator, arguments: Sequence[int | None], results: Sequence[int]
 
 
 def fold(tensor: Tensor, in_dim: int | None, dim: int, samples: int, extent: int) -> Tensor:
-    """`extent` entries along dim, or one for all of them, of one sample after the other."""
+    """`extent` entries along dim, or one for all of them, of one sample after the other; contiguous, as kernels read
+    the numbers of rows."""
     tensor = tensor.unsqueeze(dim) if in_dim is None else tensor.movedim(in_dim, dim)
     shape = list(tensor.shape)
     shape[dim], shape[dim + 1] = samples, extent
-    return tensor.expand(shape).flatten(dim, dim + 1)
+    return tensor.expand(shape).flatten(dim, dim + 1).contiguous()
 
 
 def one_by_one(operator, samples: int, in_dims: Sequence[int | None], values: Sequence) -> tuple:

@@ -315,7 +315,7 @@ def of_heads(query: Tensor, number: float | Tensor, limits: tuple[float, float])
 
 
 def clamped(number: Tensor, limits: tuple[float, float]) -> Tensor:
-    """The gradient of a number outside the limits is 0, that of one on them is not: `clamp` of torch 2.14 makes it 0."""
+    """With gradient 0 outside of the limits and not on them, where `clamp` of torch 2.14 has 0 as well."""
     lowest, highest = limits
     return torch.where(number < lowest, lowest, torch.where(number > highest, highest, number))
 

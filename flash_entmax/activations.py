@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import row_ops
-from .functional import ALPHAS, choose_impl
+from .functional import ALPHAS, choose_impl, clamped
 from .problem import Impl, row_dtype
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -51,7 +51,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
     moved = x.movedim(dim, -1)
     alphas, number = None, 1.5
     if isinstance(alpha, Tensor):
-        alphas = alpha.to(row_dtype(x)).clamp(*ALPHAS).expand(reduced_shape(x, dim)).movedim(dim, -1).reshape(-1)
+        alphas = clamped(alpha.to(row_dtype(x)), ALPHAS).expand(reduced_shape(x, dim)).movedim(dim, -1).reshape(-1)
         alphas = alphas.contiguous()
     else:
         number = float(alpha)

@@ -295,7 +295,13 @@ def of_heads(query: Tensor, number: float | Tensor, limits: tuple[float, float])
     if not isinstance(number, Tensor):
         number = min(max(number, limits[0]), limits[1])
         return torch.full((heads,), number, dtype=dtype, device=query.device)
-    return number.to(dtype).clamp(*limits).expand(heads).contiguous()
+    return clamped(number.to(dtype), limits).expand(heads).contiguous()
+
+
+def clamped(number: Tensor, limits: tuple[float, float]) -> Tensor:
+    """With gradient 0 outside of the limits and not on them, where `clamp` of torch 2.14 has 0 as well."""
+    lowest, highest = limits
+    return torch.where(number < lowest, lowest, torch.where(number > highest, highest, number))
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

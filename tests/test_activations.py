@@ -115,6 +115,8 @@ def test_alpha_is_clamped(backend):
         p = entmax(x, alpha, impl=backend.impl)
         torch.testing.assert_close(p, entmax(x, limit, impl=backend.impl), rtol=1e-4, atol=1e-6)
         assert torch.autograd.grad(p.square().sum(), alpha)[0] == 0
+        on_it = torch.tensor(limit, device=backend.device, requires_grad=True)
+        assert torch.autograd.grad(entmax(x, on_it, impl=backend.impl).square().sum(), on_it)[0] != 0
 
 
 @pytest.mark.parametrize("alpha", [1.0, *ALPHAS])

@@ -8,6 +8,7 @@ from conftest import HAS_CUDA
 from torch.nn.functional import scaled_dot_product_attention
 
 from flash_entmax import entmax_attention
+from flash_entmax.functional import clamped
 from flash_entmax.testing import iid_inputs
 
 ALPHAS = {
@@ -100,6 +101,17 @@ def test_scale_is_clamped(backend, given, limit):
     assert torch.equal(outside.output, inside.output)
     assert outside.gradients[3][0] == 0
     assert outside.gradients[3][1] == inside.gradients[3][1] != 0
+
+
+@pytest.mark.parametrize("limits", [(1.01, 2.0), (1e-6, 1e6)])
+def test_a_number_on_a_limit_has_its_gradient(limits):
+    """Of one that starts there, as an alpha of 1.01 or 2 does, and in every version of torch."""
+    low, high = limits
+    numbers = torch.tensor([low / 2, low, (low + high) / 2, high, 2 * high, torch.nan], requires_grad=True)
+    result = clamped(numbers, limits)
+    assert result[:5].tolist() == [numbers[1], numbers[1], numbers[2], numbers[3], numbers[3]]
+    assert result[5].isnan()
+    assert torch.autograd.grad(result[:5].sum(), numbers)[0][:5].tolist() == [0, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["alpha", "scale", "alibi_slopes"])

@@ -145,7 +145,8 @@ def attention(
             probability, maximum, offset = (torch.stack(parts, 1) for parts in zip(*heads, strict=True))
         else:
             probability, maximum, offset = entmax_rows(z, alpha)
-    return probability.to(value.dtype) @ value, support_of(probability, maximum, offset, tile)
+    output = (probability.to(value.dtype) @ value).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return output, support_of(probability, maximum, offset, tile)
 
 
 def support_of(probability: Tensor, maximum: Tensor, offset: Tensor, tile: int) -> Support:

@@ -135,7 +135,8 @@ def entmax_backward(
         weight = weight_of_probability(part, value)
         total = weight.sum(-1, keepdim=True)
         mean = torch.where(total == 0, 0.0, (weight * of_part).sum(-1, keepdim=True) / total)
-        result[index] = (weight * (of_part - mean)).to(p.dtype)
+        of_x = torch.where(weight == 0, 0.0, weight * (of_part - mean))  # 0 also where the mean is NaN
+        result[index] = of_x.to(p.dtype)
         if of_alpha:
             bend = torch.where(part == 0, 0.0, part * (1.0 - (value - 1.0) * part.log()))
             grad_alpha[index] = (bend * (of_part - mean)).sum(-1) / (value - 1.0) ** 2
@@ -201,8 +202,10 @@ def loss_backward(grad: Tensor, x: Tensor, target: Target, state: Tensor, alpha:
             kept = (aim != target.ignored).unsqueeze(-1)
             classes = aim.unsqueeze(-1).where(kept, 0)
             difference.scatter_add_(-1, classes, torch.full_like(scale, target.smoothing - 1.0))
-            result[index] = (scale * difference).where(kept, 0.0).to(x.dtype)
+            scale = scale.where(kept, 0.0)
+            difference.masked_fill_(~kept, 0.0)
         else:
             difference -= (1.0 - target.smoothing) * aim.to(difference.dtype)
-            result[index] = (scale * difference).to(x.dtype)
+        masked = (part == -torch.inf) & (difference == 0)
+        result[index] = (scale * difference).masked_fill_(masked, 0.0).to(x.dtype)
     return result

@@ -137,6 +137,21 @@ def test_masked_entries(backend, alpha):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("alpha", [1.0, *ALPHAS])
+def test_the_gradient_of_a_masked_entry_is_selected(backend, alpha, bad):
+    """It is 0 whatever comes in, here or elsewhere in its row."""
+    hidden = torch.arange(90, device=backend.device) % 3 == 1
+    masked = scores(backend, 3, 90).masked_fill(hidden, -torch.inf)
+    masked[2] = -torch.inf
+    grad = torch.ones_like(masked)
+    grad[0], grad[1, hidden], grad[2] = bad, bad, bad
+    (of_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), masked, grad)
+    assert (of_x[:, hidden] == 0).all()
+    assert (of_x[2] == 0).all()
+    assert not of_x[0].isfinite().all(), "what counts is scaled"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_scores_spoil_their_row(backend, bad):
     x = scores(backend, 3, 200)
     x[1, 70] = bad

@@ -214,6 +214,21 @@ def test_masked_classes(backend):
     assert of_x[1, 5] == -1
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("of_classes", [True, False])
+def test_the_gradient_of_a_masked_class_is_selected(backend, of_classes, bad):
+    """It is 0 whatever comes in, unless the class is the target."""
+    masked = torch.arange(30, device=backend.device) % 2 == 1
+    x = scores(backend, 2, 30).masked_fill(masked, -torch.inf).requires_grad_()
+    target = torch.tensor([4, 5], device=backend.device)
+    aim = target if of_classes else torch.nn.functional.one_hot(target, 30).float()
+    loss = entmax_loss(x, aim, reduction="none", impl=backend.impl)
+    (of_x,) = torch.autograd.grad(loss, x, torch.full_like(loss, bad))
+    assert (of_x[0, masked] == 0).all()
+    assert not of_x[0, 4].isfinite(), "what counts is scaled"
+    assert not of_x[1, 5].isfinite()
+
+
 def test_nothing_of_the_size_of_the_input_is_kept(backend):
     """What autograd saves beside the input and the classes is three numbers for each row."""
     x, target = scores(backend, 6, 500).requires_grad_(), classes(backend, 500, 6)

@@ -245,3 +245,21 @@ def test_a_hidden_bad_key_leaves_rows_without_a_key_alone(backend):
     _, of_key, of_value = torch.autograd.grad(output, leaves, grad_output)
     assert of_key.isfinite().all()
     assert of_value.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradient_of_a_query_without_keys_is_selected(backend, packed, bad):
+    """It is 0 whatever comes in for its output, and no other gradient feels it."""
+    if packed:
+        case = packed_case(backend, (30, 20), spare=10, is_causal=True)
+    else:
+        case = make_case(backend, length=60, is_causal=True)
+        case.options["key_mask"] = (torch.arange(60, device=backend.device) >= 10)[None]
+    blind = slice(50, 60) if packed else slice(0, 10)
+    clean = case.grad_output()
+    dirty = clean.clone()
+    case.batched(dirty)[:, :, blind] = bad
+    for impl in (backend.impl, "reference"):
+        for ours, theirs in zip(run(case, impl, dirty).tensors, run(case, impl, clean).tensors, strict=True):
+            assert torch.equal(ours, theirs), impl

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import row_ops
 from .functional import ALPHAS, choose_impl, clamped
-from .problem import Impl, row_dtype
+from .problem import Impl, is_jagged, refuse_nested, row_dtype
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -20,7 +20,8 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
     On a GPU one kernel reads each row whole once, and again only those parts of it that can hold support.
 
     Args:
-        x: scores of any shape; float16, bfloat16, float32 or float64. -inf masks an entry: its probability and gradient
+        x: scores of any shape; float16, bfloat16, float32 or float64; or a jagged nested tensor (batch, ragged, ...),
+            along a dimension after the ragged one. -inf masks an entry: its probability and gradient
             are 0; where all entries are masked, all probabilities are 0. NaN and +inf make their row NaN.
         alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax. A tensor gets its exact
             gradient; it must broadcast to the shape of ``x`` with extent 1 at ``dim``: scalar, or (heads, 1, 1) for
@@ -40,6 +41,8 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
         TypeError: ``x`` is not a floating-point tensor, ``alpha`` neither a number nor a floating-point tensor.
         ValueError: ``alpha``, ``dim`` or ``impl`` out of range, or shapes and devices that do not fit.
     """
+    if is_jagged(x):
+        return entmax_of_values(x, alpha, dim, impl)
     check_scores(x, dim)
     check_alpha(alpha, x, dim)
     impl = choose_rows(x, impl)
@@ -57,6 +60,15 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
         number = float(alpha)
     p = row_ops.entmax(moved.reshape(-1, moved.shape[-1]).contiguous(), alphas, number, impl)
     return p.view(moved.shape).movedim(-1, dim)
+
+
+def entmax_of_values(x: Tensor, alpha: float | Tensor, dim: int, impl: Impl) -> Tensor:
+    """A nested tensor, (batch, ragged, ...), along a dimension after the ragged one."""
+    check_dim(dim, x.dim())
+    if dim % x.dim() < 2:
+        raise ValueError(f"dim of a nested tensor must be after the ragged one, from 2 to {x.dim() - 1}, got {dim}")
+    p = entmax(x.values(), alpha, dim % x.dim() - 1, impl=impl)
+    return torch.nested.nested_tensor_from_jagged(p, x.offsets())
 
 
 def sparsemax(x: Tensor, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
@@ -81,12 +93,17 @@ def check_scores(x: Tensor, dim: int, name: str = "x") -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    refuse_nested(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, got a scalar")
+    check_dim(dim, x.dim(), f" for shape {tuple(x.shape)}")
+
+
+def check_dim(dim: int, count: int, of: str = "") -> None:
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim must be an integer, got {dim!r}")
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim must be from {-x.dim()} to {x.dim() - 1} for shape {tuple(x.shape)}, got {dim}")
+    if not -count <= dim < count:
+        raise ValueError(f"dim must be from {-count} to {count - 1}{of}, got {dim}")
 
 
 def check_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> None:

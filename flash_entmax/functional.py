@@ -7,7 +7,19 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .problem import Impl, Modifiers, Problem, Support, check_flag, check_inputs, check_scalars, row_dtype
+from .problem import (
+    Impl,
+    Modifiers,
+    Problem,
+    Support,
+    check_flag,
+    check_inputs,
+    check_scalars,
+    is_jagged,
+    longest_sequence,
+    refuse_nested,
+    row_dtype,
+)
 from .sight import (
     UNLIMITED,
     Sight,
@@ -63,7 +75,7 @@ def entmax_attention(
             heads, ragged length, head size) is taken too, if key and value are as well: its sequences are packed.
         key: (batch, key heads, key length, head size). ``heads`` must be a multiple of ``key heads``; consecutive query
             heads share a key head (grouped-query attention).
-        value: (batch, key heads, key length, value size). Head sizes are from 1 to 256.
+        value: (batch, key heads, key length, value size). Head sizes are from 1 to 512.
         alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax, computed by
             ``scaled_dot_product_attention``. A tensor, scalar or (heads,), gets its exact gradient, and no value of it
             compiles anything; it is clamped to [1.01, 2], with gradient 0 outside. In float32 the relative rounding of
@@ -163,6 +175,7 @@ def entmax_attention_varlen(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        refuse_nested(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have shape (tokens, heads, dim), got {tuple(tensor.shape)}")
     result = packed_attention(
@@ -182,11 +195,11 @@ def jagged_attention(query, key, value, *, refused, **options):
     """Nested tensors (batch, heads, ragged length, dim), through their values (heads, tokens, dim) and offsets."""
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
-        jagged = tensor.is_nested and tensor.layout == torch.jagged and tensor.dim() == 4
-        if not jagged or tensor._ragged_idx != 2 or tensor.lengths() is not None:
+        if not is_jagged(tensor, ragged=2) or tensor.dim() != 4:
+            got = "another nested tensor" if tensor.is_nested else f"a tensor of shape {tuple(tensor.shape)}"
             raise ValueError(
                 f"{name} must be a jagged nested tensor (batch, heads, ragged length, dim) without holes, as the other "
-                f"inputs are, got {'one of shape' if tensor.is_nested else 'a tensor of shape'} {tuple(tensor.shape)}"
+                f"inputs are, got {got}"
             )
     if any(option is not None for option in refused):
         raise ValueError(
@@ -196,8 +209,7 @@ def jagged_attention(query, key, value, *, refused, **options):
     if key.shape[2] == query.shape[2]:  # one ragged extent
         offsets = offsets[0], offsets[0]
     values = tuple(tensor.values().unsqueeze(0) for tensor in tensors.values())
-    # A nested tensor may know the length of its longest sequence; all tokens are a bound as well.
-    longest = (getattr(tensor, "_maybe_max_seqlen", None) or tensor.values().shape[1] for tensor in (query, key))
+    longest = (longest_sequence(tensor) for tensor in (query, key))
     result = packed_attention(
         *values, *offsets, *longest,
         *(options[name] for name in ("alpha", "scale", "softcap", "alibi_slopes", "is_causal", "window_size")),

@@ -7,7 +7,7 @@ from . import row_ops
 from .activations import DTYPES, choose_rows
 from .functional import as_autocast
 from .losses import check_options
-from .problem import Impl, ceil_div, row_dtype
+from .problem import Impl, ceil_div, refuse_nested, row_dtype
 from .registration import (
     below_autograd,
     call_one_by_one,
@@ -196,6 +196,7 @@ def check_linear(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | 
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        refuse_nested(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
     if target.dtype != torch.int64:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import row_ops
 from .activations import check_alpha_number, check_scores, choose_rows
-from .problem import Impl
+from .problem import Impl, refuse_nested
 
 REDUCTIONS = "mean", "sum", "none"
 
@@ -113,6 +113,7 @@ def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:
         raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    refuse_nested("target", target)
     if target.device != input.device:
         raise ValueError(f"target must be on the device of the input, {input.device}, got {target.device}")
     if target.is_floating_point():

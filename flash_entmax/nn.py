@@ -9,7 +9,7 @@ from torch.nn.functional import softplus
 from .activations import check_alpha_number, check_rows_impl, entmax
 from .functional import ALPHAS, entmax_attention, entmax_attention_varlen
 from .losses import check_options, entmax_loss
-from .problem import Impl, check_flag, check_softcap, is_number, said
+from .problem import Impl, check_flag, check_softcap, is_jagged, is_number, longest_sequence, refuse_nested, said
 from .sight import UNLIMITED, check_index, check_window
 
 POSITIONS = "rope", "alibi", "nape", "none"
@@ -241,11 +241,18 @@ class EntmaxAttention(WithAlpha):
         """Attention of ``x`` to itself.
 
         Args:
-            x: (batch, length, embed_dim), or (tokens, embed_dim) with ``cu_seq``.
+            x: (batch, length, embed_dim), or (tokens, embed_dim) with ``cu_seq``; or a jagged nested tensor (batch,
+                ragged length, embed_dim), whose sequences are packed: the output is one as well.
             alpha: in place of the layer's own, as when it is annealed (:class:`flash_entmax.anneal.AlphaAnnealing`).
             key_lengths, key_mask: padding of batch rows, as for :func:`flash_entmax.entmax_attention`.
             cu_seq, max_seq: boundaries (sequences + 1,) and longest length of packed sequences.
         """
+        if is_jagged(x):
+            if any(option is not None for option in (key_lengths, key_mask, cu_seq, max_seq)):
+                raise ValueError("key_lengths, key_mask, cu_seq and max_seq are for tensors that are not nested")
+            tokens = x.values()
+            packed = self(tokens, alpha=alpha, cu_seq=x.offsets(), max_seq=longest_sequence(x), impl=impl)
+            return torch.nested.nested_tensor_from_jagged(packed, x.offsets())
         self.check(x, key_lengths, key_mask, cu_seq, max_seq)
         position = positions_of(x, cu_seq)
         query, key, value = (
@@ -276,6 +283,7 @@ class EntmaxAttention(WithAlpha):
         width = self.query.in_features
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        refuse_nested("x", x)
         if (cu_seq is None) != (max_seq is None):
             raise ValueError(f"cu_seq and max_seq must be given together, got {cu_seq} and {max_seq}")
         expected = f"(batch, length, {width})" if cu_seq is None else f"(tokens, {width})"

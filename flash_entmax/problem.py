@@ -209,6 +209,23 @@ def unpack_tiles(words: Tensor, key_tiles: int) -> Tensor:
     return (words.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :key_tiles].bool()
 
 
+def is_jagged(tensor: object, ragged: int = 1) -> bool:
+    """A nested tensor whose ragged dimension is this one, without holes: all that its values and offsets can say."""
+    if not isinstance(tensor, Tensor) or not tensor.is_nested or tensor.layout != torch.jagged:
+        return False
+    return tensor._ragged_idx == ragged and tensor.lengths() is None
+
+
+def longest_sequence(jagged: Tensor) -> int:
+    """Of a nested tensor that may know it; all tokens are a bound as well."""
+    return getattr(jagged, "_maybe_max_seqlen", None) or jagged.values().shape[jagged._ragged_idx - 1]
+
+
+def refuse_nested(name: str, tensor: object) -> None:
+    if isinstance(tensor, Tensor) and tensor.is_nested:
+        raise ValueError(f"{name} must be a tensor that is not nested, got a nested one: pass its values()")
+
+
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
     tensors = {"query": query, "key": key, "value": value}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flash_entmax import entmax_attention
 from flash_entmax.testing import DISTRIBUTIONS, iid_inputs, inputs_with_scores, score_rows, topic_inputs
 
-HEAD_SIZES = (1, 2, 3, 16, 17, 32, 64, 80, 96, 128, 160, 256)
+HEAD_SIZES = (1, 2, 3, 16, 17, 32, 64, 80, 96, 128, 160, 256, 300, 512)
 
 
 @st.composite

@@ -231,7 +231,7 @@ def test_write_json_replaces(tmp_path):
     ("arguments", "said"),
     [
         (["--lengths", "0"], "--lengths must be at least 1, got 0"),
-        (["--head-sizes", "300"], "--head-sizes must be from 1 to 256, got 300"),
+        (["--head-sizes", "600"], "--head-sizes must be from 1 to 512, got 600"),
         (["--topics", "40"], "--topics must be at most the head size, got 40 at head size 32"),
         (["--groups", "3"], "--groups must divide the 2 heads at length 256, got 3"),
         (["--only", "cudnn", "fa9"], "got 'fa9'"),

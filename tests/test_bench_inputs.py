@@ -99,7 +99,7 @@ def test_captured_beside_topics(tmp_path, capsys):
         ({"x": [(1, 4, 100, 16), (1, 4, 100, 16), (1, 4, 100, 8)]}, "(1, 4, 100, 16) and (1, 4, 100, 8)"),
         ({"x": shapes_of(4, 2, length=0)}, "got (1, 4, 0, 16)"),
         ({"x": shapes_of(4, 3)}, "x: the heads of key must divide those of query, got 3 and 4"),
-        ({"x": shapes_of(1, 1, length=4, dim=300)}, "x: dim must be at most 256, got 300"),
+        ({"x": shapes_of(1, 1, length=4, dim=600)}, "x: dim must be at most 512, got 600"),
     ],
 )
 def test_captured_inputs_that_do_not_fit(shapes, said, tmp_path, capsys):

@@ -20,7 +20,7 @@ def dtype(request) -> torch.dtype:
     return DTYPES[request.param]
 
 
-@pytest.mark.parametrize("head_size", [40, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_size", [40, 64, 80, 128, 256, 512])
 def test_head_sizes_and_groups(dtype, head_size):
     """Queries 8 to 1 key head, odd lengths, causal; the same kernels then serve other lengths and groups."""
     for heads, key_heads, queries, keys in ((8, 1, 777, 777), (4, 1, 1, 300), (2, 2, 129, 1025), (4, 4, 65, 31)):
@@ -123,7 +123,9 @@ def test_live_map_at_16384_keys_drops_nothing():
     check_live_map(case, "triton", exact)
 
 
-@pytest.mark.parametrize("sizes", [(40, 24), (40, 8), (256, 64), (64, 256), (256, 24), (17, 3), (128, 16), (160, 96)])
+@pytest.mark.parametrize(
+    "sizes", [(40, 24), (40, 8), (256, 64), (64, 256), (256, 24), (512, 40), (40, 512), (17, 3), (128, 16), (160, 96)]
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_keys_and_values_of_different_sizes(sizes, is_causal):
     """Head sizes that rows do not align for, and pairs that need different matrix shapes."""

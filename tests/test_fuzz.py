@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 numbers = st.sampled_from
 alphas = (st.just(1.5), st.just(2.0), st.one_of(st.just(1.25), st.floats(1.05, 2.0)))
 slope_values = numbers([0.0, 0.01, 0.3, 2.0, 50.0, -0.05, -1.0, float("inf")])
-dims = (1, 3, 8, 16, 17, 32, 64, 80, 128, 256)
+dims = (1, 3, 8, 16, 17, 32, 64, 80, 128, 256, 512)
 SHARDS = 16 if PROFILE == "fuzz" else 1  # so that pytest-xdist can share the examples out
 MASK_MODS = {
     "causal": lambda b, h, q, k: k <= q,

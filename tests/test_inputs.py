@@ -33,9 +33,9 @@ SHAPES = [
     ({"key": tensor(2, 2, 8, 16)}, "heads.*2 and 4"),
     ({"key": tensor(2, 4, 9, 16)}, "length.*9 and 8"),
     ({"key": tensor(2, 4, 8, 17)}, "head size.*16 and 17"),
-    ({"query": tensor(2, 4, 8, 257), "key": tensor(2, 4, 8, 257)}, "query and key.*256.*257"),
-    ({"value": tensor(2, 4, 8, 300)}, "value.*256.*300"),
-    ({"value": tensor(2, 4, 8, 0)}, "value.*256.*got 0"),
+    ({"query": tensor(2, 4, 8, 513), "key": tensor(2, 4, 8, 513)}, "query and key.*512.*513"),
+    ({"value": tensor(2, 4, 8, 600)}, "value.*512.*600"),
+    ({"value": tensor(2, 4, 8, 0)}, "value.*512.*got 0"),
     ({"value": tensor(device="meta")}, "device.*query cpu.*value meta"),
 ]
 TYPES = [

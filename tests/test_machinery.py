@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from flash_entmax import entmax_attention, entmax_attention_varlen, ops, register_flop_formulas
+from flash_entmax import entmax_attention, entmax_attention_varlen, linear_entmax_loss, ops, register_flop_formulas
 from flash_entmax.testing import iid_inputs
 
 OPERATOR = torch.ops.flash_entmax.attention.default
@@ -119,17 +119,61 @@ class Attention(torch.nn.Module):
 
 
 def test_export(backend):
-    """The exported program holds the operator, and gives what the module gives, also for another batch size.
-
-    Of the length, the number of words of the live map needs to be known: PyTorch specializes on an extent of 1.
-    """
+    """The exported program holds the operator, and gives what the module gives for any batch size and length."""
     module = Attention(backend)
     tensors = iid_inputs(3, 2, 70, 16, device=backend.device)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(module, tensors, dynamic_shapes=[{0: batch}] * 3, strict=False)
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=65_536)
+    program = torch.export.export(module, tensors, dynamic_shapes=[{0: batch, 2: length}] * 3, strict=False)
     assert OPERATOR in {node.target for node in program.graph.nodes}
-    for other in (tensors, iid_inputs(2, 2, 70, 16, device=backend.device)):
+    for of_batch, of_length in backend.sizes(
+        [(2, 2)], [(3, 70), (2, 2), (2, 64), (2, 2100)], [(3, 70), (2, 2), (2, 2100)]
+    ):
+        other = iid_inputs(of_batch, 2, of_length, 16, device=backend.device)
         assert_same([program.module()(*other)], [module(*other)])
+
+
+def masked(query, key, value, mask, impl):
+    return entmax_attention(query, key, value, key_mask=mask, is_causal=True, impl=impl)
+
+
+def softmax(query, key, value, mask, impl):
+    return entmax_attention(query, key, value, key_mask=mask, alpha=1, impl=impl)
+
+
+def packed(query, key, value, mask, impl):
+    tokens = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    cu_seq, longest = boundaries((1, 1), query.device), query.shape[2]
+    return entmax_attention_varlen(*tokens, cu_seq, None, longest, longest, impl=impl)
+
+
+def linear(query, key, value, mask, impl):
+    hidden, target = query[0, 0], mask[0].long()
+    return linear_entmax_loss(hidden, key[0, 0, :2], target, impl=impl)
+
+
+@pytest.mark.parametrize("call", [masked, softmax, packed, linear])
+def test_one_graph_for_all_lengths(backend, call):
+    """dynamic=True, for lengths of one tile, of some, and of more than a word of the live map has bits for."""
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def inputs(length):
+        leaves = {
+            name: tensor.requires_grad_()
+            for name, tensor in zip(("q", "k", "v"), iid_inputs(2, 2, length, 16, device=backend.device), strict=True)
+        }
+        return leaves, (torch.arange(length, device=backend.device) % 3 > 0).expand(2, -1), backend.impl
+
+    def run_with(function, length):
+        leaves, *rest = inputs(length)
+        output = function(*leaves.values(), *rest)
+        gradients = torch.autograd.grad(output.square().sum(), list(leaves.values()), allow_unused=True)
+        return [output.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+    run_with(compiled, 70)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in backend.sizes((2, 40), (2, 64, 65, 2100), (2, 64, 65, 2100)):
+            assert_same(run_with(compiled, length), run_with(call, length))
 
 
 # Activation checkpointing

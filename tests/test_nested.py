@@ -1,0 +1,95 @@
+"""Nested tensors where they are taken, and words where they are not. Attention itself: test_packed.py."""
+
+import pytest
+import torch
+
+from flash_entmax import (
+    entmax,
+    entmax15,
+    entmax_attention,
+    entmax_attention_varlen,
+    entmax_loss,
+    linear_entmax_loss,
+    sparsemax,
+)
+from flash_entmax.nn import Entmax, EntmaxAttention
+
+LENGTHS = 3, 5, 1
+
+
+def parts(backend, size=16):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(length, size, generator=generator).to(backend.device) for length in LENGTHS]
+
+
+def jagged(tensors):
+    return torch.nested.nested_tensor(tensors, layout=torch.jagged, requires_grad=True)
+
+
+@pytest.mark.parametrize("dim", [-1, 2])
+def test_activations_of_each_part(backend, dim):
+    tensors = [part.requires_grad_() for part in parts(backend)]
+    nested = jagged([part.detach() for part in tensors])
+    output = entmax(nested, 1.3, dim, impl=backend.impl)
+    assert output.shape == nested.shape
+    alone = [entmax(part, 1.3, -1, impl=backend.impl) for part in tensors]
+    output.values().square().sum().backward()
+    sum(p.square().sum() for p in alone).backward()
+    for ours, gradient, theirs, part in zip(output.unbind(), nested.grad.unbind(), alone, tensors, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(gradient, part.grad)
+
+
+def test_the_other_activations():
+    nested = jagged([torch.randn(length, 16) for length in LENGTHS])
+    assert torch.equal(sparsemax(nested).values(), sparsemax(nested.values()))
+    assert torch.equal(Entmax(1.5)(nested).values(), entmax15(nested.values()))
+
+
+@pytest.mark.parametrize("position", ["rope", "nape"])
+def test_a_layer_packs_the_parts(backend, position):
+    torch.manual_seed(0)
+    layer = EntmaxAttention(16, 2, position=position, learn_alpha=True, device=backend.device)
+    tensors = parts(backend)
+    nested = jagged(tensors)
+    output = layer(nested, impl=backend.impl)
+    assert output.is_nested
+    assert output.shape == nested.shape
+    for ours, part in zip(output.unbind(), tensors, strict=True):
+        torch.testing.assert_close(ours, layer(part[None], impl=backend.impl)[0], rtol=1e-5, atol=1e-6)
+    output.values().sum().backward()
+    assert nested.grad.shape == nested.shape
+
+
+X, BOUNDARIES = torch.randn(9, 16), torch.tensor([0, 9])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda nested, _: entmax(nested, dim=1), "dim of a nested tensor must be after the ragged one, .* got 1"),
+        (lambda nested, _: entmax(nested, dim=3), "dim must be from -3 to 2, got 3"),
+        (lambda _, strided: entmax(strided), "x must be a tensor that is not nested"),
+        (lambda nested, _: entmax_loss(nested, torch.zeros(9).long()), "input must be a tensor that is not nested"),
+        (lambda nested, _: entmax_loss(X, nested), "target must be a tensor that is not nested"),
+        (lambda nested, _: linear_entmax_loss(nested, X, torch.zeros(9).long()), "hidden must be .* pass its values"),
+        (
+            lambda nested, _: entmax_attention_varlen(nested, X, X, BOUNDARIES, None, 9, 9),
+            "query must be a tensor that is",
+        ),
+        (
+            lambda _, strided: entmax_attention(strided, strided, strided),
+            "jagged nested tensor .* got another nested tensor",
+        ),
+        (lambda nested, _: entmax_attention(nested, X, X), "jagged nested tensor .* got another nested tensor"),
+        (
+            lambda nested, _: EntmaxAttention(16, 2)(nested, key_lengths=BOUNDARIES),
+            "are for tensors that are not nested",
+        ),
+        (lambda _, strided: EntmaxAttention(16, 2)(strided), "x must be a tensor that is not nested"),
+    ],
+)
+def test_refusals(call, words):
+    tensors = [torch.randn(length, 16) for length in LENGTHS]
+    with pytest.raises(ValueError, match=words):
+        call(jagged(tensors), torch.nested.nested_tensor(tensors))

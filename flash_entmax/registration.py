@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
@@ -78,8 +77,7 @@ def below_autograd() -> AbstractContextManager:
 
 def refuse_second_derivative(operator) -> None:
     """The derivative has none of its own: a second derivative is refused, not left out."""
-    name = name_of(operator).rpartition("_")[0]
-    message = f"{name} has no second derivative"
+    message = f"{operator.name().rpartition('_')[0]} has no second derivative"
 
     class Derivative(torch.autograd.Function):
         @staticmethod
@@ -165,5 +163,5 @@ def call_one_by_one(operator) -> None:
 def as_given(tensor: Tensor) -> AbstractContextManager:
     """Autocast must not cast inside an operator."""
     device = tensor.device.type
-    is_on = is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_on else nullcontext()

@@ -151,7 +151,9 @@ def test_gradients_may_be_off(backend, name):
     with torch.no_grad():
         assert torch.equal(jvp(function, tensors, tangents)[1], expected)
     with torch.inference_mode():
-        assert torch.equal(jvp(function, tensors, tangents)[1], expected)
+        one = torch.ones(())
+        if jvp(torch.sin, (one,), (one,))[1] != 0:  # before 2.13, PyTorch drops the tangents of all operators there
+            assert torch.equal(jvp(function, tensors, tangents)[1], expected)
     with forward_ad.dual_level(), torch.no_grad():
         duals = [forward_ad.make_dual(*pair) for pair in zip(tensors, tangents, strict=True)]
         assert torch.equal(forward_ad.unpack_dual(function(*duals)).tangent, expected)

@@ -116,8 +116,10 @@ def check_numbers(call: inspection.Call, case: Case, exact: torch.Tensor) -> Non
     visible = any_in_tiles(visible.expand_as(exact), tile)
     assert torch.equal(call.visible_tiles, visible)
     empty = visible & ~any_in_tiles(exact, tile)
-    assert call.block_sparsity.tolist() == pytest.approx((empty.sum((0, 2, 3)) / visible.sum((0, 2, 3))).tolist())
-    along = empty.sum((0, 1, 3)) / visible.sum((0, 1, 3))
+    assert call.block_sparsity.tolist() == pytest.approx(
+        (empty.sum((0, 2, 3)).double() / visible.sum((0, 2, 3))).tolist()
+    )
+    along = empty.sum((0, 1, 3)).double() / visible.sum((0, 1, 3))
     assert call.block_sparsity_by_position.tolist() == pytest.approx(along.tolist(), nan_ok=True)
     sizes = exact.sum(-1).transpose(0, 1).flatten(1).double()
     means = [row[row > 0].mean().item() for row in sizes]
@@ -130,7 +132,7 @@ def check_keys_together(call: inspection.Call, case: Case, exact: torch.Tensor) 
     live, seen = (any_in_tiles(marks, (64, 1)).sum(-1) for marks in (exact, visible.expand_as(exact)))
     assert torch.equal(call.live_keys, live)
     assert torch.equal(call.visible_keys, seen)
-    assert call.key_sparsity.tolist() == pytest.approx((1 - live.sum((0, 2)) / seen.sum((0, 2))).tolist())
+    assert call.key_sparsity.tolist() == pytest.approx((1 - live.sum((0, 2)).double() / seen.sum((0, 2))).tolist())
     means = [live[:, head][seen[:, head] > 0].double().mean().item() for head in range(live.shape[1])]
     assert call.keys_per_64_queries.tolist() == pytest.approx(means)
 

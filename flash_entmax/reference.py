@@ -53,7 +53,8 @@ def visible_mask(problem: Problem, sight: Sight, device: torch.device) -> tuple[
         position = first + sight.query_positions.long()
     elif sight.query_positions is not None:
         position = query + sight.query_positions
-    ahead = (key - position.unsqueeze(-1)).masked_fill(~visible, 0).view(-1, 1, *visible.shape)
+    position = position if position.dim() == 2 else position.unsqueeze(0)
+    ahead = (key - position.unsqueeze(-1)).masked_fill(~visible, 0).unsqueeze(1)
     visible = visible.expand_as(ahead)
     left, right = sight.window
     if left != UNLIMITED:

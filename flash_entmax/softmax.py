@@ -4,6 +4,7 @@ Imported by the first call that needs it: the decorator below loads torch._dynam
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 
@@ -29,18 +30,19 @@ def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight:
     if problem.is_empty:
         return nothing(problem, query, key, value)
     attend = partial(scaled_dot_product_attention, scale=scale)
-    if problem.group > 1:
-        attend = partial(attend, enable_gqa=True)
     is_forward = has_tangent((query, key, value, slopes))
     if is_forward:  # of whose derivatives the fused kernels have none
         attend = partial(with_backends, [SDPBackend.MATH], attend)
+    shared = {"enable_gqa": True} if problem.group > 1 else {}
     masks = (sight.key_mask, sight.block_mask, slopes)
     square = sight.window[1] != 0 or problem.diagonal == 0
     if sight.is_plain and square and all(mask is None for mask in masks):
-        return attend(query, key, value, is_causal=sight.window[1] == 0)
-    if problem.group > 1 and query.is_cuda:  # where PyTorch's fused kernel for masks takes no shared heads
+        return attend(query, key, value, is_causal=sight.window[1] == 0, **shared)
+    if shared and query.is_cuda:  # where PyTorch's fused kernel for masks takes no shared heads
         key, value = (tensor.repeat_interleave(problem.group, 1) for tensor in (key, value))
-    intervals = problem.intervals(query.device) if intervals is None else intervals
+        shared = {}
+    if intervals is None:
+        intervals = replace(problem, is_causal=sight.window[1] == 0).intervals(query.device)
     visible, distance = visible_mask(problem, sight, intervals)
     if slopes is not None:
         slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
@@ -54,7 +56,7 @@ def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight:
         # With a mask, 64 keys modulo 128 and scores below -88 cuDNN's gradient of the query is NaN
         # (pytorch/pytorch#196678). An exported graph has no trace of this: it takes what is there where it runs.
         attend = partial(with_backends, other_backends(), attend)
-    return attend(query, key, value, attn_mask=bias).masked_fill(blind, 0.0)
+    return attend(query, key, value, attn_mask=bias, **shared).masked_fill(blind, 0.0)
 
 
 def visible_mask(problem: Problem, sight: Sight, intervals: Tensor) -> tuple[Tensor, Tensor]:

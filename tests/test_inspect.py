@@ -34,6 +34,7 @@ def llama_folder(tmp_path_factory):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("llama")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[unk]").save_pretrained(folder)
+    model.set_attn_implementation("sdpa")
     model.save_pretrained(folder)
     (folder / "text.txt").write_text("the cat sat on the mat.\nthe cat < the mat.\n" * 12)
     return folder
@@ -177,6 +178,7 @@ def test_a_model_that_was_saved_with_entmax(llama_folder, tmp_path, capsys, aske
     """Its own alpha is what is shown, and said to be found there."""
     pytest.importorskip("matplotlib")
     model = tiny_llama()
+    model.set_attn_implementation("entmax")
     model.config.entmax_alpha = 1.7
     saved_beside(llama_folder, tmp_path, model)
     options = "--text", llama_folder / "text.txt", "--tokens", 40, "--device", "cpu", "--out", tmp_path / "out"

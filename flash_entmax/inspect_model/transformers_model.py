@@ -57,7 +57,8 @@ def attention_of(wanted: Wanted, config) -> tuple[str, object, str]:
     """The name of the attention, its alpha, and where that comes from, in words."""
     from ..integrations.transformers import saved_attention
 
-    saved, found = saved_attention(config) or ("entmax15", None)
+    by_hand = getattr(config.get_text_config(), "entmax_alpha", None)
+    saved, found = saved_attention(config) or ("entmax15" if by_hand is None else "entmax", by_hand)
     is_asked_for = wanted.attention is not None or wanted.alpha is not None
     attention = (wanted.attention or "entmax") if is_asked_for else saved
     alpha = wanted.alpha or ATTENTION[attention] or found

@@ -97,8 +97,8 @@ def _unless_entmax(attention: object) -> object:
     return None if isinstance(attention, dict) or attention in IMPLEMENTATIONS else attention
 
 
-def saved_attention(config: Any) -> tuple[str, float | str] | None:
-    """What a loaded config declares: the name of the attention, and alpha as a number or in words.
+def saved_attention(config: Any) -> tuple[str, float | str | None] | None:
+    """What a loaded config declares: the name of the attention, and alpha as a number or in words, if it is set.
 
     None where the config declares no entmax attention. Of several parts, that of the first that has one.
     """
@@ -112,4 +112,4 @@ def saved_attention(config: Any) -> tuple[str, float | str] | None:
         return name, f"{'learned' if alpha['learned'] else 'a tensor'}, {whose}, among the weights"
     if isinstance(alpha, dict):
         return name, f"by layer, {min(alpha.values()):g} to {max(alpha.values()):g}"
-    return name, "not set" if alpha is None else float(alpha)
+    return name, None if alpha is None else float(alpha)

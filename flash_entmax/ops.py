@@ -105,6 +105,9 @@ def attention_backward(
     grad_output, query, key, value, value_mean, maximum, offset, live, parameters, *arguments
 ):  # fmt: skip
     problem, modifiers, impl = _posed(query, key, value, arguments)
+    if modifiers.intervals is not None or modifiers.kinds is not None or problem.diagonal < 0:
+        # Queries that see no key have maximum +inf: what comes in for their output, NaN included, goes nowhere.
+        grad_output = grad_output.masked_fill((maximum == torch.inf).unsqueeze(-1), 0.0)
     tensors = grad_output, query, key, value, value_mean, maximum, offset, live
     with as_given(query):
         return stages(impl).attention_backward(problem, modifiers, *tensors, parameters)

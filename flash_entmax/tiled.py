@@ -185,9 +185,6 @@ def differentiate(
 ) -> Gradients:  # fmt: skip
     """`attention_backward` with one alpha and scale, in the compute dtype: dS = u (dP - delta), delta = dO . O1."""
     scope = Scope.of(problem, modifiers, query.device)
-    blind = maximum == torch.inf  # whatever comes in there goes nowhere
-    if blind.any():
-        grad_output = grad_output.masked_fill(blind.unsqueeze(-1), 0.0)
     q, k, v, do = (tiles_of(tensor) for tensor in (query, key, value, grad_output))
     delta = pad_rows((grad_output.to(offset.dtype) * value_mean.to(offset.dtype)).sum(-1), 0.0)
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)

@@ -11,6 +11,7 @@ pytest.importorskip("entmax")
 
 from torch import distributed, multiprocessing, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 from transformers_models import make, tokens
@@ -27,8 +28,9 @@ def prepared(name):
 
 
 def shard(model, name, **policy):
+    policy["mesh"] = init_device_mesh("cpu", (2,))
     if name == "by itself":  # so that it has a policy of its own, and is gathered at each call
-        fully_shard(model.model.entmax_alpha)
+        fully_shard(model.model.entmax_alpha, mesh=policy["mesh"])
     for part in (*model.model.layers, model):
         fully_shard(part, **policy)
 

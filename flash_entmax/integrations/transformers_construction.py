@@ -24,6 +24,8 @@ def watch_construction() -> None:
 
 
 def on_registration(module: nn.Module, name: str, part: nn.Module | None) -> None:
+    if torch.compiler.is_compiling():  # a slice of a list of layers, say, which is a module as well
+        return
     from transformers import PreTrainedModel
 
     if part is None or name == "entmax_alpha":

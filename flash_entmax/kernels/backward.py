@@ -53,7 +53,6 @@ def gradient_query_kernel(
     reach = load_row(offset, unit, queries.row, extent, 1.0)
     first = tile * TILE
     do = load_tile(query_head(grad_output, unit, extent), first, query_length, TILE, S.VALUE, S.VALUE_PADDED)
-    do = without_blind(do, top)
     mean = load_tile(query_head(value_mean, unit, extent), first, query_length, TILE, S.VALUE, S.VALUE_PADDED)
     delta = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
     pointers = packed_rows(packed, unit, tile, extent, S)
@@ -90,12 +89,6 @@ def gradient_query_kernel(
 def packed_rows(packed, unit, tile, extent, S: tl.constexpr):
     tiles = (extent.query_length + S.TILE - 1) // S.TILE
     return packed + (tl.cast(unit, tl.int64) * tiles + tile) * (S.TILE * 4) + tl.arange(0, S.TILE) * 2
-
-
-@triton.jit
-def without_blind(do, top):
-    """dO, but 0 of queries that see no key: whatever comes in there goes nowhere."""
-    return tl.where((top == float("inf"))[:, None], 0.0, do).to(do.dtype)
 
 
 @triton.jit
@@ -181,8 +174,6 @@ def accumulate_key_value(state, context, query_tile, MASKED: tl.constexpr, S: tl
     do = load_tile(grad_output, first, extent.query_length, TILE, S.VALUE, S.VALUE_PADDED)
     pairs = packed_rows(packed, unit, query_tile, extent, S)[:, None] + tl.arange(0, 2)[None, :]
     top, reach = tl.split(tl.load(pairs))
-    if MASKED:
-        do = without_blind(do, top)
 
     product = tl.dot(k, tl.trans(q), input_precision=S.PRECISION)
     start, stop, position = visible_interval(first + tl.arange(0, TILE), unit, extent, view, S)

@@ -32,6 +32,7 @@ def directions(tensors, seed=1):
 def call_of(case, impl):
     """The public call as a function of the case's tensors."""
     names = list(case.tensors)
+    longest = max(case.options["cu_seq_q"].diff().tolist()) if case.is_packed else None
 
     def call(*tensors):
         given = case.with_tensors(**dict(zip(names, tensors, strict=True)))
@@ -40,7 +41,6 @@ def call_of(case, impl):
         if not case.is_packed:
             return entmax_attention(query, key, value, impl=impl, **options)
         cu_seq = options.pop("cu_seq_q")
-        longest = max(cu_seq.diff().tolist())
         return entmax_attention_varlen(query, key, value, cu_seq, None, longest, longest, impl=impl, **options)
 
     return call

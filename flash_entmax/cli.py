@@ -235,3 +235,7 @@ def recipe(options: argparse.Namespace) -> int:
     for name in names:
         run(name, wanted)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -44,6 +44,7 @@ CORE = {
 OUTER = (
     "command",
     "cli",
+    "__main__",
     "plot",
     "page",
     "inspect_model",

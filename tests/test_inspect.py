@@ -76,7 +76,7 @@ def test_command_on_a_model_of_transformers(llama_folder, tmp_path, capsys):
     code, printed, complaints = run_command(capsys, llama_folder, *options, "--out", tmp_path)
     assert (code, complaints) == (0, "")
     assert "layers.1.self_attn" in printed
-    assert "alpha 1.5, in place of the model's own; the first 90 tokens of" in printed
+    assert "alpha 1.5, in place of its softmax; the first 90 tokens of" in printed
     assert {"support.png", "sparsity.png", "attention.html"} <= {path.name for path in tmp_path.iterdir()}
     content = (tmp_path / "attention.html").read_text()
     assert '"tokens":["the"," cat"," sat"," on"," the"," mat",".","\\nthe"," cat"," \\u003c"' in content
@@ -188,6 +188,146 @@ def test_a_model_that_was_saved_with_entmax(llama_folder, tmp_path, capsys, aske
     model.config.entmax_alpha = alpha
     expected = loss_of(model, "entmax", words_of(llama_folder, 0, 40))
     assert shown_losses(printed)[0] == pytest.approx(expected, abs=0.0006)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "asked", "words"),
+    [
+        (torch.nn.Parameter(torch.full((4,), 1.3)), (), "alpha 1.3, as found among its weights"),
+        (torch.tensor(1.3), (), "alpha 1.3, as found among its weights"),
+        (
+            torch.nn.Parameter(torch.full((4,), 1.3)),
+            ("--alpha", 1.5),
+            "alpha 1.5, in place of its learned one for each of 4 heads;",
+        ),
+        (torch.tensor(1.3), ("--alpha", 1.5), "alpha 1.5, in place of its own one for all heads;"),
+        ({0: 1.25, 1: 1.75}, (), "alpha 1.25 to 1.75, as found in its config.json"),
+        (
+            {0: 1.25, 1: 1.75},
+            ("--alpha", 1.5),
+            "alpha 1.5, in place of alpha by layer, 1.25 to 1.75, in its config.json",
+        ),
+    ],
+)
+def test_where_alpha_is_found(llama_folder, tmp_path, capsys, alpha, asked, words):
+    """A tensor among the weights, numbers in config.json."""
+    pytest.importorskip("matplotlib")
+    model = entmax_llama(alpha)
+    saved_beside(llama_folder, tmp_path, model)
+    options = "--text", llama_folder / "text.txt", "--tokens", 40, "--device", "cpu", "--out", tmp_path / "out"
+    code, printed, complaints = run_command(capsys, tmp_path, *options, *asked)
+    assert (code, complaints) == (0, "")
+    assert words in printed
+
+
+def entmax_llama(alpha, layers=2):
+    from flash_entmax.integrations.transformers import set_alpha
+
+    model = tiny_llama(layers)
+    model.set_attn_implementation("entmax")
+    set_alpha(model, alpha)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ((), "alpha 1.8, with the entmax_alpha of its config.json, in place of its softmax;"),
+        (("--alpha", 1.5), "alpha 1.5, in place of its softmax;"),
+        (("--attention", "sparsemax"), "alpha 2, in place of its softmax;"),
+    ],
+)
+def test_a_model_that_was_saved_with_softmax(llama_folder, tmp_path, capsys, asked, words):
+    """Whatever its config says of alpha."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "saved"
+    shutil.copytree(llama_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"entmax_alpha": 1.8}))
+    options = "--text", folder / "text.txt", "--tokens", 40, "--device", "cpu", "--out", tmp_path / "out"
+    code, printed, complaints = run_command(capsys, folder, *options, *asked)
+    assert (code, complaints) == (0, "")
+    assert words in printed
+
+
+@pytest.fixture(scope="module")
+def partly_softmax(llama_folder, tmp_path_factory):
+    """Layers 0 and 2 of three are softmax."""
+    pytest.importorskip("matplotlib")
+    return saved_beside(llama_folder, tmp_path_factory.mktemp("partly"), entmax_llama({0: 1, 1: 1.5, 2: 1}, layers=3))
+
+
+def test_layers_are_numbered_as_in_the_model(llama_folder, partly_softmax, tmp_path, capsys):
+    """Softmax layers count, and are named; in the table, on the page, and in what is asked for."""
+    options = "--text", llama_folder / "text.txt", "--tokens", 40, "--device", "cpu", "--out", tmp_path
+    code, printed, complaints = run_command(capsys, partly_softmax, *options, "--head", "1:3")
+    assert (code, complaints) == (0, "")
+    rows = [line.split()[:2] for line in printed.splitlines() if "self_attn" in line]
+    assert rows == [["1", "layers.1.self_attn"]]
+    words = "layers 0 2 are softmax (alpha 1) and are not shown"
+    assert f"\n{words}\n" in printed
+    content = (tmp_path / "attention.html").read_text()
+    assert words in content
+    assert '"start":[0,3]' in content  # the first that is shown
+    assert '"number":1,"name":"layers.1.self_attn"' in content
+    assert (tmp_path / "map-1-3.png").exists()
+    code, printed, _ = run_command(capsys, partly_softmax, *options, "--layers", "0-1")
+    assert code == 0
+    assert "\nlayer 0 is softmax (alpha 1) and is not shown\n" in printed
+    code, printed, _ = run_command(capsys, partly_softmax, *options, "--layers", "1")
+    assert code == 0
+    assert "not shown" not in printed
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("--layers", 0), "--layers 0: layer 0 is softmax (alpha 1) and is not shown"),
+        (("--layers", "0", "2"), "--layers 0 2: layers 0 2 are softmax (alpha 1) and are not shown"),
+        (("--head", "2:1"), "--head 2:1: layer 2 is softmax (alpha 1) and is not shown"),
+        (("--layers", 3), "--layers 3: the model has the layers 0 to 2"),
+    ],
+)
+def test_layers_that_are_softmax_are_refused(llama_folder, partly_softmax, tmp_path, capsys, asked, words):
+    options = "--text", llama_folder / "text.txt", "--tokens", 40, "--device", "cpu", "--out", tmp_path
+    code, printed, complaints = run_command(capsys, partly_softmax, *options, *asked)
+    assert (code, printed) == (1, "")
+    assert words in complaints
+
+
+def test_a_model_all_of_whose_layers_are_softmax(llama_folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    saved_beside(llama_folder, tmp_path, entmax_llama({0: 1, 1: 1}))
+    options = "--text", llama_folder / "text.txt", "--tokens", 40, "--device", "cpu", "--out", tmp_path / "out"
+    code, printed, complaints = run_command(capsys, tmp_path, *options)
+    assert (code, printed) == (1, "")
+    assert "layers 0 1 are softmax (alpha 1) and are not shown: give --alpha" in complaints
+    code, printed, _ = run_command(capsys, tmp_path, *options, "--alpha", 1.5)
+    assert code == 0
+    assert sum("self_attn" in line for line in printed.splitlines()) == 2
+
+
+def test_calls_without_layers_of_their_own_are_numbered_as_they_ran():
+    """No layer_idx, or one layer that runs twice."""
+    from flash_entmax.inspect_model.layers import number_by_layer
+
+    class Layer(torch.nn.Module):
+        def forward(self, inputs):
+            return entmax_attention(*inputs)
+
+    layer, inputs = Layer(), iid_inputs(1, 2, 5, 8)
+    for make in (lambda: torch.nn.ModuleList([Layer(), Layer()]), lambda: torch.nn.ModuleList([layer])):
+        model = make()
+        layer.layer_idx = 7
+        with inspection.record(model) as calls:
+            for part in (model[0], model[-1]):
+                part(inputs)
+        assert not number_by_layer(model, calls)
+        assert [call.number for call in calls] == [0, 1]
+    with inspection.record(model) as calls:
+        layer(inputs)
+    assert number_by_layer(model, calls)
+    assert [call.number for call in calls] == [7]
 
 
 def test_alphas_that_differ_are_shown_from_the_smallest_to_the_largest():
@@ -455,6 +595,45 @@ def test_what_a_model_cannot_do_is_said_in_words(llama_folder, tmp_path, capsys)
     code, _, complaints = run_command(capsys, tmp_path, *options)
     assert code == 1
     assert "attention sinks are a term of softmax's denominator" in complaints
+
+
+def mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4))
+
+
+def fnet():
+    from transformers import FNetConfig, FNetForMaskedLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return FNetForMaskedLM(FNetConfig(vocab_size=64, **sizes))
+
+
+def bloom():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
+
+
+@pytest.mark.parametrize("make", [mamba, fnet, bloom])
+def test_models_without_the_attention_interface(llama_folder, tmp_path, capsys, make):
+    """Found out by their class, or when they have run: in words, and without advice that the command cannot take."""
+    pytest.importorskip("matplotlib")
+    saved_beside(llama_folder, tmp_path, make())
+    options = "--text", llama_folder / "text.txt", "--tokens", 20, "--device", "cpu", "--out", tmp_path / "out"
+    code, printed, complaints = run_command(capsys, tmp_path, *options)
+    assert (code, printed) == (1, "")
+    words = "this model does not use Transformers' attention interface, so there is nothing to inspect"
+    assert complaints == f"flash-entmax inspect: {tmp_path}: {words}\n"
+
+
+def test_advice_for_those_who_build_a_model_is_left_out():
+    from flash_entmax.inspect_model.transformers_model import in_words
+
+    error = ValueError("biases added to the scores are not supported: use attn_implementation='eager'")
+    assert in_words(error) == "biases added to the scores are not supported"
+    assert in_words(ValueError("two: words. More")) == "two: words. More"
 
 
 def test_command_says_what_to_install(monkeypatch, tmp_path, capsys):

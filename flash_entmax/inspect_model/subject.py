@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from .wanted import Wanted
 
+NO_INTERFACE = "this model does not use Transformers' attention interface, so there is nothing to inspect"
+
 
 class Subject(ABC):
     """A model that can run with entmax attention, and with softmax.
@@ -19,10 +21,14 @@ class Subject(ABC):
         vocabulary: how many of them there are.
         why_no_loss: in words; empty where the model predicts the next token.
         read, read_briefly: which part of the text that is, in words.
+        layers: how many the model has, where that is known before it runs; else 0.
+        softmax_layers: the numbers of those with alpha 1, whose calls are not recorded.
     """
 
     unit = "token"
     why_no_loss = ""
+    layers = 0
+    softmax_layers: frozenset[int] = frozenset()
 
     def __init__(self, wanted: Wanted, model: nn.Module, ids: Tensor, tokens: list[str], origin: str) -> None:
         self.model, self.ids, self.tokens, self.origin = model, ids, tokens, origin
@@ -44,6 +50,10 @@ class Subject(ABC):
     @abstractmethod
     def logits(self, first: int, stop: int) -> Tensor:
         """(stop - first, vocabulary): read the text, and predict what follows each of these tokens."""
+
+    def in_words(self, error: Exception) -> str:
+        """What went wrong while the model ran, for the person who typed the command."""
+        return str(error)
 
     @abstractmethod
     def take_softmax(self, implementation: str) -> None:

@@ -1,6 +1,7 @@
 """A model of Transformers, by folder or name."""
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..command import CommandError, device_for, require
-from .subject import Subject
+from .subject import NO_INTERFACE, Subject
 from .wanted import ATTENTION, Wanted, check_against, check_offset, read_text
 
 
@@ -24,7 +25,15 @@ def open_transformers(wanted: Wanted) -> "TransformersModel":
     try:
         return load(wanted, content)
     except (ImportError, OSError, ValueError) as error:
-        raise CommandError(f"{wanted.model}: {error}") from error
+        raise CommandError(f"{wanted.model}: {in_words(error)}") from error
+
+
+def in_words(error: Exception) -> str:
+    """The integration advises another attn_implementation, which nobody can give to this command."""
+    problem, *advice = re.split(r"(?:\.|:|;) (use|load the model with) attn_implementation=", str(error), flags=re.I)
+    if advice and ("class says that it does not support" in problem or "without a call of its" in problem):
+        return NO_INTERFACE
+    return problem
 
 
 def load(wanted: Wanted, content: bytes) -> "TransformersModel":
@@ -48,6 +57,8 @@ def load(wanted: Wanted, content: bytes) -> "TransformersModel":
     model = load_weights(wanted, config, attention)
     subject = TransformersModel(wanted, model, torch.tensor([ids], device=model.device), tokens, words)
     subject.why_no_loss = subject.why_no_loss or why_no_loss(model)
+    subject.layers = getattr(sizes, "num_hidden_layers", 0)
+    subject.softmax_layers = softmax_layers(attention, sizes)
     if context == len(tokens) < wanted.tokens:
         subject.read += ", all that the model takes at once"
     return subject
@@ -66,9 +77,40 @@ def attention_of(wanted: Wanted, config) -> tuple[str, object, str]:
         raise ValueError("--attention entmax needs --alpha: the model's config has no entmax_alpha")
     if isinstance(alpha, (int, float)) and not 1 < alpha <= 2:
         raise ValueError(f"entmax_alpha in its config.json must be above 1 and at most 2, got {alpha!r}: give --alpha")
+    return attention, alpha, origin_of(alpha, config)
+
+
+def origin_of(alpha: object, config) -> str:
+    """Where this alpha comes from, beside what the model was saved with; in words."""
+    from ..integrations.transformers import saved_attention
+    from ..integrations.transformers_config import is_held
+
+    declared = getattr(config.get_text_config(), "entmax_alpha", None)
+    place = "among its weights" if is_held(declared) else "in its config.json"
+    saved = saved_attention(config)
+    if saved is None:
+        is_declared = declared is not None and alpha == declared
+        of = "among its weights" if is_held(declared) else "of its config.json"
+        return f"{f'with the entmax_alpha {of}, ' if is_declared else ''}in place of its softmax"
+    _, found = saved
+    if alpha == found:
+        return f"as found {place}"
     if found is None:
-        return attention, alpha, "in place of the model's own"
-    return attention, alpha, f"{'as found' if alpha == found else f'in place of {found}'} in its config.json"
+        return "for the entmax attention that it was saved with, without an alpha"
+    if is_held(declared):
+        kind, whose, *_ = found.split(", ")
+        return f"in place of its {'learned' if kind == 'learned' else 'own'} {whose}"
+    return f"in place of {f'alpha {found},' if isinstance(found, str) else found} {place}"
+
+
+def softmax_layers(attention: str, config) -> frozenset[int]:
+    """Those to which the config gives alpha 1."""
+    from ..integrations.transformers_config import is_held
+
+    alpha = getattr(config, "entmax_alpha", None)
+    if attention != "entmax" or not isinstance(alpha, dict) or is_held(alpha):
+        return frozenset()
+    return frozenset(int(layer) for layer, number in alpha.items() if number == 1)
 
 
 def load_weights(wanted: Wanted, config, attention: str):
@@ -141,6 +183,9 @@ class TransformersModel(Subject):
         options = {"use_cache": False, "logits_to_keep": torch.arange(first, stop, device=self.ids.device)}
         output = self.whole(self.ids, **{name: option for name, option in options.items() if name in accepted})
         return output.logits[0] if "logits_to_keep" in accepted else output.logits[0, first:stop]
+
+    def in_words(self, error: Exception) -> str:
+        return in_words(error)
 
     def take_softmax(self, implementation: str) -> None:
         if implementation == "sdpa" and getattr(self.whole.config.get_text_config(), "attn_logit_softcapping", None):

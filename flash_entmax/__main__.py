@@ -1,0 +1,7 @@
+"""`python -m flash_entmax` is the command `flash-entmax`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -295,6 +295,26 @@ def test_layers_that_are_softmax_are_refused(llama_folder, partly_softmax, tmp_p
     assert words in complaints
 
 
+def test_layers_without_attention_count(llama_folder, tmp_path, capsys):
+    """LFM2 has convolutions between its attention."""
+    pytest.importorskip("matplotlib")
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention", "conv", "conv"],
+    )  # fmt: skip
+    saved_beside(llama_folder, tmp_path, Lfm2ForCausalLM(config))
+    options = "--text", llama_folder / "text.txt", "--tokens", 20, "--device", "cpu", "--out", tmp_path / "out"
+    code, printed, _ = run_command(capsys, tmp_path, *options)
+    assert code == 0
+    assert [line.split()[0] for line in printed.splitlines() if "self_attn" in line] == ["1"]
+    assert "\nlayers 0 2 3 have no entmax attention and are not shown\n" in printed
+    code, _, complaints = run_command(capsys, tmp_path, *options, "--layers", 3)
+    assert code == 1
+    assert "--layers 3: layer 3 has no entmax attention and is not shown" in complaints
+
+
 def test_a_model_all_of_whose_layers_are_softmax(llama_folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     saved_beside(llama_folder, tmp_path, entmax_llama({0: 1, 1: 1}))

@@ -81,26 +81,24 @@ def attention_of(wanted: Wanted, config) -> tuple[str, object, str]:
 
 
 def origin_of(alpha: object, config) -> str:
-    """Where this alpha comes from, beside what the model was saved with; in words."""
+    """Where this alpha comes from, and what it stands in place of; in words."""
     from ..integrations.transformers import saved_attention
     from ..integrations.transformers_config import is_held
 
-    declared = getattr(config.get_text_config(), "entmax_alpha", None)
-    place = "among its weights" if is_held(declared) else "in its config.json"
-    saved = saved_attention(config)
+    declared, saved = getattr(config.get_text_config(), "entmax_alpha", None), saved_attention(config)
     if saved is None:
+        place = "among its weights" if is_held(declared) else "of its config.json"
         is_declared = declared is not None and alpha == declared
-        of = "among its weights" if is_held(declared) else "of its config.json"
-        return f"{f'with the entmax_alpha {of}, ' if is_declared else ''}in place of its softmax"
+        return f"{f'with the entmax_alpha {place}, ' if is_declared else ''}in place of its softmax"
     _, found = saved
-    if alpha == found:
-        return f"as found {place}"
     if found is None:
         return "for the entmax attention that it was saved with, without an alpha"
+    if alpha == found:
+        return f"as found {'among its weights' if is_held(declared) else 'in its config.json'}"
     if is_held(declared):
         kind, whose, *_ = found.split(", ")
         return f"in place of its {'learned' if kind == 'learned' else 'own'} {whose}"
-    return f"in place of {f'alpha {found},' if isinstance(found, str) else found} {place}"
+    return f"in place of {f'alpha {found},' if isinstance(found, str) else found} in its config.json"
 
 
 def softmax_layers(attention: str, config) -> frozenset[int]:

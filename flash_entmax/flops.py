@@ -5,7 +5,7 @@ So utilisation is comparable between attentions; the work that was skipped is in
 
 import torch
 
-from . import ops  # noqa: F401  (defines the operators)
+from . import linear_loss, ops  # noqa: F401  (define the operators)
 
 
 def register_flop_formulas() -> None:
@@ -27,6 +27,15 @@ def register_flop_formulas() -> None:
     @flop_counter.register_flop_formula(operators.attention_backward)
     def backward(grad_output, query, key, value, *_, **__) -> int:
         return pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
+
+
+    @flop_counter.register_flop_formula(operators.attention_tangent)
+    def tangent(query, key, value, *_, **__) -> int:
+        return pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
+
+    @flop_counter.register_flop_formula(operators.linear_loss)
+    def linear_loss(hidden, weight, bias, classes, of_hidden, of_weight, *_, **__) -> int:
+        return 2 * hidden[0] * weight[0] * weight[1] * (1 + of_hidden + of_weight)
 
 
 def pairs(query: torch.Size, key: torch.Size) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import row_ops
 from .activations import DTYPES, choose_rows
 from .functional import as_autocast
-from .losses import check_options
+from .losses import check_options, mean_of
 from .problem import Impl, ceil_div, refuse_nested, row_dtype
 from .registration import (
     below_autograd,
@@ -65,7 +65,7 @@ def linear_entmax_loss(
     impl = choose_rows(hidden, impl)
     scalars = ignore_index, float(label_smoothing), float(alpha), impl
     total, *_ = linear_loss(rows, weight, bias, classes, False, False, False, *scalars)
-    return total if reduction == "sum" else total / (classes != ignore_index).sum()
+    return total if reduction == "sum" else mean_of(total, (classes != ignore_index).sum())
 
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor classes"
@@ -138,6 +138,28 @@ def _(grad, hidden, weight, bias, classes, *gradients_and_ignored):
     return tuple(torch.empty_like(own, dtype=dtype) for own, dtype in zip(gradients, dtypes, strict=True))
 
 
+@operator(
+    f"{_INPUTS}, Tensor? hidden_tangent, Tensor? weight_tangent, Tensor? bias_tangent, int ignored, float smoothing, "
+    "float alpha, str impl",
+    results=1,
+)
+def linear_loss_tangent(hidden, weight, bias, classes, hidden_tangent, weight_tangent, bias_tangent, *scalars):
+    """How the sum changes along the tangents: the products of these with its gradients."""
+    tangents = hidden_tangent, weight_tangent, bias_tangent
+    moved = [tangent is not None for tangent in tangents]
+    total, *gradients = linear_loss(hidden, weight, bias, classes, *moved, *scalars)
+    change = torch.zeros_like(total)
+    for gradient, tangent in zip(gradients, tangents, strict=True):
+        if tangent is not None:
+            change += torch.where(gradient == 0, 0.0, gradient.to(total.dtype) * tangent).sum()
+    return change
+
+
+@fake("linear_loss_tangent")
+def _(hidden, *_):
+    return hidden.new_empty((), dtype=row_dtype(hidden))
+
+
 class LinearLoss(torch.autograd.Function):
     """Asks the operator for those gradients that its inputs need, and keeps them."""
 
@@ -164,16 +186,14 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        moved = [tangent is not None for tangent in tangents[:3]]
-        _, *gradients = linear_loss(*ctx.saved_tensors, *moved, *ctx.scalars)
-        pairs = [pair for pair, is_moved in zip(zip(gradients, tangents, strict=False), moved, strict=True) if is_moved]
-        change = sum(torch.where(own == 0, 0.0, own * tangent).sum(dtype=gradients[1].dtype) for own, tangent in pairs)
-        return change, None, None, None
+        return linear_loss_tangent(*ctx.saved_tensors, *tangents[:3], *ctx.scalars), None, None, None
 
 
 differentiate(linear_loss, LinearLoss)
 refuse_second_derivative(linear_loss_backward)
+refuse_second_derivative(linear_loss_tangent)
 call_one_by_one(linear_loss)
+call_one_by_one(linear_loss_tangent)
 call_one_by_one(linear_loss_backward)
 
 

@@ -72,7 +72,7 @@ def entmax_loss(
         losses = losses + entropy_of(aim, float(alpha), label_smoothing, losses.dtype)
     if reduction == "none":
         return losses.view(shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / count
+    return losses.sum() if reduction == "sum" else mean_of(losses.sum(), count)
 
 
 def sparsemax_loss(input: Tensor, target: Tensor, **options) -> Tensor:
@@ -83,6 +83,13 @@ def sparsemax_loss(input: Tensor, target: Tensor, **options) -> Tensor:
 def entmax15_loss(input: Tensor, target: Tensor, **options) -> Tensor:
     """:func:`entmax_loss` with alpha 1.5."""
     return entmax_loss(input, target, 1.5, **options)
+
+
+def mean_of(total: Tensor, count: int | Tensor) -> Tensor:
+    """NaN over no rows, with derivatives of 0."""
+    if isinstance(count, Tensor):
+        return torch.where(count == 0, torch.nan, total / count.clamp_min(1))
+    return total / count if count else total * 0.0 + torch.nan
 
 
 @torch.no_grad()

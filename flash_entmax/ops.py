@@ -105,9 +105,6 @@ def attention_backward(
     grad_output, query, key, value, value_mean, maximum, offset, live, parameters, *arguments
 ):  # fmt: skip
     problem, modifiers, impl = _posed(query, key, value, arguments)
-    if modifiers.intervals is not None or modifiers.kinds is not None or problem.diagonal < 0:
-        # Queries that see no key have maximum +inf: what comes in for their output, NaN included, goes nowhere.
-        grad_output = grad_output.masked_fill((maximum == torch.inf).unsqueeze(-1), 0.0)
     tensors = grad_output, query, key, value, value_mean, maximum, offset, live
     with as_given(query):
         return stages(impl).attention_backward(problem, modifiers, *tensors, parameters)
@@ -201,6 +198,9 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         saved = ctx.saved_tensors
+        for tensor, own in zip(saved[:3], tangents[:3], strict=True):
+            if own is not None and own.dtype != tensor.dtype:
+                raise TypeError(f"tangents must have the dtype of their tensors, {tensor.dtype}, got {own.dtype}")
         tangent = attention_tangent(*saved[:7], *tangents[:TANGENTS], *saved[7:], *ctx.scalars)
         return tangent, None, None, None, None
 

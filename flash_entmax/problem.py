@@ -24,7 +24,8 @@ class Support(NamedTuple):
         offset: (batch, heads, query length), how far ``tau`` lies below the maximum, in ``(0, 1]``.
         size: (batch, heads, query length) int32, the number of keys with positive probability.
         tiles: (batch, heads, query tiles, key tiles) bool, True where the tile holds a positive probability.
-        tile_shape: (queries, keys) of one tile of ``tiles``.
+        tile_shape: (queries, keys) of one tile of ``tiles``, whose shape depends on the lengths by division: an
+            exported program of a ``Support`` is for lengths of as many tiles.
     """
 
     maximum: Tensor

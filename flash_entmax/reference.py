@@ -5,14 +5,15 @@ from torch import Tensor
 
 from .problem import Problem, Support
 from .sight import UNLIMITED, Sight
-from .threshold import threshold_by_bisection, threshold_by_sort
+from .threshold import row_maximum, threshold_by_bisection, threshold_by_sort
 
 
 def entmax_rows(z: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities p = [z - tau]_+^(1 / (alpha - 1)) over the last dimension, with the row's maximum and offset.
 
-    Differentiable in z, and in alpha where it is a tensor. tau is found without autograd; one Newton step, next to zero
-    in value, then gives it the gradient of the implicit function: d tau / d z_j = u_j / sum u.
+    Twice differentiable in z, and in alpha where it is a tensor. tau is found without autograd; a Newton step, next to
+    zero in value, then gives it the first derivative of the implicit function, d tau / d z_j = u_j / sum u, and another
+    step the second one.
     """
     if z.shape[-1] == 0:
         return z, torch.full_like(z.sum(-1), torch.inf), torch.ones_like(z.sum(-1))
@@ -20,11 +21,14 @@ def entmax_rows(z: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tenso
     with torch.no_grad():
         solve = threshold_by_sort if not isinstance(alpha, Tensor) and alpha in (1.5, 2.0) else threshold_by_bisection
         maximum, offset = solve(z.detach(), alpha.detach() if isinstance(alpha, Tensor) else alpha)
-    distance = positive(z - maximum.unsqueeze(-1) + offset.unsqueeze(-1))
-    slope = r * torch.where(distance > 0, distance.detach() ** (r - 1.0), 0.0).sum(-1)
-    total = positive_power(distance, r).sum(-1)
-    correction = torch.where(slope > 0, (total - 1.0) / slope.clamp_min(torch.finfo(z.dtype).tiny), 0.0)
-    distance = positive(z - maximum.unsqueeze(-1) + (offset - correction).unsqueeze(-1))
+    below = z - maximum.unsqueeze(-1)
+    moving = offset
+    for _ in range(2):
+        distance = positive(below + moving.unsqueeze(-1))
+        slope = (r * positive_power(distance, r - 1.0).masked_fill(distance <= 0, 0.0)).sum(-1)
+        excess = positive_power(distance, r).sum(-1) - 1.0
+        moving = moving - torch.where(slope > 0, excess / slope.clamp_min(torch.finfo(z.dtype).tiny), 0.0)
+    distance = positive(below + moving.unsqueeze(-1))
     return positive_power(distance, r), maximum, offset
 
 
@@ -34,9 +38,7 @@ def positive(x: Tensor) -> Tensor:
 
 
 def positive_power(distance: Tensor, r: float | Tensor) -> Tensor:
-    """distance^r; a tensor r gets no gradient, and no NaN, from distances of 0."""
-    if not isinstance(r, Tensor):
-        return distance**r
+    """distance^r for r >= 0, with derivatives of 0, and none of them NaN, at distances of 0."""
     inside = torch.where(distance > 0, distance, 1.0)
     return torch.where(distance > 0, inside**r, distance)
 
@@ -137,13 +139,16 @@ def attention(
     if not isinstance(alpha, Tensor) and alpha == 1.0:
         scores = scores.masked_fill(~visible, -torch.inf)
         probability = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
-        maximum, offset = scores.amax(-1), torch.full_like(scores[..., 0], torch.inf)
+        maximum = row_maximum(scores)
+        offset = torch.full_like(maximum, torch.inf)
     else:
         z = ((alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha) - 1.0) * scores
         z = z.masked_fill(~visible, -torch.inf)
         if isinstance(alpha, Tensor):
-            heads = [entmax_rows(z[:, h], a) for h, a in enumerate(alpha)]
-            probability, maximum, offset = (torch.stack(parts, 1) for parts in zip(*heads, strict=True))
+            heads = [entmax_rows(z[:, h], a) for h, a in enumerate(alpha)] or [entmax_rows(z.sum(1), 1.5)]
+            probability, maximum, offset = (
+                torch.stack(parts, 1)[:, : len(alpha)] for parts in zip(*heads, strict=True)
+            )
         else:
             probability, maximum, offset = entmax_rows(z, alpha)
     output = (probability.to(value.dtype) @ value).masked_fill(~visible.any(-1, keepdim=True), 0.0)

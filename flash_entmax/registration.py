@@ -1,7 +1,8 @@
-"""How an operator of PyTorch is defined: its schema, what tracing sees of it, autograd, torch.vmap, arithmetic."""
+"""How an operator of PyTorch is defined: its schema, what tracing sees of it, autograd, torch.vmap, autocast."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def differentiate(operator, function: type[torch.autograd.Function]) -> None:
     """
 
     def call(*arguments):
-        if torch._C._are_functorch_transforms_active():
+        if is_transformed():
             with enable_single_level_autograd_function():
                 return at_one_level(function).apply(*arguments)
         if torch.is_grad_enabled() or has_tangent(arguments):
@@ -52,17 +53,36 @@ def differentiate(operator, function: type[torch.autograd.Function]) -> None:
     _library.impl(name_of(operator), call, "Autograd")
 
 
+def is_transformed() -> bool:
+    """The call is inside of torch.func: grad, vmap, jvp and their kin."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def at_one_level(function: type[torch.autograd.Function]) -> type:
-    """The function, of one level of torch.func: below it derivatives are on or off as they are now."""
+    """The function, of one level of torch.func: inside, derivatives are on or off as they are now.
+
+    PyTorch turns them off there, and what its forward and jvp call would not see the tangents of the level below.
+    """
     backward_mode, forward_mode = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
 
     def forward(ctx, *arguments):
         with torch.set_grad_enabled(backward_mode), _set_fwd_grad_enabled(forward_mode):
             return function.forward(ctx, *arguments)
 
-    members = {"forward": forward, "backward": function.backward, "jvp": function.jvp}
+    def jvp(ctx, *tangents):
+        with torch.set_grad_enabled(backward_mode), _set_fwd_grad_enabled(forward_mode):
+            saved = tuple(map(primal_of, ctx.saved_tensors))
+            own = SimpleNamespace(saved_tensors=saved, scalars=getattr(ctx, "scalars", ()))
+            return function.jvp(own, *map(primal_of, tangents))
+
+    members = {"forward": forward, "backward": function.backward, "jvp": jvp}
     members = {name: staticmethod(member) for name, member in members.items()}
     return type(function.__name__, (_SingleLevelFunction,), members)
+
+
+def primal_of(value: object) -> object:
+    """A tensor without the tangent that it has at this level."""
+    return unpack_dual(value).primal if isinstance(value, Tensor) else value
 
 
 def has_tangent(arguments: Sequence) -> bool:
@@ -112,6 +132,8 @@ def batch_into(operator, arguments: Sequence[int | None], results: Sequence[int]
     """
 
     def rule(info, in_dims, *values):
+        if info.batch_size == 0:
+            raise ValueError("torch.vmap must have at least one sample, got a dimension of size 0")
         batched = [index for index, dim in enumerate(in_dims) if dim is not None]
         if any(index >= len(arguments) or arguments[index] is None for index in batched):
             return one_by_one(operator, info.batch_size, in_dims, values)
@@ -133,8 +155,10 @@ def batch_into(operator, arguments: Sequence[int | None], results: Sequence[int]
 
 
 def fold(tensor: Tensor, in_dim: int | None, dim: int, samples: int, extent: int) -> Tensor:
-    """`extent` entries along dim, or one for all of them, of one sample after the other; contiguous, as kernels read
-    the numbers of rows."""
+    """One sample after the other along dim, each with `extent` entries; an extent of 1 is repeated.
+
+    Contiguous, since kernels count the numbers of rows through.
+    """
     tensor = tensor.unsqueeze(dim) if in_dim is None else tensor.movedim(in_dim, dim)
     shape = list(tensor.shape)
     shape[dim], shape[dim + 1] = samples, extent
@@ -157,7 +181,7 @@ def call_one_by_one(operator) -> None:
     batch_into(operator, (), ())
 
 
-# Arithmetic
+# Autocast
 
 
 def as_given(tensor: Tensor) -> AbstractContextManager:

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import reference
 from .problem import Problem
-from .registration import has_tangent
+from .registration import has_tangent, is_transformed
 from .sight import Sight
 
 BACKENDS_CHANGE = Lock()  # they are the process's, not a thread's
@@ -30,8 +30,9 @@ def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight:
     if problem.is_empty:
         return nothing(problem, query, key, value)
     attend = partial(scaled_dot_product_attention, scale=scale)
-    is_forward = has_tangent((query, key, value, slopes))
-    if is_forward:  # of whose derivatives the fused kernels have none
+    # Fused kernels have no forward-mode derivatives, and not every level of torch.func lets its tangents be seen.
+    is_forward = is_transformed() or has_tangent((query, key, value, slopes))
+    if is_forward:
         attend = partial(with_backends, [SDPBackend.MATH], attend)
     shared = {"enable_gqa": True} if problem.group > 1 else {}
     masks = (sight.key_mask, sight.block_mask, slopes)

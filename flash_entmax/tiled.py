@@ -185,6 +185,9 @@ def differentiate(
 ) -> Gradients:  # fmt: skip
     """`attention_backward` with one alpha and scale, in the compute dtype: dS = u (dP - delta), delta = dO . O1."""
     scope = Scope.of(problem, modifiers, query.device)
+    blind = maximum == torch.inf  # what comes in there, NaN included, goes nowhere
+    if blind.any():
+        grad_output = grad_output.masked_fill(blind.unsqueeze(-1), 0.0)
     q, k, v, do = (tiles_of(tensor) for tensor in (query, key, value, grad_output))
     delta = pad_rows((grad_output.to(offset.dtype) * value_mean.to(offset.dtype)).sum(-1), 0.0)
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
@@ -236,18 +239,17 @@ def attention_tangent(
             None if tangents.slopes is None else tangents.slopes[:, own],
         )
         of_rows = (tensor[:, own] for tensor in (query, value_mean, maximum, offset, live))
-        result[:, own] = change(part, own_modifiers, key_part, value_part, *of_rows, own_tangents)
+        result[:, own] = tangent_of(part, own_modifiers, key_part, value_part, *of_rows, own_tangents)
     return result
 
 
-def change(
+def tangent_of(
     problem: Problem, modifiers: Modifiers, key: Tensor, value: Tensor, query: Tensor, value_mean: Tensor,
     maximum: Tensor, offset: Tensor, live: Tensor, tangents: Tangents,
 ) -> Tensor:  # fmt: skip
     """`attention_tangent` with one alpha and scale, whose tangents are numbers, in the compute dtype.
 
-    dO = sum dp v + sum p dv with dp = u (ds - c) + r^2 d alpha (s - u C), where s = p (1 - ln d), and c = sum u ds /
-    sum u and C = sum s / sum u keep sum p at 1.
+    dO = sum dp v + sum p dv with t = u ds + r^2 d alpha p (1 - ln d) and dp = t - u sum t / sum u, so that sum p stays 1.
     """
     scope = Scope.of(problem, modifiers, query.device)
     q, k, v, mean = (tiles_of(tensor) for tensor in (query, key, value, value_mean))

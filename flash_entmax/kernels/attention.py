@@ -198,11 +198,13 @@ def attention_backward(
         call = Call.of(problem, modifiers, query)
         packed = maximum.new_empty(call.units * call.query_tiles * call.shape.TILE * 4)
         tensors = aligned(query), aligned(key), aligned(value), aligned(grad_output)
+        may_be_blind = modifiers.intervals is not None or modifiers.kinds is not None or problem.diagonal < 0
+        selected = matrix(torch.empty_like(tensors[3].data)) if may_be_blind else None
         gradients = [matrix(empty_stored_as(tensor, aligned_size(tensor.shape[-1]))) for tensor in (query, key, value)]
         shares = maximum.new_empty(problem.batch, problem.heads, call.query_tiles, 3) if parameters else None
         rows = maximum, offset, packed, live
-        query_stage(call, *tensors, aligned(value_mean), *rows, gradients[0], shares)
-        key_value_stage(call, *tensors, packed, live, *gradients[1:])
+        query_stage(call, *tensors, selected, aligned(value_mean), *rows, gradients[0], shares)
+        key_value_stage(call, *tensors[:3], selected or tensors[3], packed, live, *gradients[1:])
     gradients = (trimmed(gradient.data, size) for gradient, size in zip(gradients, sizes, strict=True))
     if not parameters:
         return *gradients, maximum.new_empty(0, problem.batch, problem.heads)
@@ -210,14 +212,14 @@ def attention_backward(
 
 
 def query_stage(
-    call: Call, query, key, value, grad_output, value_mean, maximum, offset, packed, live, grad_query, shares
-) -> None:
+    call: Call, query, key, value, grad_output, selected, value_mean, maximum, offset, packed, live, grad_query, shares,
+) -> None:  # fmt: skip
     parts = call.query_chunks(LISTED)
     lists = new_lists(parts, live.device)
     shape = call.shape if shares is None else replace(call.shape, PARAMETERS=True)
     for chunk in parts:
         chunk.run(
-            gradient_query_kernel, schedule.gradient_launch(shape), query, key, value, value_mean, grad_output,
+            gradient_query_kernel, schedule.gradient_launch(shape), query, key, value, value_mean, grad_output, selected,
             maximum, offset, packed, live, lists, grad_query, shares, call.view, *call.numbers, *call.extent,
             chunk.first_unit, chunk.units, chunk.first_tile, call.words, chunk.capacity, S=shape,
         )  # fmt: skip

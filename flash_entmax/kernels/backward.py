@@ -35,11 +35,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_query_kernel(
-    query, key, value, value_mean, grad_output, maximum, offset, packed, live, lists, grad_query, grad_parameters,
-    view, scale, slope, exponent, heads, group, query_length, key_length, first_unit, units, first_tile, words,
-    capacity, S: tl.constexpr,
+    query, key, value, value_mean, grad_output, selected, maximum, offset, packed, live, lists, grad_query,
+    grad_parameters, view, scale, slope, exponent, heads, group, query_length, key_length, first_unit, units,
+    first_tile, words, capacity, S: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and the packed numbers of each query for the other gradients."""
+    """dQ, and the packed numbers of each query for the other gradients.
+
+    Where queries may see no key, these have maximum +inf, and whatever comes in for their output, NaN included, goes
+    nowhere: `selected` is grad_output without it, for the other gradients.
+    """
     TILE: tl.constexpr = S.TILE
     HEAD_PADDED: tl.constexpr = S.HEAD_PADDED
     extent = Extent(heads, group, query_length, key_length)
@@ -53,6 +57,9 @@ def gradient_query_kernel(
     reach = load_row(offset, unit, queries.row, extent, 1.0)
     first = tile * TILE
     do = load_tile(query_head(grad_output, unit, extent), first, query_length, TILE, S.VALUE, S.VALUE_PADDED)
+    if selected is not None:
+        do = tl.where((top == float("inf"))[:, None], 0.0, do).to(do.dtype)
+        store_tile(query_head(selected, unit, extent), first, query_length, do, TILE, S.VALUE, S.VALUE_PADDED)
     mean = load_tile(query_head(value_mean, unit, extent), first, query_length, TILE, S.VALUE, S.VALUE_PADDED)
     delta = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
     pointers = packed_rows(packed, unit, tile, extent, S)

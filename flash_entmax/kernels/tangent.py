@@ -1,6 +1,6 @@
 """The output's derivative along tangents of the inputs, over the live tiles: dO = sum dp v + sum p dv.
 
-Scores change by ds. With s = p (1 - ln d) and t = u ds + r^2 d alpha s, dp = t - u sum t / sum u: sum p stays 1.
+Scores change by ds. With t = u ds + r^2 d alpha p (1 - ln d), dp = t - u sum t / sum u, so that sum p stays 1.
 A first pass over a row's tiles has the two sums, a second one the products with the values.
 """
 
@@ -84,7 +84,7 @@ def tangent_kernel(
 
 @triton.jit
 def accumulate_sums(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    """sum t and sum u, both relative to the offset."""
+    """sum t and sum u, both over offset^(r - 1)."""
     change, weight = state
     _, u, t = changes(context, key_tile, MASKED, S)
     return change + tl.sum(t, 1), weight + tl.sum(u, 1)
@@ -107,7 +107,7 @@ def accumulate_products(state, context, key_tile, MASKED: tl.constexpr, S: tl.co
 
 @triton.jit
 def changes(context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    """(p, u, t) of one tile of keys, relative to the offset."""
+    """(p / offset^r, u / offset^(r - 1), t / offset^(r - 1)) of one tile of keys."""
     queries, dq, keys, _, top, slope, reach, _, numbers, extent, view = context
     scale, exponent, of_alpha, of_scale, of_slope = numbers
     key, key_tangent = keys

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     CLIPConfig,
     CLIPModel,
+    OPTConfig,
     Trainer,
     TrainingArguments,
 )
@@ -136,6 +137,49 @@ def test_parts_of_a_model_keep_their_own_attention(tmp_path):
             assert torch.equal(loaded(**inputs).logits_per_text, model(**inputs).logits_per_text)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["tensor", "learned by head"])
+def test_alpha_has_the_same_place_however_it_came(name, kind, tmp_path):
+    """Optimizers save their state by the order of parameters. Behind the first part, whose dtype is the model's."""
+    model = make(name)
+    integration.set_alpha(model, ALPHAS[kind]())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert [of for of, _ in loaded.named_parameters()] == [of for of, _ in model.named_parameters()]
+    assert next(of for of, _ in loaded.named_children()) != "entmax_alpha"
+    assert [type(part) for part in loaded.modules()] == [type(part) for part in model.modules()]
+
+
+def test_alpha_follows_the_only_part_of_a_model(tmp_path):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        attention_dropout=0.0,
+    )  # fmt: skip
+    model, ids = AutoModel.from_config(config, attn_implementation="entmax"), tokens(2, 20)
+    integration.set_alpha(model, ALPHAS["learned by head"]())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for found in (model, loaded):
+        assert [name for name, _ in found.named_children()] == ["decoder", "entmax_alpha"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).last_hidden_state, model.eval()(ids).last_hidden_state)
+
+
+def test_a_model_stays_bfloat16_from_save_to_save(tmp_path):
+    decoder(ALPHAS["learned by head"]()).save_pretrained(tmp_path)
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), tokens(2, 20)
+    wanted = logits(model, ids)
+    for _ in range(3):
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
+        assert model.model.entmax_alpha.value.dtype == torch.float32
+        assert torch.equal(logits(model, ids), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_alpha_keeps_its_digits_in_models_of_other_dtypes(dtype, tmp_path):
     alpha, ids = torch.tensor(HEADS, dtype=torch.promote_types(dtype, torch.float32)), tokens(2, 20)
@@ -189,6 +233,21 @@ def test_a_trainer_saves_the_alpha_of_its_step_and_resumes_there(tmp_path):
     assert torch.equal(trained["whole"], trained["resumed"])
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-2")
     assert half.model.entmax_alpha.value.item() == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("options", [{}, {"optim": "adamw_torch"}], ids=["default", "adamw_torch"])
+def test_training_goes_on_from_the_folder_as_if_it_had_not_stopped(options, tmp_path):
+    """With the model loaded from the checkpoint, and with one made as before."""
+    ids, options = tokens(2, 20), arguments(tmp_path, max_steps=4, save_steps=2, **options)
+    whole = decoder(ALPHAS["learned by head"]())
+    Trainer(whole, options, train_dataset=rows(8)).train()
+    folder = str(tmp_path / "checkpoint-2")
+    for model in (AutoModelForCausalLM.from_pretrained(folder), decoder(ALPHAS["learned by head"]())):
+        Trainer(model, options, train_dataset=rows(8)).train(resume_from_checkpoint=folder)
+        for (name, weight), (other, trained) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+            assert name == other
+            assert torch.equal(weight, trained), name
+        assert torch.equal(logits(model, ids), logits(whole, ids))
 
 
 def test_a_trainer_learns_alpha_and_saves_it(tmp_path):
@@ -265,10 +324,66 @@ def test_alpha_that_is_missing_in_the_weights_is_not_made_up(tmp_path):
     model.save_pretrained(tmp_path, state_dict=weights)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert report["missing_keys"] == {"model.entmax_alpha.value"}
+    message = r"alpha of LlamaForCausalLM is missing in the weights .*call set_alpha\(model, alpha\)"
+    for found in (copy.deepcopy(loaded), loaded):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                found(tokens(1, 20))
+    loaded.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)(tokens(1, 20))
+    integration.set_alpha(loaded, nn.Parameter(torch.tensor(HEADS)))
+    assert torch.equal(logits(loaded, tokens(1, 20).fill_(5)), logits(model, tokens(1, 20).fill_(5)))
+
+
+def test_an_alpha_far_out_of_its_range_is_loaded(tmp_path):
+    """Weight decay takes it there."""
+    model, ids = decoder(nn.Parameter(torch.tensor(HEADS))), tokens(1, 20)
     with torch.no_grad():
-        loaded.model.entmax_alpha.value.zero_()  # whatever the memory holds
-    with pytest.raises(ValueError, match=r"alpha is \[0\.0, .*it is missing in the weights"):
-        loaded(tokens(1, 20))
+        model.model.entmax_alpha.value.copy_(torch.tensor([0.4, -1.0, 5.0, 0.0]))
+    model.save_pretrained(tmp_path)
+    assert_loads_as(tmp_path, model, ids)
+
+
+def test_weights_are_assigned_to_a_model_without_numbers(tmp_path):
+    model, ids = decoder(nn.Parameter(torch.tensor(HEADS))), tokens(1, 20)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty.model.entmax_alpha.value, model.model.entmax_alpha.value)
+
+
+@pytest.mark.parametrize("name", ["entmax15", "sparsemax"])
+@pytest.mark.parametrize("kind", ["tensor", "learned by head"])
+def test_an_alpha_among_the_weights_is_dropped_by_attention_that_has_its_own(name, kind, tmp_path):
+    """With a warning; the folder that is saved then declares no weight that it lacks."""
+    ids = tokens(1, 20)
+    decoder(ALPHAS[kind]()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=f"{tmp_path} was saved with an alpha among its weights, .*'{name}'.* dropped"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+    loaded.save_pretrained(tmp_path)
+    assert "held_by" not in (tmp_path / "config.json").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_loads_as(tmp_path, loaded, ids)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="entmax")
+    with pytest.raises(ValueError, match="'entmax' needs an alpha"):
+        again(ids)
+
+
+def test_each_folder_that_loads_as_softmax_is_named(tmp_path):
+    """With Python's own filter, which shows a warning of the same words once."""
+    for name in ("one", "other"):
+        decoder(1.3).save_pretrained(tmp_path / name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for name in ("one", "other"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="sdpa")
+    said = [str(warning.message) for warning in caught if "which is softmax" in str(warning.message)]
+    assert len(said) == 2
+    for name, text in zip(("one", "other"), said, strict=True):
+        assert str(tmp_path / name) in text
+        assert "leave attn_implementation away" in text
 
 
 # The config

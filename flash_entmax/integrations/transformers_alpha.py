@@ -21,7 +21,7 @@ class Alpha(nn.Module):
     It is moved with the model, but no ``model.to(torch.bfloat16)`` narrows it: 1.3 is no number of bfloat16.
     """
 
-    is_to_be_loaded = False
+    is_to_be_loaded = False  # built without numbers, for those of a folder
     _keep_in_fp32_modules_strict = ("entmax_alpha",)  # read by Transformers when it loads weights
 
     def __init__(self, value: Tensor) -> None:
@@ -30,6 +30,21 @@ class Alpha(nn.Module):
             self.register_parameter("value", value)
         else:
             self.register_buffer("value", value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """A weight that a folder lacks would be whatever the memory holds: it is made nan, which `check_loaded` finds.
+
+        Transformers marks what it read from a folder, so that it does not draw it at random.
+        """
+        if name == "value" and self.is_to_be_loaded and not value.is_meta:
+            self.is_to_be_loaded = False
+            if not getattr(value, "_is_hf_initialized", False):
+                value.data.fill_(torch.nan)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        self.is_to_be_loaded = False  # by load_state_dict, which says itself what is missing
+        super()._load_from_state_dict(*arguments)
 
     def forward(self) -> Tensor:
         return self.value.clone()  # fully_shard of this module alone frees the value after the call
@@ -70,20 +85,39 @@ def link(modules: nn.Module, owner: Owner) -> None:
         module.entmax_owner = owner
 
 
-def restore_alpha(model: nn.Module) -> None:
-    """Where its config says that this class of model holds alpha: make room for it, before weights are loaded."""
+def awaits_alpha(model: nn.Module) -> bool:
+    """Its config says that this class of model holds alpha."""
     declared = getattr(model.config, "entmax_alpha", None)
-    if is_held(declared) and declared[HELD_BY] == type(model).__name__:
-        # Alpha of a float64 model is float64, or it would not be what was saved.
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        value = torch.tensor(declared["initial"], dtype=dtype)
-        _hold(model, nn.Parameter(value) if declared["learned"] else value)
-        model.entmax_alpha.is_to_be_loaded = True
+    return is_held(declared) and declared[HELD_BY] == type(model).__name__
+
+
+def restore_alpha(model: nn.Module) -> None:
+    """Make room for the alpha that a model awaits, before its weights are loaded."""
+    declared = model.config.entmax_alpha
+    # Alpha of a float64 model is float64, or it would not be what was saved.
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    value = torch.tensor(declared["initial"], dtype=dtype)
+    link(model, Owner(model))
+    model.entmax_alpha = Alpha(nn.Parameter(value) if declared["learned"] else value)
+    model.entmax_alpha.is_to_be_loaded = value.is_meta
+
+
+# Alpha stands behind the first part that has weights, in a model that was given alpha as in one that is loaded:
+# optimizers save their state by the order of parameters. It is not the first, whose dtype is that of the model.
+
+
+def has_weights(part: nn.Module) -> bool:
+    return any(weight.is_floating_point() for weight in part.parameters())
 
 
 def _hold(model: nn.Module, value: Tensor) -> None:
     link(model, Owner(model))
+    parts = list(model.named_children())
+    first = next((place for place, (_, part) in enumerate(parts) if has_weights(part)), len(parts))
     model.entmax_alpha = Alpha(value)
+    for name, part in parts[first + 1 :]:
+        delattr(model, name)
+        setattr(model, name, part)
 
 
 # Reading
@@ -132,15 +166,17 @@ def _alpha_of_layer(module: nn.Module, declared: dict) -> float:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Where alpha is missing in the weights, Transformers says so and leaves whatever the memory holds."""
+    """No alpha is missing in the weights."""
     for held in model.modules():
-        if isinstance(held, Alpha) and held.is_to_be_loaded:
+        if isinstance(held, Alpha):
             value = held.value
             if type(value) not in (Tensor, nn.Parameter) or value.is_meta:  # fake or sharded: nothing to be read
                 continue
-            if not ((value > 0.5) & (value < 4)).all():
-                raise ValueError(f"alpha is {value.tolist()}, which no training leaves: it is missing in the weights")
-            held.is_to_be_loaded = False
+            if value.isnan().any():
+                raise ValueError(
+                    f"alpha of {type(model).__name__} is missing in the weights that were loaded, or is nan there: "
+                    "call set_alpha(model, alpha)"
+                )
 
 
 def held_tensor(model: nn.Module) -> Tensor | None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .transformers_alpha import check_loaded, link, restore_alpha
-from .transformers_config import Declaration, declare, declared_attention, is_held, takes_alpha
+from .transformers_alpha import awaits_alpha, check_loaded, has_weights, link, restore_alpha
+from .transformers_config import Declaration, declare, declared_attention, drop_held, takes_alpha
 
 _installed = []
 
@@ -31,8 +31,12 @@ def on_registration(module: nn.Module, name: str, part: nn.Module | None) -> Non
     if part is None or name == "entmax_alpha":
         return
     if isinstance(module, PreTrainedModel):
-        if next(module.children(), None) is None:
+        if next(module.children(), None) is None and "entmax_check" not in vars(module):
             prepare(module)
+        if "entmax_awaited" in vars(module) and has_weights(part):
+            del module.entmax_awaited
+            setattr(module, name, part)  # before alpha; PyTorch sets it again, in the same place
+            restore_alpha(module)
         for inner in part.modules():
             _unwatch(inner)  # the outermost model is asked
     owner = vars(module).get("entmax_owner")
@@ -49,8 +53,15 @@ def prepare(model: nn.Module) -> None:
         _warn_of_softmax(model)
     else:
         _refuse_by_class(model)
-        if takes_alpha(model.config):
-            restore_alpha(model)
+    if not takes_alpha(model.config) and drop_held(model.config):
+        warnings.warn(
+            f"{_whose(model)} was saved with an alpha among its weights, and is loaded with "
+            f"{attention or model.config._attn_implementation!r}, which has no place for it: that alpha is dropped. To "
+            "keep it, load with attn_implementation='entmax'",
+            stacklevel=2,
+        )
+    if takes_alpha(model.config) and awaits_alpha(model):
+        model.entmax_awaited = True
     declare(model.config)
     model.entmax_check = model.register_forward_hook(check_use)
 
@@ -73,13 +84,19 @@ def _warn_of_softmax(model: nn.Module) -> None:
     saved = vars(model.config).get("entmax_attention")
     if saved is not None and not isinstance(saved, Declaration):
         warnings.warn(
-            f"{type(model).__name__} was saved with attn_implementation={saved!r} and is loaded with "
-            f"{model.config._attn_implementation!r}, which is softmax: its outputs are not those of the saved model",
+            f"{_whose(model)} was saved with attn_implementation={saved!r} and is loaded with "
+            f"{model.config._attn_implementation!r}, which is softmax: its outputs are not those of the saved model. "
+            "To load what was saved, leave attn_implementation away",
             stacklevel=2,
         )
         del model.config.entmax_attention
-        if is_held(getattr(model.config, "entmax_alpha", None)):
-            model.config.entmax_alpha = None  # the model has no place for that weight
+        drop_held(model.config)
+
+
+def _whose(model: nn.Module) -> str:
+    """With its folder: Python shows a warning of the same words once."""
+    folder = model.config.name_or_path
+    return type(model).__name__ + (f" of {folder}" if folder else "")
 
 
 # Models that would not use the attention, or not with the alpha that belongs to it

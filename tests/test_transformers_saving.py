@@ -346,7 +346,7 @@ def test_an_alpha_far_out_of_its_range_is_loaded(tmp_path):
 
 
 def test_weights_are_assigned_to_a_model_without_numbers(tmp_path):
-    model, ids = decoder(nn.Parameter(torch.tensor(HEADS))), tokens(1, 20)
+    model = decoder(nn.Parameter(torch.tensor(HEADS)))
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
     empty.load_state_dict(model.state_dict(), assign=True)

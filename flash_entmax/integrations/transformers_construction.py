@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..problem import said
 from .transformers_alpha import awaits_alpha, check_loaded, has_weights, link, restore_alpha
 from .transformers_config import Declaration, declare, declared_attention, drop_held, takes_alpha
 
@@ -70,9 +71,10 @@ def prepare_built(model: nn.Module) -> None:
     """A model that was built before `watch_construction`."""
     from transformers import PreTrainedModel
 
-    root = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    root = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
     if root is None:
-        raise TypeError(f"register takes models of Transformers, got {type(model).__name__}")
+        raise TypeError(f"register takes models of Transformers, got {said(model)}")
     if "entmax_check" not in vars(root):
         root.entmax_check = root.register_forward_hook(check_use)
     for part in root.modules():
@@ -127,14 +129,25 @@ def _refuse_by_class(model: nn.Module) -> None:
         )
 
 
-_callers: set[str] = set()  # classes of attention modules that were seen to call entmax
+_traced: set[str] = set()  # classes of attention modules whose call of entmax was compiled
+
+
+def note_caller(module: nn.Module) -> None:
+    """Of a compiled call no more is known than the class of the module: what is traced changes no module."""
+    if torch.compiler.is_compiling():
+        _note_traced(type(module).__name__)
+    else:
+        module.entmax_called = True
 
 
 @torch.compiler.assume_constant_result
-def note_caller(name: str) -> bool:
-    """Done while a call is traced, too."""
-    _callers.add(name)
+def _note_traced(name: str) -> bool:
+    _traced.add(name)
     return True
+
+
+def _called(module: nn.Module) -> bool:
+    return "entmax_called" in vars(module) or type(module).__name__ in _traced
 
 
 def check_use(model: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -145,7 +158,7 @@ def check_use(model: nn.Module, inputs: Any, outputs: Any) -> None:
     if attention is None:
         return
     check_loaded(model)
-    if all(type(module).__name__ not in _callers for module in model.modules()):
+    if not any(_called(module) for module in model.modules()):
         raise RuntimeError(
             f"{type(model).__name__} ran without a call of its attention function: attn_implementation={attention!r} "
             "has no effect, as it computes its own attention, or none. Use attn_implementation='eager'"

@@ -113,7 +113,7 @@ def test_set_alpha_takes_a_model_with_an_adapter(folder):
     assert by[0].filename == __file__
     with pytest.warns(UserWarning, match="will not save it: call AnnealAlpha first") as by:
         integration.AnnealAlpha(get_peft_model(base(folder), lora()), steps=2)
-    assert by[0].filename == __file__
+    assert __file__ in {warning.filename for warning in by if "AnnealAlpha" in str(warning.message)}
     torch.testing.assert_close(logits(model, ids), number)
     model(ids, labels=ids).loss.backward()
     assert alpha.grad.abs() > 0

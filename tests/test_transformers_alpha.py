@@ -262,7 +262,7 @@ def test_models_that_have_no_alpha():
     with pytest.raises(ValueError, match=r"from 1 to 2, got 2\.5"):
         make("llama", 2.5)(ids)
     for name in ("eager", "entmax15"):
-        other = AutoModel.from_config(CONFIGS["bert"], attn_implementation=name)
+        other = AutoModel.from_config(copy.deepcopy(CONFIGS["bert"]), attn_implementation=name)
         message = rf"'entmax', got '{name}': call model\.set_attn_implementation\('entmax'\) first"
         with pytest.raises(ValueError, match=f"set_alpha needs .*{message}"):
             integration.set_alpha(other, 1.5)

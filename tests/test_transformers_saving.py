@@ -250,6 +250,35 @@ def test_training_goes_on_from_the_folder_as_if_it_had_not_stopped(options, tmp_
         assert torch.equal(logits(model, ids), logits(whole, ids))
 
 
+def test_alpha_is_left_out_of_weight_decay(tmp_path):
+    """As adoption.md says it."""
+
+    class AlphaTrainer(Trainer):
+        def get_decay_parameter_names(self, model):
+            names = super().get_decay_parameter_names(model)
+            return [name for name in names if not name.endswith("entmax_alpha.value")]
+
+    model = decoder(nn.Parameter(torch.tensor(HEADS)))
+    decayed = {}
+    for kind in (Trainer, AlphaTrainer):
+        groups = kind(model, arguments(tmp_path, weight_decay=0.1)).create_optimizer().param_groups
+        weights = [weight for group in groups if group["weight_decay"] for weight in group["params"]]
+        decayed[kind] = any(weight is model.model.entmax_alpha.value for weight in weights)
+    assert decayed == {Trainer: True, AlphaTrainer: False}
+
+
+def test_a_number_stands_in_the_config_before_the_model_is_built(tmp_path):
+    model, ids = decoder(1.7), tokens(1, 20)
+    wanted = logits(model, ids)
+    model.set_attn_implementation("sdpa")
+    model.config.entmax_alpha = None
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.entmax_alpha = 1.7
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, attn_implementation="entmax")
+    assert torch.equal(logits(loaded, ids), wanted)
+
+
 def test_a_trainer_learns_alpha_and_saves_it(tmp_path):
     model, ids = decoder(nn.Parameter(torch.tensor(HEADS))), tokens(2, 20)
     trainer = Trainer(model, arguments(tmp_path, max_steps=2, save_strategy="no"), train_dataset=rows(4))

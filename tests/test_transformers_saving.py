@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -21,44 +19,10 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     OPTConfig,
-    Trainer,
-    TrainingArguments,
 )
-from transformers_models import CONFIGS, LENGTH, make, tokens
+from transformers_models import ALPHAS, CONFIGS, HEADS, LENGTH, assert_loads_as, decoder, logits, make, tokens
 
 from flash_entmax.integrations import transformers as integration
-
-HEADS = [1.2, 1.4, 1.6, 1.8]
-ALPHAS = {
-    "number": lambda: 1.3,
-    "by layer": lambda: {0: 1.2, 1: 1.9},
-    "tensor": lambda: torch.tensor(1.3),
-    "tensor by head": lambda: torch.tensor(HEADS),
-    "learned": lambda: nn.Parameter(torch.tensor(1.3)),
-    "learned by head": lambda: nn.Parameter(torch.tensor(HEADS)),
-}
-
-
-def decoder(alpha=None):
-    model = make("llama", model_class=AutoModelForCausalLM)
-    if alpha is not None:
-        integration.set_alpha(model, alpha)
-    return model
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model.eval()(ids).logits
-
-
-def assert_loads_as(folder, model, ids):
-    """Also when what was loaded is saved again."""
-    for times in ("once", "twice"):
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
-        assert loaded.config._attn_implementation == model.config._attn_implementation, times
-        assert torch.equal(logits(loaded, ids), logits(model, ids)), times
-        loaded.save_pretrained(folder)
-    return loaded
 
 
 @pytest.mark.parametrize("kind", ALPHAS)
@@ -203,68 +167,7 @@ def test_a_new_model_of_a_saved_config_starts_as_that_model_did(tmp_path):
     assert logits(fresh, tokens(1, 20)).isfinite().all()
 
 
-# The Trainer
-
-
-def arguments(folder, **options):
-    return TrainingArguments(
-        str(folder), per_device_train_batch_size=2, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
-        learning_rate=1e-3, seed=0, **options,
-    )  # fmt: skip
-
-
-def rows(count):
-    torch.manual_seed(1)
-    return [{"input_ids": row, "labels": row} for row in tokens(count, 20)]
-
-
-def test_a_trainer_saves_the_alpha_of_its_step_and_resumes_there(tmp_path):
-    ids, trained = tokens(2, 20), {}
-    for name, checkpoint in (("whole", None), ("resumed", True)):
-        model = decoder()
-        callback = integration.AnnealAlpha(model, 1.1, 1.9, steps=8, shape="linear")
-        options = arguments(tmp_path / "run", max_steps=4, save_steps=2)
-        trainer = Trainer(model, options, train_dataset=rows(8), callbacks=[callback])
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2") if checkpoint else None)
-        trainer.save_model(tmp_path / name)
-        assert model.model.entmax_alpha.value.item() == pytest.approx(1.5)
-        trained[name] = logits(model, ids)
-        assert_loads_as(tmp_path / name, model, ids)
-    assert torch.equal(trained["whole"], trained["resumed"])
-    half = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-2")
-    assert half.model.entmax_alpha.value.item() == pytest.approx(1.3)
-
-
-@pytest.mark.parametrize("options", [{}, {"optim": "adamw_torch"}], ids=["default", "adamw_torch"])
-def test_training_goes_on_from_the_folder_as_if_it_had_not_stopped(options, tmp_path):
-    """With the model loaded from the checkpoint, and with one made as before."""
-    ids, options = tokens(2, 20), arguments(tmp_path, max_steps=4, save_steps=2, **options)
-    whole = decoder(ALPHAS["learned by head"]())
-    Trainer(whole, options, train_dataset=rows(8)).train()
-    folder = str(tmp_path / "checkpoint-2")
-    for model in (AutoModelForCausalLM.from_pretrained(folder), decoder(ALPHAS["learned by head"]())):
-        Trainer(model, options, train_dataset=rows(8)).train(resume_from_checkpoint=folder)
-        for (name, weight), (other, trained) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
-            assert name == other
-            assert torch.equal(weight, trained), name
-        assert torch.equal(logits(model, ids), logits(whole, ids))
-
-
-def test_alpha_is_left_out_of_weight_decay(tmp_path):
-    """As adoption.md says it."""
-
-    class AlphaTrainer(Trainer):
-        def get_decay_parameter_names(self, model):
-            names = super().get_decay_parameter_names(model)
-            return [name for name in names if not name.endswith("entmax_alpha.value")]
-
-    model = decoder(nn.Parameter(torch.tensor(HEADS)))
-    decayed = {}
-    for kind in (Trainer, AlphaTrainer):
-        groups = kind(model, arguments(tmp_path, weight_decay=0.1)).create_optimizer().param_groups
-        weights = [weight for group in groups if group["weight_decay"] for weight in group["params"]]
-        decayed[kind] = any(weight is model.model.entmax_alpha.value for weight in weights)
-    assert decayed == {Trainer: True, AlphaTrainer: False}
+# The config
 
 
 def test_a_number_stands_in_the_config_before_the_model_is_built(tmp_path):
@@ -277,145 +180,6 @@ def test_a_number_stands_in_the_config_before_the_model_is_built(tmp_path):
     config.entmax_alpha = 1.7
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, attn_implementation="entmax")
     assert torch.equal(logits(loaded, ids), wanted)
-
-
-def test_a_trainer_learns_alpha_and_saves_it(tmp_path):
-    model, ids = decoder(nn.Parameter(torch.tensor(HEADS))), tokens(2, 20)
-    trainer = Trainer(model, arguments(tmp_path, max_steps=2, save_strategy="no"), train_dataset=rows(4))
-    trainer.train()
-    trainer.save_model(tmp_path)
-    assert model.model.entmax_alpha.value.tolist() != torch.tensor(HEADS).tolist()
-    assert_loads_as(tmp_path, model, ids)
-
-
-# Loads that would be softmax
-
-
-def test_a_process_that_registers_late_or_never(tmp_path):
-    """The load of what was saved is an error; a model that was built before says what to do."""
-    decoder(1.3).save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", LATE, str(tmp_path)], capture_output=True, text=True, check=True)
-    loading, running, name = done.stdout.splitlines()
-    assert 'Specified `attn_implementation="entmax"` is not supported' in loading
-    assert "LlamaAttention belongs to a model that was built before register()" in running
-    assert "call register(model)" in running
-    assert name == "entmax15"
-
-
-LATE = """
-import sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from flash_entmax.integrations.transformers import register
-
-def attempt(do):
-    try:
-        do()
-    except (ValueError, RuntimeError) as error:
-        print(error)
-
-attempt(lambda: LlamaForCausalLM.from_pretrained(sys.argv[1]))
-config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
-model, ids = LlamaForCausalLM(config), torch.ones(1, 5, dtype=torch.long)
-register()
-model.set_attn_implementation("entmax15")
-attempt(lambda: model(ids))
-register(model)
-model(ids)
-print(config.to_dict()["attn_implementation"])
-"""
-
-
-@pytest.mark.parametrize("kind", ALPHAS)
-def test_an_explicit_load_as_softmax_warns(kind, tmp_path):
-    """And a weight that has no place is reported by Transformers; what is saved then is softmax."""
-    decoder(ALPHAS[kind]()).save_pretrained(tmp_path)
-    with pytest.warns(
-        UserWarning, match="saved with attn_implementation='entmax' and is loaded with 'sdpa', .*softmax"
-    ):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            tmp_path, attn_implementation="sdpa", output_loading_info=True
-        )
-    held = isinstance(ALPHAS[kind](), torch.Tensor)
-    assert report["unexpected_keys"] == ({"model.entmax_alpha.value"} if held else set())
-    loaded.save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config._attn_implementation == "sdpa"
-    if held:
-        with pytest.raises(ValueError, match="'entmax' needs an alpha"):
-            AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="entmax")(tokens(1, 20))
-
-
-def test_alpha_that_is_missing_in_the_weights_is_not_made_up(tmp_path):
-    model = decoder(nn.Parameter(torch.tensor(HEADS)))
-    weights = {name: weight for name, weight in model.state_dict().items() if "alpha" not in name}
-    model.save_pretrained(tmp_path, state_dict=weights)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert report["missing_keys"] == {"model.entmax_alpha.value"}
-    message = r"alpha of LlamaForCausalLM is missing in the weights .*call set_alpha\(model, alpha\)"
-    for found in (copy.deepcopy(loaded), loaded):
-        for _ in range(2):
-            with pytest.raises(ValueError, match=message):
-                found(tokens(1, 20))
-    loaded.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path)(tokens(1, 20))
-    integration.set_alpha(loaded, nn.Parameter(torch.tensor(HEADS)))
-    assert torch.equal(logits(loaded, tokens(1, 20).fill_(5)), logits(model, tokens(1, 20).fill_(5)))
-
-
-def test_an_alpha_far_out_of_its_range_is_loaded(tmp_path):
-    """Weight decay takes it there."""
-    model, ids = decoder(nn.Parameter(torch.tensor(HEADS))), tokens(1, 20)
-    with torch.no_grad():
-        model.model.entmax_alpha.value.copy_(torch.tensor([0.4, -1.0, 5.0, 0.0]))
-    model.save_pretrained(tmp_path)
-    assert_loads_as(tmp_path, model, ids)
-
-
-def test_weights_are_assigned_to_a_model_without_numbers(tmp_path):
-    model = decoder(nn.Parameter(torch.tensor(HEADS)))
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
-    empty.load_state_dict(model.state_dict(), assign=True)
-    assert torch.equal(empty.model.entmax_alpha.value, model.model.entmax_alpha.value)
-
-
-@pytest.mark.parametrize("name", ["entmax15", "sparsemax"])
-@pytest.mark.parametrize("kind", ["tensor", "learned by head"])
-def test_an_alpha_among_the_weights_is_dropped_by_attention_that_has_its_own(name, kind, tmp_path):
-    """With a warning; the folder that is saved then declares no weight that it lacks."""
-    ids = tokens(1, 20)
-    decoder(ALPHAS[kind]()).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=f"{tmp_path} was saved with an alpha among its weights, .*'{name}'.* dropped"):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
-    loaded.save_pretrained(tmp_path)
-    assert "held_by" not in (tmp_path / "config.json").read_text()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        assert_loads_as(tmp_path, loaded, ids)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="entmax")
-    with pytest.raises(ValueError, match="'entmax' needs an alpha"):
-        again(ids)
-
-
-def test_each_folder_that_loads_as_softmax_is_named(tmp_path):
-    """With Python's own filter, which shows a warning of the same words once."""
-    for name in ("one", "other"):
-        decoder(1.3).save_pretrained(tmp_path / name)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        for name in ("one", "other"):
-            AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="sdpa")
-    said = [str(warning.message) for warning in caught if "which is softmax" in str(warning.message)]
-    assert len(said) == 2
-    for name, text in zip(("one", "other"), said, strict=True):
-        assert str(tmp_path / name) in text
-        assert "leave attn_implementation away" in text
-
-
-# The config
 
 
 def test_what_a_folder_declares(tmp_path):

@@ -22,8 +22,9 @@ def test_a_process_that_registers_late_or_never(tmp_path):
     """The load of what was saved is an error; a model that was built before says what to do."""
     decoder(1.3).save_pretrained(tmp_path)
     done = subprocess.run([sys.executable, "-c", LATE, str(tmp_path)], capture_output=True, text=True, check=True)
-    loading, running, name = done.stdout.splitlines()
+    loading, before, running, name = done.stdout.splitlines()
     assert 'Specified `attn_implementation="entmax"` is not supported' in loading
+    assert before == "None"  # saved as softmax
     assert "LlamaAttention belongs to a model that was built before register()" in running
     assert "call register(model)" in running
     assert name == "entmax15"
@@ -45,6 +46,7 @@ config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_hi
 model, ids = LlamaForCausalLM(config), torch.ones(1, 5, dtype=torch.long)
 register()
 model.set_attn_implementation("entmax15")
+print(config.to_dict().get("attn_implementation"))
 attempt(lambda: model(ids))
 register(model)
 model(ids)

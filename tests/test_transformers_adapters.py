@@ -106,8 +106,14 @@ def test_set_alpha_takes_a_model_with_an_adapter(folder):
         integration.set_alpha(model, 1.9)
     number = logits(model, ids)
     alpha = nn.Parameter(torch.tensor([1.9]))
-    with pytest.warns(UserWarning, match=r'will not save it: .*modules_to_save=\["entmax_alpha"\]'):
+    with pytest.warns(
+        UserWarning, match=r'will not save it: call set_alpha .*modules_to_save=\["entmax_alpha"\]'
+    ) as by:
         integration.set_alpha(model, alpha)
+    assert by[0].filename == __file__
+    with pytest.warns(UserWarning, match="will not save it: call AnnealAlpha first") as by:
+        integration.AnnealAlpha(get_peft_model(base(folder), lora()), steps=2)
+    assert __file__ in {warning.filename for warning in by if "AnnealAlpha" in str(warning.message)}
     torch.testing.assert_close(logits(model, ids), number)
     model(ids, labels=ids).loss.backward()
     assert alpha.grad.abs() > 0

@@ -1,8 +1,10 @@
 """Alpha of a model of Transformers: what it may be, how the layers find it, and that it follows the model."""
 
 import copy
+import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,19 +208,30 @@ def test_shapes_of_a_model_without_numbers():
         assert model(torch.ones(1, 5, dtype=torch.long)).logits.shape == (1, 5, 97)
 
 
+def test_a_model_without_numbers_takes_an_alpha_without_numbers():
+    with torch.device("meta"):
+        model = AutoModel.from_config(copy.deepcopy(CONFIGS["llama"]), attn_implementation="entmax")
+    with pytest.raises(ValueError, match="on the device of the model, meta, got cpu"):
+        integration.set_alpha(model, torch.tensor(1.5))
+    for kind in (torch.Tensor.clone, nn.Parameter):
+        integration.set_alpha(model, kind(torch.empty(4, device="meta")))
+        assert model(tokens(1, 5).to("meta")).last_hidden_state.shape == (1, 5, 32)
+
+
 # What is refused
 
 REFUSED = {
     "number": (2.5, ValueError, "from 1 to 2, got 2.5"),
-    "text": ("1.5", TypeError, "a number, a tensor, or a dict of numbers by layer, got str"),
-    "truth": (True, TypeError, "got bool"),
+    "text": ("1.5", TypeError, "a number, a tensor with one for each head, or a dict of .* each layer, got '1.5'"),
+    "list": ([1.5, 1.5], TypeError, "a tensor with one for each head, or a dict of numbers for each layer, got list"),
+    "truth": (True, TypeError, "got True"),
     "tensor out of range": (torch.tensor(5.0), ValueError, r"a tensor alpha must be in \[1\.01, 2\], got 5\.0"),
     "tensor below": (torch.tensor([1.2, 1.0, 1.5, 1.5]), ValueError, r"in \[1\.01, 2\], got \[1\.2"),
     "not a number": (torch.tensor(float("nan")), ValueError, "got nan"),
     "integers": (torch.tensor(2), TypeError, r"floating-point tensor, got torch\.int64"),
     "heads": (torch.full((3,), 1.5), ValueError, r"shape of \(\), \(1,\), \(4,\) \(heads\), got \(3,\)"),
     "dimensions": (torch.full((4, 1), 1.5), ValueError, r"got \(4, 1\)"),
-    "device": (torch.tensor(1.5, device="meta"), ValueError, "on the device of the model .*got meta, not cpu"),
+    "device": (torch.tensor(1.5, device="meta"), ValueError, "on the device of the model, cpu, got meta"),
     "layers": ({0: 1.5}, ValueError, r"must have the layers \[0, 1\] of the model, got \[0\]"),
     "layer": ({0: 1.5, 1: 3.0}, ValueError, r"alpha\[1\] must be from 1 to 2, got 3.0"),
     "tensors by layer": ({0: 1.5, 1: torch.tensor(1.5)}, TypeError, r"alpha\[1\] must be a number"),
@@ -248,10 +261,59 @@ def test_models_that_have_no_alpha():
         model(ids)
     with pytest.raises(ValueError, match=r"from 1 to 2, got 2\.5"):
         make("llama", 2.5)(ids)
-    with pytest.raises(ValueError, match="needs a model with attn_implementation='entmax', got 'eager'"):
-        integration.set_alpha(AutoModel.from_config(CONFIGS["bert"], attn_implementation="eager"), 1.5)
-    with pytest.raises(ValueError, match="a tensor alpha needs a whole model of Transformers to hold it"):
-        integration.set_alpha(model.layers[0], torch.tensor(1.5))
+    for name in ("eager", "entmax15"):
+        other = AutoModel.from_config(copy.deepcopy(CONFIGS["bert"]), attn_implementation=name)
+        message = rf"'entmax', got '{name}': call model\.set_attn_implementation\('entmax'\) first"
+        with pytest.raises(ValueError, match=f"set_alpha needs .*{message}"):
+            integration.set_alpha(other, 1.5)
+        with pytest.raises(ValueError, match=f"AnnealAlpha needs .*{message}"):
+            integration.AnnealAlpha(other, steps=2)
+
+
+@pytest.mark.parametrize("alpha", [1.9, {0: 1.9}, torch.tensor(1.9)], ids=["number", "by layer", "tensor"])
+def test_a_layer_alone_gets_no_alpha(alpha):
+    """Its config is that of all layers."""
+    model = make("llama", 1.5)
+    for part in (model.layers[0], model.layers[0].self_attn):
+        message = (
+            rf"whole model of Transformers, got {type(part).__name__}: use set_alpha\(model, {{layer index: alpha}}\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            integration.set_alpha(part, alpha)
+    assert model.config.entmax_alpha == 1.5
+
+
+def test_a_module_around_a_model_is_taken():
+    model = make("llama", 1.5)
+    integration.set_alpha(nn.Sequential(model), 1.9)
+    assert model.config.entmax_alpha == 1.9
+
+
+@pytest.mark.parametrize("other", ["llama", None, 1.5])
+def test_what_is_no_model(other):
+    with pytest.raises(TypeError, match=f"set_alpha takes a model of Transformers, got {other!r}"):
+        integration.set_alpha(other, 1.5)
+    with pytest.raises(TypeError, match=f"AnnealAlpha takes a model of Transformers, got {other!r}"):
+        integration.AnnealAlpha(other, steps=2)
+    with pytest.raises(TypeError, match=f"register takes models of Transformers, got {other!r}"):
+        integration.register(other)
+
+
+def test_numbers_of_numpy_are_saved_as_numbers():
+    model, ids = make("llama"), tokens(1, 20)
+    for alpha, saved in ((np.float32(1.5), 1.5), ({0: np.float64(1.2), 1: np.int64(2)}, {"0": 1.2, "1": 2.0})):
+        integration.set_alpha(model, alpha)
+        assert json.loads(model.config.to_json_string())["entmax_alpha"] == saved
+        assert output(model, ids).isfinite().all()
+
+
+def test_a_tensor_in_the_config_says_where_it_belongs():
+    model = make("llama", 1.5)
+    model.config.entmax_alpha = torch.tensor(1.5)
+    with pytest.raises(
+        TypeError, match=r"config\.entmax_alpha holds numbers, got Tensor: use set_alpha\(model, tensor\)"
+    ):
+        model(tokens(1, 5))
 
 
 def test_an_alpha_that_would_not_be_saved():

@@ -53,6 +53,30 @@ def test_an_alpha_that_was_replaced_is_not_moved_in_silence(tmp_path):
         train(tmp_path, callback, model)
 
 
+def test_another_model_than_the_one_that_is_trained(tmp_path):
+    """Also one of the same class; the alpha of neither moves."""
+    one, other = (make("llama", model_class=AutoModelForCausalLM) for _ in range(2))
+    callback = integration.AnnealAlpha(one, 1.1, 1.9, steps=4)
+    for trained in (other, make("gpt2", model_class=AutoModelForCausalLM)):
+        integration.set_alpha(trained, torch.tensor(1.5))
+        message = f"made for another LlamaForCausalLM than the {type(trained).__name__} that is trained"
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, callback, trained)
+        assert held(trained).item() == 1.5
+    assert held(one).item() == pytest.approx(1.1)
+
+
+def held(model):
+    return model.base_model.entmax_alpha.value
+
+
+def test_the_model_may_be_trained_in_a_wrapper():
+    model = make("llama", model_class=AutoModelForCausalLM)
+    callback = integration.AnnealAlpha(model, 1.1, 1.9, steps=4, shape="linear")
+    callback.on_train_begin(None, SimpleNamespace(global_step=2), None, model=torch.nn.Sequential(model))
+    assert held(model).item() == pytest.approx(1.5)
+
+
 def test_weights_that_are_assigned_are_moved(tmp_path):
     model = make("llama", model_class=AutoModelForCausalLM)
     callback = integration.AnnealAlpha(model, 1.1, 1.9, steps=4, shape="linear")

@@ -135,6 +135,17 @@ def test_a_model_whose_layers_alone_are_compiled_is_seen_to_call():
         assert model(ids).last_hidden_state.isfinite().all()
 
 
+def test_a_model_with_a_forward_of_its_own_is_seen_not_to_call():
+    """Also after another of its class has called."""
+    ids = tokens(1, 5)
+    assert make("qwen3", 1.5)(ids)
+    model = make("qwen3", 1.5)
+    for layer in model.layers:
+        layer.self_attn.forward = lambda hidden_states, **options: (hidden_states, None)
+    with pytest.raises(RuntimeError, match="Qwen3Model ran without a call of its attention function"):
+        model(ids)
+
+
 def test_a_model_that_computes_with_its_mask_says_so():
     model = AutoModelForCausalLM.from_config(DogeConfig(**SMALL), attn_implementation="entmax15")
     with pytest.raises(AttributeError, match=r"computes with its attention mask .*'eager' or 'sdpa'"):

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -20,44 +18,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     CLIPConfig,
     CLIPModel,
-    Trainer,
-    TrainingArguments,
+    OPTConfig,
 )
-from transformers_models import CONFIGS, LENGTH, make, tokens
+from transformers_models import ALPHAS, CONFIGS, HEADS, LENGTH, assert_loads_as, decoder, logits, make, tokens
 
 from flash_entmax.integrations import transformers as integration
-
-HEADS = [1.2, 1.4, 1.6, 1.8]
-ALPHAS = {
-    "number": lambda: 1.3,
-    "by layer": lambda: {0: 1.2, 1: 1.9},
-    "tensor": lambda: torch.tensor(1.3),
-    "tensor by head": lambda: torch.tensor(HEADS),
-    "learned": lambda: nn.Parameter(torch.tensor(1.3)),
-    "learned by head": lambda: nn.Parameter(torch.tensor(HEADS)),
-}
-
-
-def decoder(alpha=None):
-    model = make("llama", model_class=AutoModelForCausalLM)
-    if alpha is not None:
-        integration.set_alpha(model, alpha)
-    return model
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model.eval()(ids).logits
-
-
-def assert_loads_as(folder, model, ids):
-    """Also when what was loaded is saved again."""
-    for times in ("once", "twice"):
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
-        assert loaded.config._attn_implementation == model.config._attn_implementation, times
-        assert torch.equal(logits(loaded, ids), logits(model, ids)), times
-        loaded.save_pretrained(folder)
-    return loaded
 
 
 @pytest.mark.parametrize("kind", ALPHAS)
@@ -136,6 +101,49 @@ def test_parts_of_a_model_keep_their_own_attention(tmp_path):
             assert torch.equal(loaded(**inputs).logits_per_text, model(**inputs).logits_per_text)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["tensor", "learned by head"])
+def test_alpha_has_the_same_place_however_it_came(name, kind, tmp_path):
+    """Optimizers save their state by the order of parameters. Behind the first part, whose dtype is the model's."""
+    model = make(name)
+    integration.set_alpha(model, ALPHAS[kind]())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert [of for of, _ in loaded.named_parameters()] == [of for of, _ in model.named_parameters()]
+    assert next(of for of, _ in loaded.named_children()) != "entmax_alpha"
+    assert [type(part) for part in loaded.modules()] == [type(part) for part in model.modules()]
+
+
+def test_alpha_follows_the_only_part_of_a_model(tmp_path):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        attention_dropout=0.0,
+    )  # fmt: skip
+    model, ids = AutoModel.from_config(config, attn_implementation="entmax"), tokens(2, 20)
+    integration.set_alpha(model, ALPHAS["learned by head"]())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for found in (model, loaded):
+        assert [name for name, _ in found.named_children()] == ["decoder", "entmax_alpha"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).last_hidden_state, model.eval()(ids).last_hidden_state)
+
+
+def test_a_model_stays_bfloat16_from_save_to_save(tmp_path):
+    decoder(ALPHAS["learned by head"]()).save_pretrained(tmp_path)
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), tokens(2, 20)
+    wanted = logits(model, ids)
+    for _ in range(3):
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
+        assert model.model.entmax_alpha.value.dtype == torch.float32
+        assert torch.equal(logits(model, ids), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_alpha_keeps_its_digits_in_models_of_other_dtypes(dtype, tmp_path):
     alpha, ids = torch.tensor(HEADS, dtype=torch.promote_types(dtype, torch.float32)), tokens(2, 20)
@@ -159,119 +167,19 @@ def test_a_new_model_of_a_saved_config_starts_as_that_model_did(tmp_path):
     assert logits(fresh, tokens(1, 20)).isfinite().all()
 
 
-# The Trainer
-
-
-def arguments(folder, **options):
-    return TrainingArguments(
-        str(folder), per_device_train_batch_size=2, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
-        learning_rate=1e-3, seed=0, **options,
-    )  # fmt: skip
-
-
-def rows(count):
-    torch.manual_seed(1)
-    return [{"input_ids": row, "labels": row} for row in tokens(count, 20)]
-
-
-def test_a_trainer_saves_the_alpha_of_its_step_and_resumes_there(tmp_path):
-    ids, trained = tokens(2, 20), {}
-    for name, checkpoint in (("whole", None), ("resumed", True)):
-        model = decoder()
-        callback = integration.AnnealAlpha(model, 1.1, 1.9, steps=8, shape="linear")
-        options = arguments(tmp_path / "run", max_steps=4, save_steps=2)
-        trainer = Trainer(model, options, train_dataset=rows(8), callbacks=[callback])
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2") if checkpoint else None)
-        trainer.save_model(tmp_path / name)
-        assert model.model.entmax_alpha.value.item() == pytest.approx(1.5)
-        trained[name] = logits(model, ids)
-        assert_loads_as(tmp_path / name, model, ids)
-    assert torch.equal(trained["whole"], trained["resumed"])
-    half = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-2")
-    assert half.model.entmax_alpha.value.item() == pytest.approx(1.3)
-
-
-def test_a_trainer_learns_alpha_and_saves_it(tmp_path):
-    model, ids = decoder(nn.Parameter(torch.tensor(HEADS))), tokens(2, 20)
-    trainer = Trainer(model, arguments(tmp_path, max_steps=2, save_strategy="no"), train_dataset=rows(4))
-    trainer.train()
-    trainer.save_model(tmp_path)
-    assert model.model.entmax_alpha.value.tolist() != torch.tensor(HEADS).tolist()
-    assert_loads_as(tmp_path, model, ids)
-
-
-# Loads that would be softmax
-
-
-def test_a_process_that_registers_late_or_never(tmp_path):
-    """The load of what was saved is an error; a model that was built before says what to do."""
-    decoder(1.3).save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", LATE, str(tmp_path)], capture_output=True, text=True, check=True)
-    loading, running, name = done.stdout.splitlines()
-    assert 'Specified `attn_implementation="entmax"` is not supported' in loading
-    assert "LlamaAttention belongs to a model that was built before register()" in running
-    assert "call register(model)" in running
-    assert name == "entmax15"
-
-
-LATE = """
-import sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from flash_entmax.integrations.transformers import register
-
-def attempt(do):
-    try:
-        do()
-    except (ValueError, RuntimeError) as error:
-        print(error)
-
-attempt(lambda: LlamaForCausalLM.from_pretrained(sys.argv[1]))
-config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
-model, ids = LlamaForCausalLM(config), torch.ones(1, 5, dtype=torch.long)
-register()
-model.set_attn_implementation("entmax15")
-attempt(lambda: model(ids))
-register(model)
-model(ids)
-print(config.to_dict()["attn_implementation"])
-"""
-
-
-@pytest.mark.parametrize("kind", ALPHAS)
-def test_an_explicit_load_as_softmax_warns(kind, tmp_path):
-    """And a weight that has no place is reported by Transformers; what is saved then is softmax."""
-    decoder(ALPHAS[kind]()).save_pretrained(tmp_path)
-    with pytest.warns(
-        UserWarning, match="saved with attn_implementation='entmax' and is loaded with 'sdpa', .*softmax"
-    ):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            tmp_path, attn_implementation="sdpa", output_loading_info=True
-        )
-    held = isinstance(ALPHAS[kind](), torch.Tensor)
-    assert report["unexpected_keys"] == ({"model.entmax_alpha.value"} if held else set())
-    loaded.save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config._attn_implementation == "sdpa"
-    if held:
-        with pytest.raises(ValueError, match="'entmax' needs an alpha"):
-            AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="entmax")(tokens(1, 20))
-
-
-def test_alpha_that_is_missing_in_the_weights_is_not_made_up(tmp_path):
-    model = decoder(nn.Parameter(torch.tensor(HEADS)))
-    weights = {name: weight for name, weight in model.state_dict().items() if "alpha" not in name}
-    model.save_pretrained(tmp_path, state_dict=weights)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert report["missing_keys"] == {"model.entmax_alpha.value"}
-    with torch.no_grad():
-        loaded.model.entmax_alpha.value.zero_()  # whatever the memory holds
-    with pytest.raises(ValueError, match=r"alpha is \[0\.0, .*it is missing in the weights"):
-        loaded(tokens(1, 20))
-
-
 # The config
+
+
+def test_a_number_stands_in_the_config_before_the_model_is_built(tmp_path):
+    model, ids = decoder(1.7), tokens(1, 20)
+    wanted = logits(model, ids)
+    model.set_attn_implementation("sdpa")
+    model.config.entmax_alpha = None
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.entmax_alpha = 1.7
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, attn_implementation="entmax")
+    assert torch.equal(logits(loaded, ids), wanted)
 
 
 def test_what_a_folder_declares(tmp_path):

@@ -4,10 +4,12 @@ import copy
 
 import entmax
 import torch
+from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModel,
+    AutoModelForCausalLM,
     BertConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -107,6 +109,41 @@ def with_implementation(model, name, run):
         return run()
     finally:
         model.set_attn_implementation(before)
+
+
+# Alpha as it may be saved, and models that load
+
+HEADS = [1.2, 1.4, 1.6, 1.8]
+ALPHAS = {
+    "number": lambda: 1.3,
+    "by layer": lambda: {0: 1.2, 1: 1.9},
+    "tensor": lambda: torch.tensor(1.3),
+    "tensor by head": lambda: torch.tensor(HEADS),
+    "learned": lambda: nn.Parameter(torch.tensor(1.3)),
+    "learned by head": lambda: nn.Parameter(torch.tensor(HEADS)),
+}
+
+
+def decoder(alpha=None):
+    model = make("llama", model_class=AutoModelForCausalLM)
+    if alpha is not None:
+        integration.set_alpha(model, alpha)
+    return model
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def assert_loads_as(folder, model, ids):
+    """Also when what was loaded is saved again."""
+    for times in ("once", "twice"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.config._attn_implementation == model.config._attn_implementation, times
+        assert torch.equal(logits(loaded, ids), logits(model, ids)), times
+        loaded.save_pretrained(folder)
+    return loaded
 
 
 PACKED = torch.cat([torch.arange(n) for n in (30, 1, 44)]).expand(2, -1)

@@ -127,7 +127,7 @@ def attention(
         ValueError: an option that entmax does not have, or that is not known; see HARMLESS.
         RuntimeError: the model was built before :func:`register`.
     """
-    note_caller(type(module).__name__)
+    note_caller(module)
     if implementation_of(module) in IMPLEMENTATIONS and is_undeclared(module.config):
         raise RuntimeError(
             f"{type(module).__name__} belongs to a model that was built before register(), and would not be saved with "

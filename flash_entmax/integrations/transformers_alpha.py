@@ -6,12 +6,14 @@ a module `entmax_alpha` of its base model; the config says so. Each module below
 """
 
 import warnings
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import ALPHAS
+from ..problem import said
 from .transformers_config import HELD_BY, declare, implementation_of, is_held
 
 
@@ -21,7 +23,7 @@ class Alpha(nn.Module):
     It is moved with the model, but no ``model.to(torch.bfloat16)`` narrows it: 1.3 is no number of bfloat16.
     """
 
-    is_to_be_loaded = False
+    is_to_be_loaded = False  # built without numbers, for those of a folder
     _keep_in_fp32_modules_strict = ("entmax_alpha",)  # read by Transformers when it loads weights
 
     def __init__(self, value: Tensor) -> None:
@@ -30,6 +32,21 @@ class Alpha(nn.Module):
             self.register_parameter("value", value)
         else:
             self.register_buffer("value", value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """A weight that a folder lacks would be whatever the memory holds: it is made nan, which `check_loaded` finds.
+
+        Transformers marks what it read from a folder, so that it does not draw it at random.
+        """
+        if name == "value" and self.is_to_be_loaded and not value.is_meta:
+            self.is_to_be_loaded = False
+            if not getattr(value, "_is_hf_initialized", False):
+                value.data.fill_(torch.nan)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        self.is_to_be_loaded = False  # by load_state_dict, which says itself what is missing
+        super()._load_from_state_dict(*arguments)
 
     def forward(self) -> Tensor:
         return self.value.clone()  # fully_shard of this module alone frees the value after the call
@@ -70,20 +87,39 @@ def link(modules: nn.Module, owner: Owner) -> None:
         module.entmax_owner = owner
 
 
-def restore_alpha(model: nn.Module) -> None:
-    """Where its config says that this class of model holds alpha: make room for it, before weights are loaded."""
+def awaits_alpha(model: nn.Module) -> bool:
+    """Its config says that this class of model holds alpha."""
     declared = getattr(model.config, "entmax_alpha", None)
-    if is_held(declared) and declared[HELD_BY] == type(model).__name__:
-        # Alpha of a float64 model is float64, or it would not be what was saved.
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        value = torch.tensor(declared["initial"], dtype=dtype)
-        _hold(model, nn.Parameter(value) if declared["learned"] else value)
-        model.entmax_alpha.is_to_be_loaded = True
+    return is_held(declared) and declared[HELD_BY] == type(model).__name__
+
+
+def restore_alpha(model: nn.Module) -> None:
+    """Make room for the alpha that a model awaits, before its weights are loaded."""
+    declared = model.config.entmax_alpha
+    # Alpha of a float64 model is float64, or it would not be what was saved.
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    value = torch.tensor(declared["initial"], dtype=dtype)
+    link(model, Owner(model))
+    model.entmax_alpha = Alpha(nn.Parameter(value) if declared["learned"] else value)
+    model.entmax_alpha.is_to_be_loaded = value.is_meta
+
+
+# Alpha stands behind the first part that has weights, in a model that was given alpha as in one that is loaded:
+# optimizers save their state by the order of parameters. It is not the first, whose dtype is that of the model.
+
+
+def has_weights(part: nn.Module) -> bool:
+    return any(weight.is_floating_point() for weight in part.parameters())
 
 
 def _hold(model: nn.Module, value: Tensor) -> None:
     link(model, Owner(model))
+    parts = list(model.named_children())
+    first = next((place for place, (_, part) in enumerate(parts) if has_weights(part)), len(parts))
     model.entmax_alpha = Alpha(value)
+    for name, part in parts[first + 1 :]:
+        delattr(model, name)
+        setattr(model, name, part)
 
 
 # Reading
@@ -106,8 +142,10 @@ def alpha_of(module: nn.Module, device: torch.device) -> float | Tensor:
         return _held_alpha(module, declared, device)
     if isinstance(declared, dict):
         return _alpha_of_layer(module, declared)
-    check_number("entmax_alpha", declared)
-    return declared
+    if isinstance(declared, Tensor):
+        raise TypeError(f"config.entmax_alpha holds numbers, got {said(declared)}: use set_alpha(model, tensor)")
+    check_number("config.entmax_alpha", declared)
+    return float(declared)
 
 
 def _held_alpha(module: nn.Module, declared: dict[str, Any], device: torch.device) -> Tensor:
@@ -127,20 +165,22 @@ def _alpha_of_layer(module: nn.Module, declared: dict) -> float:
     alpha = declared.get(str(index), declared.get(index))  # the keys of JSON are text
     if alpha is None:
         raise ValueError(f"config.entmax_alpha has no alpha for the layer_idx {index!r} of {type(module).__name__}")
-    check_number(f"entmax_alpha[{index}]", alpha)
-    return alpha
+    check_number(f"config.entmax_alpha[{index}]", alpha)
+    return float(alpha)
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Where alpha is missing in the weights, Transformers says so and leaves whatever the memory holds."""
+    """No alpha is missing in the weights."""
     for held in model.modules():
-        if isinstance(held, Alpha) and held.is_to_be_loaded:
+        if isinstance(held, Alpha):
             value = held.value
             if type(value) not in (Tensor, nn.Parameter) or value.is_meta:  # fake or sharded: nothing to be read
                 continue
-            if not ((value > 0.5) & (value < 4)).all():
-                raise ValueError(f"alpha is {value.tolist()}, which no training leaves: it is missing in the weights")
-            held.is_to_be_loaded = False
+            if value.isnan().any():
+                raise ValueError(
+                    f"alpha of {type(model).__name__} is missing in the weights that were loaded, or is nan there: "
+                    "call set_alpha(model, alpha)"
+                )
 
 
 def held_tensor(model: nn.Module) -> Tensor | None:
@@ -176,29 +216,34 @@ def set_alpha(model: nn.Module, alpha: float | Tensor | dict[int, float]) -> Non
     Raises:
         TypeError, ValueError: no layer of the model runs entmax, or alpha is none of the above; nothing is changed.
     """
-    layers = [layer for layer in model.modules() if implementation_of(layer) == "entmax"]
-    if not layers:
-        raise ValueError(f"set_alpha needs a model with attn_implementation='entmax', got {implementation_of(model)!r}")
-    root, owner = _root_in(model), _owner_in(model)
-    _check_holder(model, root, owner, alpha)
+    assign_alpha(model, alpha, "set_alpha")
+
+
+def assign_alpha(model: nn.Module, alpha: float | Tensor | dict[int, float], by: str) -> None:
+    """What `set_alpha` does, in the words of who was called: that, or `AnnealAlpha`."""
+    layers, root, owner = _check_model(model, by)
+    _check_holder(model, root, owner, alpha, by)
     if isinstance(alpha, Tensor):
         check_tensor(alpha, layers, owner)
     elif isinstance(alpha, dict):
         _check_layers(alpha, layers)
     else:
         check_number("alpha", alpha)
-    _take_away(root or model)
-    declared = {str(index): number for index, number in alpha.items()} if isinstance(alpha, dict) else alpha
-    if isinstance(alpha, Tensor):
+    _take_away(root)
+    if isinstance(alpha, dict):
+        declared = {str(index): float(number) for index, number in alpha.items()}
+    elif not isinstance(alpha, Tensor):
+        declared = float(alpha)
+    else:
         if isinstance(alpha, nn.Parameter) and alpha.dim() == 0:
             alpha.data = alpha.data.reshape(1)
         _hold(owner, alpha)
         name = type(owner).__name__.removeprefix("FSDP")
-        declared = {HELD_BY: name, "learned": isinstance(alpha, nn.Parameter), "initial": alpha.detach().tolist()}
-    for config in {id(of.config): of.config for of in (*layers, *([owner] if owner else []))}.values():
+        numbers = torch.full(alpha.shape, torch.nan) if alpha.is_meta else alpha.detach()
+        declared = {HELD_BY: name, "learned": isinstance(alpha, nn.Parameter), "initial": numbers.tolist()}
+    for config in {id(of.config): of.config for of in (*layers, owner)}.values():
         config.entmax_alpha = declared
-    if root is not None:
-        declare(root.config)
+    declare(root.config)
 
 
 def _root_in(model: nn.Module) -> nn.Module | None:
@@ -231,8 +276,11 @@ def _take_away(root: nn.Module) -> None:
 
 
 def check_number(name: str, alpha: object) -> None:
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"{name} must be a number, a tensor, or a dict of numbers by layer, got {type(alpha).__name__}")
+    if not isinstance(alpha, Real) or isinstance(alpha, bool):
+        raise TypeError(
+            f"{name} must be a number, a tensor with one for each head, or a dict of numbers for each layer, got "
+            f"{said(alpha)}"
+        )
     if not 1 <= alpha <= 2:
         raise ValueError(f"{name} must be from 1 to 2, got {alpha}")
 
@@ -245,8 +293,10 @@ def check_tensor(alpha: Tensor, layers: list[nn.Module], owner: nn.Module) -> No
     if (alpha.dim() > 1) if not heads else (tuple(alpha.shape) not in shapes):
         raise ValueError(f"alpha must have a shape of {', '.join(map(str, shapes))} (heads), got {tuple(alpha.shape)}")
     device = next((weight.device for weight in owner.parameters()), alpha.device)
-    if alpha.device != device or alpha.is_meta:
-        raise ValueError(f"alpha must be on the device of the model and hold numbers, got {alpha.device}, not {device}")
+    if alpha.device != device:
+        raise ValueError(f"alpha must be on the device of the model, {device}, got {alpha.device}")
+    if alpha.is_meta:
+        return
     numbers, (lowest, highest) = alpha.detach(), ALPHAS
     ends = numbers.new_tensor([lowest, highest])  # in the dtype of alpha, whose 1.01 may be below that of float64
     if not ((numbers >= ends[0]) & (numbers <= ends[1])).all():
@@ -263,22 +313,38 @@ def _check_layers(alpha: dict, layers: list[nn.Module]) -> None:
         raise ValueError(f"alpha must have the layers {sorted(wanted)} of the model, got {sorted(alpha)}")
 
 
-def _check_holder(model: nn.Module, root: nn.Module | None, owner: nn.Module | None, alpha: object) -> None:
+def _check_model(model: object, by: str) -> tuple[list[nn.Module], nn.Module, nn.Module]:
+    """(modules whose config has "entmax", outermost model of Transformers, the one that holds alpha)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{by} takes a model of Transformers, got {said(model)}")
+    layers, root = [layer for layer in model.modules() if implementation_of(layer) == "entmax"], _root_in(model)
+    if not layers:
+        raise ValueError(
+            f"{by} needs a model with attn_implementation='entmax', got {implementation_of(root or model)!r}: call "
+            "model.set_attn_implementation('entmax') first"
+        )
+    if root is None:
+        raise ValueError(
+            f"alpha belongs to a whole model of Transformers, got {type(model).__name__}: use "
+            "set_alpha(model, {layer index: alpha})"
+        )
+    return layers, root, _owner_in(model)
+
+
+def _check_holder(model: nn.Module, root: nn.Module, owner: nn.Module, alpha: object, by: str) -> None:
     """What would leave the tensor where nothing trains it, or nothing saves it."""
     if belongs_to_adapter(model):
         wrapper = type(owner.entmax_alpha).__name__
         raise ValueError(f"alpha belongs to an adapter, {wrapper}: change {type(owner).__name__}.entmax_alpha.value")
     if not isinstance(alpha, Tensor):
         return
-    if root is None:
-        raise ValueError(f"a tensor alpha needs a whole model of Transformers to hold it, got {type(model).__name__}")
     if isinstance(alpha, nn.Parameter) and _is_distributed(model):
         raise ValueError("a learned alpha must be set before the model is wrapped by fully_shard or DDP, got it after")
     if hasattr(root, "peft_config"):
         warnings.warn(
-            "alpha is set in a model that has an adapter, which will not save it: call set_alpha first, then "
+            f"{by} sets alpha in a model that has an adapter, which will not save it: call {by} first, then "
             'get_peft_model with modules_to_save=["entmax_alpha"]',
-            stacklevel=3,
+            stacklevel=4,  # the line that calls set_alpha, or makes AnnealAlpha
         )
 
 

@@ -4,7 +4,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..anneal import AlphaAnnealing
-from .transformers_alpha import belongs_to_adapter, held_tensor, set_alpha
+from .transformers_alpha import assign_alpha, belongs_to_adapter, held_tensor
 
 
 class AnnealAlpha(TrainerCallback):
@@ -19,10 +19,11 @@ class AnnealAlpha(TrainerCallback):
     def __init__(
         self, model: nn.Module, start: float = 1.01, end: float = 1.5, *, steps: int, shape: str = "cosine"
     ) -> None:
+        device = next((weight.device for weight in model.parameters()), None) if isinstance(model, nn.Module) else None
         self.model = model
-        self.annealing = AlphaAnnealing(steps, start, end, shape, device=model.device)
-        if not belongs_to_adapter(model):
-            set_alpha(model, self.annealing.alpha)
+        self.annealing = AlphaAnnealing(steps, start, end, shape, device=device)
+        if not (isinstance(model, nn.Module) and belongs_to_adapter(model)):
+            assign_alpha(model, self.annealing.alpha, "AnnealAlpha")
         self._find()
         self.annealing.load_state_dict({"taken": 0})
 
@@ -36,6 +37,11 @@ class AnnealAlpha(TrainerCallback):
 
     def on_train_begin(self, arguments, state, control, model=None, **kwargs) -> None:
         self._find()
+        if model is not None and held_tensor(model) is not self.annealing.alpha:
+            raise ValueError(
+                f"AnnealAlpha was made for another {type(self.model).__name__} than the {type(model).__name__} that is "
+                "trained: make it with the model that the Trainer gets"
+            )
         self.annealing.load_state_dict({"taken": min(state.global_step, self.annealing.steps)})
 
     def on_step_end(self, arguments, state, control, **kwargs) -> None:

@@ -51,6 +51,15 @@ def is_held(alpha: object) -> bool:
     return isinstance(alpha, dict) and HELD_BY in alpha
 
 
+def drop_held(config: Any) -> bool:
+    """Let the config, and its parts, declare no alpha among the weights; did one?"""
+    dropped = [drop_held(part) for _, part in _parts_of(config)]
+    if is_held(getattr(config, "entmax_alpha", None)):
+        config.entmax_alpha = None
+        dropped.append(True)
+    return any(dropped)
+
+
 def declare(config: Any) -> None:
     """Let the config, and its parts, be saved with the attention that they have then."""
     for _, part in _parts_of(config):

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .transformers_alpha import check_loaded, link, restore_alpha
-from .transformers_config import Declaration, declare, declared_attention, is_held, takes_alpha
+from ..problem import said
+from .transformers_alpha import awaits_alpha, check_loaded, has_weights, link, restore_alpha
+from .transformers_config import Declaration, declare, declared_attention, drop_held, takes_alpha
 
 _installed = []
 
@@ -31,8 +32,12 @@ def on_registration(module: nn.Module, name: str, part: nn.Module | None) -> Non
     if part is None or name == "entmax_alpha":
         return
     if isinstance(module, PreTrainedModel):
-        if next(module.children(), None) is None:
+        if next(module.children(), None) is None and "entmax_check" not in vars(module):
             prepare(module)
+        if "entmax_awaited" in vars(module) and has_weights(part):
+            del module.entmax_awaited
+            setattr(module, name, part)  # before alpha; PyTorch sets it again, in the same place
+            restore_alpha(module)
         for inner in part.modules():
             _unwatch(inner)  # the outermost model is asked
     owner = vars(module).get("entmax_owner")
@@ -49,8 +54,15 @@ def prepare(model: nn.Module) -> None:
         _warn_of_softmax(model)
     else:
         _refuse_by_class(model)
-        if takes_alpha(model.config):
-            restore_alpha(model)
+    if not takes_alpha(model.config) and drop_held(model.config):
+        warnings.warn(
+            f"{_whose(model)} was saved with an alpha among its weights, and is loaded with "
+            f"{attention or model.config._attn_implementation!r}, which has no place for it: that alpha is dropped. To "
+            "keep it, load with attn_implementation='entmax'",
+            stacklevel=2,
+        )
+    if takes_alpha(model.config) and awaits_alpha(model):
+        model.entmax_awaited = True
     declare(model.config)
     model.entmax_check = model.register_forward_hook(check_use)
 
@@ -59,9 +71,10 @@ def prepare_built(model: nn.Module) -> None:
     """A model that was built before `watch_construction`."""
     from transformers import PreTrainedModel
 
-    root = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    root = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
     if root is None:
-        raise TypeError(f"register takes models of Transformers, got {type(model).__name__}")
+        raise TypeError(f"register takes models of Transformers, got {said(model)}")
     if "entmax_check" not in vars(root):
         root.entmax_check = root.register_forward_hook(check_use)
     for part in root.modules():
@@ -73,13 +86,19 @@ def _warn_of_softmax(model: nn.Module) -> None:
     saved = vars(model.config).get("entmax_attention")
     if saved is not None and not isinstance(saved, Declaration):
         warnings.warn(
-            f"{type(model).__name__} was saved with attn_implementation={saved!r} and is loaded with "
-            f"{model.config._attn_implementation!r}, which is softmax: its outputs are not those of the saved model",
+            f"{_whose(model)} was saved with attn_implementation={saved!r} and is loaded with "
+            f"{model.config._attn_implementation!r}, which is softmax: its outputs are not those of the saved model. "
+            "To load what was saved, leave attn_implementation away",
             stacklevel=2,
         )
         del model.config.entmax_attention
-        if is_held(getattr(model.config, "entmax_alpha", None)):
-            model.config.entmax_alpha = None  # the model has no place for that weight
+        drop_held(model.config)
+
+
+def _whose(model: nn.Module) -> str:
+    """With its folder: Python shows a warning of the same words once."""
+    folder = model.config.name_or_path
+    return type(model).__name__ + (f" of {folder}" if folder else "")
 
 
 # Models that would not use the attention, or not with the alpha that belongs to it
@@ -110,14 +129,25 @@ def _refuse_by_class(model: nn.Module) -> None:
         )
 
 
-_callers: set[str] = set()  # classes of attention modules that were seen to call entmax
+_traced: set[str] = set()  # classes of attention modules whose call of entmax was compiled
+
+
+def note_caller(module: nn.Module) -> None:
+    """Of a compiled call no more is known than the class of the module: what is traced changes no module."""
+    if torch.compiler.is_compiling():
+        _note_traced(type(module).__name__)
+    else:
+        module.entmax_called = True
 
 
 @torch.compiler.assume_constant_result
-def note_caller(name: str) -> bool:
-    """Done while a call is traced, too."""
-    _callers.add(name)
+def _note_traced(name: str) -> bool:
+    _traced.add(name)
     return True
+
+
+def _called(module: nn.Module) -> bool:
+    return "entmax_called" in vars(module) or type(module).__name__ in _traced
 
 
 def check_use(model: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -128,7 +158,7 @@ def check_use(model: nn.Module, inputs: Any, outputs: Any) -> None:
     if attention is None:
         return
     check_loaded(model)
-    if all(type(module).__name__ not in _callers for module in model.modules()):
+    if not any(_called(module) for module in model.modules()):
         raise RuntimeError(
             f"{type(model).__name__} ran without a call of its attention function: attn_implementation={attention!r} "
             "has no effect, as it computes its own attention, or none. Use attn_implementation='eager'"

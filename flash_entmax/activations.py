@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import row_ops
 from .functional import ALPHAS, choose_impl, clamped
-from .problem import Impl, is_jagged, refuse_nested, row_dtype
+from .problem import Impl, is_jagged, refuse_nested, row_dtype, typed
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -125,7 +125,7 @@ def check_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> None:
 
 def check_alpha_number(alpha: float, accepted: str = "a number") -> None:
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"alpha must be {accepted}, got {type(alpha).__name__}")
+        raise TypeError(f"alpha must be {accepted}, got {typed(alpha)}")
     if not 1.0 <= alpha <= 2.0:
         raise ValueError(f"alpha must be in [1, 2], got {alpha}")
 

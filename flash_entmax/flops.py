@@ -28,13 +28,12 @@ def register_flop_formulas() -> None:
     def backward(grad_output, query, key, value, *_, **__) -> int:
         return pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
 
-
     @flop_counter.register_flop_formula(operators.attention_tangent)
     def tangent(query, key, value, *_, **__) -> int:
         return pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
 
     @flop_counter.register_flop_formula(operators.linear_loss)
-    def linear_loss(hidden, weight, bias, classes, of_hidden, of_weight, *_, **__) -> int:
+    def linear(hidden, weight, bias, classes, of_hidden, of_weight, *_, **__) -> int:
         return 2 * hidden[0] * weight[0] * weight[1] * (1 + of_hidden + of_weight)
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import softplus
 from .activations import check_alpha_number, check_rows_impl, entmax
 from .functional import ALPHAS, entmax_attention, entmax_attention_varlen
 from .losses import check_options, entmax_loss
-from .problem import Impl, check_flag, check_softcap, is_jagged, is_number, longest_sequence, refuse_nested, said
+from .problem import Impl, check_flag, check_softcap, is_jagged, is_number, longest_sequence, refuse_nested, said, typed
 from .sight import UNLIMITED, check_index, check_window
 
 POSITIONS = "rope", "alibi", "nape", "none"
@@ -84,7 +84,7 @@ class WithAlpha(nn.Module):
     def __setattr__(self, name: str, value: object) -> None:
         if name == "alpha" and isinstance(value, Tensor):
             raise TypeError(
-                f"alpha must be a number, got {type(value).__name__}: pass a tensor to each call, as in "
+                f"alpha must be a number, got {typed(value)}: pass a tensor to each call, as in "
                 "module(x, alpha=annealing.alpha), or learn it with learn_alpha=True"
             )
         super().__setattr__(name, value)

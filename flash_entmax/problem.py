@@ -279,13 +279,13 @@ def check_scalars(
     if isinstance(alpha, Tensor):
         _check_parameter("alpha", alpha, query, ((), (heads,)))
     elif not is_number(alpha):
-        raise TypeError(f"alpha must be a float in [1, 2] or a tensor, got {type(alpha).__name__}")
+        raise TypeError(f"alpha must be a float in [1, 2] or a tensor, got {typed(alpha)}")
     elif not 1.0 <= alpha <= 2.0:
         raise ValueError(f"alpha must be in [1, 2] (1 is softmax, 2 is sparsemax), got {alpha}")
     if isinstance(scale, Tensor):
         _check_parameter("scale", scale, query, ((), (heads,)))
     elif scale is not None and not is_number(scale):
-        raise TypeError(f"scale must be a positive float, a tensor or None, got {type(scale).__name__}")
+        raise TypeError(f"scale must be a positive float, a tensor or None, got {typed(scale)}")
     elif scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}")
     check_softcap(softcap)
@@ -304,7 +304,7 @@ def check_scalars(
 
 def check_softcap(softcap: object) -> None:
     if not is_number(softcap):
-        raise TypeError(f"softcap must be a positive float, or 0 for none, got {type(softcap).__name__}")
+        raise TypeError(f"softcap must be a positive float, or 0 for none, got {typed(softcap)}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or 0 for none, got {softcap}")
 
@@ -317,6 +317,12 @@ def check_flag(name: str, value: object) -> None:
 def said(value: object) -> str:
     """What was passed, in a message: its value, or its type where that may be long."""
     return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+
+
+def typed(value: object) -> str:
+    """What was passed, in a message about types: its type, and its value where that is short."""
+    kind = type(value).__name__
+    return kind if said(value) == kind else f"{kind} {said(value)}"
 
 
 def is_number(value: object) -> bool:

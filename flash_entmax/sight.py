@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .closure import state_of
-from .problem import WORD_BITS, Problem, ceil_div, check_flag, pack_tiles
+from .problem import WORD_BITS, Problem, ceil_div, check_flag, pack_tiles, typed
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -63,7 +63,7 @@ def check_sight(query: Tensor, key: Tensor, sight: Sight) -> None:
     if isinstance(given, Tensor):
         check_index("query_positions", given, query, ((query_length,), (batch, query_length)))
     elif given is not None and not _is_int(given):
-        raise TypeError(f"query_positions must be an integer, an integer tensor or None, got {type(given).__name__}")
+        raise TypeError(f"query_positions must be an integer, an integer tensor or None, got {typed(given)}")
     elif given is not None and abs(given) > FURTHEST:
         raise ValueError(f"query_positions must be from -2^30 to 2^30, got {given}")
     if sight.key_lengths is not None:
@@ -99,7 +99,7 @@ def check_boundaries(query: Tensor, key: Tensor, sight: Sight) -> None:
 def check_longest(max_q: object, max_k: object) -> None:
     for name, longest in (("max_q", max_q), ("max_k", max_k)):
         if not _is_int(longest):
-            raise TypeError(f"{name} must be an integer, got {type(longest).__name__}")
+            raise TypeError(f"{name} must be an integer, got {typed(longest)}")
         if longest < 0:
             raise ValueError(f"{name} must be at least 0, got {longest}")
 

@@ -249,7 +249,7 @@ def tangent_of(
 ) -> Tensor:  # fmt: skip
     """`attention_tangent` with one alpha and scale, whose tangents are numbers, in the compute dtype.
 
-    dO = sum dp v + sum p dv with t = u ds + r^2 d alpha p (1 - ln d) and dp = t - u sum t / sum u, so that sum p stays 1.
+    dO = sum dp v + sum p dv with t = u ds + r^2 d alpha p (1 - ln d) and dp = t - u sum t / sum u: sum p stays 1.
     """
     scope = Scope.of(problem, modifiers, query.device)
     q, k, v, mean = (tiles_of(tensor) for tensor in (query, key, value, value_mean))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import make_case, packed_case
 from torch.autograd import forward_ad
-from torch.func import jvp
+from torch.func import jvp, vmap
 
 from flash_entmax import entmax, entmax_attention, entmax_attention_varlen, entmax_loss, linear_entmax_loss
 
@@ -177,3 +177,44 @@ def test_the_derivative_of_a_tangent_is_refused(backend):
     _, tangent = jvp(call_of(case, backend.impl), tuple(leaves), directions(leaves))
     with pytest.raises(RuntimeError, match="attention has no second derivative"):
         tangent.sum().backward()
+
+
+def test_samples_side_by_side_within_forward_mode(backend):
+    """jvp of vmap, softmax included."""
+    for alpha in (1.5, 1.0):
+        query = torch.randn(2, 1, 1, 10, 8, device=backend.device)
+
+        def attend(query, alpha=alpha):
+            return entmax_attention(query, query, query, alpha=alpha, impl=backend.impl)
+
+        together = jvp(vmap(attend), (query,), (query,))[1]
+        alone = torch.stack([jvp(attend, (sample,), (sample,))[1] for sample in query])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_tangents_in_16_bits_do_not_leave_the_range():
+    """Of a linear layer's loss they are summed in float32."""
+    hidden, target = torch.full((2, 4), 8.0).half(), torch.tensor([0, 0])
+    weight, tangent = torch.tensor([[1.0] * 4, [20.0] * 4, [2.0] * 4]).half(), torch.full((2, 4), 6e3).half()
+
+    def loss(hidden):
+        return linear_entmax_loss(hidden, weight.to(hidden.dtype), target, reduction="sum", impl="torch")
+
+    expected = jvp(loss, (hidden.float(),), (tangent.float(),))[1]
+    torch.testing.assert_close(jvp(loss, (hidden,), (tangent,))[1], expected)
+
+
+def test_a_mean_over_nothing_has_a_tangent_of_zero():
+    scores, nothing = torch.randn(3, 5), torch.full((3,), -100)
+    weight = torch.randn(4, 5)
+    for loss in (lambda x: entmax_loss(x, nothing), lambda x: linear_entmax_loss(x, weight, nothing)):
+        value, tangent = jvp(loss, (scores,), (scores,))
+        assert value.isnan()
+        assert tangent == 0
+
+
+def test_tangents_of_another_dtype_are_refused(backend):
+    dtype = backend.dtypes[1]
+    query = torch.randn(1, 1, 8, 8, device=backend.device).to(dtype)
+    with pytest.raises(TypeError, match=f"dtype of their tensors, {dtype}, got torch.float64"):
+        jvp(lambda q: entmax_attention(q, query, query, impl=backend.impl), (query,), (query.double(),))

@@ -1,9 +1,11 @@
 """torch.func: gradients, samples side by side, ensembles of parameters; each against single calls of plain autograd."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases import boundaries
-from torch.func import functional_call, grad, jacfwd, jacrev, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from flash_entmax import entmax, entmax_attention, entmax_attention_varlen, entmax_loss, linear_entmax_loss
 from flash_entmax.nn import EntmaxAttention
@@ -156,9 +158,39 @@ def test_an_ensemble_of_layers(backend):
             assert_same([ours[name][index]], [parameter.grad])
 
 
-def test_second_derivatives_are_refused(backend):
-    for name in ("attention", "entmax", "loss", "linear loss"):
-        function, tensors = samples_of(backend, name, samples=1)
-        tensors = tuple(tensor[0] for tensor in tensors)
-        with pytest.raises(RuntimeError, match="has no second derivative"):
-            grad(lambda *inputs, function=function: grad(function)(*inputs).square().sum())(*tensors)
+def twice(first, second):
+    """A derivative of a derivative, each in reverse or in forward mode."""
+
+    def derivative(mode, function):
+        if mode == "reverse":
+            return lambda *inputs: grad(function)(*inputs).square().sum()
+        return lambda *inputs: jvp(function, inputs, inputs)[1].square().sum()
+
+    return lambda function, tensors: derivative(first, derivative(second, function))(*tensors)
+
+
+@pytest.mark.parametrize("second", ["reverse", "forward"])
+@pytest.mark.parametrize("first", ["reverse", "forward"])
+@pytest.mark.parametrize("name", ["attention", "entmax", "loss", "linear loss"])
+def test_second_derivatives_are_refused(backend, name, first, second):
+    function, tensors = samples_of(backend, name, samples=1)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        twice(first, second)(function, tuple(tensor[0] for tensor in tensors))
+
+
+@pytest.mark.parametrize("alpha", [1.5, 1.3, 2.0, torch.tensor([1.6, 1.2], dtype=torch.float64)])
+def test_the_reference_has_second_derivatives(alpha):
+    """Along a direction, against differences of the first."""
+    query, key, value, way = (torch.randn(1, 2, 7, 4, dtype=torch.float64) for _ in range(4))
+
+    def slope(query):
+        call = partial(entmax_attention, key=key, value=value, alpha=alpha, is_causal=True, impl="reference")
+        return (grad(lambda query: call(query).sin().sum())(query) * way).sum()
+
+    expected = (slope(query + 1e-5 * way) - slope(query - 1e-5 * way)) / 2e-5
+    torch.testing.assert_close((grad(slope)(query) * way).sum(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_samples_at_all_are_refused():
+    with pytest.raises(ValueError, match=r"torch\.vmap must have at least one sample"):
+        vmap(entmax_attention)(*(torch.randn(0, 1, 1, 4, 8),) * 3)

@@ -229,6 +229,14 @@ def test_flops_are_those_of_dense_attention(backend, key_heads):
     assert ours.get_total_flops() == backward
 
 
+def test_flops_of_a_linear_loss_are_those_of_its_products():
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    register_flop_formulas()
+    with FlopCounterMode(display=False) as counter:
+        linear_entmax_loss(hidden, weight, torch.zeros(6).long()).backward()
+    assert counter.get_total_flops() == 3 * 2 * 6 * 8 * 10
+
+
 # Second derivatives
 
 

@@ -105,3 +105,12 @@ def test_small_alpha_comes_close_to_softmax():
     error, smaller = (near - soft).abs().max(), (nearer - soft).abs().max()
     assert error < 5e-3
     assert smaller < error / 5
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, torch.tensor(1.5)])
+@pytest.mark.parametrize(("heads", "keys"), [(0, 4), (2, 0)])
+def test_nothing_to_attend_with_or_to(alpha, heads, keys):
+    query, key, value = torch.randn(2, heads, 3, 8), torch.randn(2, heads, keys, 8), torch.randn(2, heads, keys, 5)
+    output = entmax_attention(query, key, value, alpha=alpha, impl="reference")
+    assert output.shape == (2, heads, 3, 5)
+    assert (output == 0).all()

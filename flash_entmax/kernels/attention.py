@@ -212,15 +212,16 @@ def attention_backward(
 
 
 def query_stage(
-    call: Call, query, key, value, grad_output, selected, value_mean, maximum, offset, packed, live, grad_query, shares,
+    call: Call, query, key, value, grad_output, selected, value_mean, maximum, offset, packed, live, grad_query,
+    shares,
 ) -> None:  # fmt: skip
     parts = call.query_chunks(LISTED)
     lists = new_lists(parts, live.device)
     shape = call.shape if shares is None else replace(call.shape, PARAMETERS=True)
     for chunk in parts:
         chunk.run(
-            gradient_query_kernel, schedule.gradient_launch(shape), query, key, value, value_mean, grad_output, selected,
-            maximum, offset, packed, live, lists, grad_query, shares, call.view, *call.numbers, *call.extent,
+            gradient_query_kernel, schedule.gradient_launch(shape), query, key, value, value_mean, grad_output,
+            selected, maximum, offset, packed, live, lists, grad_query, shares, call.view, *call.numbers, *call.extent,
             chunk.first_unit, chunk.units, chunk.first_tile, call.words, chunk.capacity, S=shape,
         )  # fmt: skip
 

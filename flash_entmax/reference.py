@@ -158,6 +158,7 @@ def attention(
 def support_of(probability: Tensor, maximum: Tensor, offset: Tensor, tile: int) -> Support:
     live = probability.detach() > 0
     rows, keys = live.shape[-2:]
-    padded = torch.nn.functional.pad(live, (0, -keys % tile, 0, -rows % tile))
+    padded = live.new_zeros(*live.shape[:-2], rows + -rows % tile, keys + -keys % tile)
+    padded[..., :rows, :keys] = live
     tiles = padded.unflatten(-1, (-1, tile)).unflatten(-3, (-1, tile)).any(-1).any(-2)
     return Support(maximum.detach(), offset.detach(), live.sum(-1, dtype=torch.int32), tiles, (tile, tile))

@@ -135,15 +135,8 @@ class EntmaxLoss(nn.Module):
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return entmax_loss(
-            input,
-            target,
-            self.alpha,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            impl=self.impl,
-        )
+        options = {name: getattr(self, name) for name in ("ignore_index", "reduction", "label_smoothing", "impl")}
+        return entmax_loss(input, target, self.alpha, **options)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"

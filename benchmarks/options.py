@@ -8,7 +8,7 @@ import torch
 import triton
 
 from flash_entmax import __version__, entmax_attention, entmax_attention_varlen
-from flash_entmax.benchmarks.measure import event_ms
+from flash_entmax.programs.benchmarks.measure import event_ms
 from flash_entmax.testing import topic_inputs
 
 LENGTH, HEADS, DIM = 32768, 8, 64

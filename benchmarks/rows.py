@@ -18,8 +18,8 @@ from time import perf_counter
 import torch
 
 from flash_entmax import __version__, entmax, entmax_loss
+from flash_entmax.core.threshold import certified_offset, histogram_offset, newton_step, probability, support_weight
 from flash_entmax.testing import DISTRIBUTIONS, score_rows
-from flash_entmax.threshold import certified_offset, histogram_offset, newton_step, probability, support_weight
 
 LENGTHS = 1024, 4096, 16384, 50257, 65536, 131072
 REPEATS = 3

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flash_entmax import entmax_attention, inspection, page, plot
+from flash_entmax import entmax_attention, inspection
+from flash_entmax.show import page, plot
 
 OUT = Path("out/see_attention")
 WIDTH, HEADS = 256, 4

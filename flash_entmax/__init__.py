@@ -3,11 +3,10 @@
 import sys
 
 from .activations import entmax, entmax15, sparsemax
-from .flops import register_flop_formulas
+from .core.call import Impl, Support
 from .functional import entmax_attention, entmax_attention_varlen
-from .linear_loss import linear_entmax_loss
-from .losses import entmax15_loss, entmax_loss, sparsemax_loss
-from .problem import Impl, Support
+from .losses import entmax15_loss, entmax_loss, linear_entmax_loss, sparsemax_loss
+from .operators.flops import register_flop_formulas
 
 if "torch.utils.flop_counter" in sys.modules:
     register_flop_formulas()

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from . import row_ops
-from .functional import ALPHAS, choose_impl, clamped
-from .problem import Impl, is_jagged, refuse_nested, row_dtype, typed
+from .core.call import ALPHAS, Impl, clamped, is_jagged, row_dtype
+from .core.checks import refuse_nested, typed
+from .core.modes import as_given
+from .functional import choose_impl
+from .operators import rows as row_ops
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -47,7 +49,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
     check_alpha(alpha, x, dim)
     impl = choose_rows(x, impl)
     if not isinstance(alpha, Tensor) and alpha == 1.0:
-        with row_ops.as_given(x):
+        with as_given(x):
             return softmax(x, dim)
     if x.numel() == 0:
         return x.clone()

@@ -6,33 +6,22 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .problem import (
-    Impl,
-    Modifiers,
-    Problem,
-    Support,
+from .backends import reference
+from .core.call import Impl, Modifiers, Problem, Support, is_jagged, longest_sequence, parameters, row_dtype
+from .core.checks import (
+    check_boundaries,
     check_flag,
     check_inputs,
-    check_scalars,
-    is_jagged,
-    longest_sequence,
-    refuse_nested,
-    row_dtype,
-)
-from .sight import (
-    UNLIMITED,
-    Sight,
-    check_boundaries,
     check_longest,
+    check_scalars,
     check_sight,
-    filter_of_blocks,
-    reach,
+    refuse_nested,
 )
+from .core.modes import as_autocast, as_given
+from .core.visibility import UNLIMITED, Sight, filter_of_blocks, reach
+from .operators import attention as ops
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
-ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
-SCALES = 1e-6, 1e6  # and a tensor scale to these
 
 
 def entmax_attention(
@@ -253,15 +242,15 @@ def attend(query, key, value, alpha, scale, softcap, slopes, sight, impl, return
 
     seen = intervals(problem, sight, query)
     if impl == "reference":
-        with ops.as_given(query):
+        with as_given(query):
             result = reference.attention(problem, query, key, value, alpha, scale, slopes, sight)
         return result if return_support else result[0]
     if not isinstance(alpha, Tensor) and alpha == 1.0:
-        from .softmax import softmax_attention
+        from .backends.softmax import softmax_attention
 
         if return_support:
             raise ValueError("alpha=1 is softmax, which attends to every key: it has no support to return")
-        with ops.as_given(query):
+        with as_given(query):
             return softmax_attention(problem, query, key, value, scale, slopes, sight, seen)
 
     tile = ops.tile(impl, query, value)
@@ -289,42 +278,6 @@ def intervals(problem: Problem, sight: Sight, query: Tensor) -> Tensor | None:
     limits = positions, sight.key_lengths, sight.cu_seq_q, sight.cu_seq_k
     longest = sight.max_q, sight.max_k
     return ops.intervals(query.detach(), *limits, problem.key_length, first, *sight.window, *longest)
-
-
-def parameters(query: Tensor, alpha: float | Tensor, scale: float | Tensor | None):
-    """Two floats, or two tensors (heads,) clamped to their ranges."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not isinstance(alpha, Tensor) and not isinstance(scale, Tensor):
-        return float(alpha), float(scale)
-    if not isinstance(alpha, Tensor) and alpha == 1.0:
-        return 1.0, of_heads(query, scale, SCALES)
-    return of_heads(query, alpha, ALPHAS), of_heads(query, scale, SCALES)
-
-
-def of_heads(query: Tensor, number: float | Tensor, limits: tuple[float, float]) -> Tensor:
-    """(heads,) in the dtype of rows; the gradient of what is clamped is 0."""
-    dtype, heads = row_dtype(query), query.shape[1]
-    if not isinstance(number, Tensor):
-        number = min(max(number, limits[0]), limits[1])
-        return torch.full((heads,), number, dtype=dtype, device=query.device)
-    return clamped(number.to(dtype), limits).expand(heads).contiguous()
-
-
-def clamped(number: Tensor, limits: tuple[float, float]) -> Tensor:
-    """With gradient 0 outside of the limits and not on them, where `clamp` of torch 2.14 has 0 as well."""
-    lowest, highest = limits
-    return torch.where(number < lowest, lowest, torch.where(number > highest, highest, number))
-
-
-def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, inputs in its dtype, as scaled_dot_product_attention takes them; float64 stays."""
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        return tensors
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def choose_impl(query: Tensor, impl: Impl) -> Impl:

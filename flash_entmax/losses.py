@@ -9,9 +9,12 @@ have no probability. A class can win for good: once it is ahead by 1 / (alpha - 
 import torch
 from torch import Tensor
 
-from . import row_ops
-from .activations import check_alpha_number, check_scores, choose_rows
-from .problem import Impl, refuse_nested
+from .activations import DTYPES, check_alpha_number, check_scores, choose_rows
+from .core.call import Impl
+from .core.checks import refuse_nested
+from .core.modes import as_autocast
+from .operators import rows as row_ops
+from .operators.linear_loss import linear_loss
 
 REDUCTIONS = "mean", "sum", "none"
 
@@ -85,6 +88,54 @@ def entmax15_loss(input: Tensor, target: Tensor, **options) -> Tensor:
     return entmax_loss(input, target, 1.5, **options)
 
 
+def linear_entmax_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    alpha: float = 1.5,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``entmax_loss(linear(hidden, weight, bias), target)`` with the logits of only some tokens at a time.
+
+    For 16,384 tokens and 131,072 classes, bfloat16 logits and their gradient would take 8 GiB; here they take up to
+    256 MiB, beside the weight's gradient in float32. Gradients are computed along with the loss, chunk by chunk: each
+    chunk's logits are made once. Rows that are ignored count for nothing, whatever their ``hidden`` holds, and get
+    gradient 0, whatever the incoming gradient is; where no row counts, so do ``weight`` and ``bias``.
+
+    Args:
+        hidden: (..., size); float16, bfloat16, float32 or float64.
+        weight: (classes, size), of the dtype of ``hidden``.
+        target: int64 classes, of the shape of ``hidden`` without its last dimension.
+        bias: (classes,), of the dtype of ``hidden``.
+        alpha, ignore_index, label_smoothing, impl: as for :func:`flash_entmax.entmax_loss`.
+        reduction: ``"mean"`` (NaN, with gradient 0, if all rows are ignored) or ``"sum"``.
+
+    Returns:
+        A float32 scalar (float64 for float64). Second derivatives are refused.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices and options that do not fit.
+    """
+    if bias is None:
+        hidden, weight = as_autocast(hidden, weight)
+    else:
+        hidden, weight, bias = as_autocast(hidden, weight, bias)
+    check_linear(hidden, weight, target, bias)
+    check_options(alpha, ignore_index, reduction, label_smoothing)
+    if reduction == "none":
+        raise ValueError("reduction must be 'mean' or 'sum', got 'none': use entmax_loss for the loss of each token")
+    rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
+    impl = choose_rows(hidden, impl)
+    scalars = ignore_index, float(label_smoothing), float(alpha), impl
+    total, *_ = linear_loss(rows, weight, bias, classes, False, False, False, *scalars)
+    return total if reduction == "sum" else mean_of(total, (classes != ignore_index).sum())
+
+
 def mean_of(total: Tensor, count: int | Tensor) -> Tensor:
     """NaN over no rows, with derivatives of 0."""
     if isinstance(count, Tensor):
@@ -134,3 +185,28 @@ def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:
     if target.shape != shape:
         shapes = f"{tuple(shape)} for input {tuple(input.shape)}, got {tuple(target.shape)}"
         raise ValueError(f"a target of classes must have shape {shapes}; scores have their classes in dimension 1")
+
+
+def check_linear(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    tensors = {"hidden": hidden, "weight": weight, "target": target} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        refuse_nested(name, tensor)
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 classes, got {target.dtype}")
+    if hidden.dim() < 2 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"hidden and weight must have shapes (..., size) and (classes, size), got {shapes}")
+    floating = {name: tensor.dtype for name, tensor in tensors.items() if name != "target"}
+    if len(set(floating.values())) > 1:
+        dtypes = ", ".join(map(str, floating.values()))
+        raise TypeError(f"{' and '.join(floating)} must have one dtype, got {dtypes}")
+    if hidden.dtype not in DTYPES:
+        raise TypeError(f"hidden must be float16, bfloat16, float32 or float64, got {hidden.dtype}")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"target must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .activations import check_alpha_number, check_rows_impl, entmax
-from .functional import ALPHAS, entmax_attention, entmax_attention_varlen
+from .core.call import ALPHAS, Impl, is_jagged, longest_sequence
+from .core.checks import check_flag, check_index, check_softcap, check_window, is_number, refuse_nested, said, typed
+from .core.visibility import UNLIMITED
+from .functional import entmax_attention, entmax_attention_varlen
 from .losses import check_options, entmax_loss
-from .problem import Impl, check_flag, check_softcap, is_jagged, is_number, longest_sequence, refuse_nested, said, typed
-from .sight import UNLIMITED, check_index, check_window
 
 POSITIONS = "rope", "alibi", "nape", "none"
 TEMPERATURES = "fixed", "adaptive"

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flash_entmax import entmax_attention, entmax_attention_varlen, reference
-from flash_entmax.functional import parameters
-from flash_entmax.problem import Problem, Support
-from flash_entmax.sight import Sight
+from flash_entmax import entmax_attention, entmax_attention_varlen
+from flash_entmax.backends import reference
+from flash_entmax.core.call import Problem, Support, parameters
+from flash_entmax.core.threshold import threshold_by_bisection
+from flash_entmax.core.visibility import Sight
 from flash_entmax.testing import iid_inputs, inputs_with_scores
-from flash_entmax.threshold import threshold_by_bisection
 
 PARAMETERS = ("alpha", "scale", "alibi_slopes")
 OF_SIGHT = (

@@ -11,8 +11,10 @@ import torch
 from cases import Case, Result, Step, attend, names, run, run_dense
 from torch import Tensor
 
-from flash_entmax import entmax_attention, ops, reference
-from flash_entmax.problem import Support
+from flash_entmax import entmax_attention
+from flash_entmax.backends import reference
+from flash_entmax.core.call import Support
+from flash_entmax.operators import attention as ops
 from flash_entmax.testing import (
     DISTRIBUTIONS,
     FLOOR,

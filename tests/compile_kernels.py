@@ -11,7 +11,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from flash_entmax.problem import Modifiers, Problem, Tangents
+from flash_entmax.core.call import Modifiers, Problem, Tangents
 
 
 class AbsentGpu:
@@ -47,8 +47,8 @@ def all_modifiers(heads: int, length: int, tile: int) -> Modifiers:
 
 def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, everything: bool) -> None:
     driver.set_active(AbsentGpu(capability))
-    from flash_entmax.kernels import attention
-    from flash_entmax.kernels.schedule import tile_size
+    from flash_entmax.backends.triton import attention
+    from flash_entmax.backends.triton.schedule import tile_size
 
     def compile_only(chunk, kernel, launch, *arguments, **constants):
         compiled = kernel.warmup(*arguments, grid=(1,), **constants, **launch.options, enable_fp_fusion=True)
@@ -67,8 +67,8 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
 
 def compile_rows(capability: int, dtype: torch.dtype, size: int, alpha: float) -> None:
     driver.set_active(AbsentGpu(capability))
-    from flash_entmax.kernels import rows
-    from flash_entmax.rows import Target
+    from flash_entmax.backends.torch.rows import Target
+    from flash_entmax.backends.triton import rows
 
     def compile_only(kernel, programs, shape, *arguments):
         compiled = kernel.warmup(*arguments, grid=(1,), S=shape, num_warps=shape.warps)

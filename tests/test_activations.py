@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_entmax import entmax, entmax15, entmax_loss, sparsemax
-from flash_entmax.reference import entmax_rows
+from flash_entmax.backends.reference import entmax_rows
 from flash_entmax.testing import DISTRIBUTIONS, assert_within_budget, score_rows
 
 ALPHAS = [1.5, 2.0, 1.3, 1.05]
@@ -175,7 +175,8 @@ def test_rows_that_do_not_fit_in_registers(backend, monkeypatch):
     """Read in spans, by fewer programs than there are rows, they are what they are when held."""
     if backend.impl != "triton":
         pytest.skip("about kernels")
-    from flash_entmax.kernels import row, rows
+    from flash_entmax.backends.triton import row_solve as row
+    from flash_entmax.backends.triton import rows
 
     def everything():
         x, grad = scores(backend, 40, 700), scores(backend, 40, 700, seed=1)

@@ -14,59 +14,34 @@ import flash_entmax
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flash_entmax"
 
-# What each module of the core may import from the package; lower layers stand first.
-CORE = {
-    "problem": set(),
-    "threshold": {"problem"},
-    "closure": set(),
-    "sight": {"closure", "problem"},
-    "reference": {"threshold", "sight", "problem"},
-    "registration": set(),
-    "softmax": {"reference", "registration", "sight", "problem"},
-    "tiles": {"sight", "problem"},
-    "tiled": {"tiles", "threshold", "sight", "problem"},
-    "rows": {"threshold", "problem"},
-    "ops": {"registration", "tiled", "tiles", "sight", "problem", "kernels"},
-    "row_ops": {"registration", "rows", "problem", "kernels"},
-    "functional": {"ops", "softmax", "reference", "sight", "problem"},
-    "activations": {"row_ops", "functional", "problem"},
-    "losses": {"row_ops", "activations", "problem"},
-    "linear_loss": {"row_ops", "registration", "losses", "activations", "functional", "problem"},
-    "nn": {"losses", "activations", "functional", "sight", "problem"},
+# What each wing may import from the package beside itself: lower wings only. Files without a folder are doors.
+WINGS = {
+    "core": set(),
+    "backends": {"core"},
+    "operators": {"backends", "core"},
+    "functional": {"operators", "backends", "core"},
+    "activations": {"operators", "functional", "core"},
+    "losses": {"operators", "activations", "functional", "core"},
+    "nn": {"losses", "activations", "functional", "core"},
     "anneal": set(),
-    "sparse_rows": {"reference", "sight", "problem"},
-    "inspection": {"sparse_rows", "functional", "ops", "sight", "problem"},
-    "flops": {"linear_loss", "ops"},
-    "__init__": {"linear_loss", "losses", "activations", "functional", "flops", "problem"},
+    "inspection": {"functional", "operators", "backends", "core"},
+    "": {"losses", "activations", "functional", "operators", "core"},
     "testing": set(),
+    "integrations": {"anneal", "nn", "inspection", "functional", "core"},
+    "show": {"inspection", "core"},
+    "programs": {"", "show", "integrations", "inspection", "anneal", "nn", "functional", "backends", "core"},
+    "__main__": {"programs"},
 }
-# The outer programs use the public calls, the specification, and each other; never the private stages.
-OUTER = (
-    "command",
-    "cli",
-    "__main__",
-    "plot",
-    "page",
-    "inspect_model",
-    "demo",
-    "selfcheck",
-    "benchmarks",
-    "recipes",
-    "integrations",
-)
-PUBLIC = {"", "functional", "problem", "reference", "nn", "anneal", "inspection"}
-FURTHER = {
-    # Inputs and error measures are shared with the tests, and the steps of the solvers in plain PyTorch are counted.
-    "benchmarks": {"testing", "threshold"},
-    "integrations": {"sight"},  # masks are translated into its words
-}
-KERNEL_WORDS = {"tile", "alpha", "lists", "view", "score", "row"}
+# Of the backends, wings above the operators use the specification only, or ask which one can run.
+OPEN_TO_ALL = {"backends", "backends.reference", "backends.softmax"}
+FURTHER = {"programs.benchmarks": {"testing"}}  # inputs and error measures are shared with the tests
+KERNEL_WORDS = {"tile", "alpha", "lists", "visibility", "score", "row_solve"}
 THRESHOLD_STAGES = {"bound", "scan", "certify"}  # one kernel takes its rows through all of them
 CONDUCTOR = "attention"
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name below the package, e.g. kernels.tau, of every Python file; a package has the name __init__."""
+    """Dotted name below the package, e.g. core.call, of every Python file; a package has the name __init__."""
     return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -95,63 +70,73 @@ def is_module(dotted: str) -> bool:
     return dotted.startswith("flash_entmax.") and (path.with_suffix(".py").exists() or path.is_dir())
 
 
-def layer(name: str) -> str:
-    return name.partition(".")[0]
+def wing(name: str) -> str:
+    return "" if name == "__init__" else name.partition(".")[0]
 
 
 MODULES = modules()
 
 
 def test_every_module_has_a_place():
-    """A new file must be given its layer here."""
-    places = {*CORE, *OUTER, "kernels"}
-    assert {layer(name) for name in MODULES} <= places
+    """A new file must be given its wing here."""
+    assert {wing(name) for name in MODULES} <= set(WINGS)
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if layer(n) in CORE])
-def test_core_imports_go_down(name):
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
     inside, _ = imports(name, MODULES[name])
-    assert {layer(target) for target in inside} <= CORE[name]
+    further = next((more for folder, more in FURTHER.items() if name.startswith(folder)), set())
+    for target in inside:
+        assert wing(target) in {wing(name)} | WINGS[wing(name)] | further, target
+        if wing(target) == "backends" and wing(name) not in ("backends", "operators"):
+            assert target in OPEN_TO_ALL, target
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if layer(n) in OUTER])
-def test_outer_programs_use_the_public_package(name):
-    inside, _ = imports(name, MODULES[name])
-    allowed = PUBLIC | set(OUTER) | FURTHER.get(layer(name), set())
-    assert {layer(target) for target in inside} <= allowed
+def test_no_import_comes_back():
+    """No file of the library imports, by whatever way, a file that imports it."""
+    within = {name.removesuffix(".__init__"): imports(name, path)[0] for name, path in MODULES.items()}
+    library = {name: targets for name, targets in within.items() if wing(name) != "programs"}
+    while library:
+        ground = {name for name, targets in library.items() if not (targets - {name}) & set(library)}
+        assert ground, f"in a circle: {sorted(library)}"
+        library = {name: targets for name, targets in library.items() if name not in ground}
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if layer(n) == "kernels"])
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("backends.triton.")])
 def test_kernels_import_only_their_shared_words(name):
     """Stages do not know each other; the threshold's kernel knows its own, and the conductor launches all kernels."""
     inside, outside = imports(name, MODULES[name])
-    words = {target.removeprefix("kernels.") for target in inside if target.startswith("kernels.")}
-    assert {target for target in inside if not target.startswith("kernels.")} <= {"problem", "sight", "rows"}
-    if name != f"kernels.{CONDUCTOR}":
-        assert words <= KERNEL_WORDS | (THRESHOLD_STAGES if name == "kernels.tau" else set())
+    home = "backends.triton."
+    words = {target.removeprefix(home) for target in inside if target.startswith(home)}
+    assert {wing(target) for target in inside if not target.startswith(home)} <= {"core"} | (
+        {"backends"} if name == "backends.triton.rows" else set()
+    )
+    if name != f"{home}{CONDUCTOR}":
+        assert words <= KERNEL_WORDS | (THRESHOLD_STAGES if name == f"{home}threshold" else set())
     assert outside <= {"torch", "triton", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_only_benchmarks_import_testing_and_only_they_and_kernels_import_triton(name):
-    inside, outside = imports(name, MODULES[name])
-    assert "testing" not in inside or layer(name) == "benchmarks"
-    assert "triton" not in outside or layer(name) in ("kernels", "benchmarks")
-    if layer(name) in CORE:
+def test_only_benchmarks_and_kernels_import_triton(name):
+    _, outside = imports(name, MODULES[name])
+    assert "triton" not in outside or name.startswith(("backends.triton.", "programs.benchmarks."))
+    if wing(name) not in ("integrations", "show", "programs", "backends"):
         assert outside <= {"torch", *sys.stdlib_module_names}
 
 
 def test_the_parser_sees_imports_of_every_form(tmp_path):
     source = (
-        "import torch.nn\nfrom . import tiled, nothing\nfrom .kernels import tau\nfrom flash_entmax import problem\n"
+        "import torch.nn\nfrom . import nn, nothing\nfrom .backends.triton import scan\nfrom flash_entmax import core\n"
     )
-    path = tmp_path / "ops.py"
-    path.write_text(source + "def f():\n    from .reference import attention\n    import flash_entmax.cli\n")
-    inside, outside = imports("ops", path)
+    path = tmp_path / "written.py"
+    path.write_text(
+        source + "def f():\n    from .backends.reference import attention\n    import flash_entmax.programs.cli\n"
+    )
+    inside, outside = imports("written", path)
     assert outside == {"torch"}
-    assert inside >= {"tiled", "problem", "reference", ""}
-    inside, _ = imports("kernels.x", _written(tmp_path, "from ..problem import P\nfrom .tile import t\n"))
-    assert inside == {"problem", "kernels.tile"}
+    assert inside >= {"nn", "backends.triton.scan", "core", "backends.reference", "programs.cli", ""}
+    inside, _ = imports("core.x", _written(tmp_path, "from ..operators.rows import P\nfrom .call import t\n"))
+    assert inside == {"operators.rows", "core.call"}
 
 
 def _written(folder: Path, source: str) -> Path:
@@ -179,7 +164,7 @@ def hidden(name):
 known, metadata.distribution = metadata.distribution, hidden
 sys.path.insert(0, sys.argv[1])
 import flash_entmax
-from flash_entmax.cli import versions
+from flash_entmax.programs.cli import versions
 assert pathlib.Path(flash_entmax.__file__).is_relative_to(sys.argv[1])
 print(flash_entmax.__version__, dict(versions())["flash-entmax"])
 """

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_entmax.benchmarks import cold_start, competitors, gate, measure, refinement, roofline, speed
-from flash_entmax.benchmarks.cases import Case
-from flash_entmax.benchmarks.conditions import write_json
-from flash_entmax.benchmarks.settings import NAMES, settings_for
-from flash_entmax.cli import main
+from flash_entmax.core.threshold import threshold_by_sort
+from flash_entmax.programs.benchmarks import cold_start, competitors, gate, measure, refinement, roofline, speed
+from flash_entmax.programs.benchmarks.cases import Case
+from flash_entmax.programs.benchmarks.conditions import write_json
+from flash_entmax.programs.benchmarks.settings import NAMES, settings_for
+from flash_entmax.programs.cli import main
 from flash_entmax.testing import DISTRIBUTIONS, score_rows
-from flash_entmax.threshold import threshold_by_sort
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_bench import CPU, bench, read
 
-from flash_entmax.benchmarks import gate, speed
-from flash_entmax.benchmarks.settings import settings_for
-from flash_entmax.command import CommandError
+from flash_entmax.programs.benchmarks import gate, speed
+from flash_entmax.programs.benchmarks.settings import settings_for
+from flash_entmax.programs.errors import CommandError
 
 pytest.importorskip("safetensors")
 

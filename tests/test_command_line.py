@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["flash_entmax", "flash_entmax.cli"])
+@pytest.mark.parametrize("module", ["flash_entmax", "flash_entmax.programs.cli"])
 def test_the_command_line_runs_as_a_module(module, tmp_path):
     """It does what was asked, and its exit status says whether it could."""
     text = tmp_path / "text.txt"

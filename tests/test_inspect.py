@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_inspection import tiny_llama
 
-from flash_entmax import cli, entmax_attention, inspection
-from flash_entmax.command import CommandError
+from flash_entmax import entmax_attention, inspection
+from flash_entmax.programs import cli
+from flash_entmax.programs.errors import CommandError
 from flash_entmax.testing import iid_inputs
 
 
@@ -93,7 +94,7 @@ def test_command_on_a_model_of_transformers(llama_folder, tmp_path, capsys):
 @pytest.mark.parametrize("logits", [2**28, 64 * 7], ids=["at once", "in pieces"])
 def test_losses_are_those_of_the_model(llama_folder, tmp_path, capsys, monkeypatch, logits):
     """With the alpha that is shown and with softmax, in the terminal and on the page; however many at a time."""
-    from flash_entmax.inspect_model import loss
+    from flash_entmax.programs.inspect import loss
 
     monkeypatch.setattr(loss, "MOST_LOGITS", logits)
     monkeypatch.setattr(loss, "ROWS", 5)
@@ -329,7 +330,7 @@ def test_a_model_all_of_whose_layers_are_softmax(llama_folder, tmp_path, capsys)
 
 def test_calls_without_layers_of_their_own_are_numbered_as_they_ran():
     """No layer_idx, or one layer that runs twice."""
-    from flash_entmax.inspect_model.layers import number_by_layer
+    from flash_entmax.programs.inspect.layers import number_by_layer
 
     class Layer(torch.nn.Module):
         def forward(self, inputs):
@@ -351,7 +352,7 @@ def test_calls_without_layers_of_their_own_are_numbered_as_they_ran():
 
 
 def test_alphas_that_differ_are_shown_from_the_smallest_to_the_largest():
-    from flash_entmax.inspect_model.loss import alpha_of
+    from flash_entmax.programs.inspect.loss import alpha_of
 
     with inspection.record() as calls:
         for alpha in (1.5, torch.tensor([1.25, 1.75])):
@@ -392,8 +393,8 @@ def test_special_tokens_stay_around_the_text():
 
     from transformers import PreTrainedTokenizerFast
 
-    from flash_entmax.inspect_model import transformers_model
-    from flash_entmax.inspect_model.wanted import Wanted
+    from flash_entmax.programs.inspect import transformers_model
+    from flash_entmax.programs.inspect.wanted import Wanted
 
     words = ["<s>", "</s>", *"abcdefgh"]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}))
@@ -474,9 +475,9 @@ def test_weights_that_are_missing_are_refused(llama_folder, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory):
     pytest.importorskip("rich")
-    from flash_entmax.demo import checkpoint
-    from flash_entmax.demo.model import Transformer
-    from flash_entmax.demo.settings import settings_for
+    from flash_entmax.programs.demo import checkpoint
+    from flash_entmax.programs.demo.model import Transformer
+    from flash_entmax.programs.demo.settings import settings_for
 
     folder = tmp_path_factory.mktemp("demo")
     torch.manual_seed(0)
@@ -576,7 +577,7 @@ def test_command_refuses(demo_folder, llama_folder, tmp_path, capsys):
 
 def test_refusals_come_before_the_weights_are_read(llama_folder, demo_folder, tmp_path, capsys, monkeypatch):
     """What the config tells, and the text."""
-    from flash_entmax.inspect_model import transformers_model
+    from flash_entmax.programs.inspect import transformers_model
 
     monkeypatch.setattr(transformers_model, "load_weights", None)
     for wrong in (
@@ -649,7 +650,7 @@ def test_models_without_the_attention_interface(llama_folder, tmp_path, capsys, 
 
 
 def test_advice_for_those_who_build_a_model_is_left_out():
-    from flash_entmax.inspect_model.transformers_model import in_words
+    from flash_entmax.programs.inspect.transformers_model import in_words
 
     error = ValueError("biases added to the scores are not supported: use attn_implementation='eager'")
     assert in_words(error) == "biases added to the scores are not supported"
@@ -657,7 +658,7 @@ def test_advice_for_those_who_build_a_model_is_left_out():
 
 
 def test_command_says_what_to_install(monkeypatch, tmp_path, capsys):
-    from flash_entmax import command
+    from flash_entmax.programs import errors as command
 
     text = tmp_path / "text.txt"
     text.write_text("text")

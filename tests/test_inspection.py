@@ -9,8 +9,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from flash_entmax import entmax_attention, inspection, reference
-from flash_entmax.reference import entmax_rows
+from flash_entmax import entmax_attention, inspection
+from flash_entmax.backends import reference
+from flash_entmax.backends.reference import entmax_rows
 from flash_entmax.testing import iid_inputs, topic_inputs
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 
-from flash_entmax import entmax_attention, sight
-from flash_entmax.closure import state_of
+from flash_entmax import entmax_attention
+from flash_entmax.core import visibility as sight
+from flash_entmax.core.closure import state_of
 from flash_entmax.testing import iid_inputs
 
 LENGTH = 70

@@ -19,9 +19,11 @@ if HAS_CUDA or not find_spec("triton"):
 import triton
 import triton.language as tl
 
-from flash_entmax.kernels import alpha, attention, backward, certify, lists, score, tile, view
+from flash_entmax.backends.triton import alpha, attention, certify, lists, score, tile
+from flash_entmax.backends.triton import gradient as backward
+from flash_entmax.backends.triton import visibility as view
 
-KERNELS = [module for name, module in sys.modules.items() if name.startswith("flash_entmax.kernels.")]
+KERNELS = [module for name, module in sys.modules.items() if name.startswith("flash_entmax.backends.triton.")]
 assert attention in KERNELS
 shorten, close_list, lean = certify.shorten, lists.close_list, score.lean
 listed_scores, listed_maxima, listed_products = score.listed_scores, score.listed_maxima, score.listed_products

@@ -7,8 +7,8 @@ import pytest
 import torch
 from recipe_runs import a_run, silent
 
-from flash_entmax.demo.model import Transformer
-from flash_entmax.recipes import language_model, planted, sweep
+from flash_entmax.programs.demo.model import Transformer
+from flash_entmax.programs.recipes import language_model, planted, sweep
 
 
 def test_a_planted_fact_stands_in_its_slots_and_nowhere_else():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from flash_entmax import entmax_loss, linear_entmax_loss, linear_loss
+from flash_entmax import entmax_loss, linear_entmax_loss
+from flash_entmax.operators import linear_loss
 
 SIZE, CLASSES = 8, 50
 

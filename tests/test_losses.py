@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from flash_entmax import entmax, entmax15_loss, entmax_loss, sparsemax_loss
+from flash_entmax.backends.reference import entmax_rows
+from flash_entmax.backends.torch.rows import smoothed_entropy
 from flash_entmax.nn import EntmaxLoss
-from flash_entmax.reference import entmax_rows
-from flash_entmax.rows import smoothed_entropy
 from flash_entmax.testing import assert_within_budget, poisoned
 
 ALPHAS = [1.5, 2.0, 1.3]

@@ -11,7 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from flash_entmax import entmax_attention, entmax_attention_varlen, linear_entmax_loss, ops, register_flop_formulas
+from flash_entmax import entmax_attention, entmax_attention_varlen, linear_entmax_loss, register_flop_formulas
+from flash_entmax.operators import attention as ops
 from flash_entmax.testing import iid_inputs
 
 OPERATOR = torch.ops.flash_entmax.attention.default

@@ -11,9 +11,11 @@ import pytest
 import torch
 from checks import check_everything
 
-from flash_entmax import functional, threshold, tiled
-from flash_entmax.problem import Problem
-from flash_entmax.sight import HIDDEN
+from flash_entmax import functional
+from flash_entmax.backends.torch import attention as tiled
+from flash_entmax.core import threshold
+from flash_entmax.core.call import Problem
+from flash_entmax.core.visibility import HIDDEN
 
 
 @dataclass(frozen=True)

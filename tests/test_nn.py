@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_entmax import entmax, entmax_attention
+from flash_entmax.backends.reference import entmax_rows
 from flash_entmax.nn import AdaptiveTemperature, Entmax, EntmaxAttention, EntmaxLoss
-from flash_entmax.reference import entmax_rows
 
 WIDTH, HEADS, LENGTH = 24, 4, 37
 

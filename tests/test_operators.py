@@ -6,7 +6,8 @@ from cases import Case, make_case
 from checks import operator_arguments
 from torch.utils.checkpoint import checkpoint
 
-from flash_entmax import entmax_attention, ops
+from flash_entmax import entmax_attention
+from flash_entmax.operators import attention as ops
 from flash_entmax.testing import iid_inputs, topic_inputs
 
 each_mask = pytest.mark.parametrize("is_causal", [False, True])

@@ -173,7 +173,7 @@ def test_boundaries_of_a_layer(boundaries, error, words):
 
 
 def test_nothing_runs_before_options_are_checked(monkeypatch):
-    monkeypatch.setattr("flash_entmax.ops.attention", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr("flash_entmax.operators.attention.attention", lambda *_: pytest.fail("it ran"))
     for option in ("is_causal", "return_support"):
         with pytest.raises(TypeError, match=option):
             attention(**{option: "no"})

@@ -13,7 +13,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from flash_entmax import entmax_attention, inspection, page
+from flash_entmax import entmax_attention, inspection
+from flash_entmax.show import page
 from flash_entmax.testing import iid_inputs, topic_inputs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -8,7 +8,7 @@ from flash_entmax import entmax_attention, inspection
 from flash_entmax.testing import iid_inputs, topic_inputs
 
 pytest.importorskip("matplotlib")
-from flash_entmax import plot
+from flash_entmax.show import plot
 
 
 def pixels(path):

@@ -12,8 +12,8 @@ from recipe_runs import a_run, silent
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flash_entmax.cli import main
-from flash_entmax.recipes import (
+from flash_entmax.programs.cli import main
+from flash_entmax.programs.recipes import (
     NAMES,
     TRAINED,
     language_model,
@@ -82,7 +82,7 @@ def test_captured_inputs_can_be_timed(written, tmp_path, capsys):
 def test_captured_inputs_are_what_the_model_attends_with(written):
     """Attention of the captured tensors, through the rest of the layer, is the layer's own output."""
     from flash_entmax import entmax_attention
-    from flash_entmax.recipes import options_for, sparsity
+    from flash_entmax.programs.recipes import options_for, sparsity
 
     options = options_for(written, "toy", "cpu", None, None)
     each = next(run for run in sparsity.trained(options) if run.arm == sparsity.CAPTURED)
@@ -316,7 +316,7 @@ def test_results_of_other_conditions_are_not_mixed(written, capsys):
 
 
 def test_missing_extras_are_named(monkeypatch, tmp_path, capsys):
-    from flash_entmax import command
+    from flash_entmax.programs import errors as command
 
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "safetensors" else find_spec(name))
     assert main(["recipe", "sort", "--out", str(tmp_path)]) == 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flash_entmax import entmax_attention
-from flash_entmax.reference import entmax_rows
+from flash_entmax.backends.reference import entmax_rows
 from flash_entmax.testing import DISTRIBUTIONS, iid_inputs, score_rows
 
 ALPHAS = (1.1, 1.25, 1.5, 1.75, 2.0)

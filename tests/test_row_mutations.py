@@ -8,7 +8,7 @@ from conftest import HAS_CUDA
 from test_losses import definition, one_hot, value_and_gradient
 
 from flash_entmax import entmax, entmax_loss
-from flash_entmax.reference import entmax_rows
+from flash_entmax.backends.reference import entmax_rows
 
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
@@ -16,7 +16,8 @@ if HAS_CUDA or not find_spec("triton"):
 import triton
 import triton.language as tl
 
-from flash_entmax.kernels import alpha, row, rows
+from flash_entmax.backends.triton import alpha, rows
+from flash_entmax.backends.triton import row_solve as row
 
 certify_row, scan_row, exponent_of = row.certify_row, row.scan_row, row.exponent_of
 

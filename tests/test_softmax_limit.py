@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from flash_entmax import entmax_attention, entmax_attention_varlen, functional, softmax
+from flash_entmax import entmax_attention, entmax_attention_varlen, functional
+from flash_entmax.backends import softmax
 from flash_entmax.testing import iid_inputs
 
 each_impl = pytest.mark.parametrize("impl", ["auto", "torch", "reference"])

@@ -13,7 +13,7 @@ from test_forward_mode import assert_within_budget, directions
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
-from flash_entmax.kernels import attention, tangent
+from flash_entmax.backends.triton import attention, tangent
 
 INTERPRETER = Backend("triton", "cpu")
 HEADS = torch.tensor([0.1, 0.7])
@@ -51,7 +51,7 @@ def test_a_fault_is_seen(fault, monkeypatch, tmp_path):
     assert source.count(old) == 1
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("flash_entmax.kernels.mutant", path)
+    spec = importlib.util.spec_from_file_location("flash_entmax.backends.triton.mutant", path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(attention, "tangent_kernel", mutant.tangent_kernel)

@@ -9,8 +9,7 @@ from checks import row_sums
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_entmax.testing import DISTRIBUTIONS, score_rows
-from flash_entmax.threshold import (
+from flash_entmax.core.threshold import (
     certified_offset,
     newton_step,
     probability,
@@ -22,6 +21,7 @@ from flash_entmax.threshold import (
     threshold_by_sort,
     threshold_by_steps,
 )
+from flash_entmax.testing import DISTRIBUTIONS, score_rows
 
 ALPHAS = (1.1, 1.25, 1.5, 1.75, 2.0)
 LENGTHS = (1, 2, 3, 17, 64, 65, 1000, 16384, 65536, 131072)

@@ -10,11 +10,11 @@ pytest.importorskip("entmax")
 from transformers import masking_utils as masks
 from transformers_models import LENGTH, assert_same, make, padding, tokens, with_implementation
 
+from flash_entmax.backends.reference import visible_mask
+from flash_entmax.core.call import Problem
+from flash_entmax.core.visibility import Sight
 from flash_entmax.integrations import transformers as integration
-from flash_entmax.integrations import transformers_masks
-from flash_entmax.problem import Problem
-from flash_entmax.reference import visible_mask
-from flash_entmax.sight import Sight
+from flash_entmax.integrations.transformers import masks as transformers_masks
 
 CAUSAL, WINDOW = masks.causal_mask_function, masks.sliding_window_causal_mask_function(10)
 GROUPS = torch.tensor([0] * 20 + [1] * 30 + [2] * 25).expand(2, -1)

@@ -1,0 +1,1 @@
+"""What computes a call: the specification, softmax, plain PyTorch, and Triton."""

@@ -1,0 +1,185 @@
+"""Tiles of rows and of keys in plain PyTorch: groups of them, what rows see of them, and tensors by tile.
+
+Where there are fewer rows or keys in all than TILE, a tile has only those: its number of rows, and its `width` in keys.
+A unit is one query head of one batch row.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...core.call import Modifiers, Problem, ceil_div, unpack_tiles
+from ...core.visibility import FIRST_PARTIAL, HIDDEN, WHOLE
+
+TILE = 64
+CHUNK_SCORES = 2**22
+
+
+class Group(NamedTuple):
+    """Some tiles of rows and, of each, its live tiles of keys, filled up to one number with unused ones.
+
+    Shapes: unit and query_tile (n,), key_tile and used (n, m).
+    """
+
+    unit: Tensor
+    query_tile: Tensor
+    key_tile: Tensor
+    used: Tensor
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        return self.unit, self.query_tile
+
+    @property
+    def tiles(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Index of the (n, m) tiles in a (units, query tiles, key tiles) map."""
+        return self.unit.unsqueeze(-1), self.query_tile.unsqueeze(-1), self.key_tile
+
+    def keys(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """Index of the tiles of keys in a (key heads of all batch rows, key tiles, ...) tensor."""
+        return (self.unit // problem.group).unsqueeze(-1), self.key_tile
+
+    def part(self, inner: "Group") -> "Group":
+        """`inner` counts tiles of rows and of keys within this group; the result counts them as this group does."""
+        row = inner.query_tile
+        return Group(self.unit[row], self.query_tile[row], self.key_tile[row].gather(-1, inner.key_tile), inner.used)
+
+
+def groups(live: Tensor) -> Iterator[Group]:
+    """Group the tiles of rows of a (units, query tiles, key tiles) map by live tiles: each at least half the most."""
+    counts = live.sum(-1).flatten()
+    order = counts.argsort(descending=True, stable=True)
+    sizes = counts[order].tolist()
+    start = 0
+    while start < len(sizes) and sizes[start] > 0:
+        most = sizes[start]
+        room = max(1, CHUNK_SCORES // (most * TILE * TILE))
+        stop = start + 1
+        while stop < len(sizes) and stop - start < room and 2 * sizes[stop] >= most:
+            stop += 1
+        rows = order[start:stop]
+        marks = live.flatten(0, 1)[rows]
+        key_tile = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+        yield Group(rows // live.shape[1], rows % live.shape[1], key_tile, marks.gather(-1, key_tile))
+        start = stop
+
+
+class Scope(NamedTuple):
+    """The keys that each row sees, and what distance takes from their scores: Modifiers in the shape of tiles.
+
+    start, stop and position: (units, query tiles, rows), rows past the last query see nothing; slopes: (units,), where
+    the interval has taken care of infinite ones; kinds: expanded to (batch, heads, query tiles, key tiles); width: keys
+    of a tile.
+    """
+
+    start: Tensor
+    stop: Tensor
+    position: Tensor
+    slopes: Tensor | None
+    kinds: Tensor | None
+    bits: Tensor | None
+    width: int
+
+    @classmethod
+    def of(cls, problem: Problem, modifiers: Modifiers, device: torch.device) -> "Scope":
+        intervals = problem.intervals(device) if modifiers.intervals is None else modifiers.intervals
+        start, stop, position = intervals.unsqueeze(1).expand(-1, problem.heads, -1, -1).unbind(2)
+        slopes, kinds = modifiers.slopes, modifiers.kinds
+        if slopes is not None:
+            infinite = slopes == torch.inf
+            start = torch.where(infinite.unsqueeze(-1), start.maximum(position), start)
+            stop = torch.where(infinite.unsqueeze(-1), stop.minimum(position + 1), stop)
+            slopes = slopes.masked_fill(infinite, 0.0).flatten()
+        if kinds is not None:
+            kinds = kinds[..., :-1].expand(problem.batch, problem.heads, ceil_div(problem.query_length, TILE), -1)
+        rows = (pad_rows(of_row, 0) for of_row in (start, stop, position))
+        return cls(*rows, slopes, kinds, modifiers.bits, extent(problem.key_length))
+
+    def tiles(self, problem: Problem) -> Tensor:
+        """(units, query tiles, key tiles) bool: False where no row of the tile sees a key of the tile."""
+        blind = self.start >= self.stop
+        first = self.start.masked_fill(blind, problem.key_length).amin(-1, keepdim=True)
+        end = self.stop.masked_fill(blind, 0).amax(-1, keepdim=True)
+        key = TILE * torch.arange(ceil_div(problem.key_length, TILE), device=end.device)
+        seen = (key + TILE > first) & (key < end)
+        if self.kinds is None:
+            return seen
+        return (seen.unflatten(0, self.kinds.shape[:2]) & (self.kinds != HIDDEN)).flatten(0, 1)
+
+    def kinds_of(self, group: Group) -> Tensor:
+        """(n, m), the kind of each tile by the mask; unused ones are hidden."""
+        if self.kinds is None:
+            return torch.where(group.used, WHOLE, HIDDEN)
+        (unit, query_tile, key_tile), heads = group.tiles, self.kinds.shape[1]
+        return self.kinds[unit // heads, unit % heads, query_tile, key_tile].masked_fill(~group.used, HIDDEN)
+
+    def mask(self, kind: Tensor) -> Tensor:
+        """(tiles, rows or 1, width or 1) bool: the pairs that the mask leaves, of tiles of the given kinds."""
+        whole = (kind == WHOLE)[:, None, None]
+        if self.bits is None:
+            return whole
+        partial = unpack_tiles(self.bits[(kind - FIRST_PARTIAL).clamp_min(0)], self.width)[:, : self.start.shape[-1]]
+        return torch.where((kind >= FIRST_PARTIAL)[:, None, None], partial, whole)
+
+    def separations(self, group: Group) -> Tensor:
+        """(n, rows, m width): |position of the query - key|."""
+        position = self.position[group.rows].to(self.slopes.dtype).unsqueeze(-1)
+        key = self.keys_of(group.key_tile).flatten(1).to(position.dtype).unsqueeze(1)
+        return (position - key).abs_()
+
+    def keys_of(self, key_tile: Tensor) -> Tensor:
+        """(..., width), the keys of each tile."""
+        return key_tile.unsqueeze(-1) * TILE + torch.arange(self.width, device=key_tile.device)
+
+
+def extent(length: int) -> int:
+    """Rows or keys of a tile."""
+    return max(1, min(TILE, length))
+
+
+def tiles_of(tensor: Tensor) -> Tensor:
+    """(batch, heads, length, dim) -> (units, tiles, rows or width, dim) in the compute dtype, filled up with zeros."""
+    size = extent(tensor.shape[2])
+    rows = pad(tensor.flatten(0, 1), (0, 0, 0, -tensor.shape[2] % size))
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (-1, size))
+
+
+def pad_rows(rows: Tensor, fill: float) -> Tensor:
+    """(batch, heads, length) -> (units, query tiles, rows)."""
+    flat, size = rows.flatten(0, 1), extent(rows.shape[2])
+    return pad(flat, (0, -flat.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
+
+
+def unpadded(tiles: Tensor, like: Tensor) -> Tensor:
+    """(units, tiles, rows or width, ...) -> (batch, heads, length, ...) of these extents of `like`."""
+    return tiles.flatten(1, 2)[:, : like.shape[2]].unflatten(0, like.shape[:2])
+
+
+def tiles_of_keys(tiles: Tensor, keys: tuple[Tensor, Tensor], used: Tensor) -> Tensor:
+    """(n, m width, dim) of a (units, key tiles, width, dim) tensor; zeros in the unused tiles, whatever is there."""
+    return tiles[keys].masked_fill_(~used[:, :, None, None], 0.0).flatten(1, 2)
+
+
+def by_tile(z: Tensor, group: Group) -> Tensor:
+    """(n, rows, m width) -> (n, rows, m, width)."""
+    return z.unflatten(-1, (group.key_tile.shape[1], -1))
+
+
+def add_tiles(total: Tensor, keys: tuple[Tensor, Tensor], used: Tensor, parts: Tensor) -> None:
+    """Add (n, m width, dim) to the tiles of keys: at a time one tile of rows of each unit, so that none comes twice."""
+    unit, key_tile = keys
+    parts = parts.unflatten(1, (key_tile.shape[1], -1))
+    turn = occurrence(unit[:, 0])
+    for number in range(int(turn.max()) + 1):
+        row, column = ((turn == number).unsqueeze(-1) & used).nonzero(as_tuple=True)
+        total[unit[row, 0], key_tile[row, column]] += parts[row, column]
+
+
+def occurrence(values: Tensor) -> Tensor:
+    """(n,): how often each value has come before."""
+    ordered, order = values.sort(stable=True)
+    place = torch.arange(len(values), device=values.device)
+    return torch.empty_like(order).index_copy_(0, order, place - torch.searchsorted(ordered, ordered))

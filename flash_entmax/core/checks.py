@@ -1,0 +1,248 @@
+"""Every refusal of a call: an error that quotes what was passed and says what is accepted, before any kernel runs."""
+
+import math
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from .call import MAX_HEAD_SIZE, Impl, ceil_div
+from .visibility import FURTHEST, UNLIMITED, Sight
+
+
+def refuse_nested(name: str, tensor: object) -> None:
+    if isinstance(tensor, Tensor) and tensor.is_nested:
+        raise ValueError(f"{name} must be a tensor that is not nested, got a nested one: pass its values()")
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape (batch, heads, length, dim), got {tuple(tensor.shape)}")
+    _check_dtypes_and_devices(tensors)
+    _check_shapes(query, key, value)
+
+
+def _check_dtypes_and_devices(tensors: dict[str, Tensor]) -> None:
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"query, key and value must have one dtype, got {_listed(dtypes)}")
+    accepted = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if dtypes["query"] not in accepted:
+        raise TypeError(f"query, key and value must be float16, bfloat16, float32 or float64, got {dtypes['query']}")
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"query, key and value must be on one device, got {_listed(devices)}")
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(
+            f"query, key and value must have one batch size, got {query.shape[0]}, {key.shape[0]} and {value.shape[0]}"
+        )
+    if key.shape[1] != value.shape[1]:
+        raise ValueError(f"key and value must have the same number of heads, got {key.shape[1]} and {value.shape[1]}")
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"key and value must have the same length, got {key.shape[2]} and {value.shape[2]}")
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads != key_heads and (key_heads == 0 or heads % key_heads):
+        raise ValueError(
+            f"query heads must be a multiple of key heads, got {heads} query heads and {key_heads} key heads"
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have the same head size, got {query.shape[3]} and {key.shape[3]}")
+    for name, size in (("query and key", query.shape[3]), ("value", value.shape[3])):
+        if not 1 <= size <= MAX_HEAD_SIZE:
+            raise ValueError(f"head size of {name} must be from 1 to {MAX_HEAD_SIZE}, got {size}")
+
+
+def check_scalars(
+    query: Tensor, alpha: float | Tensor, scale: float | Tensor | None, softcap: float, slopes: Tensor | None, impl: str
+) -> None:
+    batch, heads = query.shape[:2]
+    if isinstance(alpha, Tensor):
+        _check_parameter("alpha", alpha, query, ((), (heads,)))
+    elif not is_number(alpha):
+        raise TypeError(f"alpha must be a float in [1, 2] or a tensor, got {typed(alpha)}")
+    elif not 1.0 <= alpha <= 2.0:
+        raise ValueError(f"alpha must be in [1, 2] (1 is softmax, 2 is sparsemax), got {alpha}")
+    if isinstance(scale, Tensor):
+        _check_parameter("scale", scale, query, ((), (heads,)))
+    elif scale is not None and not is_number(scale):
+        raise TypeError(f"scale must be a positive float, a tensor or None, got {typed(scale)}")
+    elif scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    check_softcap(softcap)
+    limit = 1e3 if query.dtype.itemsize == 2 else 1e6
+    if softcap > limit:
+        raise ValueError(f"softcap must be at most {limit:g} for {query.dtype}, got {softcap}")
+    if slopes is not None:
+        _check_parameter("alibi_slopes", slopes, query, ((heads,), (batch, heads)))
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(map(repr, get_args(Impl)))}, got {impl!r}")
+    if not isinstance(alpha, Tensor) and not isinstance(scale, Tensor) and alpha > 1.0:
+        slope = (alpha - 1.0) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if not 1e-30 <= slope <= 1e30:
+            raise ValueError(f"(alpha - 1) * scale must be from 1e-30 to 1e30, got alpha {alpha} and scale {scale}")
+
+
+def check_softcap(softcap: object) -> None:
+    if not is_number(softcap):
+        raise TypeError(f"softcap must be a positive float, or 0 for none, got {typed(softcap)}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or 0 for none, got {softcap}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{name} must be True or False, got {said(value)}")
+
+
+def said(value: object) -> str:
+    """What was passed, in a message: its value, or its type where that may be long."""
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+
+
+def typed(value: object) -> str:
+    """What was passed, in a message about types: its type, and its value where that is short."""
+    kind = type(value).__name__
+    return kind if said(value) == kind else f"{kind} {said(value)}"
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_parameter(name: str, tensor: Tensor, query: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on the device of the query, {query.device}, got {tensor.device}")
+
+
+def _listed(values: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def check_sight(query: Tensor, key: Tensor, sight: Sight) -> None:
+    """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
+    (batch, heads, query_length, _), key_length = query.shape, key.shape[2]
+    check_flag("is_causal", sight.is_causal)
+    check_window(sight.window_size)
+    given = sight.query_positions
+    if isinstance(given, Tensor):
+        check_index("query_positions", given, query, ((query_length,), (batch, query_length)))
+    elif given is not None and not _is_int(given):
+        raise TypeError(f"query_positions must be an integer, an integer tensor or None, got {typed(given)}")
+    elif given is not None and abs(given) > FURTHEST:
+        raise ValueError(f"query_positions must be from -2^30 to 2^30, got {given}")
+    if sight.key_lengths is not None:
+        check_index("key_lengths", sight.key_lengths, query, ((batch,),))
+    if sight.key_mask is not None:
+        _check_tensor("key_mask", sight.key_mask, query, ((batch, key_length),))
+        if sight.key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask must be boolean, True where a key may be seen, got {sight.key_mask.dtype}")
+    if sight.block_mask is not None:
+        if sight.key_mask is not None:
+            raise ValueError("key_mask and block_mask exclude each other: let the block mask's mask_mod hide the keys")
+        _check_block_mask(sight.block_mask, (batch, heads, query_length, key_length), query.device)
+
+
+def check_window(window: object) -> None:
+    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(_is_int(size) for size in window)):
+        raise TypeError(f"window_size must be a pair of integers (left, right), got {window!r}")
+    if min(window) < UNLIMITED:
+        raise ValueError(f"window_size must be (left, right) with each at least 0, or -1 for no limit, got {window}")
+
+
+def check_boundaries(query: Tensor, key: Tensor, sight: Sight) -> None:
+    """The boundaries of packed sequences: shapes and dtypes."""
+    for name, boundaries in (("cu_seq_q", sight.cu_seq_q), ("cu_seq_k", sight.cu_seq_k)):
+        check_index(name, boundaries, query, None)
+        if boundaries.dim() != 1 or boundaries.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(boundaries.shape)}")
+    if sight.cu_seq_q.shape != sight.cu_seq_k.shape:
+        counts = sight.cu_seq_q.shape[0], sight.cu_seq_k.shape[0]
+        raise ValueError("cu_seq_q and cu_seq_k must have one length, got {} and {}".format(*counts))
+
+
+def check_longest(max_q: object, max_k: object) -> None:
+    for name, longest in (("max_q", max_q), ("max_k", max_k)):
+        if not _is_int(longest):
+            raise TypeError(f"{name} must be an integer, got {typed(longest)}")
+        if longest < 0:
+            raise ValueError(f"{name} must be at least 0, got {longest}")
+
+
+def check_packing(
+    cu_seq_q: Tensor, cu_seq_k: Tensor, query_length: int, key_length: int, max_q: int, max_k: int
+) -> None:
+    """The boundaries' values: read on the CPU; on a GPU, where that would wait for the device, asserted there."""
+    packings = [("cu_seq_q", cu_seq_q, query_length, max_q), ("cu_seq_k", cu_seq_k, key_length, max_k)]
+    if cu_seq_q is cu_seq_k:
+        packings = [("cu_seq_q", cu_seq_q, min(query_length, key_length), max(max_q, max_k))]
+    for name, boundaries, tokens, longest in packings:
+        valid = _boundaries_are_valid(boundaries, tokens, longest)
+        message = f"{name} must rise from 0 to at most {tokens} tokens in steps of at most {longest}"
+        if boundaries.is_cuda:
+            torch._assert_async(valid, message)
+        elif not boundaries.is_meta and not valid:
+            raise ValueError(f"{message}, got {boundaries.tolist()}")
+
+
+def _boundaries_are_valid(boundaries: Tensor, tokens: int, longest: int) -> Tensor:
+    """Scalar bool on the device: from 0 upwards to at most `tokens`, in steps of at most `longest`."""
+    steps = boundaries.diff()
+    return (boundaries[0] == 0) & (boundaries[-1] <= tokens) & ((steps >= 0) & (steps <= longest)).all()
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_index(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
+    _check_tensor(name, tensor, query, shapes)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+
+
+def _check_tensor(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on the device of the query, {query.device}, got {tensor.device}")
+    if shapes is not None and tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
+
+
+def _check_block_mask(block_mask: object, extents: tuple[int, int, int, int], device: torch.device) -> None:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a FlexAttention BlockMask, got {type(block_mask).__name__}")
+    if torch.compiler.is_compiling():
+        raise ValueError("block_mask cannot be read inside torch.compile: which tiles it fills depends on its data")
+    batch, heads, *lengths = extents
+    if tuple(block_mask.seq_lengths) != tuple(lengths):
+        raise ValueError(
+            f"block_mask must be for {lengths[0]} queries and {lengths[1]} keys, got one for {block_mask.seq_lengths}"
+        )
+    grid = tuple(ceil_div(length, size) for length, size in zip(lengths, block_mask.BLOCK_SIZE, strict=True))
+    for indices in (block_mask.kv_indices, block_mask.full_kv_indices):
+        if indices is not None and tuple(indices.shape[-2:]) != grid:
+            raise ValueError(f"block_mask must have {grid} blocks for its lengths, got {tuple(indices.shape[-2:])}")
+    of_mask = tuple(block_mask.kv_indices.shape[:-2])
+    if len(of_mask) != 2 or of_mask[0] not in (1, batch) or of_mask[1] not in (1, heads):
+        raise ValueError(f"block_mask must have batch 1 or {batch} and heads 1 or {heads}, got {of_mask}")
+    if any(size % 64 for size in block_mask.BLOCK_SIZE):
+        raise ValueError(f"block_mask must have a BLOCK_SIZE of multiples of 64, got {block_mask.BLOCK_SIZE}")
+    if block_mask.kv_indices.device != device:
+        raise ValueError(f"block_mask must be on the device of the query, {device}, got {block_mask.kv_indices.device}")

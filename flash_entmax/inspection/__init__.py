@@ -1,0 +1,371 @@
+"""Which keys each query attends to, of any call: support sizes, live tiles, thresholds, and the sparse rows themselves.
+
+with inspection.record(model) as calls:
+    model(tokens)
+for call in calls:
+    print(call.name, call.keys_per_query, call.block_sparsity, call.key_sparsity)
+rows = calls[3].rows(batch=0, head=2)  # a sparse CSR matrix: the keys of each query and their probabilities
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..core.call import Modifiers, Problem, Support, ceil_div, row_dtype
+from ..core.checks import check_flag, said
+from ..core.visibility import HIDDEN
+from ..functional import entmax_attention
+from ..operators import attention as ops
+from .sparse_rows import QUERIES, Head, HeadSight, union_sizes
+
+
+@contextmanager
+def record(
+    model: nn.Module | None = None, *, only: Callable[[str], bool] | None = None, keep_inputs: bool = True
+) -> Iterator[list["Call"]]:
+    """Collect every entmax attention call that runs in the ``with`` block, in order: your own, or those of any model.
+
+    Calls are seen where PyTorch dispatches their operator, so nothing is patched, and autograd, autocast, activation
+    checkpointing (a recomputation in the backward pass is not recorded again) and inference mode may be on. Code that
+    ``torch.compile`` has compiled runs eagerly meanwhile. ``impl="reference"`` and ``alpha=1`` do not use the operator,
+    and are not seen; nor are calls of other threads.
+
+    Args:
+        model: calls are named after its innermost module that is running, such as ``model.layers.3.self_attn``;
+            without one, after their number.
+        only: which names to record; the other calls pass by.
+        keep_inputs: False computes the :class:`Support` of a call at once and lets go of its query and key, so that
+            memory stays small; ``rows`` is then refused.
+
+    Yields:
+        The list of calls, which grows as they run and stays afterwards. A call holds its query and key by reference.
+
+    Raises:
+        TypeError: an option of the wrong type.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if only is not None and not callable(only):
+        raise TypeError(f"only must be a function from names to True or False, got {said(only)}")
+    check_flag("keep_inputs", keep_inputs)
+    calls: list[Call] = []
+    with ExitStack() as stack:
+        running = stack.enter_context(running_modules(model))
+        stack.enter_context(_Recorder(calls, running, only, keep_inputs))
+        yield calls
+
+
+class Running(threading.local):
+    """The names of the modules that are running in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def begin(self, name: str) -> None:
+        self.names.append(name)
+
+    def end(self, name: str) -> None:
+        if self.names and self.names[-1] == name:  # it may have begun before the recording
+            self.names.pop()
+
+
+@contextmanager
+def running_modules(model: nn.Module | None) -> Iterator[Running]:
+    """The model itself has the name of its class."""
+    running = Running()
+    handles = []
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    for name, module in model.named_modules() if model is not None else ():
+        own = name or type(module).__name__
+        handles.append(module.register_forward_pre_hook(lambda *_, own=own: running.begin(own)))
+        handles.append(module.register_forward_hook(lambda *_, own=own: running.end(own), always_call=True))
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, calls: list["Call"], running: Running, only: Callable | None, keep_inputs: bool) -> None:
+        super().__init__()
+        self.seen = 0
+        self.calls, self.running, self.only, self.keep_inputs = calls, running, only, keep_inputs
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        results = function(*arguments, **(keywords or {}))
+        in_backward = torch._C._current_graph_task_id() != -1
+        if function is ops.attention and not in_backward:
+            number, self.seen = self.seen, self.seen + 1
+            name = self.running.names[-1] if self.running.names else f"call {number}"
+            if self.only is None or self.only(name):
+                self.calls.append(Call(name, number, arguments, results))
+                if not self.keep_inputs:
+                    self.calls[-1].release()
+        return results
+
+
+class Call:
+    """One recorded attention call, with batch and heads as the operator got them.
+
+    Packed sequences are one batch row, whose queries and keys count over all tokens. Thresholds are in units of
+    ``z = (alpha - 1) * score``, as in :class:`Support`.
+
+    Attributes:
+        name: of the module that made the call.
+        number: how many calls ran before it: the layer, in one pass through a model.
+        problem: its sizes: ``batch``, ``heads``, ``key_heads``, ``query_length``, ``key_length``, ``head_size``.
+        impl: ``"triton"`` or ``"torch"``.
+        dtype: of query, key and value.
+    """
+
+    def __init__(self, name: str, number: int, arguments: tuple, results: tuple[Tensor, ...]) -> None:
+        tensors, self._scalars = arguments[: 3 + ops.MODIFIERS], arguments[3 + ops.MODIFIERS :]
+        # Let go of the graph that made them. Below autograd a detached tensor does not count the caller's writes.
+        query, key, value, *modifiers = (
+            tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors
+        )
+        alpha, scale, softcap, is_causal, reach, self.impl = self._scalars
+        self.name, self.number, self.dtype = name, number, query.dtype
+        self.problem = Problem.of(query, key, value, alpha, is_causal, scale, softcap, reach)
+        self._inputs: tuple[Tensor, Tensor] | None = (query, key)
+        self._versions = versions(query, key)
+        self._modifiers = Modifiers(*modifiers)
+        if self._modifiers.slopes is not None:  # the caller's own, which an optimizer's step may write to
+            self._modifiers = self._modifiers._replace(slopes=self._modifiers.slopes.clone())
+        self._maximum, self._offset, self._live = (tensor.detach() for tensor in results[2:5])
+        self._tile = ops.tile(self.impl, query, value)
+
+    def __repr__(self) -> str:
+        p = self.problem
+        shape = f"batch {p.batch}, heads {p.heads}, {p.query_length} queries, {p.key_length} keys"
+        return f"Call({self.name!r}, {shape}, {self.impl}, {str(self.dtype).removeprefix('torch.')})"
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """A number, or (heads,) where each head has its own."""
+        return self.problem.alpha if self._modifiers.alpha is None else self._modifiers.alpha
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Query (batch, heads, query length, head size) and key (batch, key heads, key length, head size), detached.
+
+        Raises a RuntimeError where they were released, or written to after the call (which tensors count that need no
+        gradient).
+        """
+        if self._inputs is None:
+            raise RuntimeError(f"query and key of {self.name!r} were released: record with keep_inputs=True")
+        if versions(*self._inputs) != self._versions:
+            raise RuntimeError(
+                f"query or key of {self.name!r} was written to after the call (as a static key-value cache does): "
+                "read what you need of one call before the next, or record with keep_inputs=False"
+            )
+        return self._inputs
+
+    def release(self) -> None:
+        """Let go of query and key. The support is computed before; ``rows`` is refused afterwards."""
+        if self._inputs is not None:
+            _ = self.support
+            self._inputs = None
+
+    @cached_property
+    def support(self) -> Support:
+        """Maximum, offset, size (batch, heads, query length) and live tiles, as ``return_support=True`` gives them."""
+        query, key = self.inputs
+        value = key.new_empty(()).expand(*key.shape[:3], self.problem.value_size)  # the operator reads its shape only
+        results = self._maximum, self._offset, self._live
+        maximum, size, tiles = ops.attention_support(query, key, value, *self._modifiers, *results, *self._scalars)
+        return Support(maximum, self._offset, size, tiles, (self._tile, self._tile))
+
+    @property
+    def tau(self) -> Tensor:
+        """(batch, heads, query length), the threshold of each row in units of z; +inf where no key is visible."""
+        return self.support.tau
+
+    @property
+    def live_tiles(self) -> Tensor:
+        """(batch, heads, query tiles, key tiles) bool: the tile holds a positive probability."""
+        return self.support.tiles
+
+    @cached_property
+    def visible_tiles(self) -> Tensor:
+        """(batch, heads, query tiles, key tiles) bool: causality, windows, padding and masks leave some of the tile."""
+        problem, tile = self.problem, self._tile
+        grid = problem.batch, problem.heads, ceil_div(problem.query_length, tile), ceil_div(problem.key_length, tile)
+        start, stop, _ = self.intervals.long().unbind(1)
+        batch, row = (start < stop).nonzero(as_tuple=True)
+        # Of each row, +1 at the first tile that it sees and -1 past the last: the sums count the rows that see a tile.
+        steps = torch.zeros(problem.batch, grid[2], grid[3] + 1, dtype=torch.int32, device=start.device)
+        one = torch.ones_like(row, dtype=torch.int32)
+        steps.index_put_((batch, row // tile, start[batch, row] // tile), one, accumulate=True)
+        steps.index_put_((batch, row // tile, (stop[batch, row] - 1) // tile + 1), -one, accumulate=True)
+        seen = (steps.cumsum(-1)[..., :-1] > 0).unsqueeze(1).expand(grid)
+        return seen if self._modifiers.kinds is None else seen & (self._modifiers.kinds[..., :-1] != HIDDEN)
+
+    @property
+    def block_sparsity(self) -> Tensor:
+        """(heads,) float64: the share of the visible tiles, over the batch, that hold no positive probability."""
+        return 1 - share(self.live_tiles.sum((0, 2, 3)), self.visible_tiles.sum((0, 2, 3)))
+
+    @property
+    def block_sparsity_by_position(self) -> Tensor:
+        """(query tiles,) float64: the same by tile of queries, over batch and heads; NaN where nothing is visible."""
+        return 1 - share(self.live_tiles.sum((0, 1, 3)), self.visible_tiles.sum((0, 1, 3)))
+
+    @property
+    def keys_per_query(self) -> Tensor:
+        """(heads,) float64: the mean support size of the queries that see a key."""
+        return share(self.support.size.sum((0, 2)), (self.support.maximum < torch.inf).sum((0, 2)))
+
+    @cached_property
+    def live_keys(self) -> Tensor:
+        """(batch, heads, ceil(query length / 64)) int64: how many keys 64 consecutive queries attend to together.
+
+        A key counts once, however many of them attend to it: the union of their supports, as ``rows`` gives them and
+        in its memory. Packed sequences are cut every 64 tokens as well. A RuntimeError as of ``rows``.
+        """
+        p = self.problem
+        counts = torch.zeros(p.batch, p.heads, ceil_div(p.query_length, QUERIES), dtype=torch.int64)
+        for batch, head in product(range(p.batch), range(p.heads)):
+            counts[batch, head] = self._head(batch, head).live_keys()
+        return counts.to(self._maximum.device)
+
+    @cached_property
+    def visible_keys(self) -> Tensor:
+        """(batch, heads, ceil(query length / 64)) int64: how many keys at least one of 64 consecutive queries sees."""
+        p, kinds = self.problem, self._modifiers.kinds
+        shape = p.batch, p.heads, ceil_div(p.query_length, QUERIES)
+        if kinds is None:
+            return union_sizes(self.intervals.long(), QUERIES).unsqueeze(1).expand(shape)
+        counts = [
+            [self._sight(batch, head).visible_keys() for head in range(kinds.shape[1])] for batch in range(p.batch)
+        ]
+        return torch.tensor(counts, device=kinds.device).view(p.batch, kinds.shape[1], -1).expand(shape)
+
+    @property
+    def keys_per_64_queries(self) -> Tensor:
+        """(heads,) float64: the mean of ``live_keys`` over those 64 queries of which one sees a key."""
+        return share(self.live_keys.sum((0, 2)), (self.visible_keys > 0).sum((0, 2)))
+
+    @property
+    def key_sparsity(self) -> Tensor:
+        """(heads,) float64: the share of the keys visible to 64 consecutive queries that none of them attends to.
+
+        As ``block_sparsity``, for tiles of 64 queries and one key.
+        """
+        return 1 - share(self.live_keys.sum((0, 2)), self.visible_keys.sum((0, 2)))
+
+    @property
+    def visible_per_query(self) -> float:
+        """How many keys a query sees on average, before masks by tile, of the queries that see one."""
+        start, stop, _ = self.intervals.double().unbind(1)
+        count = (stop - start).clamp_min(0)
+        return float(share(count.sum(), (count > 0).sum()))
+
+    @property
+    def intervals(self) -> Tensor:
+        """(batch, 3, query length) int32: the first key that a query may see, one past the last, its position.
+
+        Masks by tile (``key_mask``, ``block_mask``) hide more.
+        """
+        intervals = self._modifiers.intervals
+        return self.problem.intervals(self._maximum.device) if intervals is None else intervals
+
+    def rows(self, batch: int = 0, head: int = 0) -> Tensor:
+        """The attention of one head as a sparse CSR matrix (query length, key length): the support, and nothing else.
+
+        Probabilities are computed anew in float64 from query and key over the tiles that the call found live, so they
+        are the reference's, tile row by tile row: memory follows the support, not the square of the length. They come
+        in float32 (float64 for float64 inputs), and none of them is rounded to 0. ``support.size`` counts in the
+        precision of the call: a key whose score is within rounding of the threshold may count there and not here. A
+        query that sees no key, or has a NaN among its scores, has no entries.
+
+        Raises:
+            TypeError, IndexError: no such batch row or head.
+            RuntimeError: query or key was released, or written to after the call.
+        """
+        view = self._head(batch, head)
+        parts = [view.tile_row(index) for index in range(view.live.shape[0])]
+        dtype = row_dtype(self.inputs[0])
+        smallest = torch.finfo(dtype).tiny
+        counts, keys, values = (
+            torch.cat([part[field] for part in parts]) if parts else torch.zeros(0, device=view.query.device)
+            for field in range(3)
+        )
+        offsets = pad(counts.long().cumsum(0), (1, 0))
+        size = self.problem.query_length, self.problem.key_length
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # on first use
+            values = values.to(dtype).clamp_min(smallest)
+            return torch.sparse_csr_tensor(offsets, keys.long(), values, size, check_invariants=False)
+
+    def _head(self, batch: int, head: int) -> Head:
+        p, m = self.problem, self._modifiers
+        check_place(batch, head, p.batch, p.heads)
+        query, key = self.inputs
+        return Head(
+            query[batch, head].double(),
+            key[batch, head // p.group].double(),
+            p.alpha if m.alpha is None else m.alpha[head].item(),
+            p.scale if m.scale is None else m.scale[head].item(),
+            p.softcap,
+            0.0 if m.slopes is None else m.slopes[batch, head].item(),
+            self._sight(batch, head),
+            p.unpack_live(self._live, self._tile)[batch, head],
+        )
+
+    def _sight(self, batch: int, head: int) -> HeadSight:
+        p, m = self.problem, self._modifiers
+        of_head = None
+        if m.kinds is not None:
+            kinds = m.kinds[..., :-1].expand(p.batch, -1, ceil_div(p.query_length, self._tile), -1)
+            of_head = kinds[batch, head if kinds.shape[1] > 1 else 0]
+        return HeadSight(self.intervals[batch].long(), of_head, m.bits, self._tile)
+
+
+def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options) -> Tensor:
+    """The attention of one head as a sparse CSR matrix (query length, key length), without a model: see `Call.rows`.
+
+    Args:
+        query, key: as :func:`flash_entmax.entmax_attention` takes them, (batch, heads, length, head size).
+        batch, head: which of them.
+        options: those of ``entmax_attention``, which raises a TypeError for others.
+
+    Raises:
+        TypeError, IndexError: no such batch row or head.
+        ValueError: ``alpha=1`` or ``impl="reference"``, whose attention is dense; or what ``entmax_attention`` raises.
+    """
+    if options.get("return_support"):
+        raise ValueError("return_support has no place here: record() gives the support of a call")
+    if isinstance(query, Tensor) and query.dim() == 4:  # entmax_attention refuses others
+        check_place(batch, head, *query.shape[:2])
+    with torch.no_grad(), record() as calls:
+        entmax_attention(query, key, key, **options)
+    if not calls:
+        raise ValueError("alpha=1 (softmax) and impl='reference' are dense: they have no sparse rows to give")
+    return calls[0].rows(batch, head)
+
+
+def check_place(batch: object, head: object, batches: int, heads: int) -> None:
+    for name, index, extent in (("batch", batch, batches), ("head", head, heads)):
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise TypeError(f"{name} must be an integer, got {said(index)}")
+        if not 0 <= index < extent:
+            raise IndexError(f"{name} must be from 0 to {extent - 1}, got {index}")
+
+
+def versions(*tensors: Tensor) -> tuple[int | None, ...]:
+    """How often each was written to; inference tensors do not count."""
+    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def share(part: Tensor, whole: Tensor) -> Tensor:
+    return part.double() / whole.double()

@@ -1,0 +1,81 @@
+"""Queries, keys and values that a trained model worked with, from safetensors files.
+
+A file holds NAME.query, NAME.key and NAME.value, each (batch, heads, length, dim), for one or more NAMEs; its metadata
+may say where they come from, as `source`. All shapes are checked before anything runs; a case's tensors are read when
+its turn comes.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flash_entmax.core.call import MAX_HEAD_SIZE
+
+from ..errors import CommandError, require
+from .cases import Captured, Case
+
+ROLES = ("query", "key", "value")
+
+
+def captured_cases(paths: Sequence[Path]) -> Iterator[Case]:
+    """In the order of the files, and in each by name, layer2 before layer10."""
+    paths = list(dict.fromkeys(paths))
+    stems_differ = len({path.stem for path in paths}) == len(paths)
+    for path in paths:
+        prefix = "" if len(paths) == 1 else f"{path.stem if stems_differ else path}: "
+        with opened(path) as file:
+            source = (file.metadata() or {}).get("source", "")
+            for name in names_in(path, file.keys()):
+                yield case_of(file, Captured(str(path), name, prefix + name, source))
+
+
+@contextmanager
+def opened(path: Path | str) -> Iterator:
+    require("bench", "safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CommandError(f"--inputs {path}: {error}") from error
+
+
+def names_in(path: Path, stored: Sequence[str]) -> list[str]:
+    found = {name for name, _, role in (tensor.rpartition(".") for tensor in stored) if name and role in ROLES}
+    if not found:
+        raise CommandError(f"--inputs {path}: has no tensors NAME.query, NAME.key and NAME.value")
+    missing = [f"{name}.{role}" for name in sorted(found) for role in ROLES if f"{name}.{role}" not in stored]
+    if missing:
+        raise CommandError(f"--inputs {path}: has no {', '.join(missing)}")
+    return sorted(found, key=lambda name: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)])
+
+
+def case_of(file, captured: Captured) -> Case:
+    where = f"--inputs {captured.file}: {captured.name}"
+    parts = [file.get_slice(f"{captured.name}.{role}") for role in ROLES]
+    dtypes = [part.get_dtype() for part in parts]
+    if not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
+        raise CommandError(f"{where} must have float dtypes, got {', '.join(dtypes)}")
+    query, key, value = (tuple(part.get_shape()) for part in parts)
+    fits = len(query) == len(key) == 4 and key == value and (query[0], *query[2:]) == (key[0], *key[2:])
+    if not fits or 0 in query + key:
+        raise CommandError(
+            f"{where}: query must be (batch, heads, length, dim), key and value the same with their own number of "
+            f"heads; got {query}, {key} and {value}"
+        )
+    batch, heads, length, head_size = query
+    if heads % key[1]:
+        raise CommandError(f"{where}: the heads of key must divide those of query, got {key[1]} and {heads}")
+    if head_size > MAX_HEAD_SIZE:
+        raise CommandError(f"{where}: dim must be at most {MAX_HEAD_SIZE}, got {head_size}")
+    return Case(length, head_size, heads, key[1], batch=batch, captured=captured)
+
+
+def load(captured: Captured, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    with opened(captured.file) as file:
+        return tuple(file.get_tensor(f"{captured.name}.{role}").to(device, dtype) for role in ROLES)

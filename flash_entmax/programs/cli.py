@@ -1,0 +1,241 @@
+"""The command line: flash-entmax info, check, demo, inspect, bench, recipe."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .errors import CommandError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    options.typed = shlex.join(["flash-entmax", *arguments])
+    try:
+        return options.command(options)
+    except CommandError as error:
+        print(f"flash-entmax {options.name}: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="flash-entmax", description="Exact, data-dependent sparse attention for PyTorch."
+    )
+    commands = top.add_subparsers(required=True, metavar="command", dest="name")
+
+    about = "versions, devices, and which implementation each device and dtype takes"
+    commands.add_parser("info", help=about, description=about).set_defaults(command=info)
+
+    about = "compare the implementations that run here with the float64 reference"
+    commands.add_parser("check", help=about, description=about).set_defaults(command=check)
+
+    about = "train a small language model with entmax attention on real text, and picture what it attends to"
+    demo_parser = commands.add_parser("demo", help=about, description=about)
+    demo_parser.set_defaults(command=demo)
+    add = demo_parser.add_argument
+    add("--text", type=Path, metavar="PATH", help="a file or folder of text (default: PyTorch's Python sources)")
+    add("--out", type=Path, metavar="DIR", default=Path("out/demo"), help="where the results go (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="training steps (default: what the device does in two minutes)")
+    add("--smallest", action="store_true", help="a tiny model and few steps: every stage within half a minute")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--alpha", type=float, default=1.5, help="above 1, at most 2; larger is sparser (default: %(default)s)")
+
+    about = "run a model on a text, and show which tokens its heads attend to: a table, pictures and a page"
+    add_inspect_options(commands.add_parser("inspect", help=about, description=about))
+
+    about = "time and memory beside softmax and other entmax attention, cold start, and refinement steps"
+    add_bench_options(commands.add_parser("bench", help=about, description=about))
+
+    about = "reproduce claims about models: each arm's learning rates and seeds; tables and pictures"
+    add_recipe_options(commands.add_parser("recipe", help=about, description=about))
+    return top
+
+
+def add_inspect_options(inspect_parser: argparse.ArgumentParser) -> None:
+    inspect_parser.set_defaults(command=inspect)
+    add = inspect_parser.add_argument
+    add("model", metavar="MODEL", help="a model of Transformers, by folder or name; or the folder that the demo wrote")
+    add("--text", type=Path, metavar="FILE", required=True, help="the text that the model reads")
+    out = Path("out/inspect")
+    add("--out", type=Path, metavar="DIR", default=out, help="where the results go (default: %(default)s)")
+    about = "default: what the model was trained with, if that is entmax attention; else entmax15"
+    add("--attention", choices=("entmax15", "sparsemax", "entmax"), help=about)
+    add("--alpha", type=float, help="with entmax: above 1, at most 2; larger is sparser")
+    add("--tokens", type=int, metavar="N", default=1024, help="read N tokens of the text (default: %(default)s)")
+    about = "skip N tokens of the text; the model does not read them, and counts from the next one (default: 0)"
+    add("--offset", type=int, metavar="N", default=0, help=about)
+    add("--layers", nargs="+", metavar="N", default=(), help="numbers and ranges, such as 0 3-5 (default: all)")
+    about = "draw the map of each, and open the page at the first: a head, as 8 (of the first layer shown), or 23:8"
+    add("--head", nargs="+", metavar="HEAD", default=(), help=about)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+
+
+def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
+    bench_parser.set_defaults(command=bench)
+    add = bench_parser.add_argument
+    add(
+        "--out", type=Path, metavar="DIR", default=Path("out/bench"), help="where the results go (default: %(default)s)"
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--smallest", action="store_true", help="one short length: every part within seconds")
+    about = "of speed, memory, roofline, cold-start, refinement (default: all; with --inputs the first three)"
+    add("--parts", nargs="+", metavar="PART", help=about)
+    add("--only", nargs="+", metavar="NAME", help="competitors, as the results name them (default: all that run here)")
+    grid = bench_parser.add_argument_group("cases", "each flag replaces its part of the default grid")
+    grid.add_argument("--lengths", nargs="+", type=int, metavar="N", help="tokens")
+    grid.add_argument("--head-sizes", nargs="+", type=int, metavar="D")
+    grid.add_argument("--topics", nargs="+", type=int, metavar="T", help="block sparsity is about 1 - 1/T")
+    grid.add_argument("--groups", nargs="+", type=int, metavar="G", help="query heads for each key head")
+    about = "the same scores from keys so far apart that bounds on whole blocks of them rule out nothing"
+    grid.add_argument("--wide-blocks", action="store_true", help=about)
+    about = "instead of the default grid, what a trained model saw: safetensors of NAME.query, NAME.key and NAME.value"
+    grid.add_argument("--inputs", nargs="+", type=Path, metavar="FILE", help=about)
+
+
+def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
+    from .recipes import NAMES, SIZES
+
+    recipe_parser.set_defaults(command=recipe)
+    add = recipe_parser.add_argument
+    add("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=f"{', '.join(NAMES)}; or all")
+    about = "where the results go; what was interrupted goes on there (default: %(default)s)"
+    add("--out", type=Path, metavar="DIR", default=Path("out/recipes"), help=about)
+    about = "full is for a GPU, small for a CPU, toy shows in seconds that all works (default: what fits the device)"
+    add("--size", choices=SIZES, help=about)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    about = "what the language model reads, a file or folder (default: PyTorch's Python sources)"
+    add("--text", type=Path, metavar="PATH", help=about)
+    add("--workers", type=int, metavar="N", help="models that are trained at a time (default: what fits the recipe)")
+
+
+def info(options: argparse.Namespace) -> int:
+    lines = [*versions(), *devices()]
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        print(f"{label:{width}}  {text}")
+    print("\nimpl='auto' takes")
+    for line in choices():
+        print(f"  {line}")
+    return 0
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    import platform
+    from importlib.metadata import packages_distributions, version
+
+    import torch
+
+    from .. import __version__
+    from ..functional import TRITON_IS_INSTALLED
+
+    yield "flash-entmax", __version__
+    yield "python", platform.python_version()
+    yield "torch", torch.__version__
+    names = packages_distributions().get("triton", [])  # ROCm and Windows have it by other names
+    known = ", ".join(f"{version(name)}{'' if name == 'triton' else f' ({name})'}" for name in names)
+    yield "triton", known or "installed, of an unknown version" if TRITON_IS_INSTALLED else "not installed"
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    import os
+
+    import torch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    yield "triton interpreter", "on (TRITON_INTERPRET=1)" if interpreted else "off"
+    yield "cpu threads", str(torch.get_num_threads())
+    if not torch.cuda.is_available():
+        yield "gpu", "none"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield f"gpu {index}", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+
+
+def choices() -> Iterator[str]:
+    """For each device and dtype, the implementation that impl="auto" takes, and the reason."""
+    import torch
+
+    from ..functional import choose_impl, why_not_triton
+
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            query = torch.empty(0, dtype=dtype, device=device)
+            impl, obstacle = choose_impl(query, "auto"), why_not_triton(query)
+            if impl == "triton":
+                reason = "the kernels run here"
+            else:
+                reason = obstacle or "the interpreter is for checking the kernels: impl='triton' asks for it"
+            yield f"{device:4}  {str(dtype).removeprefix('torch.'):8}  {impl:6}  {reason}"
+
+
+def check(options: argparse.Namespace) -> int:
+    from .check import self_check
+
+    return 0 if self_check() else 1
+
+
+def demo(options: argparse.Namespace) -> int:
+    from .demo.settings import settings_for
+
+    settings = settings_for(options.device, options.out, options.text, options.alpha, options.steps, options.smallest)
+    from .demo import run
+
+    run(settings)
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    from .inspect import Wanted, run
+
+    wanted = Wanted(
+        options.model,
+        options.text,
+        options.out,
+        attention=options.attention,
+        alpha=options.alpha,
+        tokens=options.tokens,
+        offset=options.offset,
+        layers=tuple(options.layers),
+        heads=tuple(options.head),
+        device=options.device,
+    )
+    run(wanted)
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    from .benchmarks import run
+    from .benchmarks.settings import settings_for
+
+    settings = settings_for(
+        options.device,
+        options.out,
+        lengths=options.lengths,
+        head_sizes=options.head_sizes,
+        topics=options.topics,
+        groups=options.groups,
+        wide_blocks=options.wide_blocks,
+        inputs=options.inputs,
+        only=options.only,
+        parts=options.parts,
+        smallest=options.smallest,
+        command=options.typed,
+    )
+    return 0 if run(settings) else 1
+
+
+def recipe(options: argparse.Namespace) -> int:
+    from .recipes import NAMES, options_for, run
+
+    names = NAMES if "all" in options.names else dict.fromkeys(options.names)
+    wanted = options_for(options.out, options.size, options.device, options.text, options.workers)
+    for name in names:
+        run(name, wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

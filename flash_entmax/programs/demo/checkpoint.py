@@ -1,0 +1,37 @@
+"""The trained model as a file, which `flash-entmax inspect` opens."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..errors import CommandError
+from .model import Transformer
+from .settings import CPU, Settings, settings_for
+
+NAME = "model.pt"
+SIZES = tuple(CPU)
+
+
+def save(model: Transformer, settings: Settings) -> Path:
+    """Write the weights and the settings that shape them into the folder of the results."""
+    path = settings.out / NAME
+    sizes = {name: getattr(settings, name) for name in (*SIZES, "alpha")}
+    torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
+    return path
+
+
+def load(path: Path, device: str) -> tuple[Transformer, Settings]:
+    """The model, ready to run on "auto", "cpu" or "cuda". CommandError for a file that `save` did not write."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        sizes = content["sizes"]
+        settings = settings_for(device, path.parent, None, sizes.pop("alpha"), None, smallest=True)
+        settings = replace(settings, **sizes)
+        model = Transformer(settings.layers, settings.width, settings.heads, alpha=settings.alpha)
+        model.load_state_dict(content["weights"])
+    except CommandError:
+        raise
+    except Exception as error:  # a file can be wrong in as many ways as unpickling has errors
+        raise CommandError(f"{path} is not a model that the demo wrote: {error}") from error
+    return model.to(settings.device).eval(), settings

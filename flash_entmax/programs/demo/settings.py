@@ -1,0 +1,81 @@
+"""What one run of the demo is: the sizes for each kind of machine, the seed, and the checks of the options."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..errors import CommandError, device_for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run: a step trains on ``batch`` windows of ``context`` bytes; training ends at ``steps`` or ``seconds``."""
+
+    device: torch.device
+    out: Path
+    text: Path | None
+    alpha: float
+    context: int
+    layers: int
+    width: int
+    head_size: int
+    batch: int
+    steps: int
+    learning_rate: float
+    seconds: float
+    validation_windows: int
+    seed: int = 0
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_size
+
+
+SMALLEST = {
+    "context": 256,
+    "layers": 2,
+    "width": 64,
+    "head_size": 32,
+    "batch": 8,
+    "steps": 60,
+    "learning_rate": 6e-3,
+    "seconds": 20.0,
+    "validation_windows": 8,
+}
+CPU = {
+    "context": 512,
+    "layers": 4,
+    "width": 128,
+    "head_size": 32,
+    "batch": 4,
+    "steps": 200,
+    "learning_rate": 3e-3,
+    "seconds": 140.0,
+    "validation_windows": 24,
+}
+CUDA = {
+    "context": 4096,
+    "layers": 8,
+    "width": 512,
+    "head_size": 64,
+    "batch": 8,
+    "steps": 1000,
+    "learning_rate": 1e-3,
+    "seconds": 120.0,
+    "validation_windows": 32,
+}
+
+
+def settings_for(
+    device: str, out: Path, text: Path | None, alpha: float, steps: int | None, smallest: bool
+) -> Settings:
+    """The sizes that fit the machine; ``device`` is "auto", "cpu" or "cuda"."""
+    device = device_for(device)
+    if not 1.0 < alpha <= 2.0:
+        raise CommandError(f"--alpha must be above 1 (softmax, nothing sparse to show) and at most 2, got {alpha}")
+    if steps is not None and steps < 1:
+        raise CommandError(f"--steps must be at least 1, got {steps}")
+    sizes = SMALLEST if smallest else CUDA if device == "cuda" else CPU
+    settings = Settings(device=torch.device(device), out=out, text=text, alpha=alpha, **sizes)
+    return settings if steps is None else replace(settings, steps=steps)

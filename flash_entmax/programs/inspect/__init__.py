@@ -1,0 +1,41 @@
+"""What `flash-entmax inspect` does: run a model on a text, and show what its attention looks at.
+
+Needs matplotlib, and, for a model that is not the demo's, transformers: pip install "flash-entmax[plot,transformers]".
+"""
+
+from pathlib import Path
+
+from ..errors import CommandError
+from .demo_model import demo_checkpoint, open_demo
+from .layers import choose
+from .loss import alpha_of, loss_line, read, softmax_loss
+from .progress import Progress
+from .results import table, write
+from .transformers_model import open_transformers
+from .wanted import Wanted, check
+
+__all__ = ["Wanted", "run"]
+
+
+def run(wanted: Wanted) -> None:
+    """Print a table, write the pictures and the page. Raises a CommandError."""
+    check(wanted)
+    with Progress() as progress:
+        progress("opening the model")
+        subject = open_demo(wanted) if demo_checkpoint(wanted.model) else open_transformers(wanted)
+        try:
+            calls, loss = read(subject, progress)
+            chosen, not_shown = choose(wanted, subject, calls)
+            alpha = alpha_of(calls)
+            loss = loss_line(subject, alpha, loss, softmax_loss(subject, progress))
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise CommandError(f"{wanted.model}: {subject.in_words(error)}") from error
+        rows = table(chosen, progress)
+        progress.clear()
+        attention = f"entmax attention, {alpha}, {subject.origin}"
+        facts = [loss, not_shown] if not_shown else [loss]
+        print(f"{wanted.model}: {attention}; {subject.read}", *facts, "", sep="\n")
+        print(*rows, sep="\n")
+        name = f"{Path(wanted.model).name}, {subject.read_briefly}"
+        paths = write(wanted, chosen, subject, name, "; ".join([attention, *facts]), progress)
+    print("\npictures:", *paths[:-1], f"\npage, to be opened in a browser: {paths[-1]}")

@@ -1,0 +1,60 @@
+"""Which layer each recorded call is of, and which layers are not shown."""
+
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from ...inspection import Call
+from ..errors import CommandError
+from .subject import NO_INTERFACE, Subject
+from .wanted import Wanted, check_against, heads_of, numbers_of
+
+
+def choose(wanted: Wanted, subject: Subject, calls: Sequence[Call]) -> tuple[list[Call], str]:
+    """The calls of the layers asked for, numbered by layer; and which of those layers are not shown, in words."""
+    if not calls:
+        raise CommandError(f"{wanted.model}: {why_no_calls(subject)}")
+    by_layer = number_by_layer(subject.model, calls)
+    recorded = {call.number for call in calls}
+    count = max(subject.layers if by_layer else 0, 1 + max(recorded | subject.softmax_layers))
+    check_against(wanted, count, max(call.problem.heads for call in calls))
+    asked = numbers_of(wanted.layers, count)
+    for layer, head in heads_of(wanted):
+        if layer is not None and layer not in recorded:
+            raise CommandError(f"--head {layer}:{head}: {not_shown({layer}, subject.softmax_layers)}")
+    words = not_shown(asked - recorded, subject.softmax_layers)
+    if not asked & recorded:
+        raise CommandError(f"--layers {' '.join(wanted.layers)}: {words}")
+    return [call for call in calls if call.number in asked], words
+
+
+def number_by_layer(model: nn.Module, calls: Sequence[Call]) -> bool:
+    """Number each call by the ``layer_idx`` of its module; False, and nothing is done, where that is not its own."""
+    modules = dict(model.named_modules())
+    numbers = [getattr(modules.get(call.name), "layer_idx", None) for call in calls]
+    if not all(isinstance(number, int) for number in numbers) or len(set(numbers)) < len(numbers):
+        return False
+    for call, number in zip(calls, numbers, strict=True):
+        call.number = number
+    return True
+
+
+def not_shown(layers: Collection[int], softmax_layers: Collection[int]) -> str:
+    """Why these layers are not recorded; empty for no layers."""
+    softmax = sorted(layer for layer in layers if layer in softmax_layers)
+    others = sorted(layer for layer in layers if layer not in softmax_layers)
+    parts = (
+        (softmax, "is softmax (alpha 1) and is not shown", "are softmax (alpha 1) and are not shown"),
+        (others, "has no entmax attention and is not shown", "have no entmax attention and are not shown"),
+    )
+    return "; ".join(
+        f"layer {found[0]} {one}" if len(found) == 1 else f"layers {' '.join(map(str, found))} {several}"
+        for found, one, several in parts
+        if found
+    )
+
+
+def why_no_calls(subject: Subject) -> str:
+    if subject.softmax_layers:
+        return f"{not_shown(subject.softmax_layers, subject.softmax_layers)}: give --alpha"
+    return NO_INTERFACE

@@ -1,0 +1,77 @@
+"""The model's loss on the text, with the attention shown and with softmax."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ... import inspection
+from ...inspection import Call
+from .progress import Progress
+from .subject import Subject
+
+MOST_LOGITS = 2**28  # at a time: 1 GiB in float32
+ROWS = 256  # whose loss is computed at a time
+
+
+@torch.no_grad()
+def read(subject: Subject, progress: Progress) -> tuple[list[Call], float | None]:
+    """The recorded calls, and the mean loss of the next token in nats; None where the model predicts none."""
+    passes = losses(subject)
+
+    def seen(name: str) -> bool:
+        progress(f"reading the text: {name}")
+        return True
+
+    with inspection.record(subject.model, only=seen) as calls:
+        first = next(passes)
+    return calls, None if first is None else (first + sum(passes)) / (len(subject.tokens) - 1)
+
+
+@torch.no_grad()
+def softmax_loss(subject: Subject, progress: Progress) -> float | None:
+    """The same with softmax, which the subject then keeps."""
+    if subject.why_no_loss:
+        return None
+    progress("reading the text once more, with softmax")
+    for implementation in ("sdpa", "eager"):
+        try:
+            subject.take_softmax(implementation)
+            with inspection.record(subject.model, keep_inputs=False) as calls:
+                total = sum(losses(subject))
+        except ValueError:
+            if implementation == "eager":
+                raise
+            continue
+        if calls:
+            raise ValueError(f"{calls[0].name} cannot be switched to softmax")
+        return total / (len(subject.tokens) - 1)
+    return None
+
+
+def losses(subject: Subject) -> Iterator[float | None]:
+    """Each step reads the text, and gives the sum of the losses of some tokens; None where the model predicts none."""
+    if subject.why_no_loss:
+        subject.run()
+        yield None
+        return
+    count = len(subject.tokens) - 1
+    step = max(1, MOST_LOGITS // subject.vocabulary)
+    for first in range(0, count, step):
+        stop = min(first + step, count)
+        logits, targets = subject.logits(first, stop), subject.ids[0, first + 1 : stop + 1]
+        rows = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+        yield sum(cross_entropy(part.float(), target, reduction="sum").item() for part, target in rows)
+
+
+def loss_line(subject: Subject, alpha: str, loss: float | None, softmax: float | None) -> str:
+    if loss is None:
+        return f"no loss is shown: {subject.why_no_loss}"
+    return f"loss in nats per {subject.unit}: {loss:.3f} with {alpha}, {softmax:.3f} with softmax"
+
+
+def alpha_of(calls: Sequence[Call]) -> str:
+    """In words: the one of all calls, or the smallest and the largest."""
+    numbers = [number for call in calls for number in torch.as_tensor(call.alpha).flatten().tolist()]
+    low, high = (f"{number:.4g}" for number in (min(numbers), max(numbers)))
+    return f"alpha {low}" if low == high else f"alpha {low} to {high}"

@@ -1,0 +1,222 @@
+"""A model of Transformers, by folder or name."""
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CommandError, device_for, require
+from .subject import NO_INTERFACE, Subject
+from .wanted import ATTENTION, Wanted, check_against, check_offset, read_text
+
+
+def open_transformers(wanted: Wanted) -> "TransformersModel":
+    path = Path(wanted.model)
+    if path.exists() and not (path / "config.json").is_file():
+        raise CommandError(f"{path} holds neither a model of Transformers (config.json) nor the demo's (model.pt)")
+    if not path.exists() and wanted.model.startswith((".", "/", "~")):
+        raise CommandError(f"{path}: no such folder")
+    require("transformers", "transformers")
+    content = read_text(wanted.text)
+    try:
+        return load(wanted, content)
+    except (ImportError, OSError, ValueError) as error:
+        raise CommandError(f"{wanted.model}: {in_words(error)}") from error
+
+
+def in_words(error: Exception) -> str:
+    """The integration advises another attn_implementation, which nobody can give to this command."""
+    problem, *advice = re.split(r"(?:\.|:|;) (use|load the model with) attn_implementation=", str(error), flags=re.I)
+    if advice and ("class says that it does not support" in problem or "without a call of its" in problem):
+        return NO_INTERFACE
+    return problem
+
+
+def load(wanted: Wanted, content: bytes) -> "TransformersModel":
+    """The config first, then the text, and the weights last: what is wrong shows before they are read."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ...integrations.transformers import register
+
+    register()
+    config = AutoConfig.from_pretrained(wanted.model)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("a model of an encoder and a decoder: the page shows a text that attends to itself")
+    attention, _, words = attention_of(wanted, config)
+    sizes = config.get_text_config()
+    check_against(wanted, *(getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads")))
+    context = getattr(sizes, "max_position_embeddings", None) or wanted.tokens
+    tokenizer = AutoTokenizer.from_pretrained(wanted.model)
+    ids, tokens = encoded(tokenizer, wanted, content, min(wanted.tokens, context))
+    if wanted.alpha is not None:
+        sizes.entmax_alpha = wanted.alpha
+    model = load_weights(wanted, config, attention)
+    subject = TransformersModel(wanted, model, torch.tensor([ids], device=model.device), tokens, words)
+    subject.why_no_loss = subject.why_no_loss or why_no_loss(model)
+    subject.layers = getattr(sizes, "num_hidden_layers", 0)
+    subject.softmax_layers = softmax_layers(attention, sizes)
+    if context == len(tokens) < wanted.tokens:
+        subject.read += ", all that the model takes at once"
+    return subject
+
+
+def attention_of(wanted: Wanted, config) -> tuple[str, object, str]:
+    """The name of the attention, its alpha, and where that comes from, in words."""
+    from ...integrations.transformers import saved_attention
+
+    by_hand = getattr(config.get_text_config(), "entmax_alpha", None)
+    saved, found = saved_attention(config) or ("entmax15" if by_hand is None else "entmax", by_hand)
+    is_asked_for = wanted.attention is not None or wanted.alpha is not None
+    attention = (wanted.attention or "entmax") if is_asked_for else saved
+    alpha = wanted.alpha or ATTENTION[attention] or found
+    if alpha is None:
+        raise ValueError("--attention entmax needs --alpha: the model's config has no entmax_alpha")
+    if isinstance(alpha, (int, float)) and not 1 < alpha <= 2:
+        raise ValueError(f"entmax_alpha in its config.json must be above 1 and at most 2, got {alpha!r}: give --alpha")
+    return attention, alpha, origin_of(alpha, config)
+
+
+def origin_of(alpha: object, config) -> str:
+    """Where this alpha comes from, and what it stands in place of; in words."""
+    from ...integrations.transformers import saved_attention
+    from ...integrations.transformers.config import is_held
+
+    declared, saved = getattr(config.get_text_config(), "entmax_alpha", None), saved_attention(config)
+    if saved is None:
+        place = "among its weights" if is_held(declared) else "of its config.json"
+        is_declared = declared is not None and alpha == declared
+        return f"{f'with the entmax_alpha {place}, ' if is_declared else ''}in place of its softmax"
+    _, found = saved
+    if found is None:
+        return "for the entmax attention that it was saved with, without an alpha"
+    if alpha == found:
+        return f"as found {'among its weights' if is_held(declared) else 'in its config.json'}"
+    if is_held(declared):
+        kind, whose, *_ = found.split(", ")
+        return f"in place of its {'learned' if kind == 'learned' else 'own'} {whose}"
+    return f"in place of {f'alpha {found},' if isinstance(found, str) else found} in its config.json"
+
+
+def softmax_layers(attention: str, config) -> frozenset[int]:
+    """Those to which the config gives alpha 1."""
+    from ...integrations.transformers.config import is_held
+
+    alpha = getattr(config, "entmax_alpha", None)
+    if attention != "entmax" or not isinstance(alpha, dict) or is_held(alpha):
+        return frozenset()
+    return frozenset(int(layer) for layer, number in alpha.items() if number == 1)
+
+
+def load_weights(wanted: Wanted, config, attention: str):
+    """A model of the class that was saved, so that no weight is missing."""
+    import transformers
+
+    name = (config.architectures or [None])[0]
+    kind = getattr(transformers, name or "AutoModel", None)
+    if kind is None:
+        raise ValueError(f"its config.json names the class {name}, which Transformers does not have")
+    device = torch.device(device_for(wanted.device))
+    dtype = "auto" if device.type == "cuda" else torch.float32
+    options = {"config": config, "attn_implementation": attention, "dtype": dtype, "output_loading_info": True}
+    with silence():
+        model, loaded = kind.from_pretrained(wanted.model, **options)
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise ValueError(f"{len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}")
+    return model.to(device).eval()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """No bar and no report while weights are loaded."""
+    from transformers.utils import logging
+
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+def why_no_loss(model) -> str:
+    """In words; empty for a causal language model, whose tokens do not see those that they predict."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    def is_of(mapping) -> bool:
+        kinds = mapping.get(type(model.config), ())
+        return type(model) in (kinds if isinstance(kinds, (tuple, list)) else (kinds,))
+
+    name = type(model).__name__
+    if is_of(MODEL_FOR_MASKED_LM_MAPPING):
+        return f"{name} predicts hidden tokens, not the next one"
+    if not is_of(MODEL_FOR_CAUSAL_LM_MAPPING):
+        return f"{name} has no head that predicts the next token"
+    if not all(getattr(part, "is_causal", True) for part in (model.config, *model.get_decoder().modules())):
+        return f"the tokens of this {name} see those that follow them"
+    return ""
+
+
+class TransformersModel(Subject):
+    def __init__(self, wanted: Wanted, model, *rest) -> None:
+        super().__init__(wanted, model.base_model, *rest)
+        self.whole = model
+
+    @property
+    def vocabulary(self) -> int:
+        return self.whole.config.get_text_config().vocab_size
+
+    def run(self) -> None:
+        self.model(self.ids)
+
+    def logits(self, first: int, stop: int) -> Tensor:
+        accepted = inspect.signature(self.whole.forward).parameters
+        options = {"use_cache": False, "logits_to_keep": torch.arange(first, stop, device=self.ids.device)}
+        output = self.whole(self.ids, **{name: option for name, option in options.items() if name in accepted})
+        return output.logits[0] if "logits_to_keep" in accepted else output.logits[0, first:stop]
+
+    def in_words(self, error: Exception) -> str:
+        return in_words(error)
+
+    def take_softmax(self, implementation: str) -> None:
+        if implementation == "sdpa" and getattr(self.whole.config.get_text_config(), "attn_logit_softcapping", None):
+            raise ValueError("sdpa has no softcap")
+        with silence():
+            self.whole.set_attn_implementation(implementation)
+
+
+def encoded(tokenizer, wanted: Wanted, content: bytes, limit: int) -> tuple[list[int], list[str]]:
+    """At most `limit` tokens from `wanted.offset` on, between the special ones of the tokenizer; ids and texts."""
+    text = content.decode("utf-8", "replace")
+    if limit <= (special := tokenizer.num_special_tokens_to_add()):
+        raise CommandError(f"--tokens {limit}: the tokenizer adds {special} special ones to any text")
+    options = {"truncation": True, "max_length": wanted.offset + limit, "return_special_tokens_mask": True}
+    encoding = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, **options)
+    ids = encoding["input_ids"]
+    names = tokenizer.convert_ids_to_tokens(ids)
+    texts = pieces(text, encoding["offset_mapping"], names) if tokenizer.is_fast else names
+    own = [place for place, is_special in enumerate(encoding["special_tokens_mask"]) if not is_special]
+    if not own:
+        raise CommandError(f"--text {wanted.text}: the tokenizer finds no token in it")
+    check_offset(wanted, len(own), "token", content)
+    kept = [*range(own[0]), *range(own[0] + wanted.offset, len(ids))]
+    return [ids[place] for place in kept], [texts[place] for place in kept]
+
+
+def pieces(text: str, offsets: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
+    """The text between the end of one token and that of the next; the token's name where there is none.
+
+    So spaces that a tokenizer drops stay, a character of several tokens shows once, and special tokens by their names.
+    """
+    found, end = [], 0
+    for (_, stop), name in zip(offsets, names, strict=True):
+        found.append(text[end:stop] if stop > end else name)
+        end = max(end, stop)
+    return found

@@ -1,0 +1,107 @@
+"""What was typed after `flash-entmax inspect`, and every check of it before any heavy work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...show import page
+from ..errors import CommandError, device_for, make_folder, require
+
+MOST_BYTES = 2**22
+ATTENTION = {"entmax15": 1.5, "sparsemax": 2.0, "entmax": None}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`attention` and `alpha` are None for what the model was trained with, or else entmax15."""
+
+    model: str
+    text: Path
+    out: Path
+    attention: str | None = None
+    alpha: float | None = None
+    tokens: int = 1024
+    offset: int = 0
+    layers: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    device: str = "auto"
+
+
+def check(wanted: Wanted) -> None:
+    """Refuse what no model could do; makes the folder of the results."""
+    require("plot", "matplotlib")
+    if not 1 <= wanted.tokens <= page.MOST_TOKENS:
+        raise CommandError(f"--tokens must be from 1 to {page.MOST_TOKENS}, got {wanted.tokens}")
+    if wanted.offset < 0:
+        raise CommandError(f"--offset must be at least 0, got {wanted.offset}")
+    if wanted.alpha is not None and not 1.0 < wanted.alpha <= 2.0:
+        raise CommandError(
+            f"--alpha must be above 1 (softmax, nothing sparse to see) and at most 2, got {wanted.alpha}"
+        )
+    if wanted.alpha is not None and wanted.attention not in (None, "entmax"):
+        raise CommandError(f"--attention {wanted.attention} has its own alpha: leave --alpha away, or take entmax")
+    device_for(wanted.device)
+    check_against(wanted, None, None)
+    make_folder(wanted.out)
+
+
+def check_against(wanted: Wanted, layers: int | None, heads: int | None) -> None:
+    """Refuse layers and heads that the model does not have; None: not known yet."""
+    numbers_of(wanted.layers, layers)
+    for layer, head in heads_of(wanted):
+        if layers is not None and layer is not None and layer >= layers:
+            raise CommandError(f"--head {layer}:{head}: the model has the layers 0 to {layers - 1}")
+        if heads is not None and head >= heads:
+            raise CommandError(f"--head {head}: the model has the heads 0 to {heads - 1}")
+        if layer is not None and wanted.layers and layer not in numbers_of(wanted.layers, layers):
+            raise CommandError(f"--head {layer}:{head}: --layers {' '.join(wanted.layers)} leaves layer {layer} out")
+
+
+def numbers_of(layers: Sequence[str], count: int | None) -> set[int]:
+    """Numbers and ranges such as 3-5 as a set; all `count` layers where none is given. No count: no upper end."""
+    numbers: set[int] = set()
+    for part in layers:
+        first, _, last = part.partition("-")
+        if not (is_number(first) and (is_number(last) or part == first)):
+            raise CommandError(f"--layers takes numbers and ranges, such as 0 3-5, got {part!r}")
+        if count is not None and int(last or first) >= count:
+            raise CommandError(f"--layers {part}: the model has the layers 0 to {count - 1}")
+        numbers.update(range(int(first), int(last or first) + 1))
+    if layers and not numbers:
+        raise CommandError(f"--layers {' '.join(layers)}: no layer is in there")
+    return numbers or set(range(count or 0))
+
+
+def heads_of(wanted: Wanted) -> list[tuple[int | None, int]]:
+    """(layer, head) of each that was asked for; the layer is None where only a head was named."""
+    found = []
+    for part in wanted.heads:
+        layer, colon, head = part.rpartition(":")
+        if not (is_number(head) and (is_number(layer) or not colon)):
+            raise CommandError(f"--head takes a head, such as 8, or layer and head, such as 23:8, got {part!r}")
+        found.append((int(layer) if colon else None, int(head)))
+    return found
+
+
+def is_number(text: str) -> bool:
+    """Of at most nine digits 0 to 9."""
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def read_text(path: Path) -> bytes:
+    """Its first MOST_BYTES."""
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(MOST_BYTES)
+    except OSError as error:
+        raise CommandError(f"--text {path}: {error.strerror}") from error
+    if not text.strip():
+        raise CommandError(f"--text {path}: no text to read")
+    return text
+
+
+def check_offset(wanted: Wanted, count: int, unit: str, text: bytes) -> None:
+    """`count`: how many tokens, or bytes, the text has."""
+    if wanted.offset >= count:
+        of = f"the first {MOST_BYTES:,} bytes of {wanted.text}" if len(text) == MOST_BYTES else f"{wanted.text}"
+        raise CommandError(f"--offset {wanted.offset}: there are {count:,} {unit}s in {of}")

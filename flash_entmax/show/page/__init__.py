@@ -1,0 +1,155 @@
+"""One HTML file in which a person sees which tokens each token attends to. It needs no network and no other file."""
+
+import base64
+import html
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...inspection import Call
+
+MOST_TOKENS = 8192
+MOST_PROBABILITIES = 20_000_000
+CODES = 65_535  # a probability p is kept as sqrt(p) in 16 bits: off by less than 2e-5, and never 0
+
+
+def save_page(
+    path: Path,
+    tokens: Sequence[str],
+    calls: Sequence[Call],
+    *,
+    title: str,
+    note: str = "",
+    batch: int = 0,
+    start: tuple[int, int] | None = None,
+    progress: Callable[[Sequence[Call]], Iterable[Call]] = iter,
+) -> Path:
+    """Write the page to ``path`` and return it; makes its folder.
+
+    The text stands there as tokens, beside a grid of support sizes by layer and head to choose from. Pointing at a
+    token shades exactly the tokens that it attends to and lists their probabilities; a click pins it, and the address
+    then restores this state (``#layer=3&head=5&token=12``). Keyboard and touch work as well. Until then the last token
+    is shown.
+
+    Args:
+        path: where to; ends in .html.
+        tokens: the text that each token stands for, in order. Any characters.
+        calls: recorded self-attention of these tokens, one call for each layer.
+        title: which model and text this is.
+        note: a line below it, with what else should be known.
+        batch: which batch row of the calls.
+        start: (number of the call, head) to open with, where the address names none; the first by default.
+        progress: goes through the calls while they are written, as ``tqdm.tqdm`` does.
+
+    Raises:
+        ValueError: a start that is not among the calls; tokens and calls that do not fit, or that are too large:
+            MOST_TOKENS, and MOST_PROBABILITIES positive probabilities (5 to 6 bytes each).
+    """
+    tokens, calls = list(tokens), list(calls)
+    check_calls(tokens, calls, batch)
+    facts = {
+        "tokens": tokens,
+        "start": place_of(start, calls),
+        "layers": [
+            {
+                "number": call.number,
+                "name": call.name,
+                "sizes": [round(size, 2) for size in call.keys_per_query.tolist()],
+                "visible": visible_keys(call, batch),
+            }
+            for call in calls
+        ],
+    }
+    data = [
+        f'<script type="text/plain" id="attention-{layer}-{head}">{encoded(call.rows(batch, head))}</script>'
+        for layer, call in enumerate(progress(calls))
+        for head in range(call.problem.heads)
+    ]
+    parts = {
+        "title": html.escape(title),
+        "note": html.escape(note),
+        "style": asset("style.css"),
+        "script": asset("data.js") + asset("script.js"),
+        "facts": inside_script(facts),
+        "data": "\n".join(data),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("template.html")), encoding="utf-8")
+    return path
+
+
+def check_calls(tokens: list[str], calls: list[Call], batch: int) -> None:
+    if not tokens or not calls:
+        raise ValueError(f"the page needs tokens and calls, got {len(tokens)} and {len(calls)}")
+    if len(tokens) > MOST_TOKENS:
+        raise ValueError(f"the page holds up to {MOST_TOKENS:,} tokens, got {len(tokens):,}")
+    for call in calls:
+        problem = call.problem
+        if (problem.query_length, problem.key_length) != (len(tokens), len(tokens)):
+            raise ValueError(
+                f"the page shows the attention of {len(tokens)} tokens to themselves, but {call.name!r} has "
+                f"{problem.query_length} queries and {problem.key_length} keys"
+            )
+        if not 0 <= batch < problem.batch:
+            raise ValueError(f"batch must be from 0 to {problem.batch - 1}, got {batch}")
+    count = sum(int(call.support.size[batch].sum()) for call in calls)
+    if count > MOST_PROBABILITIES:
+        raise ValueError(
+            f"the page holds up to {MOST_PROBABILITIES:,} positive probabilities, and these {len(calls)} layers have "
+            f"{count:,}: choose fewer layers or tokens"
+        )
+
+
+def place_of(start: tuple[int, int] | None, calls: list[Call]) -> tuple[int, int]:
+    """(index of the call, head)."""
+    heads = {call.number: call.problem.heads for call in calls}
+    number, head = (calls[0].number, 0) if start is None else start
+    if number not in heads:
+        raise ValueError(f"start must be (layer, head) with a layer of {list(heads)}, got {start}")
+    if not 0 <= head < heads[number]:
+        raise ValueError(f"start must be (layer, head) with a head from 0 to {heads[number] - 1}, got {start}")
+    return list(heads).index(number), head
+
+
+def visible_keys(call: Call, batch: int) -> list[int]:
+    """How many keys each query may see, but for masks by tile."""
+    start, stop, _ = call.intervals[batch].unbind()
+    return (stop - start).clamp_min(0).tolist()
+
+
+def encoded(rows: Tensor) -> str:
+    """A CSR matrix as base64 of compressed 16-bit numbers: the size of each row, keys as steps within it, codes.
+
+    A step is from the key before, or from -1; a code is sqrt(p) * CODES, at least 1.
+    """
+    sizes, key, p = rows.crow_indices().diff(), rows.col_indices(), rows.values()
+    before = torch.cat((key.new_full((1,), -1), key[:-1]))
+    first = rows.crow_indices()[:-1][sizes > 0]
+    before[first] = -1
+    codes = (p.double().sqrt() * CODES).round().clamp(1, CODES)
+    numbers = torch.cat((sizes, key - before, codes.long())).to("cpu", torch.int32)
+    # The lower two bytes of each number, low byte first, whatever the machine's order.
+    content = torch.stack((numbers & 255, numbers >> 8), -1).to(torch.uint8).flatten()
+    buffer = bytearray(content.numel())
+    if buffer:
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(content)
+    return base64.b64encode(zlib.compress(bytes(buffer), 6)).decode()
+
+
+def inside_script(facts: object) -> str:
+    """JSON that nothing in it can end the <script> element it stands in."""
+    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+    text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
+    # A lone surrogate is half a character, which UTF-8 cannot hold.
+    text = text.encode("utf-8", "replace").decode()
+    return re.sub("[<>&\u2028\u2029]", lambda match: escapes[match[0]], text)
+
+
+def asset(name: str) -> str:
+    return files(__name__).joinpath(name).read_text(encoding="utf-8")

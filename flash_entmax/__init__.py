@@ -3,7 +3,8 @@
 import sys
 
 from .activations import entmax, entmax15, sparsemax
-from .core.call import Impl, Support
+from .backends import Impl
+from .core.call import Support
 from .functional import entmax_attention, entmax_attention_varlen
 from .losses import entmax15_loss, entmax_loss, linear_entmax_loss, sparsemax_loss
 from .operators.flops import register_flop_formulas

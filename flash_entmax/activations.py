@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from .core.call import ALPHAS, Impl, clamped, is_jagged, row_dtype
+from .backends import Impl, choose
+from .core.call import ALPHAS
 from .core.checks import refuse_nested, typed
 from .core.modes import as_given
-from .functional import choose_impl
+from .core.tensors import clamped, is_jagged, row_dtype
 from .operators import rows as row_ops
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -47,7 +48,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
         return entmax_of_values(x, alpha, dim, impl)
     check_scores(x, dim)
     check_alpha(alpha, x, dim)
-    impl = choose_rows(x, impl)
+    impl = choose(x, impl)
     if not isinstance(alpha, Tensor) and alpha == 1.0:
         with as_given(x):
             return softmax(x, dim)
@@ -137,13 +138,3 @@ def reduced_shape(x: Tensor, dim: int) -> torch.Size:
     shape = list(x.shape)
     shape[dim] = 1
     return torch.Size(shape)
-
-
-def choose_rows(x: Tensor, impl: str) -> str:
-    check_rows_impl(impl)
-    return choose_impl(x, impl)
-
-
-def check_rows_impl(impl: str) -> None:
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"impl must be one of 'auto', 'triton', 'torch', got {impl!r}")

@@ -1,27 +1,15 @@
-"""The public calls: check, choose an implementation, call."""
-
-import os
-from importlib.util import find_spec
+"""The public calls of attention: check, lower, call."""
 
 import torch
 from torch import Tensor
 
-from .backends import reference
-from .core.call import Impl, Modifiers, Problem, Support, is_jagged, longest_sequence, parameters, row_dtype
-from .core.checks import (
-    check_boundaries,
-    check_flag,
-    check_inputs,
-    check_longest,
-    check_scalars,
-    check_sight,
-    refuse_nested,
-)
-from .core.modes import as_autocast, as_given
-from .core.visibility import UNLIMITED, Sight, filter_of_blocks, reach
-from .operators import attention as ops
-
-TRITON_IS_INSTALLED = find_spec("triton") is not None
+from .backends import Impl
+from .core.call import ScoreOptions, Support
+from .core.checks import check_call, check_flag, refuse_nested
+from .core.modes import as_autocast
+from .core.tensors import is_jagged, longest_sequence
+from .core.visibility import UNLIMITED, Visibility
+from .operators.attention import attend
 
 
 def entmax_attention(
@@ -103,18 +91,14 @@ def entmax_attention(
         ValueError: shapes, devices or options that do not fit or exclude each other.
     """
     if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
-        return jagged_attention(
-            query, key, value, alpha=alpha, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap,
-            alibi_slopes=alibi_slopes, impl=impl, return_support=return_support,
-            refused=(query_positions, key_lengths, key_mask, block_mask),
-        )  # fmt: skip
-    query, key, value = as_autocast(query, key, value)
-    check_inputs(query, key, value)
-    check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
-    check_flag("return_support", return_support)
-    sight = Sight(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
-    check_sight(query, key, sight)
-    return attend(query, key, value, alpha, scale, softcap, alibi_slopes, sight, impl, return_support)
+        if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask)):
+            refused = "query_positions, key_lengths, key_mask and block_mask"
+            raise ValueError(f"{refused} are for tensors of one length, not for nested ones")
+        score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
+        return jagged_attention(query, key, value, score, is_causal, window_size, impl, return_support)
+    score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
+    visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
+    return checked_attention(query, key, value, score, visibility, impl, return_support)
 
 
 def entmax_attention_varlen(
@@ -167,11 +151,11 @@ def entmax_attention_varlen(
         refuse_nested(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have shape (tokens, heads, dim), got {tuple(tensor.shape)}")
-    result = packed_attention(
-        *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)),
-        cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k, max_q, max_k, alpha, scale, softcap, alibi_slopes,
-        is_causal, window_size, query_positions, impl, return_support,
-    )  # fmt: skip
+    score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
+    boundaries = cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k
+    visibility = Visibility(is_causal, window_size, query_positions, None, None, None, *boundaries, max_q, max_k)
+    rows = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    result = checked_attention(*rows, score, visibility, impl, return_support)
     output, support = result if return_support else (result, None)
     output = output.squeeze(0).transpose(0, 1)
     if not return_support:
@@ -180,7 +164,10 @@ def entmax_attention_varlen(
     return output, Support(*numbers, support.tile_shape)
 
 
-def jagged_attention(query, key, value, *, refused, **options):
+def jagged_attention(
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, is_causal: bool, window_size: tuple[int, int],
+    impl: Impl, return_support: bool,
+) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Nested tensors (batch, heads, ragged length, dim), through their values (heads, tokens, dim) and offsets."""
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
@@ -190,119 +177,24 @@ def jagged_attention(query, key, value, *, refused, **options):
                 f"{name} must be a jagged nested tensor (batch, heads, ragged length, dim) without holes, as the other "
                 f"inputs are, got {got}"
             )
-    if any(option is not None for option in refused):
-        raise ValueError(
-            "query_positions, key_lengths, key_mask and block_mask are for tensors of one length, not for nested ones"
-        )
-    offsets = query.offsets(), key.offsets()
-    if key.shape[2] == query.shape[2]:  # one ragged extent
-        offsets = offsets[0], offsets[0]
-    values = tuple(tensor.values().unsqueeze(0) for tensor in tensors.values())
+    boundaries = query.offsets(), key.offsets()
+    if key.shape[2] == query.shape[2]:  # one ragged dimension
+        boundaries = boundaries[0], boundaries[0]
     longest = (longest_sequence(tensor) for tensor in (query, key))
-    result = packed_attention(
-        *values, *offsets, *longest,
-        *(options[name] for name in ("alpha", "scale", "softcap", "alibi_slopes", "is_causal", "window_size")),
-        None, options["impl"], options["return_support"],
-    )  # fmt: skip
-    output, support = result if options["return_support"] else (result, None)
+    visibility = Visibility(is_causal, window_size, None, None, None, None, *boundaries, *longest)
+    values = (tensor.values().unsqueeze(0) for tensor in tensors.values())
+    result = checked_attention(*values, score, visibility, impl, return_support)
+    output, support = result if return_support else (result, None)
     output = torch.nested.nested_tensor_from_jagged(output.squeeze(0), query.offsets(), jagged_dim=2)
     return output if support is None else (output, support)
 
 
-def packed_attention(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, alpha, scale, softcap, alibi_slopes, is_causal, window_size,
-    query_positions, impl, return_support,
-):  # fmt: skip
-    """Packed sequences as one batch row, (1, heads, tokens, dim)."""
+def checked_attention(
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: Impl,
+    return_support: bool,
+) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
+    """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
     query, key, value = as_autocast(query, key, value)
-    check_inputs(query, key, value)
-    check_scalars(query, alpha, scale, softcap, alibi_slopes, impl)
+    check_call(query, key, value, score, visibility)
     check_flag("return_support", return_support)
-    if isinstance(query_positions, int):
-        got = type(query_positions).__name__
-        raise TypeError(f"query_positions of packed sequences must be a tensor or None, got {got}")
-    check_longest(max_q, max_k)
-    sight = Sight(
-        is_causal, window_size, query_positions, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, max_q=max_q, max_k=max_k
-    )
-    check_sight(query, key, sight)
-    check_boundaries(query, key, sight)
-    return attend(query, key, value, alpha, scale, softcap, alibi_slopes, sight, impl, return_support)
-
-
-def attend(query, key, value, alpha, scale, softcap, slopes, sight, impl, return_support):
-    """The call itself, after all checks."""
-    impl = choose_impl(query, impl)
-    alpha, scale = parameters(query, alpha, scale)
-    # Where tensors are given, the problem's own numbers count for nothing.
-    numbers = 1.5 if isinstance(alpha, Tensor) else alpha, 1.0 if isinstance(scale, Tensor) else scale
-    problem = Problem.of(query, key, value, numbers[0], sight.is_causal, numbers[1], softcap)
-    if slopes is not None:
-        slopes = slopes.to(row_dtype(query)).expand(problem.batch, problem.heads)
-
-    seen = intervals(problem, sight, query)
-    if impl == "reference":
-        with as_given(query):
-            result = reference.attention(problem, query, key, value, alpha, scale, slopes, sight)
-        return result if return_support else result[0]
-    if not isinstance(alpha, Tensor) and alpha == 1.0:
-        from .backends.softmax import softmax_attention
-
-        if return_support:
-            raise ValueError("alpha=1 is softmax, which attends to every key: it has no support to return")
-        with as_given(query):
-            return softmax_attention(problem, query, key, value, scale, slopes, sight, seen)
-
-    tile = ops.tile(impl, query, value)
-    if sight.key_mask is not None:
-        tiles = ops.key_filter(sight.key_mask, tile)
-    else:
-        tiles = filter_of_blocks(problem, sight, tile) or (None, None)
-    learned = (alpha, scale) if isinstance(alpha, Tensor) else (None, None)
-    modifiers = Modifiers(*learned, slopes, seen, *tiles)
-    scalars = *numbers, float(softcap), sight.is_plain and sight.window[1] == 0, reach(problem, sight), impl
-    output, _, maximum, offset, live = ops.attention(query, key, value, *modifiers, *scalars)
-    if not return_support:
-        return output
-    detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *modifiers))
-    maximum, size, marks = ops.attention_support(*detached, maximum, offset, live, *scalars)
-    return output, Support(maximum, offset, size, marks, (tile, tile))
-
-
-def intervals(problem: Problem, sight: Sight, query: Tensor) -> Tensor | None:
-    """Modifiers.intervals, or None where the kernels know the mask without."""
-    if sight.is_plain:
-        return None
-    given = sight.query_positions
-    positions, first = (given, 0) if isinstance(given, Tensor) else (None, problem.diagonal if given is None else given)
-    limits = positions, sight.key_lengths, sight.cu_seq_q, sight.cu_seq_k
-    longest = sight.max_q, sight.max_k
-    return ops.intervals(query.detach(), *limits, problem.key_length, first, *sight.window, *longest)
-
-
-def choose_impl(query: Tensor, impl: Impl) -> Impl:
-    """Resolve ``"auto"``, and refuse an explicit ``"triton"`` that cannot run here."""
-    obstacle = why_not_triton(query)
-    if impl == "auto":
-        return "torch" if obstacle or query.device.type == "cpu" else "triton"
-    if impl == "triton" and obstacle:
-        raise ValueError(f"impl='triton' cannot run here: {obstacle}")
-    return impl
-
-
-def why_not_triton(query: Tensor) -> str:
-    """The reason why the kernels cannot take this tensor, or an empty string."""
-    if query.dtype == torch.float64:
-        return "the kernels take float16, bfloat16 and float32, got float64"
-    if query.device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
-        if query.dtype == torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
-    elif query.device.type != "cuda":
-        return f"the kernels run on CUDA devices, got {query.device}"
-    elif not torch.version.hip and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(query.device)} has less"
-    if not TRITON_IS_INSTALLED:
-        return "the package triton is not installed"
-    return ""
+    return attend(query, key, value, score, visibility, impl, return_support)

@@ -9,8 +9,8 @@ have no probability. A class can win for good: once it is ahead by 1 / (alpha - 
 import torch
 from torch import Tensor
 
-from .activations import DTYPES, check_alpha_number, check_scores, choose_rows
-from .core.call import Impl
+from .activations import DTYPES, check_alpha_number, check_scores
+from .backends import Impl, choose
 from .core.checks import refuse_nested
 from .core.modes import as_autocast
 from .operators import rows as row_ops
@@ -61,7 +61,7 @@ def entmax_loss(
     check_scores(input, class_dim if isinstance(input, Tensor) and input.dim() > class_dim else 0, "input")
     check_options(alpha, ignore_index, reduction, label_smoothing)
     check_target(input, target, class_dim)
-    impl = choose_rows(input, impl)
+    impl = choose(input, impl)
     rows = input.movedim(class_dim, -1)
     shape, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1]).contiguous()
     count = rows.shape[0]
@@ -130,7 +130,7 @@ def linear_entmax_loss(
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum', got 'none': use entmax_loss for the loss of each token")
     rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
-    impl = choose_rows(hidden, impl)
+    impl = choose(hidden, impl)
     scalars = ignore_index, float(label_smoothing), float(alpha), impl
     total, *_ = linear_loss(rows, weight, bias, classes, False, False, False, *scalars)
     return total if reduction == "sum" else mean_of(total, (classes != ignore_index).sum())

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from .activations import check_alpha_number, check_rows_impl, entmax
-from .core.call import ALPHAS, Impl, is_jagged, longest_sequence
+from .activations import check_alpha_number, entmax
+from .backends import Impl, check_impl
+from .core.call import ALPHAS
 from .core.checks import check_flag, check_index, check_softcap, check_window, is_number, refuse_nested, said, typed
+from .core.tensors import is_jagged, longest_sequence
 from .core.visibility import UNLIMITED
 from .functional import entmax_attention, entmax_attention_varlen
 from .losses import check_options, entmax_loss
@@ -131,7 +133,7 @@ class EntmaxLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(alpha, ignore_index, reduction, label_smoothing)
-        check_rows_impl(impl)
+        check_impl(impl)
         self.alpha, self.impl = alpha, impl
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
 

@@ -11,7 +11,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from flash_entmax.core.call import Modifiers, Problem, Tangents
+from flash_entmax.core.call import Problem, ScoreOptions, Tangents, VisibilityArgs
 
 
 class AbsentGpu:
@@ -33,36 +33,42 @@ class AbsentGpu:
         return torch.device("cpu")
 
 
-def all_modifiers(heads: int, length: int, tile: int) -> Modifiers:
+def all_options(heads: int, length: int, tile: int) -> tuple[ScoreOptions, VisibilityArgs]:
     tiles = length // tile
-    return Modifiers(
-        alpha=torch.full((heads,), 1.5),
-        scale=torch.full((heads,), 0.1),
-        slopes=torch.full((1, heads), 0.5),
-        intervals=torch.zeros(1, 3, length, dtype=torch.int32),
-        kinds=torch.zeros(1, heads, tiles, tiles + 1, dtype=torch.int32),
-        bits=torch.zeros(3, tile, -(-tile // 32), dtype=torch.int32),
+    score = ScoreOptions(
+        torch.full((heads,), 1.5), torch.full((heads,), 0.1), softcap=30.0, alibi_slopes=torch.full((1, heads), 0.5)
     )
+    intervals = torch.zeros(1, 3, length, dtype=torch.int32)
+    kinds = torch.zeros(1, heads, tiles, tiles + 1, dtype=torch.int32)
+    bits = torch.zeros(3, tile, -(-tile // 32), dtype=torch.int32)
+    return score, VisibilityArgs(intervals, kinds, bits, is_causal=True, max_visible_span=length)
 
 
 def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, everything: bool) -> None:
     driver.set_active(AbsentGpu(capability))
-    from flash_entmax.backends.triton import attention
+    from flash_entmax.backends.triton import attention, parts
     from flash_entmax.backends.triton.schedule import tile_size
 
-    def compile_only(chunk, kernel, launch, *arguments, **constants):
-        compiled = kernel.warmup(*arguments, grid=(1,), **constants, **launch.options, enable_fp_fusion=True)
+    def compile_only(kernel, programs, setting, config, *arguments):
+        compiled = kernel.warmup(*arguments, grid=(1,), C=config, **setting.options, enable_fp_fusion=True)
         print(kernel.fn.__name__, compiled.metadata.shared)
 
-    attention.Chunk.run = compile_only
+    attention.launch = compile_only
     query, key = torch.empty(1, 4, 256, head_size, dtype=dtype), torch.empty(1, 2, 256, head_size, dtype=dtype)
-    problem = Problem.of(query, key, key, alpha, True, 1.0, softcap=30.0 if everything else 0.0)
-    modifiers = all_modifiers(4, 256, tile_size(dtype, head_size)) if everything else Modifiers()
-    output, *saved = attention.attention(problem, modifiers, query, key, key)
-    attention.attention_backward(problem, modifiers, output, query, key, key, *saved, everything)
-    attention.support(problem, modifiers, query, key, *saved[1:])
+    score, visibility = ScoreOptions(alpha, 1.0), VisibilityArgs(None, None, None, True, 256)
+    if everything:
+        score, visibility = all_options(4, 256, tile_size(dtype, head_size))
+    problem = Problem.of(query, key, key, score, visibility)
+    output, *saved = attention.attention_forward(problem, query, key, key, True)
+    attention.attention_backward(problem, output, query, key, key, *saved, everything)
+    attention.attention_support(problem, query, key, *saved[1:])
     numbers = (torch.ones(4), torch.ones(4), torch.ones(1, 4)) if everything else (None, None, None)
-    attention.attention_tangent(problem, modifiers, query, key, key, *saved, Tangents(query, key, key, *numbers))
+    attention.attention_tangent(problem, query, key, key, *saved, Tangents(query, key, key, *numbers))
+    attention.attention_forward(problem, query, key, key, False)
+    maximum, offset = (torch.empty(1, 4, 256) for _ in range(2))
+    parts.row_maxima(problem, query, key)
+    parts.sums_at(problem, query, key, maximum, offset)
+    parts.output_at(problem, query, key, key, maximum, offset)
 
 
 def compile_rows(capability: int, dtype: torch.dtype, size: int, alpha: float) -> None:

@@ -8,7 +8,7 @@ from conftest import HAS_CUDA
 from torch.nn.functional import scaled_dot_product_attention
 
 from flash_entmax import entmax_attention
-from flash_entmax.core.call import clamped
+from flash_entmax.core.tensors import clamped
 from flash_entmax.testing import iid_inputs
 
 ALPHAS = {

@@ -1,1 +1,117 @@
-"""What computes a call: the specification, softmax, plain PyTorch, and Triton."""
+"""What computes a call: the table of backends, what each must offer, and the one place that chooses and says why.
+
+A backend is a module in this folder that offers the functions of `Backend`. Its name in `BackendName` is the table.
+`reference` is no backend, but the specification, in autograd; `softmax` is the limit alpha = 1, by PyTorch.
+"""
+
+from importlib import import_module
+from typing import Literal, Protocol, get_args
+
+from torch import Tensor, dtype
+
+from ..core.call import Problem, Tangents
+
+BackendName = Literal["triton", "torch"]  # "auto" takes the first that is a default for a tensor and has no obstacle
+Impl = Literal["auto", BackendName, "reference"]
+
+
+class Backend(Protocol):
+    """What a backend offers.
+
+    Shapes: query (batch, heads, query length, head size), key (batch, key heads, key length, head size), value (batch,
+    key heads, key length, value size). Rows are (batch, heads, query length), float32, or float64 for float64 inputs.
+    `maximum` and `offset` are the threshold of each row: tau = maximum - offset in units of z, but a backend keeps its
+    maximum in a unit of its own, which only its own functions read. `live` is the packed map of the tiles that may hold
+    support, Problem.live_shape int32. The sums over keys of `row_maxima`, `sums_at` and `output_at` may be taken of a
+    part of the keys: maxima of parts combine by max, everything else by addition.
+    """
+
+    def obstacle(self, tensor: Tensor) -> str:
+        """Why this backend cannot take the tensor; empty if it can."""
+
+    def is_default_for(self, tensor: Tensor) -> bool:
+        """Whether "auto" may choose this backend for the tensor."""
+
+    def tile_size(self, dtype: dtype, size: int) -> int:
+        """Queries and keys of one tile of the live map, for the larger head size of keys and values."""
+
+    def attention_forward(
+        self, problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(output, value_mean, maximum, offset, live).
+
+        value_mean is O1 = sum u v / sum u, in the shape and dtype of the output. Without `needs_backward` all but the
+        output have no element.
+        """
+
+    def attention_backward(
+        self, problem: Problem, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor,
+        maximum: Tensor, offset: Tensor, live: Tensor, needs_parameters: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """(grad_query, grad_key, grad_value, grad_parameters); the last is (3, batch, heads): of alpha, scale and ALiBi
+        slopes, and has no element without `needs_parameters`."""
+
+    def attention_tangent(
+        self, problem: Problem, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, maximum: Tensor,
+        offset: Tensor, live: Tensor, tangents: Tangents,
+    ) -> Tensor:  # fmt: skip
+        """The output's derivative along the tangents, in the shape and dtype of the output."""
+
+    def attention_support(
+        self, problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(maximum in units of z, support size of each row in int32, exact map of live tiles in bool)."""
+
+    def row_maxima(self, problem: Problem, query: Tensor, key: Tensor) -> Tensor:
+        """Each row's maximum over the keys; +inf where it sees none."""
+
+    def sums_at(
+        self, problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(F, sum u) of each row over the keys, at a threshold."""
+
+    def output_at(
+        self, problem: Problem, query: Tensor, key: Tensor, value: Tensor, maximum: Tensor, offset: Tensor
+    ) -> Tensor:
+        """sum p v over the keys at a threshold, (batch, heads, query length, value size) in the dtype of rows."""
+
+    def entmax(self, x: Tensor, alphas: Tensor | None, alpha: float) -> Tensor:
+        """Probabilities of each row of x, (rows, n); alphas is (rows,), in place of the number."""
+
+    def entmax_backward(
+        self, grad: Tensor, p: Tensor, alphas: Tensor | None, alpha: float, needs_grad_alpha: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(grad_x, grad_alphas (rows,), without elements unless needed), from the probabilities."""
+
+    def loss(self, x: Tensor, target: object, alpha: float) -> tuple[Tensor, Tensor]:
+        """(losses (rows,), state (3, rows)) of the Fenchel-Young loss, without the target's own entropy."""
+
+    def loss_backward(self, grad: Tensor, x: Tensor, target: object, state: Tensor, alpha: float) -> Tensor:
+        """grad_x, from the state that each row was solved to."""
+
+
+BACKENDS: dict[str, Backend] = {name: import_module(f".{name}", __name__) for name in get_args(BackendName)}
+
+
+def choose(tensor: Tensor, impl: str, others: tuple[str, ...] = ()) -> str:
+    """The name of the backend for a tensor, or `impl` itself if it is one of `others`.
+
+    An explicit choice that cannot run here is refused: nothing falls back.
+    """
+    check_impl(impl, others)
+    if impl == "auto":
+        for name, backend in BACKENDS.items():
+            if backend.is_default_for(tensor) and not backend.obstacle(tensor):
+                return name
+    if impl in BACKENDS:
+        obstacle = BACKENDS[impl].obstacle(tensor)
+        if obstacle:
+            raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
+    return impl
+
+
+def check_impl(impl: object, others: tuple[str, ...] = ()) -> None:
+    """Refuse what is neither "auto", nor a backend, nor one of `others`."""
+    names = "auto", *BACKENDS, *others
+    if impl not in names:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, names))}, got {impl!r}")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..core.call import Problem, Support
 from ..core.threshold import row_maximum, threshold_by_bisection, threshold_by_sort
-from ..core.visibility import UNLIMITED, Sight
+from ..core.visibility import UNLIMITED, Visibility
 
 
 def entmax_rows(z: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,44 +43,44 @@ def positive_power(distance: Tensor, r: float | Tensor) -> Tensor:
     return torch.where(distance > 0, inside**r, distance)
 
 
-def visible_mask(problem: Problem, sight: Sight, device: torch.device) -> tuple[Tensor, Tensor]:
+def visible_mask(problem: Problem, options: Visibility, device: torch.device) -> tuple[Tensor, Tensor]:
     """((batch or 1, heads or 1, query length, key length) bool, True where the query sees the key;
     (batch or 1, 1, query length, key length), the distance from the query's position to the key)."""
     query, key = (torch.arange(length, device=device) for length in (problem.query_length, problem.key_length))
     visible = torch.ones(problem.query_length, problem.key_length, dtype=torch.bool, device=device)
     first, position = 0, query + problem.diagonal
-    if sight.cu_seq_q is not None:
-        visible, first, position = sequences(sight, query, key)
-    if isinstance(sight.query_positions, Tensor):
-        position = first + sight.query_positions.long()
-    elif sight.query_positions is not None:
-        position = query + sight.query_positions
+    if options.cu_seq_q is not None:
+        visible, first, position = sequences(options, query, key)
+    if isinstance(options.query_positions, Tensor):
+        position = first + options.query_positions.long()
+    elif options.query_positions is not None:
+        position = query + options.query_positions
     position = position if position.dim() == 2 else position.unsqueeze(0)
     ahead = (key - position.unsqueeze(-1)).masked_fill(~visible, 0).unsqueeze(1)
     visible = visible.expand_as(ahead)
-    left, right = sight.window
+    left, right = options.window
     if left != UNLIMITED:
         visible = visible & (ahead >= -left)
     if right != UNLIMITED:
         visible = visible & (ahead <= right)
-    if sight.key_lengths is not None:
-        visible = visible & (key < sight.key_lengths[:, None, None, None])
-    if sight.key_mask is not None:
-        visible = visible & sight.key_mask[:, None, None, :]
-    if sight.block_mask is not None:
-        visible = visible & blocks_mask(problem, sight.block_mask)
+    if options.key_lengths is not None:
+        visible = visible & (key < options.key_lengths[:, None, None, None])
+    if options.key_mask is not None:
+        visible = visible & options.key_mask[:, None, None, :]
+    if options.block_mask is not None:
+        visible = visible & blocks_mask(problem, options.block_mask)
     return visible, ahead.abs()
 
 
-def sequences(sight: Sight, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sequences(options: Visibility, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of packed sequences: (query length, key length) bool, whether query and key are of one sequence; of each query,
     the first key of its sequence, and its position, by which the last query stands at the last key."""
-    cu_q, cu_k = sight.cu_seq_q.long(), sight.cu_seq_k.long()
+    cu_q, cu_k = options.cu_seq_q.long(), options.cu_seq_k.long()
     count = cu_q.shape[0] - 1
-    of_query, of_key = (torch.searchsorted(cu, token, right=True) - 1 for cu, token in ((cu_q, query), (cu_k, key)))
-    same = (of_query.unsqueeze(-1) == of_key) & (of_key < count)
-    end = (of_query + 1).clamp_max(count)
-    return same, cu_k[of_query.clamp_max(count)], cu_k[end] - cu_q[end] + query
+    own, other = (torch.searchsorted(cu, token, right=True) - 1 for cu, token in ((cu_q, query), (cu_k, key)))
+    same = (own.unsqueeze(-1) == other) & (other < count)
+    end = (own + 1).clamp_max(count)
+    return same, cu_k[own.clamp_max(count)], cu_k[end] - cu_q[end] + query
 
 
 def blocks_mask(problem: Problem, block_mask) -> Tensor:
@@ -88,8 +88,8 @@ def blocks_mask(problem: Problem, block_mask) -> Tensor:
     from torch.nn.attention.flex_attention import create_mask
 
     batch, heads = block_mask.kv_indices.shape[:2]
-    extents = batch, heads, problem.query_length, problem.key_length
-    partial = create_mask(block_mask.mask_mod, *extents, device=block_mask.kv_indices.device)
+    sizes = batch, heads, problem.query_length, problem.key_length
+    partial = create_mask(block_mask.mask_mod, *sizes, device=block_mask.kv_indices.device)
     whole = torch.zeros_like(partial)
     listed = torch.zeros_like(partial)
     rows, columns = block_mask.BLOCK_SIZE
@@ -116,23 +116,21 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: float | Tensor,
-    scale: float | Tensor,
-    slopes: Tensor | None = None,
-    sight: Sight | None = None,
+    visibility: Visibility | None = None,
     tile: int = 64,
 ) -> tuple[Tensor, Support]:
     """Output and support of entmax attention; softmax where alpha is exactly 1, which attends to every visible key.
 
-    alpha and scale are floats, or tensors (heads,); slopes are (batch, heads).
+    Masks are read as the caller gave them. Without them, the problem's own is_causal holds.
     """
-    sight = Sight(problem.is_causal) if sight is None else sight
+    visibility = Visibility(problem.visibility.is_causal) if visibility is None else visibility
+    alpha, scale, softcap, slopes = problem.score
     key = key.repeat_interleave(problem.group, dim=1)
     value = value.repeat_interleave(problem.group, dim=1)
-    visible, distance = visible_mask(problem, sight, query.device)
+    visible, distance = visible_mask(problem, visibility, query.device)
     scores = (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale) * (query @ key.mT)
-    if problem.softcap:
-        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
         visible = visible & ~((slopes == torch.inf)[:, :, None, None] & (distance > 0))
         scores = torch.where(visible, scores - alibi(slopes, distance).to(scores.dtype), 0.0)

@@ -4,7 +4,6 @@ Imported by the first call that needs it: the decorator below loads torch._dynam
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from threading import Lock
 
@@ -15,15 +14,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..core.call import Problem
 from ..core.modes import has_tangent, is_transformed
-from ..core.visibility import Sight
+from ..core.visibility import Visibility
 from . import reference
 
 BACKENDS_CHANGE = Lock()  # they are the process's, not a thread's
 
 
-def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight: Sight, intervals) -> Tensor:
-    """The output; zeros for a query without a visible key. The intervals are those of Modifiers."""
-    if problem.softcap:
+def softmax_attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor, options: Visibility) -> Tensor:
+    """The output; zeros for a query without a visible key."""
+    _, scale, softcap, slopes = problem.score
+    if softcap:
         raise ValueError("softcap with alpha=1 (softmax) is not computed here: use FlexAttention, or alpha above 1")
     if isinstance(scale, Tensor):
         query, scale = (query * scale.view(-1, 1, 1)).to(query.dtype), 1.0
@@ -35,16 +35,14 @@ def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight:
     if is_forward:
         attend = partial(with_backends, [SDPBackend.MATH], attend)
     shared = {"enable_gqa": True} if problem.group > 1 else {}
-    masks = (sight.key_mask, sight.block_mask, slopes)
-    square = sight.window[1] != 0 or problem.diagonal == 0
-    if sight.is_plain and square and all(mask is None for mask in masks):
-        return attend(query, key, value, is_causal=sight.window[1] == 0, **shared)
+    masks = (options.key_mask, options.block_mask, slopes)
+    square = options.window[1] != 0 or problem.diagonal == 0
+    if options.is_plain and square and all(mask is None for mask in masks):
+        return attend(query, key, value, is_causal=options.window[1] == 0, **shared)
     if shared and query.is_cuda:  # where PyTorch's fused kernel for masks takes no shared heads
         key, value = (tensor.repeat_interleave(problem.group, 1) for tensor in (key, value))
         shared = {}
-    if intervals is None:
-        intervals = replace(problem, is_causal=sight.window[1] == 0).intervals(query.device)
-    visible, distance = visible_mask(problem, sight, intervals)
+    visible, distance = visible_mask(problem, options, problem.intervals(query.device))
     if slopes is not None:
         slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
         visible = visible & ~((slopes == torch.inf)[:, :, None, None] & (distance > 0))
@@ -60,16 +58,16 @@ def softmax_attention(problem: Problem, query, key, value, scale, slopes, sight:
     return attend(query, key, value, attn_mask=bias, **shared).masked_fill(blind, 0.0)
 
 
-def visible_mask(problem: Problem, sight: Sight, intervals: Tensor) -> tuple[Tensor, Tensor]:
+def visible_mask(problem: Problem, options: Visibility, intervals: Tensor) -> tuple[Tensor, Tensor]:
     """(batch or 1, heads or 1, query length, key length): whether the query sees the key, and their distance."""
     intervals = intervals[:1] if intervals.stride(0) == 0 else intervals
     start, stop, position = intervals[:, None, :, :, None].unbind(2)
     key = torch.arange(problem.key_length, device=intervals.device)
     visible = (start <= key) & (key < stop)
-    if sight.key_mask is not None:
-        visible = visible & sight.key_mask[:, None, None, :]
-    if sight.block_mask is not None:
-        visible = visible & reference.blocks_mask(problem, sight.block_mask)
+    if options.key_mask is not None:
+        visible = visible & options.key_mask[:, None, None, :]
+    if options.block_mask is not None:
+        visible = visible & reference.blocks_mask(problem, options.block_mask)
     return visible, (position - key).abs()
 
 

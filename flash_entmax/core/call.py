@@ -1,15 +1,17 @@
-"""The nouns: the Problem that one call poses, the Support it can report, the Impl that solves it, and every check."""
+"""The nouns of a call: ScoreOptions and VisibilityArgs, the Problem that they pose, and the Support that comes back."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-Impl = Literal["auto", "triton", "torch", "reference"]
+from .tensors import WORD_BITS, ceil_div, clamped, pack_tiles, row_dtype, unpack_tiles
 
 MAX_HEAD_SIZE = 512
-WORD_BITS = 32
+ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
+SCALES = 1e-6, 1e6  # and a tensor scale to these
 
 
 class Support(NamedTuple):
@@ -23,8 +25,8 @@ class Support(NamedTuple):
         offset: (batch, heads, query length), how far ``tau`` lies below the maximum, in ``(0, 1]``.
         size: (batch, heads, query length) int32, the number of keys with positive probability.
         tiles: (batch, heads, query tiles, key tiles) bool, True where the tile holds a positive probability.
-        tile_shape: (queries, keys) of one tile of ``tiles``, whose shape depends on the lengths by division: an
-            exported program of a ``Support`` is for lengths of as many tiles.
+        tile_shape: (queries, keys) of one tile of ``tiles``. The shape of ``tiles`` depends on the lengths by division,
+            so an exported program of a ``Support`` is for lengths of as many tiles.
     """
 
     maximum: Tensor
@@ -42,22 +44,63 @@ class Support(NamedTuple):
         return self.maximum - self.offset
 
 
-class Modifiers(NamedTuple):
-    """What one attention call may take beside query, key and value; each is None where it is not used.
+class ScoreOptions(NamedTuple):
+    """How a query's products with the keys become scores, and these probabilities.
 
     Attributes:
-        alpha, scale: (heads,), in place of the numbers of the Problem: both or none.
-        slopes: (batch, heads), ALiBi: |position of the query - key| times this is taken from each score.
-        intervals: (batch, 3, query length) int32: the first key that a query sees, one past the last, its position.
-        kinds, bits: a mask by tiles, see ``sight.TileFilter``.
+        alpha, scale: numbers, or tensors, scalar or (heads,). A scale of None is 1 / sqrt(head size). After `lowered`
+            both are numbers, or both tensors (heads,).
+        softcap: bounds the scores to (-softcap, softcap); 0 for none.
+        alibi_slopes: what each step of distance takes from a score: (heads,) or, after `lowered`, (batch, heads).
     """
 
-    alpha: Tensor | None = None
-    scale: Tensor | None = None
-    slopes: Tensor | None = None
-    intervals: Tensor | None = None
-    kinds: Tensor | None = None
-    bits: Tensor | None = None
+    alpha: float | Tensor
+    scale: float | Tensor | None
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+
+    def lowered(self, query: Tensor) -> "ScoreOptions":
+        """Numbers, or tensors in the dtype of rows, for the heads of a query (batch, heads, query length, head size).
+
+        Softmax, alpha = 1, keeps its number beside a scale that is a tensor.
+        """
+        alpha, scale, softcap, slopes = self
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if isinstance(alpha, Tensor) or isinstance(scale, Tensor):
+            alpha = alpha if not isinstance(alpha, Tensor) and alpha == 1.0 else expanded(alpha, query, ALPHAS)
+            scale = expanded(scale, query, SCALES)
+        else:
+            alpha, scale = float(alpha), float(scale)
+        if slopes is not None:
+            slopes = slopes.to(row_dtype(query)).expand(query.shape[0], query.shape[1])
+        return ScoreOptions(alpha, scale, float(softcap), slopes)
+
+
+def expanded(number: float | Tensor, query: Tensor, limits: tuple[float, float]) -> Tensor:
+    """(heads,) in the dtype of rows, clamped to the limits: the gradient of what is clamped is 0."""
+    dtype, heads = row_dtype(query), query.shape[1]
+    if not isinstance(number, Tensor):
+        number = min(max(number, limits[0]), limits[1])
+        return torch.full((heads,), number, dtype=dtype, device=query.device)
+    return clamped(number.to(dtype), limits).expand(heads).contiguous()
+
+
+class VisibilityArgs(NamedTuple):
+    """Which keys each query sees, as the backends take it. What is None hides nothing.
+
+    Attributes:
+        intervals: (batch, 3, query length) int32: the first key that a query sees, one past the last, its position.
+            Without intervals, every query sees all keys, or the causal ones.
+        tile_kinds, tile_bits: a mask by tiles, see ``visibility.TileFilter``.
+        is_causal: counts only without intervals.
+        max_visible_span: no 64 consecutive queries see more keys than this from the first to the last.
+    """
+
+    intervals: Tensor | None
+    tile_kinds: Tensor | None
+    tile_bits: Tensor | None
+    is_causal: bool
+    max_visible_span: int
 
 
 class Tangents(NamedTuple):
@@ -68,16 +111,12 @@ class Tangents(NamedTuple):
     value: Tensor | None = None
     alpha: Tensor | None = None
     scale: Tensor | None = None
-    slopes: Tensor | None = None
+    alibi_slopes: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes and scalars of one attention call, after every check has passed.
-
-    `softcap` is 0 for none. `is_causal` counts only without intervals. No 64 consecutive queries see more than
-    `reach` keys in a row.
-    """
+    """One attention call as the backends take it: its sizes, and its options after they are checked and lowered."""
 
     batch: int
     heads: int
@@ -86,40 +125,16 @@ class Problem:
     key_length: int
     head_size: int
     value_size: int
-    alpha: float
-    scale: float
-    is_causal: bool
-    softcap: float = 0.0
-    reach: int = 0
+    score: ScoreOptions
+    visibility: VisibilityArgs
 
     @classmethod
     def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        alpha: float,
-        is_causal: bool,
-        scale: float,
-        softcap: float = 0.0,
-        reach: int | None = None,
+        cls, query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: VisibilityArgs
     ) -> "Problem":
         batch, heads, query_length, head_size = query.shape
         _, key_heads, key_length, value_size = value.shape
-        return cls(
-            batch,
-            heads,
-            key_heads,
-            query_length,
-            key_length,
-            head_size,
-            value_size,
-            float(alpha),
-            float(scale),
-            is_causal,
-            float(softcap),
-            key_length if reach is None else reach,
-        )
+        return cls(batch, heads, key_heads, query_length, key_length, head_size, value_size, score, visibility)
 
     @property
     def group(self) -> int:
@@ -132,9 +147,9 @@ class Problem:
         return max(self.head_size, self.value_size)
 
     @property
-    def slope(self) -> float:
-        """z = slope * (query . key)."""
-        return (self.alpha - 1.0) * self.scale
+    def z_scale(self) -> float | Tensor:
+        """z = z_scale * (query . key)."""
+        return (self.score.alpha - 1.0) * self.score.scale
 
     @property
     def diagonal(self) -> int:
@@ -143,21 +158,29 @@ class Problem:
 
     @property
     def is_empty(self) -> bool:
-        """No score exists: some extent is zero, so every output is zero."""
+        """A dimension has no element. There is no score, and every output is zero."""
         return 0 in (self.batch, self.heads, self.key_heads, self.query_length, self.key_length)
 
+    @property
+    def may_hide_all_keys(self) -> bool:
+        """A query may see no key."""
+        visibility = self.visibility
+        return visibility.intervals is not None or visibility.tile_kinds is not None or self.diagonal < 0
+
     def intervals(self, device: torch.device) -> Tensor:
-        """(batch, 3, query length) int32 of the plain mask: all keys, or the causal ones. See Modifiers."""
+        """(batch, 3, query length) int32: those of VisibilityArgs, or of the plain mask in their place."""
+        if self.visibility.intervals is not None:
+            return self.visibility.intervals
         position = torch.arange(self.query_length, dtype=torch.int32, device=device) + self.diagonal
-        stop = (
-            (position + 1).clamp(0, self.key_length) if self.is_causal else torch.full_like(position, self.key_length)
-        )
+        stop = torch.full_like(position, self.key_length)
+        if self.visibility.is_causal:
+            stop = (position + 1).clamp(0, self.key_length)
         return torch.stack((torch.zeros_like(position), stop, position)).expand(self.batch, -1, -1)
 
     def live_words(self, tile: int) -> int:
         """The int32 words in which a tile of queries has one bit for each tile of keys.
 
-        There is one more than it takes: PyTorch would compile an extent of 1 by itself.
+        There is one word more than the bits take: PyTorch compiles a dimension of one element by itself.
         """
         return ceil_div(ceil_div(self.key_length, tile), WORD_BITS) + 1
 
@@ -168,85 +191,9 @@ class Problem:
     def pack_live(self, tiles: Tensor, tile: int) -> Tensor:
         """(batch, heads, query tiles, key tiles) bool -> the packed map."""
         words = pack_tiles(tiles)
-        return torch.nn.functional.pad(words, (0, self.live_words(tile) - words.shape[-1])).flatten(2)
+        return pad(words, (0, self.live_words(tile) - words.shape[-1])).flatten(2)
 
     def unpack_live(self, live: Tensor, tile: int) -> Tensor:
         """The inverse of `pack_live`."""
         rows = live.unflatten(-1, (ceil_div(self.query_length, tile), self.live_words(tile)))
         return unpack_tiles(rows, ceil_div(self.key_length, tile))
-
-
-def empty_stored_as(tensor: Tensor, size: int) -> Tensor:
-    """(batch, heads, length, size) in the tensor's order: heads first, or rows first, as a layer's projections are."""
-    batch, heads, length, _ = tensor.shape
-    if tensor.stride(1) < tensor.stride(2):
-        return tensor.new_empty(batch, length, heads, size).transpose(1, 2)
-    return tensor.new_empty(batch, heads, length, size)
-
-
-def row_dtype(query: Tensor) -> torch.dtype:
-    """The dtype of everything that a row has one of."""
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def ceil_div(a: int, b: int) -> int:
-    return (a + b - 1) // b
-
-
-def pack_tiles(tiles: Tensor) -> Tensor:
-    """(..., key tiles) bool -> (..., words) int32: bit b of word w is key tile 32 w + b."""
-    words = ceil_div(tiles.shape[-1], WORD_BITS)
-    padded = torch.nn.functional.pad(tiles, (0, words * WORD_BITS - tiles.shape[-1]))
-    bits = padded.unflatten(-1, (words, WORD_BITS)).to(torch.int64)
-    weights = 1 << torch.arange(WORD_BITS, device=tiles.device, dtype=torch.int64)
-    unsigned = (bits * weights).sum(-1)
-    return torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32)
-
-
-def unpack_tiles(words: Tensor, key_tiles: int) -> Tensor:
-    """(..., words) int32 -> (..., key tiles) bool, the inverse of pack_tiles."""
-    bits = torch.arange(WORD_BITS, device=words.device, dtype=torch.int32)
-    return (words.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :key_tiles].bool()
-
-
-def is_jagged(tensor: object, ragged: int = 1) -> bool:
-    """A nested tensor whose ragged dimension is this one, without holes: all that its values and offsets can say."""
-    if not isinstance(tensor, Tensor) or not tensor.is_nested or tensor.layout != torch.jagged:
-        return False
-    return tensor._ragged_idx == ragged and tensor.lengths() is None
-
-
-def longest_sequence(jagged: Tensor) -> int:
-    """Of a nested tensor that may know it; all tokens are a bound as well."""
-    return getattr(jagged, "_maybe_max_seqlen", None) or jagged.values().shape[jagged._ragged_idx - 1]
-
-
-ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
-
-
-SCALES = 1e-6, 1e6  # and a tensor scale to these
-
-
-def parameters(query: Tensor, alpha: float | Tensor, scale: float | Tensor | None):
-    """Two floats, or two tensors (heads,) clamped to their ranges."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not isinstance(alpha, Tensor) and not isinstance(scale, Tensor):
-        return float(alpha), float(scale)
-    if not isinstance(alpha, Tensor) and alpha == 1.0:
-        return 1.0, of_heads(query, scale, SCALES)
-    return of_heads(query, alpha, ALPHAS), of_heads(query, scale, SCALES)
-
-
-def of_heads(query: Tensor, number: float | Tensor, limits: tuple[float, float]) -> Tensor:
-    """(heads,) in the dtype of rows; the gradient of what is clamped is 0."""
-    dtype, heads = row_dtype(query), query.shape[1]
-    if not isinstance(number, Tensor):
-        number = min(max(number, limits[0]), limits[1])
-        return torch.full((heads,), number, dtype=dtype, device=query.device)
-    return clamped(number.to(dtype), limits).expand(heads).contiguous()
-
-
-def clamped(number: Tensor, limits: tuple[float, float]) -> Tensor:
-    """With gradient 0 outside of the limits and not on them, where `clamp` of torch 2.14 has 0 as well."""
-    lowest, highest = limits
-    return torch.where(number < lowest, lowest, torch.where(number > highest, highest, number))

@@ -1,13 +1,24 @@
 """Every refusal of a call: an error that quotes what was passed and says what is accepted, before any kernel runs."""
 
 import math
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from .call import MAX_HEAD_SIZE, Impl, ceil_div
-from .visibility import FURTHEST, UNLIMITED, Sight
+from .call import MAX_HEAD_SIZE, ScoreOptions
+from .tensors import ceil_div
+from .visibility import FURTHEST, UNLIMITED, Visibility
+
+
+def check_call(query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility) -> None:
+    """Everything that an attention call is refused for, but for a backend that cannot run here."""
+    check_inputs(query, key, value)
+    check_score_options(query, score)
+    if visibility.cu_seq_q is not None:
+        check_packed(visibility)
+    check_visibility(query, key, visibility)
+    if visibility.cu_seq_q is not None:
+        check_boundaries(query, visibility)
 
 
 def refuse_nested(name: str, tensor: object) -> None:
@@ -16,7 +27,7 @@ def refuse_nested(name: str, tensor: object) -> None:
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
+    """Tensors of one floating dtype and device, whose shapes fit."""
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -60,10 +71,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"head size of {name} must be from 1 to {MAX_HEAD_SIZE}, got {size}")
 
 
-def check_scalars(
-    query: Tensor, alpha: float | Tensor, scale: float | Tensor | None, softcap: float, slopes: Tensor | None, impl: str
-) -> None:
-    batch, heads = query.shape[:2]
+def check_score_options(query: Tensor, score: ScoreOptions) -> None:
+    (batch, heads), (alpha, scale, softcap, slopes) = query.shape[:2], score
     if isinstance(alpha, Tensor):
         _check_parameter("alpha", alpha, query, ((), (heads,)))
     elif not is_number(alpha):
@@ -82,11 +91,9 @@ def check_scalars(
         raise ValueError(f"softcap must be at most {limit:g} for {query.dtype}, got {softcap}")
     if slopes is not None:
         _check_parameter("alibi_slopes", slopes, query, ((heads,), (batch, heads)))
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {', '.join(map(repr, get_args(Impl)))}, got {impl!r}")
     if not isinstance(alpha, Tensor) and not isinstance(scale, Tensor) and alpha > 1.0:
-        slope = (alpha - 1.0) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if not 1e-30 <= slope <= 1e30:
+        z_scale = (alpha - 1.0) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if not 1e-30 <= z_scale <= 1e30:
             raise ValueError(f"(alpha - 1) * scale must be from 1e-30 to 1e30, got alpha {alpha} and scale {scale}")
 
 
@@ -132,28 +139,27 @@ def _listed(values: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def check_sight(query: Tensor, key: Tensor, sight: Sight) -> None:
-    """Raise a ValueError or TypeError that quotes what was passed and says what is accepted."""
+def check_visibility(query: Tensor, key: Tensor, visibility: Visibility) -> None:
     (batch, heads, query_length, _), key_length = query.shape, key.shape[2]
-    check_flag("is_causal", sight.is_causal)
-    check_window(sight.window_size)
-    given = sight.query_positions
+    check_flag("is_causal", visibility.is_causal)
+    check_window(visibility.window_size)
+    given = visibility.query_positions
     if isinstance(given, Tensor):
         check_index("query_positions", given, query, ((query_length,), (batch, query_length)))
     elif given is not None and not _is_int(given):
         raise TypeError(f"query_positions must be an integer, an integer tensor or None, got {typed(given)}")
     elif given is not None and abs(given) > FURTHEST:
         raise ValueError(f"query_positions must be from -2^30 to 2^30, got {given}")
-    if sight.key_lengths is not None:
-        check_index("key_lengths", sight.key_lengths, query, ((batch,),))
-    if sight.key_mask is not None:
-        _check_tensor("key_mask", sight.key_mask, query, ((batch, key_length),))
-        if sight.key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask must be boolean, True where a key may be seen, got {sight.key_mask.dtype}")
-    if sight.block_mask is not None:
-        if sight.key_mask is not None:
+    if visibility.key_lengths is not None:
+        check_index("key_lengths", visibility.key_lengths, query, ((batch,),))
+    if visibility.key_mask is not None:
+        _check_tensor("key_mask", visibility.key_mask, query, ((batch, key_length),))
+        if visibility.key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask must be boolean, True where a key may be seen, got {visibility.key_mask.dtype}")
+    if visibility.block_mask is not None:
+        if visibility.key_mask is not None:
             raise ValueError("key_mask and block_mask exclude each other: let the block mask's mask_mod hide the keys")
-        _check_block_mask(sight.block_mask, (batch, heads, query_length, key_length), query.device)
+        _check_block_mask(visibility.block_mask, (batch, heads, query_length, key_length), query.device)
 
 
 def check_window(window: object) -> None:
@@ -163,19 +169,23 @@ def check_window(window: object) -> None:
         raise ValueError(f"window_size must be (left, right) with each at least 0, or -1 for no limit, got {window}")
 
 
-def check_boundaries(query: Tensor, key: Tensor, sight: Sight) -> None:
+def check_boundaries(query: Tensor, visibility: Visibility) -> None:
     """The boundaries of packed sequences: shapes and dtypes."""
-    for name, boundaries in (("cu_seq_q", sight.cu_seq_q), ("cu_seq_k", sight.cu_seq_k)):
+    for name, boundaries in (("cu_seq_q", visibility.cu_seq_q), ("cu_seq_k", visibility.cu_seq_k)):
         check_index(name, boundaries, query, None)
         if boundaries.dim() != 1 or boundaries.shape[0] == 0:
             raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(boundaries.shape)}")
-    if sight.cu_seq_q.shape != sight.cu_seq_k.shape:
-        counts = sight.cu_seq_q.shape[0], sight.cu_seq_k.shape[0]
+    if visibility.cu_seq_q.shape != visibility.cu_seq_k.shape:
+        counts = visibility.cu_seq_q.shape[0], visibility.cu_seq_k.shape[0]
         raise ValueError("cu_seq_q and cu_seq_k must have one length, got {} and {}".format(*counts))
 
 
-def check_longest(max_q: object, max_k: object) -> None:
-    for name, longest in (("max_q", max_q), ("max_k", max_k)):
+def check_packed(visibility: Visibility) -> None:
+    """What packed sequences are given by numbers."""
+    if isinstance(visibility.query_positions, int):
+        got = type(visibility.query_positions).__name__
+        raise TypeError(f"query_positions of packed sequences must be a tensor or None, got {got}")
+    for name, longest in (("max_q", visibility.max_q), ("max_k", visibility.max_k)):
         if not _is_int(longest):
             raise TypeError(f"{name} must be an integer, got {typed(longest)}")
         if longest < 0:
@@ -185,7 +195,7 @@ def check_longest(max_q: object, max_k: object) -> None:
 def check_packing(
     cu_seq_q: Tensor, cu_seq_k: Tensor, query_length: int, key_length: int, max_q: int, max_k: int
 ) -> None:
-    """The boundaries' values: read on the CPU; on a GPU, where that would wait for the device, asserted there."""
+    """The boundaries' values. On a GPU reading them would wait for the device, so they are asserted there."""
     packings = [("cu_seq_q", cu_seq_q, query_length, max_q), ("cu_seq_k", cu_seq_k, key_length, max_k)]
     if cu_seq_q is cu_seq_k:
         packings = [("cu_seq_q", cu_seq_q, min(query_length, key_length), max(max_q, max_k))]
@@ -223,14 +233,14 @@ def _check_tensor(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
 
 
-def _check_block_mask(block_mask: object, extents: tuple[int, int, int, int], device: torch.device) -> None:
+def _check_block_mask(block_mask: object, sizes: tuple[int, int, int, int], device: torch.device) -> None:
     from torch.nn.attention.flex_attention import BlockMask
 
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask must be a FlexAttention BlockMask, got {type(block_mask).__name__}")
     if torch.compiler.is_compiling():
         raise ValueError("block_mask cannot be read inside torch.compile: which tiles it fills depends on its data")
-    batch, heads, *lengths = extents
+    batch, heads, *lengths = sizes
     if tuple(block_mask.seq_lengths) != tuple(lengths):
         raise ValueError(
             f"block_mask must be for {lengths[0]} queries and {lengths[1]} keys, got one for {block_mask.seq_lengths}"
@@ -239,9 +249,9 @@ def _check_block_mask(block_mask: object, extents: tuple[int, int, int, int], de
     for indices in (block_mask.kv_indices, block_mask.full_kv_indices):
         if indices is not None and tuple(indices.shape[-2:]) != grid:
             raise ValueError(f"block_mask must have {grid} blocks for its lengths, got {tuple(indices.shape[-2:])}")
-    of_mask = tuple(block_mask.kv_indices.shape[:-2])
-    if len(of_mask) != 2 or of_mask[0] not in (1, batch) or of_mask[1] not in (1, heads):
-        raise ValueError(f"block_mask must have batch 1 or {batch} and heads 1 or {heads}, got {of_mask}")
+    leading = tuple(block_mask.kv_indices.shape[:-2])
+    if len(leading) != 2 or leading[0] not in (1, batch) or leading[1] not in (1, heads):
+        raise ValueError(f"block_mask must have batch 1 or {batch} and heads 1 or {heads}, got {leading}")
     if any(size % 64 for size in block_mask.BLOCK_SIZE):
         raise ValueError(f"block_mask must have a BLOCK_SIZE of multiples of 64, got {block_mask.BLOCK_SIZE}")
     if block_mask.kv_indices.device != device:

@@ -18,6 +18,13 @@ def has_tangent(arguments: Sequence) -> bool:
     return any(isinstance(argument, Tensor) and unpack_dual(argument).tangent is not None for argument in arguments)
 
 
+def is_recorded(arguments: Sequence) -> bool:
+    """A derivative of what is computed from these arguments may be asked for, in whatever mode."""
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
+        return True
+    return not torch.compiler.is_compiling() and (is_transformed() or has_tangent(arguments))
+
+
 def as_given(tensor: Tensor) -> AbstractContextManager:
     """Autocast must not cast inside an operator."""
     device = tensor.device.type

@@ -1,7 +1,7 @@
-"""Which keys a query may see, as the caller says it, and what the operators make of it.
+"""Which keys a query may see: the caller's options, and what they are lowered to.
 
-`Sight` holds the caller's options. The operators know two things only: for each query an interval of keys (causality,
-windows, positions, padding and packed sequences are all intervals), and a `TileFilter` for masks that are none.
+`Visibility` holds the options. The backends know two things only. Each query has an interval of keys: causality,
+windows, positions, padding and packed sequences are all intervals. A `TileFilter` holds any other mask.
 """
 
 import sys
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .call import WORD_BITS, Problem, ceil_div, pack_tiles
 from .closure import state_of
+from .tensors import WORD_BITS, ceil_div, pack_tiles
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 UNLIMITED = -1
 HIDDEN, WHOLE, FIRST_PARTIAL = 0, 1, 2
 LISTS = "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"  # of a BlockMask
-FURTHEST = 2**30  # positions beyond are taken for this one, so that differences fit 32 bits
+FURTHEST = 2**30  # a position beyond is taken for this one, so that differences fit 32 bits
 
 
 @dataclass(frozen=True)
-class Sight:
+class Visibility:
     """The options that decide which keys a query may see: a key must pass all of them."""
 
     is_causal: bool = False
@@ -48,22 +48,43 @@ class Sight:
 
     @property
     def is_plain(self) -> bool:
-        """The mask is none or the causal one of the whole rectangle: the kernels need no interval for it."""
+        """There is no mask, or the causal one of the whole rectangle: no intervals are needed for it."""
         left, right = self.window
         moved = (self.query_positions, self.key_lengths, self.cu_seq_q)
         return left == UNLIMITED and right in (UNLIMITED, 0) and all(option is None for option in moved)
 
+    @property
+    def is_causal_only(self) -> bool:
+        return self.is_plain and self.window[1] == 0
+
+    def max_span(self, key_length: int) -> int:
+        """No 64 consecutive queries see more keys than this from the first to the last.
+
+        It is not clamped to the keys that exist: a number that no length enters lets a compiler keep one graph for all
+        lengths.
+        """
+        left, right = self.window
+        if isinstance(self.query_positions, Tensor) or self.cu_seq_q is not self.cu_seq_k:
+            return key_length
+        if self.cu_seq_q is not None:  # queries and keys of a sequence are in the same places
+            longest = max(self.max_q, self.max_k)
+            left = longest if left == UNLIMITED else min(left, longest)
+            right = longest if right == UNLIMITED else min(right, longest)
+        if UNLIMITED in (left, right):
+            return key_length
+        return left + right + 64
+
 
 class TileFilter(NamedTuple):
-    """A mask by tiles: `kinds` is HIDDEN, WHOLE, or FIRST_PARTIAL + the row of `bits` that says which keys are seen.
+    """A mask by tiles. A kind is HIDDEN, WHOLE, or FIRST_PARTIAL + the row of bits that says which keys are seen.
 
-    kinds: (batch or 1, heads or 1, query tiles or 1, key tiles + 1) int32. bits: (partial tiles, queries or 1, words)
-    int32, where bit b of word w is key 32 w + b of the tile. The tile past the last one decides nothing: PyTorch would
-    compile an extent of 1 by itself.
+    tile_kinds: (batch or 1, heads or 1, query tiles or 1, key tiles + 1) int32. tile_bits: (partial tiles, queries or
+    1, words) int32, where bit b of word w is key 32 w + b of the tile. The tile past the last one decides nothing:
+    PyTorch compiles a dimension of one element by itself.
     """
 
-    kinds: Tensor
-    bits: Tensor
+    tile_kinds: Tensor
+    tile_bits: Tensor
 
 
 def intervals(
@@ -71,17 +92,18 @@ def intervals(
     key_lengths: Tensor | None,
     cu_seq_q: Tensor | None,
     cu_seq_k: Tensor | None,
-    extents: tuple[int, int, int],
+    sizes: tuple[int, int, int],
     first_position: int,
     window: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
     """(batch, 3, query length) int32: the first key that a query sees, one past the last, and the query's position.
 
-    Keys count from 0 in the whole key tensor, in packed sequences too. `extents` are (batch, query length, key length);
-    without positions, queries stand at `first_position` and on, or, packed, the last one at the last key.
+    Keys count from 0 in the whole key tensor, in packed sequences too. `sizes` are (batch, query length, key length).
+    Without positions, queries stand at `first_position` and on; the last query of a packed sequence stands at its last
+    key.
     """
-    batch, query_length, key_length = extents
+    batch, query_length, key_length = sizes
     if query_positions is not None:
         position = query_positions.to(torch.int64).clamp(-FURTHEST, FURTHEST)
     else:
@@ -102,7 +124,7 @@ def intervals(
 
 
 def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each query token: its distance to the end of its queries, and its sequence's first key and one past its last.
+    """Of each query token: how far it is from the end of its queries; its sequence's first key, and one past the last.
 
     Tokens past the last boundary get no key.
     """
@@ -116,46 +138,27 @@ def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, 
     return cu_q[sequence + 1] - row, first, torch.where(inside, end, first)
 
 
-def reach(problem: Problem, sight: Sight) -> int:
-    """No fewer keys than there are from the first to the last that any 64 consecutive queries see.
-
-    Not clamped to the keys that exist: a number that no length enters lets a compiler keep one graph for all lengths.
-    """
-    left, right = sight.window
-    if isinstance(sight.query_positions, Tensor) or sight.cu_seq_q is not sight.cu_seq_k:
-        return problem.key_length
-    if sight.cu_seq_q is not None:  # queries and keys of a sequence are in the same places
-        longest = max(sight.max_q, sight.max_k)
-        left = longest if left == UNLIMITED else min(left, longest)
-        right = longest if right == UNLIMITED else min(right, longest)
-    if UNLIMITED in (left, right):
-        return problem.key_length
-    return left + right + 64
-
-
-def filter_of_blocks(problem: Problem, sight: Sight, tile: int) -> TileFilter | None:
-    """The filter of a block mask for tiles of `tile` queries and keys."""
-    if sight.block_mask is not None:
-        read = _kept_filter_of_blocks
-        if "torch._dynamo" in sys.modules:  # which goes on inside where it could not compile the call
-            read = torch.compiler.disable(read)
-        return read(problem, sight.block_mask, tile)
-    return None
+def filter_of_blocks(block_mask: "BlockMask", lengths: tuple[int, int], tile: int) -> TileFilter:
+    """The filter of a block mask for so many queries and keys, in tiles of `tile` queries and keys."""
+    read = _kept_filter_of_blocks
+    if "torch._dynamo" in sys.modules:  # which goes on inside where it could not compile the call
+        read = torch.compiler.disable(read)
+    return read(block_mask, lengths, tile)
 
 
 _filters: WeakKeyDictionary = WeakKeyDictionary()  # evaluating a mask_mod takes longer than the attention
 
 
-def _kept_filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> TileFilter:
-    """What was made of the mask the last time, unless it, or anything that its mask_mod reads, has changed since."""
+def _kept_filter_of_blocks(block_mask: "BlockMask", lengths: tuple[int, int], tile: int) -> TileFilter:
+    """The filter that was made last time, unless the mask or anything that its mask_mod reads has changed."""
     lists = tuple(getattr(block_mask, name) for name in LISTS)
-    state = state_of((block_mask.mask_mod, lists, block_mask.BLOCK_SIZE, problem.query_length, problem.key_length))
+    state = state_of((block_mask.mask_mod, lists, block_mask.BLOCK_SIZE, *lengths))
     by_tile = _filters.setdefault(block_mask, {})
     before, kept = by_tile.get(tile, (None, None))
     if before is not None and state is not None and before.key == state.key:
         return kept
     with torch.inference_mode(False), torch.no_grad():  # kept for training, wherever it is first used
-        made = _filter_of_blocks(problem, block_mask, tile)
+        made = _filter_of_blocks(block_mask, lengths, tile)
     by_tile[tile] = state, made
     return made
 
@@ -163,7 +166,7 @@ def _kept_filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int)
 def filter_of_keys(mask: Tensor, tile: int) -> TileFilter:
     """The filter of a key mask, (batch, key length) bool, for tiles of `tile` queries and keys."""
     batch, keys = mask.shape
-    # Keys past the last one count as seen: the interval hides them, and whole tiles need no bits.
+    # Keys past the last one count as seen: the interval hides them, and a whole tile needs no bits.
     seen = pad(mask, (0, -keys % tile + tile), value=True).view(-1, 1, tile)
     index = torch.arange(seen.shape[0], dtype=torch.int32, device=mask.device)
     return TileFilter(_kinds(seen, index).view(batch, 1, 1, ceil_div(keys, tile) + 1), pack_tiles(seen))
@@ -175,11 +178,11 @@ def _kinds(seen: Tensor, index: Tensor) -> Tensor:
     return torch.where(seen.flatten(1).all(-1), WHOLE, partial).to(torch.int32)
 
 
-def _filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> TileFilter:
-    """Whole blocks by FlexAttention's lists; of the others, its mask_mod decides for each query and key."""
+def _filter_of_blocks(block_mask: "BlockMask", lengths: tuple[int, int], tile: int) -> TileFilter:
+    """FlexAttention's lists say which blocks are whole. In the others its mask_mod decides for each query and key."""
     from torch.nn.attention.flex_attention import create_mask
 
-    query_tiles, key_tiles = ceil_div(problem.query_length, tile), ceil_div(problem.key_length, tile)
+    query_tiles, key_tiles = (ceil_div(length, tile) for length in lengths)
     kinds = torch.full(block_mask.kv_indices.shape, HIDDEN, dtype=torch.int32, device=block_mask.kv_indices.device)
     kinds = _mark(kinds, block_mask.kv_num_blocks, block_mask.kv_indices, FIRST_PARTIAL)
     if block_mask.full_kv_num_blocks is not None:
@@ -189,8 +192,8 @@ def _filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> T
     kinds = kinds[..., :query_tiles, :key_tiles].contiguous()
     batch, head, query_tile, key_tile = (kinds == FIRST_PARTIAL).nonzero(as_tuple=True)
     inside = torch.arange(tile, device=kinds.device)
-    query = (query_tile.unsqueeze(-1) * tile + inside).clamp_max(problem.query_length - 1)
-    key = (key_tile.unsqueeze(-1) * tile + inside).clamp_max(problem.key_length - 1)
+    query = (query_tile.unsqueeze(-1) * tile + inside).clamp_max(lengths[0] - 1)
+    key = (key_tile.unsqueeze(-1) * tile + inside).clamp_max(lengths[1] - 1)
     if batch.numel() == 0:
         return TileFilter(pad(kinds, (0, 1)), kinds.new_zeros(1, tile, ceil_div(tile, WORD_BITS)))
 
@@ -204,7 +207,7 @@ def _filter_of_blocks(problem: Problem, block_mask: "BlockMask", tile: int) -> T
 
 
 def _mark(kinds: Tensor, counts: Tensor, indices: Tensor, kind: int) -> Tensor:
-    """`kind` at the first `counts` of the listed columns of each row; the others stay."""
+    """Write `kind` to the first `counts` of the listed columns of each row."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
     marked = torch.zeros_like(kinds).scatter_add_(-1, indices.to(torch.int64), listed.to(torch.int32))
     return torch.where(marked > 0, kind, kinds)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.call import Modifiers, Problem, Support, ceil_div, row_dtype
+from ..core.call import Support
 from ..core.checks import check_flag, said
+from ..core.tensors import ceil_div, row_dtype
 from ..core.visibility import HIDDEN
 from ..functional import entmax_attention
 from ..operators import attention as ops
@@ -107,7 +108,10 @@ class _Recorder(TorchDispatchMode):
             number, self.seen = self.seen, self.seen + 1
             name = self.running.names[-1] if self.running.names else f"call {number}"
             if self.only is None or self.only(name):
-                self.calls.append(Call(name, number, arguments, results))
+                kept = results
+                if not arguments[3]:  # what a backward would read was not kept
+                    kept = function(*arguments[:3], True, *arguments[4:])
+                self.calls.append(Call(name, number, arguments, kept))
                 if not self.keep_inputs:
                     self.calls[-1].release()
         return results
@@ -128,21 +132,21 @@ class Call:
     """
 
     def __init__(self, name: str, number: int, arguments: tuple, results: tuple[Tensor, ...]) -> None:
-        tensors, self._scalars = arguments[: 3 + ops.MODIFIERS], arguments[3 + ops.MODIFIERS :]
+        inputs, options = arguments[:3], arguments[4:]
+        tensors, self._numbers = options[: ops.TENSORS], options[ops.TENSORS :]
         # Let go of the graph that made them. Below autograd a detached tensor does not count the caller's writes.
-        query, key, value, *modifiers = (
-            tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors
+        query, key, value, *tensors = (
+            tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in (*inputs, *tensors)
         )
-        alpha, scale, softcap, is_causal, reach, self.impl = self._scalars
+        self._tensors = ops.OptionTensors(*tensors)
+        if self._tensors.alibi_slopes is not None:  # the caller's own, which an optimizer's step may write to
+            self._tensors = self._tensors._replace(alibi_slopes=self._tensors.alibi_slopes.clone())
         self.name, self.number, self.dtype = name, number, query.dtype
-        self.problem = Problem.of(query, key, value, alpha, is_causal, scale, softcap, reach)
+        self.problem, self.impl = ops.unpack_arguments(query, key, value, self._tensors, self._numbers)
         self._inputs: tuple[Tensor, Tensor] | None = (query, key)
         self._versions = versions(query, key)
-        self._modifiers = Modifiers(*modifiers)
-        if self._modifiers.slopes is not None:  # the caller's own, which an optimizer's step may write to
-            self._modifiers = self._modifiers._replace(slopes=self._modifiers.slopes.clone())
         self._maximum, self._offset, self._live = (tensor.detach() for tensor in results[2:5])
-        self._tile = ops.tile(self.impl, query, value)
+        self._tile = ops.tile_of(self.impl, query, value)
 
     def __repr__(self) -> str:
         p = self.problem
@@ -152,7 +156,7 @@ class Call:
     @property
     def alpha(self) -> float | Tensor:
         """A number, or (heads,) where each head has its own."""
-        return self.problem.alpha if self._modifiers.alpha is None else self._modifiers.alpha
+        return self.problem.score.alpha
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -182,7 +186,7 @@ class Call:
         query, key = self.inputs
         value = key.new_empty(()).expand(*key.shape[:3], self.problem.value_size)  # the operator reads its shape only
         results = self._maximum, self._offset, self._live
-        maximum, size, tiles = ops.attention_support(query, key, value, *self._modifiers, *results, *self._scalars)
+        maximum, size, tiles = ops.attention_support(query, key, value, *self._tensors, *results, *self._numbers)
         return Support(maximum, self._offset, size, tiles, (self._tile, self._tile))
 
     @property
@@ -208,7 +212,8 @@ class Call:
         steps.index_put_((batch, row // tile, start[batch, row] // tile), one, accumulate=True)
         steps.index_put_((batch, row // tile, (stop[batch, row] - 1) // tile + 1), -one, accumulate=True)
         seen = (steps.cumsum(-1)[..., :-1] > 0).unsqueeze(1).expand(grid)
-        return seen if self._modifiers.kinds is None else seen & (self._modifiers.kinds[..., :-1] != HIDDEN)
+        kinds = self._tensors.tile_kinds
+        return seen if kinds is None else seen & (kinds[..., :-1] != HIDDEN)
 
     @property
     def block_sparsity(self) -> Tensor:
@@ -241,7 +246,7 @@ class Call:
     @cached_property
     def visible_keys(self) -> Tensor:
         """(batch, heads, ceil(query length / 64)) int64: how many keys at least one of 64 consecutive queries sees."""
-        p, kinds = self.problem, self._modifiers.kinds
+        p, kinds = self.problem, self._tensors.tile_kinds
         shape = p.batch, p.heads, ceil_div(p.query_length, QUERIES)
         if kinds is None:
             return union_sizes(self.intervals.long(), QUERIES).unsqueeze(1).expand(shape)
@@ -276,8 +281,7 @@ class Call:
 
         Masks by tile (``key_mask``, ``block_mask``) hide more.
         """
-        intervals = self._modifiers.intervals
-        return self.problem.intervals(self._maximum.device) if intervals is None else intervals
+        return self.problem.intervals(self._maximum.device)
 
     def rows(self, batch: int = 0, head: int = 0) -> Tensor:
         """The attention of one head as a sparse CSR matrix (query length, key length): the support, and nothing else.
@@ -308,27 +312,28 @@ class Call:
             return torch.sparse_csr_tensor(offsets, keys.long(), values, size, check_invariants=False)
 
     def _head(self, batch: int, head: int) -> Head:
-        p, m = self.problem, self._modifiers
+        p = self.problem
+        alpha, scale, softcap, slopes = p.score
         check_place(batch, head, p.batch, p.heads)
         query, key = self.inputs
         return Head(
             query[batch, head].double(),
             key[batch, head // p.group].double(),
-            p.alpha if m.alpha is None else m.alpha[head].item(),
-            p.scale if m.scale is None else m.scale[head].item(),
-            p.softcap,
-            0.0 if m.slopes is None else m.slopes[batch, head].item(),
+            alpha[head].item() if isinstance(alpha, Tensor) else alpha,
+            scale[head].item() if isinstance(scale, Tensor) else scale,
+            softcap,
+            0.0 if slopes is None else slopes[batch, head].item(),
             self._sight(batch, head),
             p.unpack_live(self._live, self._tile)[batch, head],
         )
 
     def _sight(self, batch: int, head: int) -> HeadSight:
-        p, m = self.problem, self._modifiers
+        p, visibility = self.problem, self.problem.visibility
         of_head = None
-        if m.kinds is not None:
-            kinds = m.kinds[..., :-1].expand(p.batch, -1, ceil_div(p.query_length, self._tile), -1)
+        if visibility.tile_kinds is not None:
+            kinds = visibility.tile_kinds[..., :-1].expand(p.batch, -1, ceil_div(p.query_length, self._tile), -1)
             of_head = kinds[batch, head if kinds.shape[1] > 1 else 0]
-        return HeadSight(self.intervals[batch].long(), of_head, m.bits, self._tile)
+        return HeadSight(self.intervals[batch].long(), of_head, visibility.tile_bits, self._tile)
 
 
 def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options) -> Tensor:

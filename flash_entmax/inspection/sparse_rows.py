@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..backends.reference import entmax_rows
-from ..core.call import unpack_tiles
+from ..core.tensors import unpack_tiles
 from ..core.visibility import FIRST_PARTIAL, HIDDEN, WHOLE
 
 QUERIES = 64  # that are counted together

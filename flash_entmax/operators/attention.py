@@ -1,130 +1,160 @@
-"""Operator contracts: schemas, shapes for tracing, autograd, torch.vmap, lazy dispatch to the implementations.
+"""Operators of attention: schemas, shapes for tracing, autograd and torch.vmap. The backends compute them.
 
-    flash_entmax::intervals           -> first key, one past the last, and position of each query
-    flash_entmax::key_filter          -> kinds, bits: a key mask as a filter by tiles
     flash_entmax::attention           -> output, value_mean, maximum, offset, live
     flash_entmax::attention_backward  -> grad_query, grad_key, grad_value, grad_parameters
     flash_entmax::attention_tangent   -> the output's derivative along tangents of the inputs
     flash_entmax::attention_support   -> maximum in units of z, support size of each row, map of live tiles
 
-`value_mean` is O1 = sum u v / sum u, so that the backward has delta = dO . O1 without another pass; `maximum` and
-`offset` are the threshold (the kernels' maximum is that of query . key, which slope turns into z; the torch path's is
-that of z); `live` is the packed map of the tiles that may hold support. `grad_parameters` is (3, batch, heads): of
-alpha, scale and ALiBi slopes; without any element where no parameter needs a gradient. Imports no Triton.
+backends.Backend says what these are. `attend` is the way from the public call to them.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.torch.tiles import TILE
-from ..core import visibility as sight
-from ..core.call import WORD_BITS, Modifiers, Problem, Tangents, ceil_div, empty_stored_as, row_dtype
-from ..core.checks import check_packing
-from ..core.modes import as_given
-from .registration import (
-    batch_into,
-    below_autograd,
-    call_one_by_one,
-    differentiate,
-    fake,
-    operator,
-    refuse_second_derivative,
-)
+from ..backends import BACKENDS, reference
+from ..core.call import Problem, ScoreOptions, Support, Tangents, VisibilityArgs
+from ..core.modes import as_given, is_recorded
+from ..core.tensors import ceil_div, empty_stored_as, row_dtype
+from ..core.visibility import Visibility
+from .lowering import Lowered, lowered
+from .registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 
+
+class OptionTensors(NamedTuple):
+    """The options of a call that are tensors, or None; see ScoreOptions and VisibilityArgs."""
+
+    alpha: Tensor | None
+    scale: Tensor | None
+    alibi_slopes: Tensor | None
+    intervals: Tensor | None
+    tile_kinds: Tensor | None
+    tile_bits: Tensor | None
+
+
+class OptionNumbers(NamedTuple):
+    """The options that are numbers. Where alpha and scale are tensors, their numbers count for nothing."""
+
+    alpha: float
+    scale: float
+    softcap: float
+    is_causal: bool
+    max_visible_span: int
+    backend: str
+
+
+# Arguments in schemas, and the dimension of the batch for torch.vmap in them and in results.
 _INPUTS = "Tensor query, Tensor key, Tensor value"
-_MODIFIERS = ", ".join(f"Tensor? {name}s" for name in ("alpha", "scale", "slope", "interval", "kind", "bit"))
-_SCALARS = "float alpha, float scale, float softcap, bool is_causal, SymInt reach, str impl"
 _STATE = "Tensor maximum, Tensor offset, Tensor live"
-_TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in ("query", "key", "value", "alphas", "scales", "slopes"))
-MODIFIERS, TANGENTS, SCALARS = len(Modifiers._fields), len(Tangents._fields), _SCALARS.count(",") + 1
-
-# The dimension of the batch, for torch.vmap, in the arguments and results above.
-_OF_INPUTS, _OF_STATE = (0, 0, 0), (0, 0, 0)
-_OF_MODIFIERS = Modifiers(alpha=None, scale=None, slopes=0, intervals=0, kinds=0, bits=None)
-_OF_TANGENTS = Tangents(query=0, key=0, value=0, alpha=None, scale=None, slopes=0)
-
-
-def _posed(query, key, value, arguments) -> tuple[Problem, Modifiers, str]:
-    """What the arguments after the value pose: modifiers, then scalars."""
-    alpha, scale, softcap, is_causal, reach, impl = arguments[MODIFIERS:]
-    problem = Problem.of(query, key, value, alpha, is_causal, scale, softcap, reach)
-    return problem, Modifiers(*arguments[:MODIFIERS]), impl
+_TENSORS = ", ".join(f"Tensor? {name}_tensor" for name in OptionTensors._fields)
+_NUMBERS = "float alpha, float scale, float softcap, bool is_causal, SymInt max_visible_span, str backend"
+_TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
+_INPUTS_BATCH, _STATE_BATCH = (0, 0, 0), (0, 0, 0)
+_TENSORS_BATCH = OptionTensors(alpha=None, scale=None, alibi_slopes=0, intervals=0, tile_kinds=0, tile_bits=None)
+_TANGENTS_BATCH = Tangents(query=0, key=0, value=0, alpha=None, scale=None, alibi_slopes=0)
+TENSORS, NUMBERS, TANGENTS = (len(names._fields) for names in (OptionTensors, OptionNumbers, Tangents))
 
 
-@operator(
-    "Tensor query, Tensor? query_positions, Tensor? key_lengths, Tensor? cu_seq_q, Tensor? cu_seq_k, "
-    "SymInt key_length, SymInt first_position, SymInt left, SymInt right, SymInt max_q, SymInt max_k",
-    results=1,
-)
-def intervals(
-    query, query_positions, key_lengths, cu_seq_q, cu_seq_k, key_length, first_position, left, right, max_q, max_k
-):  # fmt: skip
-    extents = query.shape[0], query.shape[2], key_length
-    if cu_seq_q is not None:
-        check_packing(cu_seq_q, cu_seq_k, *extents[1:], max_q, max_k)
-    limits = query_positions, key_lengths, cu_seq_q, cu_seq_k
-    return sight.intervals(*limits, extents, first_position, (left, right), query.device)
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
+    return_support: bool,
+) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
+    """A call that is checked: lower its options, and call what computes it."""
+    call = lowered(query, key, value, score, visibility, impl)
+    if call.backend == "reference":
+        with as_given(query):
+            problem = Problem.of(query, key, value, call.score, call.visibility)
+            result = reference.attention(problem, query, key, value, visibility)
+        return result if return_support else result[0]
+    if not isinstance(call.score.alpha, Tensor) and call.score.alpha == 1.0:
+        if return_support:
+            raise ValueError("alpha=1 is softmax, which attends to every key: it has no support to return")
+        from ..backends.softmax import softmax_attention
+
+        with as_given(query):
+            problem = Problem.of(query, key, value, call.score, call.visibility)
+            return softmax_attention(problem, query, key, value, visibility)
+    tensors, numbers = packed_arguments(call)
+    needs_backward = return_support or is_recorded((query, key, value, *tensors[:3]))
+    output, _, maximum, offset, live = attention(query, key, value, needs_backward, *tensors, *numbers)
+    if not return_support:
+        return output
+    detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *tensors))
+    maximum, size, marks = attention_support(*detached, maximum, offset, live, *numbers)
+    return output, Support(maximum, offset, size, marks, (call.tile, call.tile))
 
 
-@fake("intervals")
-def _(query, *_):
-    return query.new_empty(query.shape[0], 3, query.shape[2], dtype=torch.int32)
+def packed_arguments(call: Lowered) -> tuple[OptionTensors, OptionNumbers]:
+    """The options in the order of the operators' arguments."""
+    alpha, scale, softcap, slopes = call.score
+    intervals, kinds, bits, is_causal, span = call.visibility
+    learned, numbers = (None, None), (alpha, scale)
+    if isinstance(alpha, Tensor):
+        learned, numbers = (alpha, scale), (1.5, 1.0)
+    tensors = OptionTensors(*learned, slopes, intervals, kinds, bits)
+    return tensors, OptionNumbers(*numbers, softcap, is_causal, span, call.backend)
 
 
-@operator("Tensor key_mask, int tile", results=2)
-def key_filter(key_mask, tile):
-    return tuple(sight.filter_of_keys(key_mask, tile))
+def unpack_arguments(query: Tensor, key: Tensor, value: Tensor, tensors: tuple, numbers: tuple) -> tuple[Problem, str]:
+    """The problem that an operator's arguments pose, and the name of the backend for it."""
+    tensors, numbers = OptionTensors(*tensors), OptionNumbers(*numbers)
+    alpha, scale = (numbers.alpha, numbers.scale) if tensors.alpha is None else (tensors.alpha, tensors.scale)
+    score = ScoreOptions(alpha, scale, numbers.softcap, tensors.alibi_slopes)
+    masks = tensors.intervals, tensors.tile_kinds, tensors.tile_bits
+    visibility = VisibilityArgs(*masks, numbers.is_causal, numbers.max_visible_span)
+    return Problem.of(query, key, value, score, visibility), numbers.backend
 
 
-@fake("key_filter")
-def _(key_mask, tile):
-    batch, tiles = key_mask.shape[0], ceil_div(key_mask.shape[1], tile) + 1
-    shapes = (batch, 1, 1, tiles), (batch * tiles, 1, ceil_div(tile, WORD_BITS))
-    return tuple(key_mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
+def tile_of(backend: str, query: Tensor, value: Tensor) -> int:
+    """Queries and keys of one tile of the live map."""
+    return BACKENDS[backend].tile_size(query.dtype, max(query.shape[-1], value.shape[-1]))
 
 
-@operator(f"{_INPUTS}, {_MODIFIERS}, {_SCALARS}", results=5)
-def attention(query, key, value, *arguments):
-    problem, modifiers, impl = _posed(query, key, value, arguments)
+@operator(f"{_INPUTS}, bool needs_backward, {_TENSORS}, {_NUMBERS}", results=5)
+def attention(query, key, value, needs_backward, *options):
+    problem, backend = unpack_arguments(query, key, value, options[:TENSORS], options[TENSORS:])
     with as_given(query):
-        return stages(impl).attention(problem, modifiers, query, key, value)
+        return BACKENDS[backend].attention_forward(problem, query, key, value, needs_backward)
 
 
 @fake("attention")
-def _(query, key, value, *arguments):
-    problem, _, impl = _posed(query, key, value, arguments)
+def _(query, key, value, needs_backward, *options):
+    problem, backend = unpack_arguments(query, key, value, options[:TENSORS], options[TENSORS:])
     output = empty_stored_as(query, problem.value_size)
     row = query.new_empty(problem.batch, problem.heads, problem.query_length, dtype=row_dtype(query))
-    live = query.new_empty(problem.live_shape(tile(impl, query, value)), dtype=torch.int32)
+    live = query.new_empty(problem.live_shape(tile_of(backend, query, value)), dtype=torch.int32)
+    if not needs_backward:
+        return output, output.new_empty(0), row.new_empty(0), row.new_empty(0), live.new_empty(0)
     return output, torch.empty_like(output), row, torch.empty_like(row), live
 
 
 @operator(
-    f"Tensor grad_output, {_INPUTS}, Tensor value_mean, {_STATE}, bool parameters, {_MODIFIERS}, {_SCALARS}", results=4
+    f"Tensor grad_output, {_INPUTS}, Tensor value_mean, {_STATE}, bool needs_parameters, {_TENSORS}, {_NUMBERS}",
+    results=4,
 )
 def attention_backward(
-    grad_output, query, key, value, value_mean, maximum, offset, live, parameters, *arguments
+    grad_output, query, key, value, value_mean, maximum, offset, live, needs_parameters, *options
 ):  # fmt: skip
-    problem, modifiers, impl = _posed(query, key, value, arguments)
+    problem, backend = unpack_arguments(query, key, value, options[:TENSORS], options[TENSORS:])
     tensors = grad_output, query, key, value, value_mean, maximum, offset, live
     with as_given(query):
-        return stages(impl).attention_backward(problem, modifiers, *tensors, parameters)
+        return BACKENDS[backend].attention_backward(problem, *tensors, needs_parameters)
 
 
 @fake("attention_backward")
-def _(grad_output, query, key, value, value_mean, maximum, offset, live, parameters, *arguments):
-    of_parameters = maximum.new_empty(3 if parameters else 0, *maximum.shape[:2])
-    return *(empty_stored_as(tensor, tensor.shape[-1]) for tensor in (query, key, value)), of_parameters
+def _(grad_output, query, key, value, value_mean, maximum, offset, live, needs_parameters, *_):
+    grad_parameters = maximum.new_empty(3 if needs_parameters else 0, *maximum.shape[:2])
+    return *(empty_stored_as(tensor, tensor.shape[-1]) for tensor in (query, key, value)), grad_parameters
 
 
-@operator(f"{_INPUTS}, Tensor value_mean, {_STATE}, {_TANGENTS}, {_MODIFIERS}, {_SCALARS}", results=1)
-def attention_tangent(query, key, value, value_mean, maximum, offset, live, *arguments):
-    tangents, arguments = Tangents(*arguments[:TANGENTS]), arguments[TANGENTS:]
-    problem, modifiers, impl = _posed(query, key, value, arguments)
+@operator(f"{_INPUTS}, Tensor value_mean, {_STATE}, {_TANGENTS}, {_TENSORS}, {_NUMBERS}", results=1)
+def attention_tangent(query, key, value, value_mean, maximum, offset, live, *rest):
+    tangents, options = Tangents(*rest[:TANGENTS]), rest[TANGENTS:]
+    problem, backend = unpack_arguments(query, key, value, options[:TENSORS], options[TENSORS:])
+    tensors = query, key, value, value_mean, maximum, offset, live
     with as_given(query):
-        return stages(impl).attention_tangent(
-            problem, modifiers, query, key, value, value_mean, maximum, offset, live, tangents
-        )
+        return BACKENDS[backend].attention_tangent(problem, *tensors, tangents)
 
 
 @fake("attention_tangent")
@@ -132,69 +162,51 @@ def _(query, key, value, value_mean, *_):
     return torch.empty_like(value_mean)
 
 
-@operator(f"{_INPUTS}, {_MODIFIERS}, {_STATE}, {_SCALARS}", results=3)
-def attention_support(query, key, value, *arguments):
-    maximum, offset, live = arguments[MODIFIERS : MODIFIERS + 3]
-    problem, modifiers, impl = _posed(query, key, value, arguments[:MODIFIERS] + arguments[MODIFIERS + 3 :])
+@operator(f"{_INPUTS}, {_TENSORS}, {_STATE}, {_NUMBERS}", results=3)
+def attention_support(query, key, value, *rest):
+    tensors, (maximum, offset, live), numbers = rest[:TENSORS], rest[TENSORS:-NUMBERS], rest[-NUMBERS:]
+    problem, backend = unpack_arguments(query, key, value, tensors, numbers)
     with as_given(query):
-        return stages(impl).support(problem, modifiers, query, key, maximum, offset, live)
+        return BACKENDS[backend].attention_support(problem, query, key, maximum, offset, live)
 
 
 @fake("attention_support")
-def _(query, key, value, *arguments):
-    maximum = arguments[MODIFIERS]
-    extent = tile(arguments[-1], query, value)
-    query_tiles, key_tiles = (ceil_div(tensor.shape[2], extent) for tensor in (query, key))
+def _(query, key, value, *rest):
+    maximum = rest[TENSORS]
+    tile = tile_of(rest[-1], query, value)
+    query_tiles, key_tiles = (ceil_div(tensor.shape[2], tile) for tensor in (query, key))
     size = torch.empty_like(maximum, dtype=torch.int32)
     return torch.empty_like(maximum), size, query.new_empty(*query.shape[:2], query_tiles, key_tiles, dtype=torch.bool)
 
 
-def stages(impl: str):
-    """The module that computes the stages; Triton is imported by the first call that needs it."""
-    if impl == "triton":
-        from ..backends.triton import attention as module
-    else:
-        from ..backends.torch import attention as module
-    return module
-
-
-def tile(impl: str, query: Tensor, value: Tensor) -> int:
-    """Queries and keys of one tile of the live map."""
-    if impl == "triton":
-        from ..backends.triton.schedule import tile_size
-
-        return tile_size(query.dtype, max(query.shape[-1], value.shape[-1]))
-    return TILE
-
-
 class Attention(torch.autograd.Function):
-    """The derivatives of flash_entmax::attention's output by query, key, value, alpha, scale and slopes."""
+    """The derivatives of flash_entmax::attention's output by query, key, value, alpha, scale and ALiBi slopes."""
 
     @staticmethod
-    def forward(ctx, query, key, value, *arguments):
+    def forward(ctx, query, key, value, needs_backward, *options):
         with below_autograd():
-            results = attention(query, key, value, *arguments)
-        ctx.scalars = arguments[MODIFIERS:]
-        ctx.save_for_backward(query, key, value, *results[1:], *arguments[:MODIFIERS])
-        ctx.save_for_forward(query, key, value, *results[1:], *arguments[:MODIFIERS])
+            results = attention(query, key, value, True, *options)
+        ctx.scalars = options[TENSORS:]
+        ctx.save_for_backward(query, key, value, *results[1:], *options[:TENSORS])
+        ctx.save_for_forward(query, key, value, *results[1:], *options[:TENSORS])
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        absent = (None,) * (MODIFIERS + SCALARS)
+        absent = (None,) * (TENSORS + NUMBERS)
         if grad_output is None:
-            return None, None, None, *absent
+            return None, None, None, None, *absent
         saved = ctx.saved_tensors  # read once: a checkpoint gives them once
-        needed = ctx.needs_input_grad[3:6]
-        *gradients, of_parameters = attention_backward(grad_output, *saved[:7], any(needed), *saved[7:], *ctx.scalars)
+        needed = ctx.needs_input_grad[4:7]
+        *gradients, parameters = attention_backward(grad_output, *saved[:7], any(needed), *saved[7:], *ctx.scalars)
         if not any(needed):
-            return *gradients, *absent
-        of_alpha, of_scale, of_slopes = of_parameters
-        of_parameters = of_alpha.sum(0), of_scale.sum(0), of_slopes
-        kept = (gradient if is_needed else None for gradient, is_needed in zip(of_parameters, needed, strict=True))
-        return *gradients, *kept, *absent[3:]
+            return *gradients, None, *absent
+        grad_alpha, grad_scale, grad_slopes = parameters
+        parameters = grad_alpha.sum(0), grad_scale.sum(0), grad_slopes
+        kept = (gradient if is_needed else None for gradient, is_needed in zip(parameters, needed, strict=True))
+        return *gradients, None, *kept, *absent[3:]
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -202,7 +214,8 @@ class Attention(torch.autograd.Function):
         for tensor, own in zip(saved[:3], tangents[:3], strict=True):
             if own is not None and own.dtype != tensor.dtype:
                 raise TypeError(f"tangents must have the dtype of their tensors, {tensor.dtype}, got {own.dtype}")
-        tangent = attention_tangent(*saved[:7], *tangents[:TANGENTS], *saved[7:], *ctx.scalars)
+        own_tangents = Tangents(*tangents[:3], *tangents[4:7])
+        tangent = attention_tangent(*saved[:7], *own_tangents, *saved[7:], *ctx.scalars)
         return tangent, None, None, None, None
 
 
@@ -210,9 +223,7 @@ differentiate(attention, Attention)
 refuse_second_derivative(attention_backward)
 refuse_second_derivative(attention_tangent)
 
-batch_into(intervals, (0, None, 0), (0,))
-call_one_by_one(key_filter)
-batch_into(attention, (*_OF_INPUTS, *_OF_MODIFIERS), (0,) * 5)
-batch_into(attention_backward, (0, *_OF_INPUTS, 0, *_OF_STATE, None, *_OF_MODIFIERS), (0, 0, 0, 1))
-batch_into(attention_tangent, (*_OF_INPUTS, 0, *_OF_STATE, *_OF_TANGENTS, *_OF_MODIFIERS), (0,))
-batch_into(attention_support, (*_OF_INPUTS, *_OF_MODIFIERS, *_OF_STATE), (0, 0, 0))
+batch_into(attention, (*_INPUTS_BATCH, None, *_TENSORS_BATCH), (0,) * 5)
+batch_into(attention_backward, (0, *_INPUTS_BATCH, 0, *_STATE_BATCH, None, *_TENSORS_BATCH), (0, 0, 0, 1))
+batch_into(attention_tangent, (*_INPUTS_BATCH, 0, *_STATE_BATCH, *_TANGENTS_BATCH, *_TENSORS_BATCH), (0,))
+batch_into(attention_support, (*_INPUTS_BATCH, *_TENSORS_BATCH, *_STATE_BATCH), (0, 0, 0))

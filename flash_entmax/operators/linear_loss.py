@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..core.call import ceil_div, row_dtype
 from ..core.modes import as_given
+from ..core.tensors import ceil_div, row_dtype
 from . import rows as row_ops
 from .registration import below_autograd, call_one_by_one, differentiate, fake, operator, refuse_second_derivative
 

@@ -10,7 +10,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
-from ..core.modes import has_tangent, is_transformed
+from ..core.modes import is_recorded, is_transformed
 
 # The decorator custom_op takes fewer lines, and 0.3 ms more of a step's Python: see docs/design.md.
 _library = torch.library.Library("flash_entmax", "DEF")
@@ -47,7 +47,7 @@ def differentiate(operator, function: type[torch.autograd.Function]) -> None:
         if is_transformed():
             with enable_single_level_autograd_function():
                 return at_one_level(function).apply(*arguments)
-        if torch.is_grad_enabled() or has_tangent(arguments):
+        if is_recorded(arguments):
             return function.apply(*arguments)
         with below_autograd():
             return operator(*arguments)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..backends.torch.rows import Target, check_classes
-from ..core.call import row_dtype
 from ..core.modes import as_given
+from ..core.tensors import row_dtype
 from .registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.call import Impl
-from ..functional import choose_impl, entmax_attention, why_not_triton
+from ..backends import BACKENDS, Impl, choose
+from ..functional import entmax_attention
 
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = ("output", "gradient of query", "gradient of key", "gradient of value")
@@ -95,7 +95,7 @@ def plan() -> Iterator[tuple[str, Impl, torch.dtype, Case]]:
     for dtype in (torch.float64, torch.float32):
         for case in CASES:
             yield "cpu", "torch", dtype, case
-    if not why_not_triton(torch.empty(0, dtype=torch.float32)):
+    if not BACKENDS["triton"].obstacle(torch.empty(0, dtype=torch.float32)):
         for case in INTERPRETED_CASES:
             yield "cpu", "triton", torch.float32, case
     if torch.cuda.is_available():
@@ -104,7 +104,7 @@ def plan() -> Iterator[tuple[str, Impl, torch.dtype, Case]]:
 
 def plan_for_cuda() -> Iterator[tuple[str, Impl, torch.dtype, Case]]:
     for dtype, more in MORE_CUDA_CASES.items():
-        impl = choose_impl(torch.empty(0, dtype=dtype, device="cuda"), "auto")
+        impl = choose(torch.empty(0, dtype=dtype, device="cuda"), "auto")
         for case in CUDA_CASES + more:
             yield "cuda", impl, dtype, case
 

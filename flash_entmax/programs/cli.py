@@ -129,7 +129,7 @@ def versions() -> Iterator[tuple[str, str]]:
     import torch
 
     from .. import __version__
-    from ..functional import TRITON_IS_INSTALLED
+    from ..backends.triton import TRITON_IS_INSTALLED
 
     yield "flash-entmax", __version__
     yield "python", platform.python_version()
@@ -158,12 +158,12 @@ def choices() -> Iterator[str]:
     """For each device and dtype, the implementation that impl="auto" takes, and the reason."""
     import torch
 
-    from ..functional import choose_impl, why_not_triton
+    from ..backends import BACKENDS, choose
 
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             query = torch.empty(0, dtype=dtype, device=device)
-            impl, obstacle = choose_impl(query, "auto"), why_not_triton(query)
+            impl, obstacle = choose(query, "auto"), BACKENDS["triton"].obstacle(query)
             if impl == "triton":
                 reason = "the kernels run here"
             else:

@@ -1,1 +1,39 @@
-"""Plain PyTorch, tile by tile: for CPU tensors, float64, and any device without Triton."""
+"""The backend in plain PyTorch: for CPU tensors, float64, and any device without Triton."""
+
+from torch import Tensor, dtype
+
+from .attention import attention_forward, attention_support
+from .gradient import attention_backward, attention_tangent
+from .parts import output_at, row_maxima, sums_at
+from .rows import entmax, entmax_backward, loss, loss_backward
+from .tiles import TILE
+
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "attention_support",
+    "attention_tangent",
+    "entmax",
+    "entmax_backward",
+    "is_default_for",
+    "loss",
+    "loss_backward",
+    "obstacle",
+    "output_at",
+    "row_maxima",
+    "sums_at",
+    "tile_size",
+]
+
+
+def obstacle(tensor: Tensor) -> str:
+    """None: it takes every tensor."""
+    return ""
+
+
+def is_default_for(tensor: Tensor) -> bool:
+    return True
+
+
+def tile_size(dtype: dtype, size: int) -> int:
+    return TILE

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...core.call import row_dtype
+from ...core.tensors import row_dtype
 from ...core.threshold import MAX_STEPS, certified_offset, newton_step, probability, support_weight, tolerance
 
 CHUNK = 2**22

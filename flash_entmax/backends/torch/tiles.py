@@ -1,7 +1,7 @@
 """Tiles of rows and of keys in plain PyTorch: groups of them, what rows see of them, and tensors by tile.
 
-Where there are fewer rows or keys in all than TILE, a tile has only those: its number of rows, and its `width` in keys.
-A unit is one query head of one batch row.
+Where there are fewer rows or keys in all than TILE, a tile has only those: `tile_rows` of them. `width` is the number
+of keys of a tile. A unit is one query head of one batch row.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...core.call import Modifiers, Problem, ceil_div, unpack_tiles
+from ...core.call import Problem
+from ...core.tensors import ceil_div, unpack_tiles
 from ...core.visibility import FIRST_PARTIAL, HIDDEN, WHOLE
 
 TILE = 64
@@ -67,27 +68,25 @@ def groups(live: Tensor) -> Iterator[Group]:
         start = stop
 
 
-class Scope(NamedTuple):
-    """The keys that each row sees, and what distance takes from their scores: Modifiers in the shape of tiles.
+class TileVisibility(NamedTuple):
+    """The keys that each row sees, and what distance takes from their scores: the options in the shape of tiles.
 
-    start, stop and position: (units, query tiles, rows), rows past the last query see nothing; slopes: (units,), where
-    the interval has taken care of infinite ones; kinds: expanded to (batch, heads, query tiles, key tiles); width: keys
-    of a tile.
+    start, stop and position: (units, query tiles, rows); rows past the last query see nothing. alibi_slopes: (units,);
+    the intervals have taken care of infinite ones. tile_kinds: expanded to (batch, heads, query tiles, key tiles).
     """
 
     start: Tensor
     stop: Tensor
     position: Tensor
-    slopes: Tensor | None
-    kinds: Tensor | None
-    bits: Tensor | None
+    alibi_slopes: Tensor | None
+    tile_kinds: Tensor | None
+    tile_bits: Tensor | None
     width: int
 
     @classmethod
-    def of(cls, problem: Problem, modifiers: Modifiers, device: torch.device) -> "Scope":
-        intervals = problem.intervals(device) if modifiers.intervals is None else modifiers.intervals
-        start, stop, position = intervals.unsqueeze(1).expand(-1, problem.heads, -1, -1).unbind(2)
-        slopes, kinds = modifiers.slopes, modifiers.kinds
+    def of(cls, problem: Problem, device: torch.device) -> "TileVisibility":
+        start, stop, position = problem.intervals(device).unsqueeze(1).expand(-1, problem.heads, -1, -1).unbind(2)
+        slopes, kinds = problem.score.alibi_slopes, problem.visibility.tile_kinds
         if slopes is not None:
             infinite = slopes == torch.inf
             start = torch.where(infinite.unsqueeze(-1), start.maximum(position), start)
@@ -96,7 +95,7 @@ class Scope(NamedTuple):
         if kinds is not None:
             kinds = kinds[..., :-1].expand(problem.batch, problem.heads, ceil_div(problem.query_length, TILE), -1)
         rows = (pad_rows(of_row, 0) for of_row in (start, stop, position))
-        return cls(*rows, slopes, kinds, modifiers.bits, extent(problem.key_length))
+        return cls(*rows, slopes, kinds, problem.visibility.tile_bits, tile_rows(problem.key_length))
 
     def tiles(self, problem: Problem) -> Tensor:
         """(units, query tiles, key tiles) bool: False where no row of the tile sees a key of the tile."""
@@ -105,28 +104,29 @@ class Scope(NamedTuple):
         end = self.stop.masked_fill(blind, 0).amax(-1, keepdim=True)
         key = TILE * torch.arange(ceil_div(problem.key_length, TILE), device=end.device)
         seen = (key + TILE > first) & (key < end)
-        if self.kinds is None:
+        if self.tile_kinds is None:
             return seen
-        return (seen.unflatten(0, self.kinds.shape[:2]) & (self.kinds != HIDDEN)).flatten(0, 1)
+        return (seen.unflatten(0, self.tile_kinds.shape[:2]) & (self.tile_kinds != HIDDEN)).flatten(0, 1)
 
     def kinds_of(self, group: Group) -> Tensor:
         """(n, m), the kind of each tile by the mask; unused ones are hidden."""
-        if self.kinds is None:
+        if self.tile_kinds is None:
             return torch.where(group.used, WHOLE, HIDDEN)
-        (unit, query_tile, key_tile), heads = group.tiles, self.kinds.shape[1]
-        return self.kinds[unit // heads, unit % heads, query_tile, key_tile].masked_fill(~group.used, HIDDEN)
+        (unit, query_tile, key_tile), heads = group.tiles, self.tile_kinds.shape[1]
+        return self.tile_kinds[unit // heads, unit % heads, query_tile, key_tile].masked_fill(~group.used, HIDDEN)
 
     def mask(self, kind: Tensor) -> Tensor:
         """(tiles, rows or 1, width or 1) bool: the pairs that the mask leaves, of tiles of the given kinds."""
         whole = (kind == WHOLE)[:, None, None]
-        if self.bits is None:
+        if self.tile_bits is None:
             return whole
-        partial = unpack_tiles(self.bits[(kind - FIRST_PARTIAL).clamp_min(0)], self.width)[:, : self.start.shape[-1]]
+        bits = self.tile_bits[(kind - FIRST_PARTIAL).clamp_min(0)]
+        partial = unpack_tiles(bits, self.width)[:, : self.start.shape[-1]]
         return torch.where((kind >= FIRST_PARTIAL)[:, None, None], partial, whole)
 
     def separations(self, group: Group) -> Tensor:
         """(n, rows, m width): |position of the query - key|."""
-        position = self.position[group.rows].to(self.slopes.dtype).unsqueeze(-1)
+        position = self.position[group.rows].to(self.alibi_slopes.dtype).unsqueeze(-1)
         key = self.keys_of(group.key_tile).flatten(1).to(position.dtype).unsqueeze(1)
         return (position - key).abs_()
 
@@ -135,26 +135,26 @@ class Scope(NamedTuple):
         return key_tile.unsqueeze(-1) * TILE + torch.arange(self.width, device=key_tile.device)
 
 
-def extent(length: int) -> int:
+def tile_rows(length: int) -> int:
     """Rows or keys of a tile."""
     return max(1, min(TILE, length))
 
 
 def tiles_of(tensor: Tensor) -> Tensor:
     """(batch, heads, length, dim) -> (units, tiles, rows or width, dim) in the compute dtype, filled up with zeros."""
-    size = extent(tensor.shape[2])
+    size = tile_rows(tensor.shape[2])
     rows = pad(tensor.flatten(0, 1), (0, 0, 0, -tensor.shape[2] % size))
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (-1, size))
 
 
 def pad_rows(rows: Tensor, fill: float) -> Tensor:
     """(batch, heads, length) -> (units, query tiles, rows)."""
-    flat, size = rows.flatten(0, 1), extent(rows.shape[2])
+    flat, size = rows.flatten(0, 1), tile_rows(rows.shape[2])
     return pad(flat, (0, -flat.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
 
 
 def unpadded(tiles: Tensor, like: Tensor) -> Tensor:
-    """(units, tiles, rows or width, ...) -> (batch, heads, length, ...) of these extents of `like`."""
+    """(units, tiles, rows or width, ...) -> (batch, heads, length, ...) with these sizes of `like`."""
     return tiles.flatten(1, 2)[:, : like.shape[2]].unflatten(0, like.shape[:2])
 
 
@@ -169,7 +169,10 @@ def by_tile(z: Tensor, group: Group) -> Tensor:
 
 
 def add_tiles(total: Tensor, keys: tuple[Tensor, Tensor], used: Tensor, parts: Tensor) -> None:
-    """Add (n, m width, dim) to the tiles of keys: at a time one tile of rows of each unit, so that none comes twice."""
+    """Add (n, m width, dim) to the tiles of keys.
+
+    Each turn takes one tile of rows of each unit, so that no tile of keys comes twice in a turn.
+    """
     unit, key_tile = keys
     parts = parts.unflatten(1, (key_tile.shape[1], -1))
     turn = occurrence(unit[:, 0])

@@ -1,0 +1,60 @@
+"""The backend in Triton: the kernels, for CUDA tensors, and for CPU tensors under Triton's interpreter.
+
+Importing this package imports no Triton: the first call that needs a kernel does.
+"""
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .schedule import tile_size
+
+TRITON_IS_INSTALLED = find_spec("triton") is not None
+HOMES = {
+    "attention_forward": "attention",
+    "attention_backward": "attention",
+    "attention_tangent": "attention",
+    "attention_support": "attention",
+    "row_maxima": "parts",
+    "sums_at": "parts",
+    "output_at": "parts",
+    "entmax": "rows",
+    "entmax_backward": "rows",
+    "loss": "rows",
+    "loss_backward": "rows",
+}
+__all__ = ["is_default_for", "obstacle", "tile_size", *HOMES]  # noqa: F822
+
+
+def obstacle(tensor: Tensor) -> str:
+    """Why the kernels cannot take this tensor; empty if they can."""
+    if tensor.dtype == torch.float64:
+        return "the kernels take float16, bfloat16 and float32, got float64"
+    if tensor.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
+        if tensor.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
+    elif tensor.device.type != "cuda":
+        return f"the kernels run on CUDA devices, got {tensor.device}"
+    elif not torch.version.hip and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(tensor.device)} has less"
+    if not TRITON_IS_INSTALLED:
+        return "the package triton is not installed"
+    return ""
+
+
+def is_default_for(tensor: Tensor) -> bool:
+    """The interpreter is for tests."""
+    return tensor.device.type != "cpu"
+
+
+def __getattr__(name: str):
+    """The other functions of a backend, each from the module that launches its kernels."""
+    home = HOMES.get(name)
+    if home is not None:
+        return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

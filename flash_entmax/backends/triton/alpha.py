@@ -7,6 +7,8 @@ POWER is 1 / (alpha - 1) where that is 1 (sparsemax) or 2 (entmax-1.5); 0 stands
 import triton
 import triton.language as tl
 
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def probability(d, exponent, POWER: tl.constexpr):
@@ -46,30 +48,33 @@ def weight_of_probability(p, exponent, POWER: tl.constexpr):
 
 @triton.jit
 def newton_step(offset, total, weight, exponent):
-    """From F = total and sum u = weight at an offset, Newton's step on F^(alpha - 1) = 1, a convex function.
+    """Newton's step on F^(alpha - 1) = 1, a convex function, from F = total and sum u = weight at an offset.
 
-    It ends at or above the root from wherever it starts: a certified lower bound of tau. 2 - alpha = 1 - 1 / exponent.
+    It ends at or above the root from wherever it starts, so tau is at or above what it gives. 2 - alpha = 1 - 1 / r
+    with the exponent r.
     """
     return offset - (total - tl.exp2((1.0 - 1.0 / exponent) * tl.log2(total))) / weight
 
 
 @triton.jit
-def probability_and_weight(d, exponent, POWER: tl.constexpr, HARDWARE: tl.constexpr):
-    """(p, u): p = u d, so that a general alpha takes one logarithm and one power for both."""
+def probability_and_weight(d, exponent, POWER: tl.constexpr, FAST_LOG2: tl.constexpr):
+    """(p, u) with p = u d: a general alpha takes one logarithm and one power for both."""
     if POWER:
         p, u = probability(d, exponent, POWER), support_weight(d, exponent, POWER)
     else:
-        u = tl.where(d <= 0, 0.0, tl.exp2((exponent - 1.0) * binary_logarithm(d, HARDWARE)))
+        u = tl.where(d <= 0, 0.0, tl.exp2((exponent - 1.0) * binary_logarithm(d, FAST_LOG2)))
         p = u * d
     return p, u
 
 
 @triton.jit
-def binary_logarithm(d, HARDWARE: tl.constexpr):
-    """log2(d). The processor's own takes one instruction instead of twenty, and is off by 2^-22: absolutely next to 1,
-    else of itself (PTX ISA, lg2.approx). For p = d^r, d <= 1, it is as if d were off by less than 2^-21.
+def binary_logarithm(d, FAST_LOG2: tl.constexpr):
+    """log2(d). FAST_LOG2 takes the processor's own: one instruction instead of twenty.
+
+    That one is off by 2^-22, absolutely next to 1 and relatively elsewhere (PTX ISA, lg2.approx). For p = d^r with
+    d <= 1, this error is that of a d off by less than 2^-21.
     """
-    if HARDWARE:
+    if FAST_LOG2:
         result = tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -79,21 +84,31 @@ def binary_logarithm(d, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def is_settled(total, weight, slope, exponent, limit):
-    """Whether Newton's step from F = total and sum u = weight leaves at most `limit` of sum u above that of the root.
+def share_logarithm(x, offset, FAST_LOG2: tl.constexpr):
+    """1 - ln d where d = offset x > 0: the derivative of p by alpha is r^2 p times this, at a fixed tau."""
+    logarithm = tl.where(x > 0, LN_2 * binary_logarithm(x, FAST_LOG2), 0.0)
+    return 1.0 - tl.log(offset)[:, None] - logarithm
 
-    `slope` is how fast sum u fell on the way here, and up to alpha = 1.5 it falls ever slower. So it has at most `fall`
-    of itself left to fall; were F^(alpha - 1) a straight line, `straight`, and the step would end at the root. Above
-    1.5 u is steep at the threshold, and F itself must be near 1.
+
+@triton.jit
+def is_settled(total, weight, weight_fall_rate, exponent, limit):
+    """Whether sum u is within `limit` (relative) of its value at the root, after Newton's step from F and sum u here.
+
+    `weight_fall_rate` is how fast sum u fell on the way here. Up to alpha = 1.5 it falls ever slower, so that at most
+    the share `fall` of sum u is left to fall. `straight` is this share if F^(alpha - 1) is a straight line; the step
+    then ends at the root. Above alpha = 1.5, u is steep at the threshold, and F itself must be near 1.
     """
-    fall = slope * (total - 1.0) / (exponent * weight * weight)
+    fall = weight_fall_rate * (total - 1.0) / (exponent * weight * weight)
     straight = (1.0 - 1.0 / exponent) * (1.0 - 1.0 / total)
     left = fall * tl.maximum(fall - straight, fall / 8.0)
     return (left <= limit) & (total - 1.0 <= tl.where(exponent < 2.0, 1e-4, float("inf")))
 
 
 @triton.jit
-def tolerance(exponent):
-    """Up to which F - 1 the output makes the last step on itself: above alpha = 1.5, where u is steep at the threshold,
-    less."""
-    return tl.where(exponent < 2.0, 1e-5, 1e-3)
+def mass_tolerance(exponent, MEAN: tl.constexpr):
+    """The largest F - 1 that the output mends: by the last step (MEAN), else by division by F.
+
+    The step leaves an error of the order of (F - 1)^2, the division of F - 1. Above alpha = 1.5, u is steep at the
+    threshold, and the tolerance is smaller.
+    """
+    return tl.where(exponent < 2.0, 1e-5, 1e-3 if MEAN else 1e-4)

@@ -4,61 +4,62 @@ import triton
 import triton.language as tl
 
 from .alpha import newton_step, probability, support_weight
-from .lists import append
-from .tile import TileList
+from .lists import TileList, append
 
 STEPS = tl.constexpr(3)
 PLACES = tl.constexpr(64)  # places of a list that one step looks at
 
 
 @triton.jit
-def certify_offset(column, count, shift, exponent, S: tl.constexpr):
+def certify_offset(column, count, bound_gap, exponent, C: tl.constexpr):
     """An offset at or above the true one: maxima are a subset of the scores, and Newton's steps end above the root."""
-    TILE: tl.constexpr = S.TILE
-    # A step is rounded relative to the offset that it starts from: by 2^-24 for each span of maxima, added one after
-    # the other, and by less than 2^-17 for the powers and the sum over a span.
+    TILE: tl.constexpr = C.TILE
+    # A step's rounding is relative to the offset that it starts from. It is 2^-24 for each span of maxima, which are
+    # added one after the other, and less than 2^-17 for the powers and the sum over a span.
     rounding = (tl.cdiv(count, PLACES) + 64) * 2.0**-22
-    reach = tl.full((TILE,), 1.0, tl.float32)
+    offset = tl.full((TILE,), 1.0, tl.float32)
     for _ in range(STEPS):
         total = tl.zeros((TILE, PLACES), tl.float32)
         weight = tl.zeros((TILE, PLACES), tl.float32)
         for first in range(0, count, PLACES):
-            d = tl.maximum(load_maxima(column, first, count, S) + (shift + reach)[:, None], 0.0)
-            total += probability(d, exponent, S.POWER)
-            weight += support_weight(d, exponent, S.POWER)
-        stepped = newton_step(reach, tl.sum(total, 1), tl.sum(weight, 1), exponent) + rounding * reach
-        reach = tl.where(stepped < reach, stepped, reach)
-    return reach
+            d = tl.maximum(load_maxima(column, first, count, C) + (bound_gap + offset)[:, None], 0.0)
+            total += probability(d, exponent, C.POWER)
+            weight += support_weight(d, exponent, C.POWER)
+        stepped = newton_step(offset, tl.sum(total, 1), tl.sum(weight, 1), exponent) + rounding * offset
+        offset = tl.where(stepped < offset, stepped, offset)
+    return offset
 
 
 @triton.jit
-def load_maxima(column, first, count, S: tl.constexpr):
+def load_maxima(column, first, count, C: tl.constexpr):
     """(TILE, PLACES): the maxima of some places of the list; -inf past its end."""
     place = first + tl.arange(0, PLACES)
-    pointers = column[:, None] + tl.cast(place, tl.int64)[None, :] * S.TILE
+    pointers = column[:, None] + tl.cast(place, tl.int64)[None, :] * C.TILE
     return tl.load(pointers, mask=(place < count)[None, :], other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def within_reach(tiles, column, first, reach, S: tl.constexpr):
-    """(tiles, maxima, alive) of some places of the list: alive are those of which some row has a maximum within reach
-    (NaN is)."""
+def tiles_above(tiles, column, first, depth, C: tl.constexpr):
+    """(tiles, maxima, alive) of some places of the list.
+
+    A tile is alive if a row's stored maximum is above -depth, or NaN.
+    """
     place = first + tl.arange(0, PLACES)
     tile = tl.load(tiles.tiles + place, mask=place < tiles.count, other=0)
-    maxima = load_maxima(column, first, tiles.count, S)
-    alive = tl.where(place < tiles.count, tl.max(tl.where(maxima + reach[:, None] <= 0, 0, 1), 0), 0)
+    maxima = load_maxima(column, first, tiles.count, C)
+    alive = tl.where(place < tiles.count, tl.max(tl.where(maxima + depth[:, None] <= 0, 0, 1), 0), 0)
     return tile, maxima, alive
 
 
 @triton.jit
-def shorten(tiles, column, reach, S: tl.constexpr):
-    """Keep the tiles of which some row has a maximum within reach, in place, and their maxima with them."""
+def shorten(tiles, column, depth, C: tl.constexpr):
+    """The list of the tiles that are alive at this depth, in place. Their maxima move along."""
     count = 0
     split = 0
     for first in range(0, tiles.count, PLACES):
-        tile, maxima, alive = within_reach(tiles, column, first, reach, S)
+        tile, maxima, alive = tiles_above(tiles, column, first, depth, C)
         tl.debug_barrier()  # all have read this span before it is written over
-        target = tl.cast(count + tl.cumsum(alive, 0) - 1, tl.int64) * S.TILE
+        target = tl.cast(count + tl.cumsum(alive, 0) - 1, tl.int64) * C.TILE
         tl.store(column[:, None] + target[None, :], maxima.to(tl.float16), mask=(alive > 0)[None, :])
         count = append(tiles.tiles, count, tile, alive)
         split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
@@ -67,13 +68,13 @@ def shorten(tiles, column, reach, S: tl.constexpr):
 
 
 @triton.jit
-def tiles_within(places, tiles, column, reach, S: tl.constexpr):
-    """The tiles that `shorten` would keep, as a list at other places; nothing else is written."""
+def sublist(places, tiles, column, depth, C: tl.constexpr):
+    """The list that `shorten` would leave, at other places. Nothing else is written."""
     count = 0
     split = 0
     tl.debug_barrier()  # all are done with what was listed in these places before
     for first in range(0, tiles.count, PLACES):
-        tile, _, alive = within_reach(tiles, column, first, reach, S)
+        tile, _, alive = tiles_above(tiles, column, first, depth, C)
         count = append(places, count, tile, alive)
         split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
     tl.debug_barrier()

@@ -1,125 +1,174 @@
-"""The output over the live tiles: O = sum p v, and for training O1 = sum u v / sum u; the support on request."""
+"""The output over the live tiles: O = sum p v, and for the backward O1 = sum u v / sum u; the support on request."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .alpha import newton_step, probability, probability_and_weight, support_weight, tolerance
-from .lists import listed_tiles
-from .score import of_head, open_queries, relative_distance
+from .alpha import mass_tolerance, newton_step, probability, probability_and_weight, support_weight
+from .keys import open_keys
+from .lists import TileList, list_place, walk
+from .program import ChunkSizes, open_program
+from .queries import Queries, Threshold, open_options, open_queries, open_threshold
+from .score import relative_distance
 from .tile import (
-    SIZES,
-    Extent,
-    TileList,
+    UNSPECIALIZED,
+    Matrix,
+    Sizes,
     add_compensated,
     heaviest_first,
     key_head,
-    list_of,
     load_keys,
-    load_row,
     no_sums,
     query_head,
     store_row,
     store_tile,
     sum_keys,
-    walk,
 )
 
 MAX_PASSES = tl.constexpr(40)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def output_kernel(
-    query, key, value, maximum, offset, lists, counts, output, value_mean, view, slope, exponent, heads, group,
-    query_length, key_length, first_unit, units, first_tile, capacity, S: tl.constexpr,
-):  # fmt: skip
-    """O and O1. Where some row's F is still above what is accepted, the tile takes a step and another pass: rare."""
-    TILE: tl.constexpr = S.TILE
-    VALUE_PADDED: tl.constexpr = S.VALUE_PADDED
-    extent = Extent(heads, group, query_length, key_length)
-    unit, tile = heaviest_first(units, first_unit, first_tile)
-    slope, exponent = of_head(slope, unit, extent, S), of_head(exponent, unit, extent, S)
-    index, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
-    tiles = TileList(places, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1))
-    queries = open_queries(query, unit, tile, extent, view, S)
-    top = load_row(maximum, unit, queries.row, extent, float("inf"))
-    reach = load_row(offset, unit, queries.row, extent, 1.0)
-    first = tile * TILE
+class OutputContext(NamedTuple):
+    """What each tile of keys is added with."""
 
-    key, value = key_head(key, unit, extent), key_head(value, unit, extent)
+    queries: Queries
+    threshold: Threshold
+    key: Matrix
+    value: Matrix
+
+
+class OutputSums(NamedTuple):
+    """Sums over keys, relative to the offset; what compensation holds back of the first; sums along rows in parts."""
+
+    weighted: Tensor  # sum x^r v
+    error: Tensor
+    mean: Tensor  # sum x^(r - 1) v
+    mass: Tensor  # sum x^r
+    weight: Tensor  # sum x^(r - 1)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def output_kernel(
+    query, key, value, maximum, offset, lists, counts, output, value_mean, score_options, visibility, heads, group,
+    query_length, key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
+):  # fmt: skip
+    """O, and O1 where a backward may follow. In rare tiles a row's F is above the tolerance: these take a step and
+    another pass."""
+    TILE: tl.constexpr = C.TILE
+    VALUE_PADDED: tl.constexpr = C.VALUE_PADDED
+    sizes = Sizes(heads, group, query_length, key_length)
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    options = open_options(score_options, unit, sizes, C)
+    exponent = options.exponent
+    index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
+    tiles = TileList(places, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1))
+    queries = open_queries(query_head(query, unit, sizes), unit, tile, options, sizes, visibility, C)
+    stored = open_threshold(maximum, offset, queries)
+    row_maximum, row_offset = stored.maximum, stored.offset
+
+    key, value = key_head(key, unit, sizes), key_head(value, unit, sizes)
     # Triton tells by identity what a loop carries: none of these names may start as another's value.
     total = tl.zeros((TILE, VALUE_PADDED), tl.float32)
     mean = tl.zeros((TILE, VALUE_PADDED), tl.float32)
     mass = tl.zeros((TILE,), tl.float32)
     weight = tl.zeros((TILE,), tl.float32)
     power = tl.zeros((TILE,), tl.float32)
-    accepted = tolerance(exponent)
+    accepted = mass_tolerance(exponent, C.MEAN)
     passes = 0
     unfinished = 1
     while (unfinished > 0) & (passes < MAX_PASSES):
-        context = queries, top, slope / reach, key, value, exponent, extent, view
-        nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
-        state = nothing, nothing, nothing, no_sums(S), no_sums(S)
-        total, _, mean, masses, weights = walk(accumulate, state, context, tiles, S)
-        power = probability(reach, exponent, S.POWER)
-        mass = tl.sum(masses[0], 1) * power
-        weight = tl.sum(weights[0], 1)
-        stepped = newton_step(reach, mass, weight * support_weight(reach, exponent, S.POWER), exponent)
-        falls = (mass > 1.0) & (stepped < reach)
+        threshold = Threshold(row_maximum, row_offset, options.z_scale / row_offset)
+        sums = output_at(queries, threshold, tiles, key, value, C)
+        total, mean = sums.weighted, sums.mean
+        power = probability(row_offset, exponent, C.POWER)
+        mass = tl.sum(sums.mass[0], 1) * power
+        weight = tl.sum(sums.weight[0], 1)
+        stepped = newton_step(row_offset, mass, weight * support_weight(row_offset, exponent, C.POWER), exponent)
+        falls = (mass > 1.0) & (stepped < row_offset)
         unfinished = tl.max(tl.where(falls & (mass > 1.0 + accepted), 1, 0), 0)
-        reach = tl.where(falls, stepped, reach)
+        row_offset = tl.where(falls, stepped, row_offset)
         passes += 1
-    store_row(offset, unit, queries.row, extent, reach)
 
-    # p = offset^r x^r. Then the last step of tau, on the output itself: dO / d offset = r sum u v, so the step
-    # (1 - sum p) / (r sum u) adds (1 - sum p) O1. Long crowded rows feel the last bit of the offset without it.
-    mean /= tl.where(weight == 0, 1.0, weight)[:, None]
-    total = total * power[:, None] + (1.0 - mass)[:, None] * mean
-    store_tile(query_head(output, unit, extent), first, query_length, total, TILE, S.VALUE, VALUE_PADDED)
-    store_tile(query_head(value_mean, unit, extent), first, query_length, mean, TILE, S.VALUE, VALUE_PADDED)
+    first = tile * TILE
+    total *= power[:, None]  # p = offset^r x^r
+    if C.MEAN:
+        # The last step of tau, on the output itself: dO / d offset = r sum u v, so the step (1 - sum p) / (r sum u)
+        # adds (1 - sum p) O1. Without it, long crowded rows feel the last bit of the offset.
+        mean /= tl.where(weight == 0, 1.0, weight)[:, None]
+        total += (1.0 - mass)[:, None] * mean
+    else:
+        total /= tl.where(mass == 0, 1.0, mass)[:, None]
+    store_tile(query_head(output, unit, sizes), first, query_length, total, TILE, C.VALUE, VALUE_PADDED)
+    if C.NEEDS_BACKWARD:
+        store_row(offset, unit, queries.row, sizes, row_offset)
+        store_tile(query_head(value_mean, unit, sizes), first, query_length, mean, TILE, C.VALUE, VALUE_PADDED)
 
 
 @triton.jit
-def accumulate(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    queries, top, slope, key, value, exponent, extent, view = context
-    total, error, mean, mass, weight = state
-    x, _ = relative_distance(queries, top, slope, key, key_tile, extent, view, MASKED, S)
-    v = load_keys(value, key_tile, extent, MASKED, S.TILE, S.VALUE, S.VALUE_PADDED)
-    p, u = probability_and_weight(x, exponent, S.POWER, S.HARDWARE)
-    if S.COMPENSATED:
-        total, error = add_compensated(total, error, tl.dot(p.to(v.dtype), v, input_precision=S.PRECISION))
+def output_at(queries, threshold, tiles, key, value, C: tl.constexpr):
+    """OutputSums over the listed tiles of keys, at the threshold's maximum and offset.
+
+    They are sums over keys: those of several parts add up to those of all keys.
+    """
+    TILE: tl.constexpr = C.TILE
+    VALUE_PADDED: tl.constexpr = C.VALUE_PADDED
+    context = OutputContext(queries, threshold, key, value)
+    nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
+    return walk(add_output, OutputSums(nothing, nothing, nothing, no_sums(C), no_sums(C)), context, tiles, C)
+
+
+@triton.jit
+def add_output(sums, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
+    queries = context.queries
+    keys = open_keys(context.key, key_tile, queries.sizes, MASKED, C)
+    x, _ = relative_distance(queries, context.threshold, keys, MASKED, C)
+    v = load_keys(context.value, key_tile, queries.sizes, MASKED, C.TILE, C.VALUE, C.VALUE_PADDED)
+    p, u = probability_and_weight(x, queries.options.exponent, C.POWER, C.FAST_LOG2)
+    weighted, error = sums.weighted, sums.error
+    if C.COMPENSATED:
+        weighted, error = add_compensated(weighted, error, tl.dot(p.to(v.dtype), v, input_precision=C.PRECISION))
     else:
-        total = tl.dot(p.to(v.dtype), v, total, input_precision=S.PRECISION)
-    mean = tl.dot(u.to(v.dtype), v, mean, input_precision=S.PRECISION)
-    return total, error, mean, sum_keys(mass, p, S), sum_keys(weight, u, S)
+        weighted = tl.dot(p.to(v.dtype), v, weighted, input_precision=C.PRECISION)
+    mean = sums.mean
+    if C.MEAN:
+        mean = tl.dot(u.to(v.dtype), v, mean, input_precision=C.PRECISION)
+    return OutputSums(weighted, error, mean, sum_keys(sums.mass, p, C), sum_keys(sums.weight, u, C))
 
 
-@triton.jit(do_not_specialize=SIZES)
+class SupportContext(NamedTuple):
+    """What each tile of keys is counted with."""
+
+    queries: Queries
+    threshold: Threshold
+    key: Matrix
+    row_marks: Tensor
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def support_kernel(
-    query, key, maximum, offset, live, lists, size, marks, view, slope, heads, group,
-    query_length, key_length, first_unit, units, first_tile, words, capacity, S: tl.constexpr,
+    query, key, maximum, offset, live, lists, size, marks, score_options, visibility, heads, group, query_length, key_length,
+    first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """Support size of each row, and a mark on each tile that holds a positive probability."""
-    TILE: tl.constexpr = S.TILE
-    extent = Extent(heads, group, query_length, key_length)
-    unit, tile = heaviest_first(units, first_unit, first_tile)
-    slope = of_head(slope, unit, extent, S)
-    _, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
-    tiles = listed_tiles(places, capacity, live, unit, tile, words, extent, view, False, S)
-    queries = open_queries(query, unit, tile, extent, view, S)
-    top = load_row(maximum, unit, queries.row, extent, float("inf"))
-    reach = load_row(offset, unit, queries.row, extent, 1.0)
+    TILE: tl.constexpr = C.TILE
+    sizes = Sizes(heads, group, query_length, key_length)
+    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
+    queries, tiles = open_program(query, live, lists, score_options, visibility, sizes, chunk, C)
+    threshold = open_threshold(maximum, offset, queries)
 
     query_tiles = (query_length + TILE - 1) // TILE
-    row_of_marks = marks + (tl.cast(unit, tl.int64) * query_tiles + tile) * tl.cdiv(key_length, TILE)
-    context = queries, top, slope / reach, key_head(key, unit, extent), row_of_marks, extent, view
-    count = walk(count_tile, tl.zeros((TILE,), tl.int32), context, tiles, S)
-    store_row(size, unit, queries.row, extent, count)
+    row_marks = marks + (tl.cast(queries.unit, tl.int64) * query_tiles + queries.tile) * tl.cdiv(key_length, TILE)
+    context = SupportContext(queries, threshold, key_head(key, queries.unit, sizes), row_marks)
+    count = walk(count_tile, tl.zeros((TILE,), tl.int32), context, tiles, C)
+    store_row(size, queries.unit, queries.row, sizes, count)
 
 
 @triton.jit
-def count_tile(count, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
-    queries, top, slope, key, row_of_marks, extent, view = context
-    x, _ = relative_distance(queries, top, slope, key, key_tile, extent, view, MASKED, S)
-    reached = tl.sum(tl.where(x > 0, 1, 0), 1)
-    tl.store(row_of_marks + key_tile, tl.max(reached, 0) > 0)
-    return count + reached
+def count_tile(count, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
+    keys = open_keys(context.key, key_tile, context.queries.sizes, MASKED, C)
+    x, _ = relative_distance(context.queries, context.threshold, keys, MASKED, C)
+    positive = tl.sum(tl.where(x > 0, 1, 0), 1)
+    tl.store(context.row_marks + key_tile, tl.max(positive, 0) > 0)
+    return count + positive

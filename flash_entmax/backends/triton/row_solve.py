@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import ceil_div
+from ...core.tensors import ceil_div
 from .alpha import newton_step, probability, probability_and_weight, support_weight
 
 LONGEST_SEGMENT = 64

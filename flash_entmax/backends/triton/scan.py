@@ -1,39 +1,59 @@
 """One pass over Q K^T on the listed tiles: the maximum of each row over each tile of keys, and nothing else.
 
-Maxima are stored in 16 bits, in units of z and relative to a bound from below on the row's maximum, by place in the
-list. A difference that 16 bits cannot hold becomes +inf, which certifies nothing and kills nothing, or -inf, which is
-out of reach of any threshold.
+Maxima are stored in 16 bits by place in the list: in units of z, relative to a bound from below on the row's maximum.
+A difference that 16 bits cannot hold becomes inf. +inf certifies nothing and kills no tile. -inf is below any
+threshold.
 """
 
 import triton
 import triton.language as tl
 
-from .score import listed_maxima, scores
+from .keys import open_keys, open_listed_keys
+from .score import scores, tile_maxima
 
-ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum, twice that of its 11 bits
+ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum: twice the rounding of its 11 bits
 
 
 @triton.jit
-def scan_tiles(queries, key, below, tiles, column, slope, extent, view, S: tl.constexpr):
-    """(maximum, shift, stored): each row's maximum of the scores (+inf where it sees no key), what makes the stored
-    maxima relative to it, and how far storing them may move a z."""
-    TILE: tl.constexpr = S.TILE
-    ABREAST: tl.constexpr = S.ABREAST
-    best = tl.full((TILE,), float("-inf"), tl.float32)
+def scan_tiles(queries, key, maximum_bound, tiles, column, C: tl.constexpr):
+    """(maximum, bound_gap, storage_error): each row's maximum of the scores, +inf where it sees no key; what makes the
+    stored maxima relative to this maximum; how far storing them may move a z."""
+    TILE: tl.constexpr = C.TILE
+    TILES_PER_STEP: tl.constexpr = C.TILES_PER_STEP
+    z_scale = queries.options.z_scale
+    maximum = tl.full((TILE,), float("-inf"), tl.float32)
     sees = queries.stop > queries.start
-    below = tl.where(sees, below, float("inf"))  # rows past the last query keep no tile alive
-    unmasked = tiles.split // ABREAST * ABREAST
-    for place in range(0, unmasked, ABREAST):
-        highest = listed_maxima(queries, key, tiles, place, extent, view, S)
-        pointers = column[:, None] + tl.cast(place + tl.arange(0, ABREAST), tl.int64)[None, :] * TILE
-        tl.store(pointers, ((highest - below[:, None]) * slope).to(tl.float16))
-        best = tl.maximum(best, tl.max(highest, 1))
+    maximum_bound = tl.where(sees, maximum_bound, float("inf"))  # rows past the last query keep no tile alive
+    unmasked = tiles.split // TILES_PER_STEP * TILES_PER_STEP
+    for place in range(0, unmasked, TILES_PER_STEP):
+        keys = open_listed_keys(key, tiles, place, C)
+        maxima = tile_maxima(queries, keys, C)
+        pointers = column[:, None] + tl.cast(place + tl.arange(0, TILES_PER_STEP), tl.int64)[None, :] * TILE
+        tl.store(pointers, ((maxima - maximum_bound[:, None]) * z_scale).to(tl.float16))
+        maximum = tl.maximum(maximum, tl.max(maxima, 1))
     for place in range(unmasked, tiles.count):
-        score, _ = scores(queries, key, tl.load(tiles.tiles + place), extent, view, True, S)
-        highest = tl.max(score, 1)
-        tl.store(column + tl.cast(place, tl.int64) * TILE, ((highest - below) * slope).to(tl.float16))
-        best = tl.maximum(best, highest)
-    if S.FILTERED or S.ALIBI:  # either may hide a whole interval; a NaN score stays NaN against any maximum
-        sees = sees & (best > float("-inf"))
-    shift = tl.where(sees, (below - best) * slope, 0.0)
-    return tl.where(sees, best, float("inf")), shift, ROUNDING * (1.0 + tl.abs(shift))
+        keys = open_keys(key, tl.load(tiles.tiles + place), queries.sizes, True, C)
+        score, _ = scores(queries, keys, True, C)
+        maxima = tl.max(score, 1)
+        tl.store(column + tl.cast(place, tl.int64) * TILE, ((maxima - maximum_bound) * z_scale).to(tl.float16))
+        maximum = tl.maximum(maximum, maxima)
+    if C.FILTERED or C.ALIBI:  # either may hide a whole interval; a NaN score stays NaN against any maximum
+        sees = sees & (maximum > float("-inf"))
+    bound_gap = tl.where(sees, (maximum_bound - maximum) * z_scale, 0.0)
+    return tl.where(sees, maximum, float("inf")), bound_gap, ROUNDING * (1.0 + tl.abs(bound_gap))
+
+
+@triton.jit
+def maxima_of_tiles(queries, key, tiles, C: tl.constexpr):
+    """Each row's maximum of the scores over the listed tiles; +inf where it sees none of their keys."""
+    TILE: tl.constexpr = C.TILE
+    maximum = tl.full((TILE,), float("-inf"), tl.float32)
+    for place in range(tiles.split):
+        keys = open_keys(key, tl.load(tiles.tiles + place), queries.sizes, False, C)
+        score, _ = scores(queries, keys, False, C)
+        maximum = tl.maximum(maximum, tl.max(score, 1), propagate_nan=tl.PropagateNan.ALL)
+    for place in range(tiles.split, tiles.count):
+        keys = open_keys(key, tl.load(tiles.tiles + place), queries.sizes, True, C)
+        score, _ = scores(queries, keys, True, C)
+        maximum = tl.maximum(maximum, tl.max(score, 1), propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(maximum == float("-inf"), float("inf"), maximum)

@@ -1,22 +1,24 @@
 """Tile sizes and launch settings, as explicit rules of dtype and head size. Nothing is tuned at run time.
 
-A setting may depend on the dtype, the head sizes and the device; never on a length, so a new length compiles nothing.
+A setting may depend on the dtype, the head sizes and the device. It never depends on a length, so a new length compiles
+nothing.
 """
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from ...core.call import Modifiers, Problem
-from .tile import aligned_size
+from ...core.call import Problem
+from ...core.tensors import aligned_size
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
-WIDEST_PIPELINED = 128  # head size; tiles of larger heads fill the shared memory once
+WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared memory
 
 
 @dataclass(frozen=True)
-class Shape:
+class Config:
     """Everything that the kernels are compiled for."""
 
     TILE: int  # queries and keys of one tile of the live map
@@ -28,19 +30,25 @@ class Shape:
     CAUSAL: bool
     PRECISION: str  # of float32 matrix products
     COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
-    ABREAST: int  # tiles of keys that the threshold's stages multiply at a time where no mask is needed
+    TILES_PER_STEP: int  # tiles of keys that the threshold's stages multiply at a time where no mask is needed
     LANES: int  # parts in which a row's sums are kept until its last tile
-    SETTLED: float  # how much of sum u the solve may leave above that of the root
-    HARDWARE: bool  # the processor's logarithm is exact enough
-    INTERVALS: bool  # which keys a query sees is loaded; else all, or the causal ones
-    FILTERED: bool  # a filter by tiles hides keys; what its tiles are told apart by:
+    SETTLE_TOLERANCE: float  # how much of sum u the solve may leave above that of the root
+    FAST_LOG2: bool  # the processor's own logarithm is exact enough
+    INTERVALS: bool  # the keys that a query sees are loaded; else they are all keys, or the causal ones
+    FILTERED: bool  # a filter by tiles hides keys; its tiles may differ by:
     FILTER_BY_BATCH: bool
     FILTER_BY_HEAD: bool
     FILTER_BY_QUERY: bool
     SOFTCAP: bool
     ALIBI: bool
-    PER_HEAD: bool  # scale, slope, exponent and cap are tensors of one number for each query head
-    PARAMETERS: bool = False  # the gradient of alpha, scale and ALiBi slopes is asked for
+    PER_HEAD: bool  # each query head has its own alpha and scale
+    NEEDS_BACKWARD: bool  # the forward pass stores what the backward reads
+    NEEDS_PARAMETERS: bool  # the gradients of alpha, scale and ALiBi slopes, or their tangents, are asked for
+
+    @property
+    def MEAN(self) -> bool:  # noqa: N802
+        """O1 is computed: for the backward, and in float32 for the last step of the output."""
+        return self.NEEDS_BACKWARD or self.COMPENSATED
 
 
 @dataclass(frozen=True)
@@ -63,79 +71,117 @@ def padded_size(size: int) -> int:
 
 
 def tile_size(dtype: torch.dtype, size: int) -> int:
-    """64 x 64 keeps the matrix units busy; float32 products run on the vector units and fill twice the memory.
+    """64 x 64 keeps the matrix units busy. float32 products run on the vector units and fill twice the memory.
 
-    `size` is the larger head size, of keys or of values; above 256, half the tile fills the memory.
+    `size` is the larger head size, of keys or of values. Above 256, half the tile fills the memory.
     """
     tile = 32 if dtype == torch.float32 else 64
     return tile if size <= 256 else tile // 2
 
 
-def shape_of(problem: Problem, modifiers: Modifiers, dtype: torch.dtype) -> Shape:
-    tile = tile_size(dtype, problem.widest)
-    per_head = modifiers.alpha is not None
-    power = 0 if per_head else {2.0: 1, 1.5: 2}.get(problem.alpha, 0)
-    by_batch, by_head = (extent > 1 for extent in modifiers.kinds.shape[:2]) if modifiers.kinds is not None else (0, 0)
-    head, value = aligned_size(problem.head_size), aligned_size(problem.value_size)
+def config_of(problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False):
+    """The Config of a call. Equal calls get one object."""
+    score, visibility = problem.score, problem.visibility
+    kinds, bits = visibility.tile_kinds, visibility.tile_bits
+    differs = (False, False, False)
+    if kinds is not None:
+        differs = kinds.shape[0] > 1, kinds.shape[1] > 1, bits.shape[1] > 1
+    per_head = isinstance(score.alpha, torch.Tensor)
+    return _config(
+        dtype,
+        problem.head_size,
+        problem.value_size,
+        0 if per_head else {2.0: 1, 1.5: 2}.get(score.alpha, 0),
+        visibility.is_causal and visibility.intervals is None,
+        visibility.intervals is not None,
+        (kinds is not None, *differs),
+        score.softcap > 0,
+        score.alibi_slopes is not None,
+        per_head,
+        needs_backward,
+        needs_parameters,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _config(
+    dtype: torch.dtype,
+    head_size: int,
+    value_size: int,
+    power: int,
+    causal: bool,
+    intervals: bool,
+    filtered: tuple[bool, bool, bool, bool],
+    softcap: bool,
+    alibi: bool,
+    per_head: bool,
+    needs_backward: bool,
+    needs_parameters: bool,
+) -> Config:
+    tile = tile_size(dtype, max(head_size, value_size))
+    head, value = aligned_size(head_size), aligned_size(value_size)
     head_padded, value_padded = padded_size(head), padded_size(value)
     if max(head_padded, value_padded) > WIDEST_PIPELINED:
         # Where loads are not asynchronous, Triton 3.6 may multiply wrongly by values narrower than the keys.
         head_padded = value_padded = max(head_padded, value_padded)
-    return Shape(
+    is_single = dtype == torch.float32
+    return Config(
         TILE=tile,
         HEAD=head,
         HEAD_PADDED=head_padded,
         VALUE=value,
         VALUE_PADDED=value_padded,
         POWER=power,
-        CAUSAL=problem.is_causal and modifiers.intervals is None,
+        CAUSAL=causal,
         PRECISION="ieee",
-        COMPENSATED=dtype == torch.float32,
-        ABREAST=2 if tile == 64 and head <= 64 and power and modifiers.slopes is None else 1,
-        LANES=1 if dtype == torch.float32 else 8,
-        SETTLED=2.0**-20 if dtype == torch.float32 else 2.0**-11,
-        HARDWARE=dtype != torch.float32 and HAS_PTX,
-        INTERVALS=modifiers.intervals is not None,
-        FILTERED=modifiers.kinds is not None,
-        FILTER_BY_BATCH=bool(by_batch),
-        FILTER_BY_HEAD=bool(by_head),
-        FILTER_BY_QUERY=modifiers.kinds is not None and modifiers.bits.shape[1] > 1,
-        SOFTCAP=problem.softcap > 0,
-        ALIBI=modifiers.slopes is not None,
+        COMPENSATED=is_single,
+        TILES_PER_STEP=2 if tile == 64 and head <= 64 and power and not alibi else 1,
+        LANES=1 if is_single else 8,
+        SETTLE_TOLERANCE=2.0**-20 if is_single else 2.0**-11,
+        FAST_LOG2=not is_single and HAS_PTX,
+        INTERVALS=intervals,
+        FILTERED=filtered[0],
+        FILTER_BY_BATCH=filtered[1],
+        FILTER_BY_HEAD=filtered[2],
+        FILTER_BY_QUERY=filtered[3],
+        SOFTCAP=softcap,
+        ALIBI=alibi,
         PER_HEAD=per_head,
+        NEEDS_BACKWARD=needs_backward,
+        NEEDS_PARAMETERS=needs_parameters,
     )
 
 
 SUMMARY = Launch(4, 1)
 
 
-def registers(shape: Shape, programs: int) -> int | None:
+def registers(config: Config, programs: int) -> int | None:
     """So many that `programs` of 128 threads share a multiprocessor; float32 needs all that there are."""
-    return None if shape.COMPENSATED else 65536 // (128 * programs) // 8 * 8
+    return None if config.COMPENSATED else 65536 // (128 * programs) // 8 * 8
 
 
-def threshold_launch(shape: Shape) -> Launch:
-    if shape.HEAD_PADDED <= 64:
-        return Launch(4, 3, registers(shape, 4))
-    return Launch(4, 2, registers(shape, 3)) if shape.HEAD_PADDED <= 128 else Launch(4, 2)
+def threshold_launch(config: Config) -> Launch:
+    if config.HEAD_PADDED <= 64:
+        return Launch(4, 3, registers(config, 4))
+    return Launch(4, 2, registers(config, 3)) if config.HEAD_PADDED <= 128 else Launch(4, 2)
 
 
-def output_launch(shape: Shape) -> Launch:
-    return Launch(4, 3, registers(shape, 3)) if is_narrow(shape) else wide_launch(shape)
+def output_launch(config: Config) -> Launch:
+    return Launch(4, 3, registers(config, 3)) if is_narrow(config) else wide_launch(config)
 
 
-def gradient_launch(shape: Shape) -> Launch:
-    return Launch(4, 2, registers(shape, 3)) if is_narrow(shape) else wide_launch(shape)
+def gradient_launch(config: Config) -> Launch:
+    return Launch(4, 2, registers(config, 3)) if is_narrow(config) else wide_launch(config)
 
 
-def tangent_launch(shape: Shape) -> Launch:
-    return Launch(4, 2) if is_narrow(shape) else Launch(8, 1)
+def tangent_launch(config: Config) -> Launch:
+    return Launch(4, 2) if is_narrow(config) else Launch(8, 1)
 
 
-def is_narrow(shape: Shape) -> bool:
-    return max(shape.HEAD_PADDED, shape.VALUE_PADDED) <= 64
+def is_narrow(config: Config) -> bool:
+    return max(config.HEAD_PADDED, config.VALUE_PADDED) <= 64
 
 
-def wide_launch(shape: Shape) -> Launch:
+def wide_launch(config: Config) -> Launch:
     """Heads over 128 double the accumulators: twice the warps share them, and one stage fits the shared memory."""
-    return Launch(4, 2) if max(shape.HEAD_PADDED, shape.VALUE_PADDED) <= WIDEST_PIPELINED else Launch(8, 1)
+    return Launch(4, 2) if max(config.HEAD_PADDED, config.VALUE_PADDED) <= WIDEST_PIPELINED else Launch(8, 1)

@@ -1,63 +1,88 @@
-"""Words for scores: query . key of a tile, bent by softcap and ALiBi, masked; and its distance to the threshold.
+"""Scores of queries and keys: their product, softcap, ALiBi, mask; and the distance of a score to the threshold.
 
-Scores are in units of query . key: `slope` turns them into z. Softcap and ALiBi are divided by the scale to match.
+Scores are in units of query . key. Multiplied by z_scale they are z.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .tile import load_columns, load_keys, load_tile, load_whole_tile, query_head, tile_pointers
-from .visibility import hide, hide_filtered, visible_interval
-
-
-class Queries(NamedTuple):
-    """A tile of queries: where it is, which keys each query sees, and how its scores are bent."""
-
-    unit: int
-    tile: int
-    row: Tensor
-    start: Tensor
-    stop: Tensor
-    position: Tensor
-    cap: float
-    tilt: float
-    q: Tensor
+from .visibility import hide, hide_filtered
 
 
 @triton.jit
-def open_queries(query, unit, tile, extent, view, S: tl.constexpr):
-    row = tile * S.TILE + tl.arange(0, S.TILE)
-    start, stop, position = visible_interval(row, unit, extent, view, S)
-    cap, tilt = bends_of(unit, extent, view, S)
-    q = load_tile(query_head(query, unit, extent), tile * S.TILE, extent.query_length, S.TILE, S.HEAD, S.HEAD_PADDED)
-    return Queries(unit, tile, row, start, stop, position, cap, tilt, q)
+def scores(queries, keys, MASKED: tl.constexpr, C: tl.constexpr):
+    """(queries, keys): the scores, -inf where a query does not see the key; and their derivative by query . key."""
+    product = tl.dot(queries.q, tl.trans(keys.k), input_precision=C.PRECISION)
+    return apply_score_options(product, queries, keys, MASKED, False, C)
 
 
 @triton.jit
-def bends_of(unit, extent, view, S: tl.constexpr):
-    """(cap, tilt) of a query head; 0 where there is none."""
-    cap, tilt = 0.0, 0.0
-    if S.SOFTCAP:
-        cap = of_head(view.cap, unit, extent, S)
-    if S.ALIBI:
-        tilt = tl.load(view.tilts + unit)
-    return cap, tilt
+def transposed_scores(queries, keys, MASKED: tl.constexpr, C: tl.constexpr):
+    """`scores` with a row for each key: (keys, queries)."""
+    product = tl.dot(keys.k, tl.trans(queries.q), input_precision=C.PRECISION)
+    return apply_score_options(product, queries, keys, MASKED, True, C)
 
 
 @triton.jit
-def of_head(number, unit, extent, S: tl.constexpr):
-    """A number of the call, or of the query head."""
-    if S.PER_HEAD:
-        number = tl.load(number + unit % extent.heads)
-    return number
+def apply_score_options(product, queries, keys, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, C: tl.constexpr):
+    """(scores, derivative by the product) from products of queries and keys, or (TRANSPOSED) of keys and queries."""
+    options = queries.options
+    score, softcap_slope = apply_softcap(product, options.softcap, C)
+    column = by_key(keys.column, TRANSPOSED)
+    if C.ALIBI:
+        position = by_query(queries.position - keys.first, TRANSPOSED)
+        score -= alibi_penalty(tl.abs(position - column), options.alibi_slopes)
+    if MASKED:
+        start, stop = queries.start - keys.first, queries.stop - keys.first
+        score = hide(score, column, by_query(start, TRANSPOSED), by_query(stop, TRANSPOSED), C)
+        if C.FILTERED:
+            row = by_query(tl.arange(0, C.TILE), TRANSPOSED)
+            score = hide_filtered(score, row, column, queries, keys.tile, C)
+    return score, softcap_slope
+
+
+@triton.jit
+def by_query(numbers, TRANSPOSED: tl.constexpr):
+    """One number for each query, to be broadcast along the keys."""
+    return numbers[None, :] if TRANSPOSED else numbers[:, None]
+
+
+@triton.jit
+def by_key(numbers, TRANSPOSED: tl.constexpr):
+    """One number for each key, to be broadcast along the queries."""
+    return numbers[:, None] if TRANSPOSED else numbers[None, :]
+
+
+@triton.jit
+def tile_maxima(queries, keys, C: tl.constexpr):
+    """(TILE, C.TILES_PER_STEP): each query's maximum over each of the tiles side by side, none of which needs a mask.
+
+    The softcap rises with its score, so it is taken of the maxima only.
+    """
+    if C.ALIBI:
+        score, _ = scores(queries, keys, False, C)
+        maxima = tl.max(score, 1, keep_dims=True)
+    else:
+        product = tl.dot(queries.q, tl.trans(keys.k), input_precision=C.PRECISION)
+        maxima = tl.max(tl.reshape(product, (C.TILE, C.TILES_PER_STEP, C.TILE)), 2)
+        maxima, _ = apply_softcap(maxima, queries.options.softcap, C)
+    return maxima
+
+
+@triton.jit
+def apply_softcap(score, softcap, C: tl.constexpr):
+    """(softcap tanh(score / softcap), its derivative); without a softcap, the score itself and 1."""
+    softcap_slope = 1.0
+    if C.SOFTCAP:
+        share = tanh(score * (1.0 / softcap), C.COMPENSATED)
+        score = share * softcap
+        softcap_slope = 1.0 - share * share
+    return score, softcap_slope
 
 
 @triton.jit
 def tanh(x, ACCURATE: tl.constexpr):
-    """Off by at most 2^-21; if ACCURATE, of itself: by its series near 0, where the quotient cancels."""
+    """tanh, off by at most 2^-21. If ACCURATE, that is relative: near 0, where the quotient cancels, by its series."""
     result = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * x) + 1.0)  # e^(2 x)
     if ACCURATE:
         square = x * x
@@ -67,103 +92,24 @@ def tanh(x, ACCURATE: tl.constexpr):
 
 
 @triton.jit
-def capped(score, cap, S: tl.constexpr):
-    """(cap tanh(score / cap), its derivative), or the score itself."""
-    steepness = 1.0
-    if S.SOFTCAP:
-        share = tanh(score * (1.0 / cap), S.COMPENSATED)
-        score = share * cap
-        steepness = 1.0 - share * share
-    return score, steepness
+def alibi_penalty(distance, alibi_slope):
+    """What ALiBi takes from a score. At distance 0 it is 0, even if the slope is infinite."""
+    return tl.where(distance == 0, 0.0, alibi_slope * distance.to(tl.float32))
 
 
 @triton.jit
-def lean(distance, tilt):
-    """What ALiBi takes from a score: nothing at distance 0, be the slope infinite."""
-    return tl.where(distance == 0, 0.0, tilt * distance.to(tl.float32))
+def distance_to_threshold(score, maximum, scale, offset):
+    """d = [scale (score - maximum) + offset]_+; NaN stays NaN.
 
-
-@triton.jit
-def finish(score, row, key, sight, bends, where, extent, view, MASKED: tl.constexpr, S: tl.constexpr):
-    """(scores, derivative by the product) from a product of queries and keys, or of keys and queries.
-
-    `row` and `key` count inside the tile and `sight` is (start, stop, position) of the queries, counted from the first
-    key; all broadcast to the shape of the product. `bends` is (cap, tilt) and `where` (unit, query tile, key tile).
+    With z_scale and the offset it is [z - tau]_+. With z_scale / offset and 1 it is relative to the offset: its powers
+    then neither underflow nor overflow in 16 bits. The subtraction comes first, since it is exact where it matters.
     """
-    start, stop, position = sight
-    cap, tilt = bends
-    score, steepness = capped(score, cap, S)
-    if S.ALIBI:
-        score -= lean(tl.abs(position - key), tilt)
-    if MASKED:
-        score = hide(score, key, start, stop, S)
-        if S.FILTERED:
-            unit, query_tile, key_tile = where
-            score = hide_filtered(score, row, key, unit, query_tile, key_tile, extent, view, S)
-    return score, steepness
+    return tl.maximum((score - maximum) * scale + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def scores(queries, key, key_tile, extent, view, MASKED: tl.constexpr, S: tl.constexpr):
-    """(scores of one tile of keys, derivative by query . key); -inf where a query does not see the key."""
-    TILE: tl.constexpr = S.TILE
-    k = load_keys(key, key_tile, extent, MASKED, TILE, S.HEAD, S.HEAD_PADDED)
-    product = tl.dot(queries.q, tl.trans(k), input_precision=S.PRECISION)
-    row, column, first = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :], key_tile * TILE
-    sight = (queries.start - first)[:, None], (queries.stop - first)[:, None], (queries.position - first)[:, None]
-    bends, where = (queries.cap, queries.tilt), (queries.unit, queries.tile, key_tile)
-    return finish(product, row, column, sight, bends, where, extent, view, MASKED, S)
-
-
-@triton.jit
-def listed_scores(queries, key, tiles, place, extent, view, S: tl.constexpr):
-    """Scores of S.ABREAST listed tiles without a mask."""
-    if S.ALIBI:
-        score, _ = scores(queries, key, tl.load(tiles.tiles + place), extent, view, False, S)
-    else:
-        score, _ = capped(listed_products(queries, key, tiles, place, S), queries.cap, S)
-    return score
-
-
-@triton.jit
-def listed_maxima(queries, key, tiles, place, extent, view, S: tl.constexpr):
-    """(TILE, S.ABREAST): each row's maximum over each of these tiles. As tanh rises, it is taken of maxima only."""
-    if S.ALIBI:
-        highest = tl.max(listed_scores(queries, key, tiles, place, extent, view, S), 1, keep_dims=True)
-    else:
-        product = tl.reshape(listed_products(queries, key, tiles, place, S), (S.TILE, S.ABREAST, S.TILE))
-        highest, _ = capped(tl.max(product, 2), queries.cap, S)
-    return highest
-
-
-@triton.jit
-def listed_products(queries, key, tiles, place, S: tl.constexpr):
-    """query . key of S.ABREAST listed tiles: two share the loop's overhead and make wider products."""
-    TILE: tl.constexpr = S.TILE
-    first = tl.load(tiles.tiles + place)
-    if S.ABREAST == 2:
-        row = tl.arange(0, 2 * TILE)
-        apart = tl.cast(tl.load(tiles.tiles + place + 1) - first - 1, tl.int64) * TILE * key.row_stride
-        second = tl.where(row < TILE, 0, apart)[:, None]
-        k = load_columns(tile_pointers(key, first * TILE, 2 * TILE, S.HEAD_PADDED) + second, S.HEAD, S.HEAD_PADDED)
-    else:
-        k = load_whole_tile(key, first * TILE, TILE, S.HEAD, S.HEAD_PADDED)
-    return tl.dot(queries.q, tl.trans(k), input_precision=S.PRECISION)
-
-
-@triton.jit
-def distance(score, maximum, slope, intercept):
-    """d = [slope (score - maximum) + intercept]_+; NaN stays NaN.
-
-    With (slope, offset) it is [z - tau]_+ itself; with (slope / offset, 1) it is relative to the offset, so that its
-    powers neither underflow nor overflow in 16 bits. The subtraction comes first: it is exact where it matters.
-    """
-    return tl.maximum((score - maximum) * slope + intercept, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def relative_distance(queries, top, slope, key, key_tile, extent, view, MASKED: tl.constexpr, S: tl.constexpr):
-    """x = [z - tau]_+ / offset of one tile of queries and keys, from the row's slope / offset; and the derivative of
-    the score by query . key."""
-    score, steepness = scores(queries, key, key_tile, extent, view, MASKED, S)
-    return distance(score, top[:, None], slope[:, None], 1.0), steepness
+def relative_distance(queries, threshold, keys, MASKED: tl.constexpr, C: tl.constexpr):
+    """(x, softcap_slope): x = [z - tau]_+ / offset of each query and key, and its score's derivative by query . key."""
+    score, softcap_slope = scores(queries, keys, MASKED, C)
+    x = distance_to_threshold(score, threshold.maximum[:, None], threshold.relative_scale[:, None], 1.0)
+    return x, softcap_slope

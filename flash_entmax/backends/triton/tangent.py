@@ -1,7 +1,7 @@
 """The output's derivative along tangents of the inputs, over the live tiles: dO = sum dp v + sum p dv.
 
-Scores change by ds. With t = u ds + r^2 d alpha p (1 - ln d), dp = t - u sum t / sum u, so that sum p stays 1.
-A first pass over a row's tiles has the two sums, a second one the products with the values.
+Scores change by ds. With t = u ds + r^2 d alpha p (1 - ln d), dp = t - u sum t / sum u, so that sum p stays 1. A first
+pass over a row's tiles computes the two sums, a second one the products with the values.
 """
 
 from typing import NamedTuple
@@ -10,122 +10,131 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .alpha import binary_logarithm, probability, probability_and_weight, support_weight
-from .lists import listed_tiles
-from .score import of_head, open_queries, relative_distance
+from .alpha import probability, probability_and_weight, share_logarithm, support_weight
+from .keys import open_keys
+from .lists import walk
+from .program import ChunkSizes, open_program
+from .queries import Queries, Threshold, open_threshold
+from .score import relative_distance
 from .tile import (
-    SIZES,
-    Extent,
+    UNSPECIALIZED,
     Matrix,
-    heaviest_first,
+    Sizes,
     key_head,
-    list_of,
     load_keys,
-    load_row,
     load_tile,
     query_head,
     store_tile,
-    walk,
 )
-
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Directions(NamedTuple):
-    """Tangents of the tensors, and of the parameters: alpha and scale (heads,), slopes (batch, heads), or None."""
+    """Tangents of the tensors, and of alpha (heads,), scale (heads,) and ALiBi slopes (batch, heads), or None."""
 
     query: Matrix
     key: Matrix
     value: Matrix
     alpha: Tensor | None
     scale: Tensor | None
-    slopes: Tensor | None
+    alibi_slopes: Tensor | None
 
 
-@triton.jit(do_not_specialize=SIZES)
+class TangentContext(NamedTuple):
+    """What each tile of keys is added with. `mean` is sum t / sum u; the last three are tangents of one head."""
+
+    queries: Queries
+    threshold: Threshold
+    dq: Tensor
+    key: Matrix
+    key_tangent: Matrix
+    value: Matrix
+    value_tangent: Matrix
+    mean: Tensor
+    alpha: float  # r^2 d alpha
+    scale: float
+    alibi_slope: float
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def tangent_kernel(
-    query, key, value, directions, maximum, offset, live, lists, result, view, scale, slope, exponent, heads, group,
-    query_length, key_length, first_unit, units, first_tile, words, capacity, S: tl.constexpr,
+    query, key, value, directions, maximum, offset, live, lists, result, score_options, visibility, heads, group,
+    query_length, key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """dO of one tile of queries."""
-    TILE: tl.constexpr = S.TILE
-    VALUE_PADDED: tl.constexpr = S.VALUE_PADDED
-    extent = Extent(heads, group, query_length, key_length)
-    unit, tile = heaviest_first(units, first_unit, first_tile)
-    scale, slope = of_head(scale, unit, extent, S), of_head(slope, unit, extent, S)
-    exponent = of_head(exponent, unit, extent, S)
-    _, places = list_of(lists, unit, tile, units, first_unit, first_tile, capacity)
-    tiles = listed_tiles(places, capacity, live, unit, tile, words, extent, view, False, S)
-    queries = open_queries(query, unit, tile, extent, view, S)
-    top = load_row(maximum, unit, queries.row, extent, float("inf"))
-    reach = load_row(offset, unit, queries.row, extent, 1.0)
+    TILE: tl.constexpr = C.TILE
+    VALUE_PADDED: tl.constexpr = C.VALUE_PADDED
+    sizes = Sizes(heads, group, query_length, key_length)
+    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
+    queries, tiles = open_program(query, live, lists, score_options, visibility, sizes, chunk, C)
+    unit, tile, exponent = queries.unit, queries.tile, queries.options.exponent
+    threshold = open_threshold(maximum, offset, queries)
     first = tile * TILE
-    dq = load_tile(query_head(directions.query, unit, extent), first, query_length, TILE, S.HEAD, S.HEAD_PADDED)
+    dq = load_tile(query_head(directions.query, unit, sizes), first, query_length, TILE, C.HEAD, C.HEAD_PADDED)
 
-    of_alpha, of_scale, of_slope = 0.0, 0.0, 0.0
-    if S.PARAMETERS:
-        of_alpha = tl.load(directions.alpha + unit % heads) * exponent * exponent
-        of_scale = tl.load(directions.scale + unit % heads)
-        of_slope = tl.load(directions.slopes + unit)
-    numbers = scale, exponent, of_alpha, of_scale, of_slope
-    keys = key_head(key, unit, extent), key_head(directions.key, unit, extent)
-    values = key_head(value, unit, extent), key_head(directions.value, unit, extent)
+    d_alpha, d_scale, d_slope = 0.0, 0.0, 0.0
+    if C.NEEDS_PARAMETERS:
+        d_alpha = tl.load(directions.alpha + unit % heads) * exponent * exponent
+        d_scale = tl.load(directions.scale + unit % heads)
+        d_slope = tl.load(directions.alibi_slopes + unit)
+    key, key_tangent = key_head(key, unit, sizes), key_head(directions.key, unit, sizes)
+    value, value_tangent = key_head(value, unit, sizes), key_head(directions.value, unit, sizes)
     nothing = tl.zeros((TILE,), tl.float32)
-    context = queries, dq, keys, values, top, slope / reach, reach, nothing, numbers, extent, view
-    change, weight = walk(accumulate_sums, (nothing, nothing), context, tiles, S)
+    context = TangentContext(
+        queries, threshold, dq, key, key_tangent, value, value_tangent, nothing, d_alpha, d_scale, d_slope
+    )
+    change, weight = walk(add_sums, (nothing, nothing), context, tiles, C)
     mean = change / tl.where(weight == 0, 1.0, weight)
-    context = queries, dq, keys, values, top, slope / reach, reach, mean, numbers, extent, view
+    context = TangentContext(
+        queries, threshold, dq, key, key_tangent, value, value_tangent, mean, d_alpha, d_scale, d_slope
+    )
     none = tl.zeros((TILE, VALUE_PADDED), tl.float32)
-    by_weights, by_values = walk(accumulate_products, (none, none), context, tiles, S)
-    total = by_weights * support_weight(reach, exponent, S.POWER)[:, None]
-    total += by_values * probability(reach, exponent, S.POWER)[:, None]
-    store_tile(query_head(result, unit, extent), first, query_length, total, TILE, S.VALUE, VALUE_PADDED)
+    by_weights, by_values = walk(add_products, (none, none), context, tiles, C)
+    total = by_weights * support_weight(threshold.offset, exponent, C.POWER)[:, None]
+    total += by_values * probability(threshold.offset, exponent, C.POWER)[:, None]
+    store_tile(query_head(result, unit, sizes), first, query_length, total, TILE, C.VALUE, VALUE_PADDED)
 
 
 @triton.jit
-def accumulate_sums(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+def add_sums(state, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
     """sum t and sum u, both over offset^(r - 1)."""
     change, weight = state
-    _, u, t = changes(context, key_tile, MASKED, S)
+    _, u, t = changes(context, key_tile, MASKED, C)
     return change + tl.sum(t, 1), weight + tl.sum(u, 1)
 
 
 @triton.jit
-def accumulate_products(state, context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+def add_products(state, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
     """sum dp v and sum p dv."""
-    _, _, _, values, _, _, _, mean, _, extent, _ = context
+    sizes = context.queries.sizes
     by_weights, by_values = state
-    p, u, t = changes(context, key_tile, MASKED, S)
-    value, value_tangent = values
-    v = load_keys(value, key_tile, extent, MASKED, S.TILE, S.VALUE, S.VALUE_PADDED)
-    dp = t - u * mean[:, None]
-    by_weights = tl.dot(dp.to(v.dtype), v, by_weights, input_precision=S.PRECISION)
-    dv = load_keys(value_tangent, key_tile, extent, MASKED, S.TILE, S.VALUE, S.VALUE_PADDED)
-    by_values = tl.dot(p.to(dv.dtype), dv, by_values, input_precision=S.PRECISION)
+    p, u, t = changes(context, key_tile, MASKED, C)
+    v = load_keys(context.value, key_tile, sizes, MASKED, C.TILE, C.VALUE, C.VALUE_PADDED)
+    dp = t - u * context.mean[:, None]
+    by_weights = tl.dot(dp.to(v.dtype), v, by_weights, input_precision=C.PRECISION)
+    dv = load_keys(context.value_tangent, key_tile, sizes, MASKED, C.TILE, C.VALUE, C.VALUE_PADDED)
+    by_values = tl.dot(p.to(dv.dtype), dv, by_values, input_precision=C.PRECISION)
     return by_weights, by_values
 
 
 @triton.jit
-def changes(context, key_tile, MASKED: tl.constexpr, S: tl.constexpr):
+def changes(context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
     """(p / offset^r, u / offset^(r - 1), t / offset^(r - 1)) of one tile of keys."""
-    queries, dq, keys, _, top, slope, reach, _, numbers, extent, view = context
-    scale, exponent, of_alpha, of_scale, of_slope = numbers
-    key, key_tangent = keys
-    x, steepness = relative_distance(queries, top, slope, key, key_tile, extent, view, MASKED, S)
-    p, u = probability_and_weight(x, exponent, S.POWER, S.HARDWARE)
-    k = load_keys(key, key_tile, extent, MASKED, S.TILE, S.HEAD, S.HEAD_PADDED)
-    dk = load_keys(key_tangent, key_tile, extent, MASKED, S.TILE, S.HEAD, S.HEAD_PADDED)
-    ds = tl.dot(dq, tl.trans(k), input_precision=S.PRECISION)
-    ds = tl.dot(queries.q, tl.trans(dk), ds, input_precision=S.PRECISION) * scale
-    if S.PARAMETERS:
-        ds += of_scale * tl.dot(queries.q, tl.trans(k), input_precision=S.PRECISION)
-    ds *= steepness
-    if S.PARAMETERS:
-        key_position = key_tile * S.TILE + tl.arange(0, S.TILE)
-        far = tl.abs(queries.position[:, None] - key_position[None, :])
-        ds -= of_slope * far.to(tl.float32)
+    queries, threshold = context.queries, context.threshold
+    keys = open_keys(context.key, key_tile, queries.sizes, MASKED, C)
+    x, softcap_slope = relative_distance(queries, threshold, keys, MASKED, C)
+    p, u = probability_and_weight(x, queries.options.exponent, C.POWER, C.FAST_LOG2)
+    k = load_keys(context.key, key_tile, queries.sizes, MASKED, C.TILE, C.HEAD, C.HEAD_PADDED)
+    dk = load_keys(context.key_tangent, key_tile, queries.sizes, MASKED, C.TILE, C.HEAD, C.HEAD_PADDED)
+    ds = tl.dot(context.dq, tl.trans(k), input_precision=C.PRECISION)
+    ds = tl.dot(queries.q, tl.trans(dk), ds, input_precision=C.PRECISION) * queries.options.scale
+    if C.NEEDS_PARAMETERS:
+        ds += context.scale * tl.dot(queries.q, tl.trans(k), input_precision=C.PRECISION)
+    ds *= softcap_slope
+    if C.NEEDS_PARAMETERS:
+        distance = tl.abs(queries.position[:, None] - (keys.first + keys.column)[None, :])
+        ds -= context.alibi_slope * distance.to(tl.float32)
     t = tl.where(u == 0, 0.0, u * ds)  # a hidden key's score may change by anything
-    if S.PARAMETERS:
-        logarithm = tl.where(x > 0, LN_2 * binary_logarithm(x, S.HARDWARE), 0.0)
-        t += of_alpha * reach[:, None] * p * (1.0 - tl.log(reach)[:, None] - logarithm)
+    if C.NEEDS_PARAMETERS:
+        s = p * share_logarithm(x, threshold.offset, C.FAST_LOG2)
+        t += context.alpha * threshold.offset[:, None] * s
     return p, u, t

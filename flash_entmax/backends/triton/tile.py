@@ -1,6 +1,6 @@
-"""Words shared by all kernels: which tile a program has, load and store a tile, sum along it, walk a list.
+"""Words for memory: which tile a program has, where a head and a row are, load and store a tile, sum along it.
 
-A unit is one query head of one batch row, numbered batch * heads + head. Every row statistic (maximum, offset, ...) is
+A unit is one query head of one batch row. Its number is batch * heads + head. Every row statistic (maximum, offset) is
 a contiguous (batch, heads, query length) float32 tensor.
 """
 
@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import WORD_BITS, ceil_div
+from ...core.tensors import ROW_ALIGNMENT, WORD_BITS, aligned_size
 
 WORD = tl.constexpr(WORD_BITS)
-ROW_ALIGNMENT = 16  # elements; Triton takes a stride for aligned when 16 divides it
 LONGEST_ROW = 2**24  # elements from row to row, so that offsets inside a tile fit 32 bits
 
-# Names of the kernels' sizes that may change from call to call: a new value of one compiles nothing.
-SIZES = (
+# Names of kernel arguments whose values Triton must not compile into a kernel.
+UNSPECIALIZED = (
     "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile",
     "words", "capacity",
 )  # fmt: skip
@@ -34,8 +33,8 @@ class Matrix(NamedTuple):
     row_stride: int
 
 
-class Extent(NamedTuple):
-    """The sizes that may change from call to call."""
+class Sizes(NamedTuple):
+    """The sizes of a call. A new value compiles nothing."""
 
     heads: int
     group: int
@@ -43,16 +42,8 @@ class Extent(NamedTuple):
     key_length: int
 
 
-class TileList(NamedTuple):
-    """Indices of live tiles: the first `split` need no mask, the others do."""
-
-    tiles: Tensor
-    split: int
-    count: int
-
-
 def matrix(tensor: Tensor) -> Matrix:
-    """Dimensions of extent 1 get stride 0: whatever stride a view left there, it decides nothing."""
+    """A dimension of one element gets stride 0, whatever stride a view left there."""
     batch, heads, length, _ = tensor.shape
     strides = tensor.stride()
     return Matrix(
@@ -65,15 +56,11 @@ def device_of(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def aligned_size(size: int) -> int:
-    return ceil_div(size, ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-
 def aligned(tensor: Tensor) -> Matrix:
-    """The tensor itself, if 16 divides its head size and its rows start at multiples of 16 elements and 16 bytes.
+    """The tensor itself if 16 divides its head size and its rows start at multiples of 16 elements and 16 bytes.
 
-    Else a copy of which that is true, with zeros in the columns that it adds: only such rows are copied into shared
-    memory asynchronously; see docs/design.md for what went wrong without.
+    Any other tensor is copied into such rows, with zeros in the columns that are added. Only such rows reach shared
+    memory asynchronously. docs/design.md says what went wrong with others.
     """
     size, m = tensor.shape[-1], matrix(tensor)
     steps = size | m.batch_stride | m.head_stride | m.row_stride  # 16 divides this if it divides each of them
@@ -92,22 +79,22 @@ def trimmed(tensor: Tensor, size: int) -> Tensor:
 
 @triton.jit
 def heaviest_first(units, first_unit, first_tile):
-    """(unit, tile) of this program: the last tiles, which see the most keys under a causal mask, start first."""
+    """(unit, tile) of this program. The last tiles start first: under a causal mask they see the most keys."""
     tiles = tl.num_programs(0) // units
     program = tl.program_id(0)
     return first_unit + program % units, first_tile + tiles - 1 - program // units
 
 
 @triton.jit
-def query_head(m, unit, extent):
-    """The matrix of one query head, its data pointer at the head's first row."""
-    return head_of(m, unit // extent.heads, unit % extent.heads)
+def query_head(m, unit, sizes):
+    """The matrix of one query head. Its data pointer is at the head's first row."""
+    return head_of(m, unit // sizes.heads, unit % sizes.heads)
 
 
 @triton.jit
-def key_head(m, unit, extent):
+def key_head(m, unit, sizes):
     """The matrix of the key head that a query head reads."""
-    return head_of(m, unit // extent.heads, unit % extent.heads // extent.group)
+    return head_of(m, unit // sizes.heads, unit % sizes.heads // sizes.group)
 
 
 @triton.jit
@@ -117,23 +104,23 @@ def head_of(m, batch, head):
 
 
 @triton.jit
-def row_pointers(rows, unit, row, extent):
-    return rows + tl.cast(unit, tl.int64) * extent.query_length + row
+def row_pointers(rows, unit, row, sizes):
+    return rows + tl.cast(unit, tl.int64) * sizes.query_length + row
 
 
 @triton.jit
-def load_row(rows, unit, row, extent, other):
-    return tl.load(row_pointers(rows, unit, row, extent), mask=row < extent.query_length, other=other)
+def load_row(rows, unit, row, sizes, other):
+    return tl.load(row_pointers(rows, unit, row, sizes), mask=row < sizes.query_length, other=other)
 
 
 @triton.jit
-def store_row(rows, unit, row, extent, value):
-    tl.store(row_pointers(rows, unit, row, extent), value, mask=row < extent.query_length)
+def store_row(rows, unit, row, sizes, value):
+    tl.store(row_pointers(rows, unit, row, sizes), value, mask=row < sizes.query_length)
 
 
 @triton.jit
 def tile_pointers(m, first, TILE: tl.constexpr, PADDED: tl.constexpr):
-    """64-bit to the tile, 32-bit inside it: the offsets stay in registers while the tile moves."""
+    """64 bits point to the tile, 32 bits inside it: these offsets stay in registers while the tile moves."""
     inside = tl.arange(0, TILE)[:, None] * m.row_stride + tl.arange(0, PADDED)[None, :]
     return m.data + tl.cast(first, tl.int64) * m.row_stride + inside
 
@@ -154,7 +141,7 @@ def load_tile(m, first, rows, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl
 
 @triton.jit
 def load_whole_tile(m, first, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """The same where all rows are there: nothing is compared."""
+    """`load_tile` where no row is past the last one: nothing is compared."""
     return load_columns(tile_pointers(m, first, TILE, PADDED), SIZE, PADDED)
 
 
@@ -168,10 +155,10 @@ def load_columns(pointers, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_keys(m, tile, extent, MASKED: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """A tile of keys or values; one that needs no mask is seen whole, and so it is whole."""
+def load_keys(m, tile, sizes, MASKED: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """A tile of keys or values. A tile that needs no mask has no row past the last key."""
     if MASKED:
-        keys = load_tile(m, tile * TILE, extent.key_length, TILE, SIZE, PADDED)
+        keys = load_tile(m, tile * TILE, sizes.key_length, TILE, SIZE, PADDED)
     else:
         keys = load_whole_tile(m, tile * TILE, TILE, SIZE, PADDED)
     return keys
@@ -185,51 +172,34 @@ def store_tile(m, first, rows, tile, TILE: tl.constexpr, SIZE: tl.constexpr, PAD
 
 @triton.jit
 def add_compensated(total, error, part):
-    """(total + part, what rounding made of it), by Kahan (1965): thousands of equal parts lose no digits."""
+    """(total + part, the rounding error of this sum), by Kahan (1965). Thousands of equal parts lose no digits."""
     part -= error
     raised = total + part
     return raised, (raised - total) - part
 
 
 @triton.jit
-def no_sums(S: tl.constexpr):
+def no_sums(C: tl.constexpr):
     """The start of a running `sum_keys`."""
-    TILE: tl.constexpr = S.TILE
-    LANES: tl.constexpr = S.LANES
+    TILE: tl.constexpr = C.TILE
+    LANES: tl.constexpr = C.LANES
     nothing = tl.zeros((TILE, LANES), tl.float32)
     return nothing, nothing
 
 
 @triton.jit
-def sum_keys(sums, addends, S: tl.constexpr):
-    """Add one or more (TILE, TILE) tiles along their keys to running sums of each row, kept in LANES parts and, in
-    float32, exactly.
+def sum_keys(sums, addends, C: tl.constexpr):
+    """Add (TILE, keys) numbers along the keys to the running sums of each row.
 
-    Columns that are LANES apart lie in one thread, so no tile waits for an exchange between threads.
+    A row's sum is kept in LANES parts. Columns that are LANES apart lie in one thread, so that no tile waits for an
+    exchange between threads. float32 sums are compensated.
     """
-    TILE: tl.constexpr = S.TILE
-    LANES: tl.constexpr = S.LANES
+    TILE: tl.constexpr = C.TILE
+    LANES: tl.constexpr = C.LANES
     total, error = sums
     part = tl.sum(tl.reshape(addends, (TILE, addends.shape[1] // LANES, LANES)), 1)
-    if S.COMPENSATED:
+    if C.COMPENSATED:
         total, error = add_compensated(total, error, part)
     else:
         total += part
     return total, error
-
-
-@triton.jit
-def list_of(lists, unit, tile, units, first_unit, first_tile, capacity):
-    """(number of a tile's list among those of its chunk, its first place)."""
-    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile
-    return index, lists + tl.cast(index, tl.int64) * capacity
-
-
-@triton.jit
-def walk(body: tl.constexpr, state, context, tiles, S: tl.constexpr):
-    """Fold `body` over a list of tiles, with the mask only on those that need it."""
-    for n in range(tiles.split):
-        state = body(state, context, tl.load(tiles.tiles + n), False, S)
-    for n in range(tiles.split, tiles.count):
-        state = body(state, context, tl.load(tiles.tiles + n), True, S)
-    return state

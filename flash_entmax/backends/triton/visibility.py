@@ -1,6 +1,6 @@
-"""Which keys a query sees: an interval of keys for each query, and a filter by tiles for masks that are none.
+"""Which keys a query sees: an interval of keys for each query, and a filter by tiles for masks that are no intervals.
 
-Without intervals, every query sees all keys, or the causal ones; nothing is loaded for that.
+Without intervals, every query sees all keys, or the causal ones. Nothing is loaded for that.
 """
 
 from typing import NamedTuple
@@ -9,62 +9,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.visibility import FIRST_PARTIAL as FIRST
-from ...core.visibility import HIDDEN, WHOLE
-from .tile import SIZES, WORD
+from ...core import visibility
+from .tile import UNSPECIALIZED, WORD
 
-NONE = tl.constexpr(HIDDEN)
-ALL = tl.constexpr(WHOLE)
-FIRST_PARTIAL = tl.constexpr(FIRST)
-BY_BATCH, BY_HEAD, BY_QUERY = 1, 2, 4  # what the kinds of a filter's tiles, and so its bits, are told apart by
+HIDDEN = tl.constexpr(visibility.HIDDEN)
+WHOLE = tl.constexpr(visibility.WHOLE)
+FIRST_PARTIAL = tl.constexpr(visibility.FIRST_PARTIAL)
 NOWHERE = tl.constexpr(2**30)
 
 
-class View(NamedTuple):
-    """What a launch needs to mask and to bend scores; None where a call does not use it.
+class KernelVisibility(NamedTuple):
+    """core.call.VisibilityArgs as a launch takes them; 0 where a call does not use one, since a function of Triton
+    returns no None.
 
-    intervals: (batch, 3, query length); bounds: (batch, query tiles, 4), see `bounds_kernel`; kinds and bits: see
-    sight.TileFilter. tilts: (batch, heads), ALiBi slope / scale; cap: softcap / scale, or (heads,) of it.
+    intervals: (batch, 3, query length); bounds: (batch, query tiles, 4), see `bounds_kernel`; tile_kinds and tile_bits:
+    see core.visibility.TileFilter.
     """
 
-    intervals: Tensor | None = None
-    bounds: Tensor | None = None
-    kinds: Tensor | None = None
-    bits: Tensor | None = None
-    tilts: Tensor | None = None
-    cap: float | Tensor | None = None
+    intervals: Tensor | int = 0
+    bounds: Tensor | int = 0
+    tile_kinds: Tensor | int = 0
+    tile_bits: Tensor | int = 0
 
 
 @triton.jit
-def visible_keys(row, extent, CAUSAL: tl.constexpr):
+def visible_keys(row, sizes, CAUSAL: tl.constexpr):
     """How many keys a query sees, from key 0 on; 0 past the last query."""
-    limit = extent.key_length
+    limit = sizes.key_length
     if CAUSAL:
-        limit = tl.minimum(tl.maximum(row + (extent.key_length - extent.query_length) + 1, 0), limit)
-    return tl.where(row < extent.query_length, limit, 0)
+        limit = tl.minimum(tl.maximum(row + (sizes.key_length - sizes.query_length) + 1, 0), limit)
+    return tl.where(row < sizes.query_length, limit, 0)
 
 
 @triton.jit
-def visible_interval(row, unit, extent, view, S: tl.constexpr):
+def visible_interval(row, unit, sizes, visibility, C: tl.constexpr):
     """(start, stop, position) of queries: each sees the keys start <= key < stop; none past the last query."""
-    if S.INTERVALS:
-        inside = row < extent.query_length
-        numbers = view.intervals + tl.cast(unit // extent.heads, tl.int64) * 3 * extent.query_length + row
+    if C.INTERVALS:
+        inside = row < sizes.query_length
+        numbers = visibility.intervals + tl.cast(unit // sizes.heads, tl.int64) * 3 * sizes.query_length + row
         start = tl.load(numbers, mask=inside, other=0)
-        stop = tl.load(numbers + extent.query_length, mask=inside, other=0)
-        position = tl.load(numbers + 2 * extent.query_length, mask=inside, other=0)
+        stop = tl.load(numbers + sizes.query_length, mask=inside, other=0)
+        position = tl.load(numbers + 2 * sizes.query_length, mask=inside, other=0)
     else:
         start = tl.zeros_like(row)
-        stop = visible_keys(row, extent, S.CAUSAL)
-        position = row + (extent.key_length - extent.query_length)
+        stop = visible_keys(row, sizes, C.CAUSAL)
+        position = row + (sizes.key_length - sizes.query_length)
     return start, stop, position
 
 
-@triton.jit(do_not_specialize=SIZES)
-def bounds_kernel(intervals, bounds, query_length, capacity, S: tl.constexpr):
-    """Of each tile of queries: the first tile of keys that some query sees and one past the last, at most `capacity`
-    on; the first tile that every query sees whole and one past the last."""
-    TILE: tl.constexpr = S.TILE
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def bounds_kernel(intervals, bounds, query_length, capacity, C: tl.constexpr):
+    """Four numbers for each tile of queries.
+
+    Some query sees keys of the tiles from the first number up to the second, at most `capacity` of them. Every query
+    sees all keys of the tiles from the third up to the fourth.
+    """
+    TILE: tl.constexpr = C.TILE
     tiles = (query_length + TILE - 1) // TILE
     batch, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     row = tile * TILE + tl.arange(0, TILE)
@@ -83,74 +83,75 @@ def bounds_kernel(intervals, bounds, query_length, capacity, S: tl.constexpr):
 
 
 @triton.jit
-def bounds_of(unit, query_tile, extent, view, S: tl.constexpr):
-    tiles = (extent.query_length + S.TILE - 1) // S.TILE
+def bounds_of(unit, query_tile, sizes, visibility, C: tl.constexpr):
+    tiles = (sizes.query_length + C.TILE - 1) // C.TILE
     tile = tl.minimum(query_tile, tiles - 1)
-    return view.bounds + (tl.cast(unit // extent.heads, tl.int64) * tiles + tile) * 4
+    return visibility.bounds + (tl.cast(unit // sizes.heads, tl.int64) * tiles + tile) * 4
 
 
 @triton.jit
-def seen_tiles(unit, query_tile, extent, view, S: tl.constexpr):
-    """(begin, end): the tiles of keys of which some query of a tile sees a key."""
-    if S.INTERVALS:
-        bounds = bounds_of(unit, query_tile, extent, view, S)
+def seen_tiles(unit, query_tile, sizes, visibility, C: tl.constexpr):
+    """(begin, end): a query of the tile sees a key of these tiles only."""
+    if C.INTERVALS:
+        bounds = bounds_of(unit, query_tile, sizes, visibility, C)
         begin, end = tl.load(bounds), tl.load(bounds + 1)
     else:
-        last = tl.minimum((query_tile + 1) * S.TILE, extent.query_length) - 1
-        begin, end = 0, (visible_keys(last, extent, S.CAUSAL) + S.TILE - 1) // S.TILE
+        last = tl.minimum((query_tile + 1) * C.TILE, sizes.query_length) - 1
+        begin, end = 0, (visible_keys(last, sizes, C.CAUSAL) + C.TILE - 1) // C.TILE
     return begin, end
 
 
 @triton.jit
-def are_whole(unit, query_tile, key_tile, extent, view, S: tl.constexpr):
-    """Whether every query of a tile sees every key of another, which then needs no mask; either may be many."""
-    if S.INTERVALS:
-        bounds = bounds_of(unit, query_tile, extent, view, S)
+def are_whole(unit, query_tile, key_tile, sizes, visibility, C: tl.constexpr):
+    """Whether every query of a tile sees every key of another tile, which then needs no mask. Either may be many."""
+    if C.INTERVALS:
+        bounds = bounds_of(unit, query_tile, sizes, visibility, C)
         whole = (key_tile >= tl.load(bounds + 2)) & (key_tile < tl.load(bounds + 3))
     else:
-        whole = key_tile < visible_keys(query_tile * S.TILE, extent, S.CAUSAL) // S.TILE
-    if S.FILTERED:
-        whole = whole & (kinds_of(unit, query_tile, key_tile, extent, view, S) == ALL)
+        whole = key_tile < visible_keys(query_tile * C.TILE, sizes, C.CAUSAL) // C.TILE
+    if C.FILTERED:
+        whole = whole & (kinds_of(unit, query_tile, key_tile, sizes, visibility, C) == WHOLE)
     return whole
 
 
 @triton.jit
-def kinds_of(unit, query_tile, key_tile, extent, view, S: tl.constexpr):
-    """The filter's kinds of tiles; either may be many, and past the last."""
-    query_tiles = (extent.query_length + S.TILE - 1) // S.TILE
-    key_tiles = (extent.key_length + S.TILE - 1) // S.TILE
+def kinds_of(unit, query_tile, key_tile, sizes, visibility, C: tl.constexpr):
+    """The filter's kinds of tiles. Either may be many, and may lie past the last one."""
+    query_tiles = (sizes.query_length + C.TILE - 1) // C.TILE
+    key_tiles = (sizes.key_length + C.TILE - 1) // C.TILE
     index = tl.cast(0, tl.int64)
-    if S.FILTER_BY_BATCH:
-        index += unit // extent.heads
-    if S.FILTER_BY_HEAD:
-        index = index * extent.heads + unit % extent.heads
-    if S.FILTER_BY_QUERY:
+    if C.FILTER_BY_BATCH:
+        index += unit // sizes.heads
+    if C.FILTER_BY_HEAD:
+        index = index * sizes.heads + unit % sizes.heads
+    if C.FILTER_BY_QUERY:
         index = index * query_tiles + tl.minimum(query_tile, query_tiles - 1)
-    return tl.load(view.kinds + index * (key_tiles + 1) + tl.minimum(key_tile, key_tiles - 1))
+    return tl.load(visibility.tile_kinds + index * (key_tiles + 1) + tl.minimum(key_tile, key_tiles - 1))
 
 
 @triton.jit
-def hide(score, key, start, stop, S: tl.constexpr):
-    """-inf where the query does not see the key; key, start and stop broadcast to the shape of the scores.
+def hide(score, column, start, stop, C: tl.constexpr):
+    """-inf where the query does not see the key. All arguments broadcast to the shape of the scores.
 
-    All count from the tile's first key, so that the keys are constants of the compiled loop and cost no registers.
+    Keys, start and stop count from the first of the keys. So the keys of a tile are constants of the compiled loop, and
+    take no registers.
     """
-    seen = key < stop
-    if S.INTERVALS:
-        seen = seen & (key >= start)
+    seen = column < stop
+    if C.INTERVALS:
+        seen = seen & (column >= start)
     return tl.where(seen, score, float("-inf"))
 
 
 @triton.jit
-def hide_filtered(score, row, key, unit, query_tile, key_tile, extent, view, S: tl.constexpr):
-    """-inf where the filter's bits say so; row and key count inside the tile."""
-    kind = kinds_of(unit, query_tile, key_tile, extent, view, S)
+def hide_filtered(score, row, column, queries, key_tile, C: tl.constexpr):
+    """-inf where the filter's bits say so. Row and column count inside the tile."""
+    kind = kinds_of(queries.unit, queries.tile, key_tile, queries.sizes, queries.visibility, C)
     place = tl.cast(tl.maximum(kind - FIRST_PARTIAL, 0), tl.int64)  # the bits of a whole tile are not looked at
-    if S.FILTER_BY_QUERY:
-        place = place * S.TILE + row
-    words = view.bits + place * ((S.TILE + WORD - 1) // WORD)
+    if C.FILTER_BY_QUERY:
+        place = place * C.TILE + row
+    words = queries.visibility.tile_bits + place * ((C.TILE + WORD - 1) // WORD)
     word = tl.load(words)
-    if S.TILE > WORD:
-        word = tl.where(key < WORD, word, tl.load(words + 1))
-    seen = ((word >> (key % WORD)) & 1) | tl.where(kind == ALL, 1, 0)
+    if C.TILE > WORD:
+        word = tl.where(column < WORD, word, tl.load(words + 1))
+    seen = ((word >> (column % WORD)) & 1) | tl.where(kind == WHOLE, 1, 0)
     return tl.where(seen != 0, score, float("-inf"))

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from flash_entmax import __version__, inspection
-from flash_entmax.functional import choose_impl
+from flash_entmax.backends import choose
 from flash_entmax.show.plot import save_attention
 
 from .model import Transformer
@@ -80,7 +80,7 @@ def conditions(model: Transformer, settings: Settings, training: Training) -> di
     return {
         "device": torch.cuda.get_device_name() if on_cuda else f"cpu, {torch.get_num_threads()} threads",
         "versions": f"flash-entmax {__version__}, torch {torch.__version__}",
-        "implementation": f"{choose_impl(probe, 'auto')}, {str(probe.dtype).removeprefix('torch.')}",
+        "implementation": f"{choose(probe, 'auto')}, {str(probe.dtype).removeprefix('torch.')}",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": settings.layers,
         "heads": settings.heads,

@@ -1,0 +1,45 @@
+"""Some keys of one head, the mirror of a tile of queries."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tile import load_columns, load_keys, load_whole_tile, tile_pointers
+
+
+class Keys(NamedTuple):
+    """Keys and their places: key number n of the head is at n = first + column."""
+
+    tile: int
+    first: int
+    column: Tensor
+    k: Tensor
+
+
+@triton.jit
+def open_keys(key, tile, sizes, MASKED: tl.constexpr, C: tl.constexpr):
+    """A tile of the keys of a head's matrix."""
+    k = load_keys(key, tile, sizes, MASKED, C.TILE, C.HEAD, C.HEAD_PADDED)
+    return Keys(tile, tile * C.TILE, tl.arange(0, C.TILE), k)
+
+
+@triton.jit
+def open_listed_keys(key, tiles, place, C: tl.constexpr):
+    """C.TILES_PER_STEP tiles side by side, from a place of a list of tiles without a mask.
+
+    Two tiles share the overhead of a loop and make wider matrix products.
+    """
+    TILE: tl.constexpr = C.TILE
+    tile = tl.load(tiles.tiles + place)
+    if C.TILES_PER_STEP == 2:
+        row = tl.arange(0, 2 * TILE)
+        apart = tl.load(tiles.tiles + place + 1) - tile - 1
+        shift = tl.where(row < TILE, 0, tl.cast(apart, tl.int64) * TILE * key.row_stride)[:, None]
+        column = tl.where(row < TILE, row, row + apart * TILE)
+        k = load_columns(tile_pointers(key, tile * TILE, 2 * TILE, C.HEAD_PADDED) + shift, C.HEAD, C.HEAD_PADDED)
+    else:
+        column = tl.arange(0, TILE)
+        k = load_whole_tile(key, tile * TILE, TILE, C.HEAD, C.HEAD_PADDED)
+    return Keys(tile, tile * TILE, column, k)

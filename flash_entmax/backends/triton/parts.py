@@ -1,0 +1,115 @@
+"""Stages over a part of the keys, each by itself: row maxima, F and sum u at an offset, the output at an offset.
+
+Maxima of several parts combine by max, everything else by addition: see docs/math.md. The keys of a part stand at
+positions of their own: the intervals of the problem count from its first key.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.call import Problem
+from ...core.tensors import aligned_size
+from . import schedule
+from .alpha import probability
+from .attention import LISTED, Launches, new_lists
+from .output import output_at as output_of_tiles
+from .program import ChunkSizes, open_program
+from .queries import open_threshold
+from .scan import maxima_of_tiles
+from .sums import sums_at as sums_of_tiles
+from .tile import (
+    UNSPECIALIZED,
+    Sizes,
+    aligned,
+    device_of,
+    key_head,
+    matrix,
+    query_head,
+    store_row,
+    store_tile,
+    trimmed,
+)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def row_maxima_kernel(
+    query, key, maximum, lists, score_options, visibility, heads, group, query_length, key_length, first_unit, units,
+    first_tile, words, capacity, C: tl.constexpr,
+):  # fmt: skip
+    """Each row's maximum of the scores over the keys that it sees; +inf where it sees none."""
+    sizes = Sizes(heads, group, query_length, key_length)
+    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
+    queries, tiles = open_program(query, None, lists, score_options, visibility, sizes, chunk, C)
+    row_maximum = maxima_of_tiles(queries, key_head(key, queries.unit, sizes), tiles, C)
+    store_row(maximum, queries.unit, queries.row, sizes, row_maximum)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def sums_kernel(
+    query, key, maximum, offset, total, weight, lists, score_options, visibility, heads, group, query_length, key_length,
+    first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+):  # fmt: skip
+    """F and sum u of each row over the keys that it sees."""
+    sizes = Sizes(heads, group, query_length, key_length)
+    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
+    queries, tiles = open_program(query, None, lists, score_options, visibility, sizes, chunk, C)
+    threshold = open_threshold(maximum, offset, queries)
+    row_total, row_weight = sums_of_tiles(queries, threshold, tiles, key_head(key, queries.unit, sizes), C)
+    store_row(total, queries.unit, queries.row, sizes, row_total)
+    store_row(weight, queries.unit, queries.row, sizes, row_weight)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def output_at_kernel(
+    query, key, value, maximum, offset, output, lists, score_options, visibility, heads, group, query_length, key_length,
+    first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+):  # fmt: skip
+    """sum p v of each row over the keys that it sees."""
+    sizes = Sizes(heads, group, query_length, key_length)
+    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
+    queries, tiles = open_program(query, None, lists, score_options, visibility, sizes, chunk, C)
+    threshold = open_threshold(maximum, offset, queries)
+    key, value = key_head(key, queries.unit, sizes), key_head(value, queries.unit, sizes)
+    sums = output_of_tiles(queries, threshold, tiles, key, value, C)
+    total = sums.weighted * probability(threshold.offset, queries.options.exponent, C.POWER)[:, None]
+    head = query_head(output, queries.unit, sizes)
+    store_tile(head, queries.tile * C.TILE, query_length, total, C.TILE, C.VALUE, C.VALUE_PADDED)
+
+
+def row_maxima(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
+    """Each row's maximum of the scores; see backends.Backend."""
+    maximum = query.new_full(query.shape[:3], torch.inf, dtype=torch.float32)
+    if not problem.is_empty:
+        run_over_visible_tiles(row_maxima_kernel, problem, query, (aligned(query), aligned(key), maximum))
+    return maximum
+
+
+def sums_at(problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """(F, sum u) of each row; see backends.Backend."""
+    total, weight = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    if not problem.is_empty:
+        arguments = aligned(query), aligned(key), maximum, offset, total, weight
+        run_over_visible_tiles(sums_kernel, problem, query, arguments)
+    return total, weight
+
+
+def output_at(problem: Problem, query: Tensor, key: Tensor, value: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
+    """sum p v; see backends.Backend."""
+    shape = *query.shape[:3], aligned_size(problem.value_size)
+    output = maximum.new_zeros(shape)
+    if not problem.is_empty:
+        arguments = aligned(query), aligned(key), aligned(value), maximum, offset, matrix(output)
+        run_over_visible_tiles(output_at_kernel, problem, query, arguments)
+    return trimmed(output, problem.value_size)
+
+
+def run_over_visible_tiles(kernel, problem: Problem, query: Tensor, arguments: tuple) -> None:
+    """Launch a kernel whose lists hold all tiles of keys that some query of a tile sees."""
+    with device_of(query):
+        launches = Launches.of(problem, query, needs_backward=False)
+        parts = launches.query_chunks(LISTED)
+        lists = new_lists(parts, query.device)
+        for chunk in parts:
+            launches.run(kernel, chunk, schedule.output_launch(launches.config), *arguments, lists)

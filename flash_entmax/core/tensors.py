@@ -1,0 +1,63 @@
+"""How tensors lie in memory: dtypes of rows, storage orders, packed bits, nested tensors."""
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+ROW_ALIGNMENT = 16  # elements; Triton takes a stride for aligned when 16 divides it
+
+
+def empty_stored_as(tensor: Tensor, size: int) -> Tensor:
+    """(batch, heads, length, size) in the tensor's order: heads first, or rows first, as a layer's projections are."""
+    batch, heads, length, _ = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty(batch, length, heads, size).transpose(1, 2)
+    return tensor.new_empty(batch, heads, length, size)
+
+
+def row_dtype(query: Tensor) -> torch.dtype:
+    """The dtype of everything that a row has one of."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def pack_tiles(tiles: Tensor) -> Tensor:
+    """(..., key tiles) bool -> (..., words) int32: bit b of word w is key tile 32 w + b."""
+    words = ceil_div(tiles.shape[-1], WORD_BITS)
+    padded = torch.nn.functional.pad(tiles, (0, words * WORD_BITS - tiles.shape[-1]))
+    bits = padded.unflatten(-1, (words, WORD_BITS)).to(torch.int64)
+    weights = 1 << torch.arange(WORD_BITS, device=tiles.device, dtype=torch.int64)
+    unsigned = (bits * weights).sum(-1)
+    return torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32)
+
+
+def unpack_tiles(words: Tensor, key_tiles: int) -> Tensor:
+    """(..., words) int32 -> (..., key tiles) bool, the inverse of pack_tiles."""
+    bits = torch.arange(WORD_BITS, device=words.device, dtype=torch.int32)
+    return (words.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :key_tiles].bool()
+
+
+def is_jagged(tensor: object, ragged: int = 1) -> bool:
+    """A nested tensor whose ragged dimension is this one, without holes: all that its values and offsets can say."""
+    if not isinstance(tensor, Tensor) or not tensor.is_nested or tensor.layout != torch.jagged:
+        return False
+    return tensor._ragged_idx == ragged and tensor.lengths() is None
+
+
+def longest_sequence(jagged: Tensor) -> int:
+    """Of a nested tensor that may know it; all tokens are a bound as well."""
+    return getattr(jagged, "_maybe_max_seqlen", None) or jagged.values().shape[jagged._ragged_idx - 1]
+
+
+def clamped(number: Tensor, limits: tuple[float, float]) -> Tensor:
+    """With gradient 0 outside of the limits and not on them, where `clamp` of torch 2.14 has 0 as well."""
+    lowest, highest = limits
+    return torch.where(number < lowest, lowest, torch.where(number > highest, highest, number))
+
+
+def aligned_size(size: int) -> int:
+    """The next multiple of ROW_ALIGNMENT."""
+    return ceil_div(size, ROW_ALIGNMENT) * ROW_ALIGNMENT

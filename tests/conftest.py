@@ -80,8 +80,11 @@ def remember_types(interpreter) -> None:
     interpreter._get_np_dtype = numpy_dtype_of
     make_block, blocks = core.block_type.__init__, {}
 
+    def plain(number):
+        return number.value if isinstance(number, core.constexpr) else number
+
     def block(self, element_type, shape) -> None:
-        key = element_type.name, *(getattr(size, "value", size) for size in getattr(shape, "value", shape))
+        key = element_type.name, *map(plain, plain(shape))
         if key not in blocks:
             make_block(self, element_type, shape)
             blocks[key] = dict(vars(self))

@@ -219,12 +219,14 @@ def of_third(items) -> tuple[list, list]:
     return kept, dropped
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item) -> None:
+    for name in set(LONG_FIXTURES).intersection(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}: {name}"))
+
+
 def pytest_collection_modifyitems(config, items) -> None:
     """A GPU, and plain PyTorch, take all cases of the options' tests; Triton's interpreter one of three."""
     items[:], dropped = of_third(items)
     config.hook.pytest_deselected(items=dropped)
     for item in items:
         item.runtest = partial(with_room, item.runtest)
-        for name in set(LONG_FIXTURES).intersection(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}: {name}"))

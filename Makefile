@@ -9,7 +9,7 @@ EVIDENCE ?=
 # Random calls that make fuzz draws
 FUZZ ?= 10000
 
-# What make test takes, measured without a GPU
+# What make test takes without a GPU, estimated from processor time
 TEST_TIME := 7 minutes on 2 cores
 
 # Threads that wait sleep instead of spin: cores may be shared.

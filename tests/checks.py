@@ -5,6 +5,8 @@ exact answer is the reference in float64.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from unittest import mock
 
 import torch
@@ -158,7 +160,8 @@ def check_attention(case: Case, impl: str, more: float = 0.0) -> Result:
     grad_output = settled_grad_output(case, exact_support)
     exact = exact.backward(grad_output.double())
     dense = run_dense(case, grad_output)
-    result = run(case, impl, grad_output)
+    with recorded_words() as kept:
+        result = run(case, impl, grad_output)
 
     assert result.output.dtype == case.query.dtype
     check_layout(case, result.output)
@@ -170,7 +173,7 @@ def check_attention(case: Case, impl: str, more: float = 0.0) -> Result:
         floor = max(FLOOR[case.query.dtype], FLOOR[leaf.dtype]) + more
         assert_within_budget(actual, expected, plain, name=name, magnitude=sizes.get(name), floor=floor)
     check_support(case, result.support, exact_support)
-    check_live_map(case, impl, exact_support)
+    check_live_words(case, impl, kept[0], exact_support)
     return result
 
 
@@ -197,26 +200,43 @@ def score_rounding(case: Case) -> float:
     return torch.finfo(score_dtype).eps / 2 * max(largest, dense_scores(case)[1].amax().item())
 
 
+class AskedError(Exception):
+    """The operator was called; nothing is computed."""
+
+
 def operator_arguments(case: Case, impl: str) -> tuple:
     """What the public call gives to flash_entmax::attention."""
-    operator = ops.attention
-    with mock.patch.object(ops, "attention", side_effect=operator) as recorded:
+    with mock.patch.object(ops, "attention", side_effect=AskedError) as recorded, suppress(AskedError):
         attend(case, impl)
     return recorded.call_args_list[0].args
 
 
-def live_map(case: Case, impl: str) -> tuple[Tensor, int]:
-    """The tiles that the operator kept, (batch, heads, query tiles, key tiles) bool, and the extent of a tile."""
-    extent = ops.tile(impl, case.query, case.value)
-    with torch.no_grad():
-        *_, words = ops.attention(*operator_arguments(case, impl))
-    assert words.shape == case.problem.live_shape(extent)
-    return case.problem.unpack_live(words, extent), extent
+@contextmanager
+def recorded_words() -> Iterator[list[Tensor]]:
+    """The live maps that flash_entmax::attention returns, in words."""
+    operator, kept = ops.attention, []
+
+    def recording(*arguments):
+        results = operator(*arguments)
+        kept.append(results[-1])
+        return results
+
+    with mock.patch.object(ops, "attention", recording):
+        yield kept
 
 
 def check_live_map(case: Case, impl: str, exact: Support) -> Tensor:
-    """No tile with support was dropped."""
-    live, extent = live_map(case, impl)
+    """No tile with support was dropped by the public call."""
+    with torch.no_grad(), recorded_words() as kept:
+        attend(case, impl)
+    return check_live_words(case, impl, kept[0], exact)
+
+
+def check_live_words(case: Case, impl: str, words: Tensor, exact: Support) -> Tensor:
+    """No tile with support was dropped; the tiles kept, (batch, heads, query tiles, key tiles) bool."""
+    extent = ops.tile(impl, case.query, case.value)
+    assert words.shape == case.problem.live_shape(extent)
+    live = case.problem.unpack_live(words, extent)
     distance, slack = distances(case, exact)
     lost = any_in_tiles(distance > slack, (extent, extent)) & ~live
     assert not lost.any(), f"{int(lost.sum())} tiles that hold support are not in the live map"

@@ -4,7 +4,10 @@ import atexit
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -21,25 +24,81 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 
 
 def quicken_the_interpreter() -> None:
-    """Triton's interpreter patches triton.language for each kernel, and again, to the same effect, for each call of a
-    jit function inside: half of its time. Here the kernel's own patch serves all functions outside of Triton, and one
-    patch all functions of a module of Triton's: it is never taken back."""
-    from triton.runtime.interpreter import InterpretedFunction, InterpreterError
+    """Leaves out what Triton's interpreter does again and again to no effect; results keep their bits."""
+    from triton.runtime import interpreter
 
-    patched_call = InterpretedFunction.__call__
-    patched = set()
+    patch_once(interpreter)
+    forget_overflow(interpreter.interpreter_builder)
+    remember_types(interpreter)
+
+
+def patch_once(interpreter) -> None:
+    """Triton's interpreter patches triton.language for each kernel, takes it back, and patches it again, to the same
+    effect, for each call of a jit function inside: half of its time. Here one patch, never taken back, serves all
+    functions of a module."""
+    patch_lang, patched = interpreter._patch_lang, set()
+
+    class Kept:
+        def restore(self) -> None:
+            pass
+
+    def patch_module(function):
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            patch_lang(function)
+        return Kept()
 
     def call(self, *args, **kwargs):
-        module = self.fn.__module__
-        if module.startswith("triton.") and module not in patched:
-            patched.add(module)
-            return patched_call(self, *args, **kwargs)
+        if self.fn.__module__.startswith("triton."):
+            patch_module(self.fn)
         try:
             return self.rewrite()(*args, **kwargs)
         except Exception as error:
-            raise InterpreterError(repr(error)) from error
+            raise interpreter.InterpreterError(repr(error)) from error
 
-    InterpretedFunction.__call__ = call
+    interpreter._patch_lang = patch_module
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def forget_overflow(builder) -> None:
+    """Each sum and product of integers is made again in 64 bits, for a check that only the option debug turns on."""
+    if not builder.options.debug:
+        builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+def remember_types(interpreter) -> None:
+    """Types and shapes of values are made anew for each operation, from few that differ."""
+    from triton.language import core
+
+    numpy_dtype, dtypes = interpreter._get_np_dtype, {}
+
+    def numpy_dtype_of(type):
+        if type.name not in dtypes:
+            dtypes[type.name] = numpy_dtype(type)
+        return dtypes[type.name]
+
+    interpreter._get_np_dtype = numpy_dtype_of
+    make_block, blocks = core.block_type.__init__, {}
+
+    def plain(number):
+        return number.value if isinstance(number, core.constexpr) else number
+
+    def block(self, element_type, shape) -> None:
+        key = element_type.name, *map(plain, plain(shape))
+        if key not in blocks:
+            make_block(self, element_type, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    make_tensor, tensors = core.tensor.__init__, {}
+
+    def tensor(self, handle, type) -> None:
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = {name: of_type for name, of_type in vars(self).items() if name != "handle"}
+        vars(self).update(tensors[type.name], handle=handle)
+
+    core.block_type.__init__, core.tensor.__init__ = block, tensor
 
 
 def steady_products() -> None:
@@ -59,6 +118,15 @@ def steady_products() -> None:
 if not HAS_CUDA and find_spec("triton"):
     quicken_the_interpreter()
     steady_products()
+
+
+def with_room(function):
+    """Calls it. Python maps and unmaps memory for each call that crosses the end of 16 KiB of frames, wherever a test
+    happens to come near; in one frame that claims more, there is room below."""
+    return function()
+
+
+with_room.__code__ = with_room.__code__.replace(co_stacksize=2**17)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
@@ -118,20 +186,47 @@ def threads() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
-# Whose every case the interpreter would take many minutes for; it takes the first of three, in each test at least one.
+# Whose every case the interpreter would take many minutes for; it takes a third, another one each day, in each test at
+# least one case. ENTMAX_THIRD=0, 1 or 2 picks it; workers of pytest-xdist find what the first process has set.
 MANY_CASES = ("test_biases", "test_learned", "test_masks", "test_numerics", "test_packed")
+THIRD = int(os.environ.setdefault("ENTMAX_THIRD", str(date.today().toordinal() % 3)))
+
+# Fixtures of a module that run for long: the tests of each go to one worker, and start first (--dist loadgroup).
+LONG_FIXTURES = ("finished", "written")
+
+
+def pytest_sessionstart(session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and any(backend.is_interpreted for backend in backends()):
+        reporter.write_line(f"ENTMAX_THIRD={THIRD}: the third of the options' cases that Triton's interpreter takes")
+
+
+def is_one_of_many(item) -> bool:
+    """One of the cases of which the interpreter takes a third."""
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    return isinstance(backend, Backend) and backend.is_interpreted and item.module.__name__ in MANY_CASES
+
+
+def of_third(items) -> tuple[list, list]:
+    """Kept and dropped."""
+    counts = Counter((item.module, item.originalname) for item in items if is_one_of_many(item))
+    kept, dropped, seen = [], [], Counter()
+    for item in items:
+        test = item.module, item.originalname
+        is_kept = not is_one_of_many(item) or seen[test] % 3 == THIRD % min(3, counts[test])
+        seen[test] += is_one_of_many(item)
+        (kept if is_kept else dropped).append(item)
+    return kept, dropped
+
+
+def pytest_itemcollected(item) -> None:
+    for name in set(LONG_FIXTURES).intersection(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}: {name}"))
 
 
 def pytest_collection_modifyitems(config, items) -> None:
     """A GPU, and plain PyTorch, take all cases of the options' tests; Triton's interpreter one of three."""
-    kept, dropped, seen = [], [], {}
-    for item in items:
-        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if isinstance(backend, Backend) and backend.is_interpreted and item.module.__name__ in MANY_CASES:
-            number = seen[item.originalname] = seen.get(item.originalname, -1) + 1
-            if number % 3:
-                dropped.append(item)
-                continue
-        kept.append(item)
-    items[:] = kept
+    items[:], dropped = of_third(items)
     config.hook.pytest_deselected(items=dropped)
+    for item in items:
+        item.runtest = partial(with_room, item.runtest)

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers_models import CONFIGS, assert_same, make, tokens, with_implementation
 
 from flash_entmax.integrations import transformers as integration
+from flash_entmax.integrations.transformers.alpha import alpha_of
 
 HEADS = [1.2, 1.4, 1.6, 1.8]
 
@@ -165,7 +166,7 @@ def test_alpha_is_moved_but_not_narrowed(kind):
 def test_models_made_of_several_devices_get_alpha_where_they_are():
     model, ids = make("llama"), tokens(1, 20)
     integration.set_alpha(model, torch.tensor(1.5))
-    alpha = integration.alpha_of(model.layers[0].self_attn, torch.device("meta"))
+    alpha = alpha_of(model.layers[0].self_attn, torch.device("meta"))
     assert alpha.is_meta
     assert output(model, ids).isfinite().all()
 

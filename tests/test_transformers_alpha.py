@@ -325,7 +325,7 @@ def test_an_alpha_that_would_not_be_saved():
         model(ids)
     model = learned()
     del model.entmax_alpha
-    with pytest.raises(ValueError, match="alpha is a weight of LlamaModel, and LlamaAttention is in none"):
+    with pytest.raises(ValueError, match="alpha is a weight of LlamaModel, but LlamaAttention is in none"):
         model(ids)
     model.config.entmax_alpha = {"0": 1.5}
     with pytest.raises(ValueError, match="no alpha for the layer_idx 1 of LlamaAttention"):

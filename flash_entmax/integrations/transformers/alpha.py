@@ -48,7 +48,7 @@ class AlphaWeight(nn.Module):
         super()._load_from_state_dict(*arguments)
 
     def forward(self) -> Tensor:
-        return self.value.clone()  # fully_shard of this module frees the value after the call
+        return self.value.clone()  # fully_shard of this module alone frees the value after the call
 
     def _apply(self, function, recurse=True):
         held = self.value

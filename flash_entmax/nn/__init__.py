@@ -1,4 +1,10 @@
-"""Modules: an attention layer, an activation, a loss."""
+"""Modules: an attention layer, an activation, a loss.
+
+::
+
+    layer = EntmaxAttention(512, 8, learn_alpha=True)
+    output = layer(x)  # (batch, length, 512)
+"""
 
 from .alpha import AlphaParameter, WithAlpha
 from .attention import TEMPERATURES, EntmaxAttention

@@ -7,7 +7,7 @@ POSITIONS = "rope", "alibi", "nape", "none"
 
 
 def positions_of(x: Tensor, cu_seq: Tensor | None) -> Tensor:
-    """float32 (length,): the position of each token; in packed sequences (tokens,), its position in its own one."""
+    """The position of each token, float32 (length,); of packed tokens, in their own sequence, float32 (tokens,)."""
     position = torch.arange(x.shape[-2], device=x.device)
     if cu_seq is not None:
         sequence = torch.searchsorted(cu_seq, position, right=True) - 1

@@ -8,14 +8,14 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="entmax15")
 
 ``"entmax15"`` is alpha 1.5, ``"sparsemax"`` alpha 2, and ``"entmax"`` takes alpha from ``config.entmax_alpha``, which
-:func:`set_alpha` sets. What is saved has its attention and its alpha: a plain ``from_pretrained(folder)`` after
-``register()`` builds the same model, and without ``register()`` it is an error of Transformers.
+:func:`set_alpha` sets. A saved model keeps its attention and its alpha: a plain ``from_pretrained(folder)`` after
+``register()`` builds the same model. Without ``register()``, Transformers raises an error.
 
 The model's own masks decide what a query sees, exactly as with ``"eager"``: padding on either side, packed sequences,
 windows, any cache. Causal, bidirectional, windowed and packed attention become options of
 :func:`entmax_attention`, which skips what they hide and works inside ``torch.compile``. Any other mask (chunks, image
-blocks, functions of one's own, 4-D masks) is evaluated densely into a FlexAttention ``BlockMask``: exact as well, but
-outside of ``torch.compile`` only.
+blocks, functions of a user, 4-D masks) is evaluated densely into a FlexAttention ``BlockMask``. This is exact as well,
+but works outside of ``torch.compile`` only.
 
 A query that sees no key, such as left padding, gets output 0.
 """
@@ -40,11 +40,11 @@ INSTALL = 'this integration needs transformers 5.4 or later, {}: pip install "fl
 def register(*models: nn.Module) -> None:
     """Make ``attn_implementation="entmax15"``, ``"sparsemax"`` and ``"entmax"`` known to Transformers.
 
-    Calling it again changes nothing. From then on, the ``config.json`` of a model says which of them it has
-    (``"attn_implementation": null`` where it has none).
+    Calling it again changes nothing. From then on, the ``config.json`` of a saved model says which of them it has, and
+    ``"attn_implementation": null`` if it has none.
 
     Args:
-        models: that were built before, and are to have one of these by ``model.set_attn_implementation``.
+        models: models that were built before this call, and that get one of these by ``set_attn_implementation``.
 
     Raises:
         ImportError: Transformers 5.4 or later is not installed.
@@ -64,7 +64,7 @@ def register(*models: nn.Module) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """`AnnealAlpha` derives from a class of Transformers, which may not be installed: imported at its first use."""
+    """Import `AnnealAlpha` at its first use: it derives from a class of Transformers, which may not be installed."""
     if name != "AnnealAlpha":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .annealing import AnnealAlpha

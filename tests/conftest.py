@@ -179,6 +179,20 @@ def backend(request) -> Backend:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    from inspect_command import write_llama
+
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    from inspect_command import write_demo
+
+    return write_demo(tmp_path_factory.mktemp("demo"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def threads() -> None:
     """Workers of pytest-xdist share the cores."""

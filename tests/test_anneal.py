@@ -61,7 +61,7 @@ def test_it_continues_where_it_stopped():
         ({"shape": "linear", "end": 1.7}, r"end 1\.5 for 1\.7, shape 'cosine' for 'linear'"),
     ],
 )
-def test_the_state_of_another_way_is_refused(other, message):
+def test_a_state_with_other_arguments_is_refused(other, message):
     """Its steps would not lead to where they led."""
     state = AlphaAnnealing(10).state_dict()
     annealing = AlphaAnnealing(**{"steps": 10} | other)

@@ -23,7 +23,7 @@ WINGS = {
     "activations": {"operators", "functional", "core"},
     "losses": {"operators", "activations", "functional", "core"},
     "nn": {"losses", "activations", "functional", "core"},
-    "anneal": set(),
+    "anneal": {"core"},
     "inspection": {"functional", "operators", "backends", "core"},
     "": {"losses", "activations", "functional", "operators", "core"},
     "testing": set(),

@@ -34,7 +34,7 @@ def model_of(kind) -> Model:
     model = Model(learn_alpha=kind == "learned")
     for index, module in enumerate((*model.layers, model.activation)):
         if kind == "learned":
-            module.power.logit.data.add_(1.0 + index)
+            module.alpha_parameter.logit.data.add_(1.0 + index)
         else:
             module.alpha = 1.7 + 0.1 * index
     return model
@@ -47,9 +47,9 @@ def averaged(use_buffers):
 def loaded(assign):
     def load(model):
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        other = Model(learn_alpha=model.activation.power.logit is not None)
+        other = Model(learn_alpha=model.activation.alpha_parameter.logit is not None)
         for mine, theirs in zip((*other.layers, other.activation), (*model.layers, model.activation), strict=True):
-            if theirs.power.logit is None:
+            if theirs.alpha_parameter.logit is None:
                 mine.alpha = theirs.alpha  # an option, which the state does not hold
         other.load_state_dict(state, assign=assign)
         return other
@@ -95,10 +95,10 @@ def test_an_average_of_weights_averages_a_learned_alpha():
     model = model_of("learned")
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     average.update_parameters(model)
-    before = model.activation.power.logit.item()
-    model.activation.power.logit.data.sub_(1.0)
+    before = model.activation.alpha_parameter.logit.item()
+    model.activation.alpha_parameter.logit.data.sub_(1.0)
     average.update_parameters(model)
-    assert average.module.activation.power.logit.item() == pytest.approx(before - 0.5)
+    assert average.module.activation.alpha_parameter.logit.item() == pytest.approx(before - 0.5)
 
 
 def test_a_learned_alpha_is_replaced_as_any_parameter():
@@ -111,10 +111,35 @@ def test_a_learned_alpha_is_replaced_as_any_parameter():
 
 def test_a_state_with_a_learned_alpha_is_not_loaded_without():
     learned, fixed = model_of("learned").state_dict(), model_of("number").state_dict()
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*power\.logit"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*alpha_parameter\.logit"):
         Model().load_state_dict(learned)
-    with pytest.raises(RuntimeError, match=r"Missing key.*power\.logit"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*alpha_parameter\.logit"):
         Model(learn_alpha=True).load_state_dict(fixed)
+
+
+def with_the_old_name(state) -> dict:
+    return {name.replace("alpha_parameter.", "power."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_with_the_old_name_of_alpha_loads(assign):
+    """Its key was ``power.logit``."""
+    model, x = model_of("learned"), torch.randn(2, 20, WIDTH)
+    state = with_the_old_name(model.state_dict())
+    assert "activation.power.logit" in state
+    other = Model(learn_alpha=True)
+    other.load_state_dict(state, assign=assign)
+    assert torch.equal(other(x), model(x))
+    assert "activation.power.logit" in state, "the caller's state is as it was"
+    assert other.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_state_with_the_old_name_of_alpha_is_not_loaded_where_it_has_no_place():
+    state = model_of("learned").state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*alpha_parameter\.logit"):
+        Model().load_state_dict(with_the_old_name(state))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*power\.logit"):
+        Model(learn_alpha=True).load_state_dict(state | with_the_old_name(state))
 
 
 @pytest.mark.parametrize("given", [AlphaAnnealing(3).alpha, nn.Parameter(torch.tensor(1.5))])

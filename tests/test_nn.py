@@ -15,7 +15,7 @@ WIDTH, HEADS, LENGTH = 24, 4, 37
 
 
 def layer_of(backend, **options) -> EntmaxAttention:
-    """A layer in which no parameter is at its start, so that each matters; a temperature, a power, by little."""
+    """A layer in which no parameter is at its start, so that each matters; a temperature by little."""
     torch.manual_seed(0)
     layer = EntmaxAttention(WIDTH, HEADS, **options).to(backend.device)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_other_dtypes_and_devices(backend):
 def test_an_alpha_for_one_call(backend):
     layer, x = layer_of(backend, learn_alpha=True), inputs(backend, 2, LENGTH, WIDTH)
     fixed = layer_of(backend, learn_alpha=True)
-    fixed.power.logit.data.fill_(math.log(0.79 / 0.2))
+    fixed.alpha_parameter.logit.data.fill_(math.log(0.79 / 0.2))
     given = layer(x, alpha=torch.tensor(1.8, device=backend.device), impl=backend.impl)
     torch.testing.assert_close(given, fixed(x, impl=backend.impl), rtol=1e-4, atol=1e-5)
 
@@ -186,7 +186,7 @@ def test_activation_module(backend):
     learned = Entmax(1.25, learn_alpha=True).to(backend.device)
     torch.testing.assert_close(learned(x), entmax(x, 1.25), rtol=1e-5, atol=1e-6)
     learned(x).square().sum().backward()
-    assert learned.power.logit.grad != 0
+    assert learned.alpha_parameter.logit.grad != 0
     learned.alpha = 1.7
     assert torch.equal(learned(x), entmax(x, 1.7)), "a number in place of what was learned"
     assert not list(learned.parameters())

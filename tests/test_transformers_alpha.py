@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers_models import CONFIGS, assert_same, make, tokens, with_implementation
 
 from flash_entmax.integrations import transformers as integration
+from flash_entmax.integrations.transformers.alpha import alpha_of
 
 HEADS = [1.2, 1.4, 1.6, 1.8]
 
@@ -165,7 +166,7 @@ def test_alpha_is_moved_but_not_narrowed(kind):
 def test_models_made_of_several_devices_get_alpha_where_they_are():
     model, ids = make("llama"), tokens(1, 20)
     integration.set_alpha(model, torch.tensor(1.5))
-    alpha = integration.alpha_of(model.layers[0].self_attn, torch.device("meta"))
+    alpha = alpha_of(model.layers[0].self_attn, torch.device("meta"))
     assert alpha.is_meta
     assert output(model, ids).isfinite().all()
 
@@ -324,7 +325,7 @@ def test_an_alpha_that_would_not_be_saved():
         model(ids)
     model = learned()
     del model.entmax_alpha
-    with pytest.raises(ValueError, match="alpha is a weight of LlamaModel, and LlamaAttention is in none"):
+    with pytest.raises(ValueError, match="alpha is a weight of LlamaModel, but LlamaAttention is in none"):
         model(ids)
     model.config.entmax_alpha = {"0": 1.5}
     with pytest.raises(ValueError, match="no alpha for the layer_idx 1 of LlamaAttention"):

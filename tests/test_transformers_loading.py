@@ -141,4 +141,4 @@ def test_each_folder_that_loads_as_softmax_is_named(tmp_path):
     assert len(said) == 2
     for name, text in zip(("one", "other"), said, strict=True):
         assert str(tmp_path / name) in text
-        assert "leave attn_implementation away" in text
+        assert "leave out attn_implementation" in text

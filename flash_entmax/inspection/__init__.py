@@ -7,17 +7,15 @@ for call in calls:
 rows = calls[3].rows(batch=0, head=2)  # a sparse CSR matrix: the keys of each query and their probabilities
 """
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.call import Support
 from ..core.checks import check_flag, said
@@ -25,26 +23,27 @@ from ..core.tensors import ceil_div, row_dtype
 from ..core.visibility import HIDDEN
 from ..functional import entmax_attention
 from ..operators import attention as ops
-from .sparse_rows import QUERIES, Head, HeadSight, union_sizes
+from .recording import watch_calls
+from .sparse_rows import QUERIES, Head, HeadVisibility, union_sizes
 
 
 @contextmanager
 def record(
     model: nn.Module | None = None, *, only: Callable[[str], bool] | None = None, keep_inputs: bool = True
 ) -> Iterator[list["Call"]]:
-    """Collect every entmax attention call that runs in the ``with`` block, in order: your own, or those of any model.
+    """Record every entmax attention call that runs in the ``with`` block, in order: your own, or those of any model.
 
-    Calls are seen where PyTorch dispatches their operator, so nothing is patched, and autograd, autocast, activation
-    checkpointing (a recomputation in the backward pass is not recorded again) and inference mode may be on. Code that
-    ``torch.compile`` has compiled runs eagerly meanwhile. ``impl="reference"`` and ``alpha=1`` do not use the operator,
-    and are not seen; nor are calls of other threads.
+    Calls are seen where PyTorch dispatches their operator, and nothing is patched. Autograd, autocast, activation
+    checkpointing and inference mode may be on; what a backward pass computes again is not recorded again. Code that
+    ``torch.compile`` has compiled runs eagerly in the block. Calls with ``impl="reference"`` or ``alpha=1`` do not use
+    the operator and are not recorded, and neither are calls of other threads.
 
     Args:
-        model: calls are named after its innermost module that is running, such as ``model.layers.3.self_attn``;
-            without one, after their number.
-        only: which names to record; the other calls pass by.
-        keep_inputs: False computes the :class:`Support` of a call at once and lets go of its query and key, so that
-            memory stays small; ``rows`` is then refused.
+        model: names each call after the innermost module of the model that is running, such as
+            ``model.layers.3.self_attn``. Without a model, calls are named after their number.
+        only: a function from a name to True or False: whether to record calls of this name.
+        keep_inputs: False computes the :class:`Support` of each call at once and releases its query and key. Memory
+            stays small, and ``rows`` is refused.
 
     Yields:
         The list of calls, which grows as they run and stays afterwards. A call holds its query and key by reference.
@@ -58,63 +57,15 @@ def record(
         raise TypeError(f"only must be a function from names to True or False, got {said(only)}")
     check_flag("keep_inputs", keep_inputs)
     calls: list[Call] = []
-    with ExitStack() as stack:
-        running = stack.enter_context(running_modules(model))
-        stack.enter_context(_Recorder(calls, running, only, keep_inputs))
+
+    def keep(name: str, number: int, arguments: tuple, results: tuple[Tensor, ...]) -> None:
+        if only is None or only(name):
+            calls.append(Call(name, number, arguments, results))
+            if not keep_inputs:
+                calls[-1].release()
+
+    with watch_calls(model, keep):
         yield calls
-
-
-class Running(threading.local):
-    """The names of the modules that are running in this thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def begin(self, name: str) -> None:
-        self.names.append(name)
-
-    def end(self, name: str) -> None:
-        if self.names and self.names[-1] == name:  # it may have begun before the recording
-            self.names.pop()
-
-
-@contextmanager
-def running_modules(model: nn.Module | None) -> Iterator[Running]:
-    """The model itself has the name of its class."""
-    running = Running()
-    handles = []
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    for name, module in model.named_modules() if model is not None else ():
-        own = name or type(module).__name__
-        handles.append(module.register_forward_pre_hook(lambda *_, own=own: running.begin(own)))
-        handles.append(module.register_forward_hook(lambda *_, own=own: running.end(own), always_call=True))
-    try:
-        yield running
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self, calls: list["Call"], running: Running, only: Callable | None, keep_inputs: bool) -> None:
-        super().__init__()
-        self.seen = 0
-        self.calls, self.running, self.only, self.keep_inputs = calls, running, only, keep_inputs
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        results = function(*arguments, **(keywords or {}))
-        in_backward = torch._C._current_graph_task_id() != -1
-        if function is ops.attention and not in_backward:
-            number, self.seen = self.seen, self.seen + 1
-            name = self.running.names[-1] if self.running.names else f"call {number}"
-            if self.only is None or self.only(name):
-                kept = results
-                if not arguments[3]:  # what a backward would read was not kept
-                    kept = function(*arguments[:3], True, *arguments[4:])
-                self.calls.append(Call(name, number, arguments, kept))
-                if not self.keep_inputs:
-                    self.calls[-1].release()
-        return results
 
 
 class Call:
@@ -201,7 +152,7 @@ class Call:
 
     @cached_property
     def visible_tiles(self) -> Tensor:
-        """(batch, heads, query tiles, key tiles) bool: causality, windows, padding and masks leave some of the tile."""
+        """(batch, heads, query tiles, key tiles) bool: a query of the tile sees a key of it, by all masks."""
         problem, tile = self.problem, self._tile
         grid = problem.batch, problem.heads, ceil_div(problem.query_length, tile), ceil_div(problem.key_length, tile)
         start, stop, _ = self.intervals.long().unbind(1)
@@ -222,7 +173,7 @@ class Call:
 
     @property
     def block_sparsity_by_position(self) -> Tensor:
-        """(query tiles,) float64: the same by tile of queries, over batch and heads; NaN where nothing is visible."""
+        """(query tiles,) float64: the same share by tile of queries, over batch and heads; NaN if none is visible."""
         return 1 - share(self.live_tiles.sum((0, 1, 3)), self.visible_tiles.sum((0, 1, 3)))
 
     @property
@@ -234,8 +185,8 @@ class Call:
     def live_keys(self) -> Tensor:
         """(batch, heads, ceil(query length / 64)) int64: how many keys 64 consecutive queries attend to together.
 
-        A key counts once, however many of them attend to it: the union of their supports, as ``rows`` gives them and
-        in its memory. Packed sequences are cut every 64 tokens as well. A RuntimeError as of ``rows``.
+        This is the size of the union of their supports: a key counts once, however many queries attend to it. The
+        supports are those of ``rows``, with its memory and its errors. Packed tokens are cut every 64 as well.
         """
         p = self.problem
         counts = torch.zeros(p.batch, p.heads, ceil_div(p.query_length, QUERIES), dtype=torch.int64)
@@ -251,46 +202,46 @@ class Call:
         if kinds is None:
             return union_sizes(self.intervals.long(), QUERIES).unsqueeze(1).expand(shape)
         counts = [
-            [self._sight(batch, head).visible_keys() for head in range(kinds.shape[1])] for batch in range(p.batch)
+            [self._visibility(batch, head).visible_keys() for head in range(kinds.shape[1])] for batch in range(p.batch)
         ]
         return torch.tensor(counts, device=kinds.device).view(p.batch, kinds.shape[1], -1).expand(shape)
 
     @property
     def keys_per_64_queries(self) -> Tensor:
-        """(heads,) float64: the mean of ``live_keys`` over those 64 queries of which one sees a key."""
+        """(heads,) float64: the mean of ``live_keys`` over the groups of 64 queries that see a key."""
         return share(self.live_keys.sum((0, 2)), (self.visible_keys > 0).sum((0, 2)))
 
     @property
     def key_sparsity(self) -> Tensor:
-        """(heads,) float64: the share of the keys visible to 64 consecutive queries that none of them attends to.
+        """(heads,) float64: of the keys that 64 consecutive queries see, the share that none of them attends to.
 
-        As ``block_sparsity``, for tiles of 64 queries and one key.
+        It is the ``block_sparsity`` of tiles of 64 queries and one key.
         """
         return 1 - share(self.live_keys.sum((0, 2)), self.visible_keys.sum((0, 2)))
 
     @property
     def visible_per_query(self) -> float:
-        """How many keys a query sees on average, before masks by tile, of the queries that see one."""
+        """The mean number of keys of the queries that see a key. Masks by tile do not count."""
         start, stop, _ = self.intervals.double().unbind(1)
         count = (stop - start).clamp_min(0)
         return float(share(count.sum(), (count > 0).sum()))
 
     @property
     def intervals(self) -> Tensor:
-        """(batch, 3, query length) int32: the first key that a query may see, one past the last, its position.
+        """(batch, 3, query length) int32: the first key that a query may see, one past the last, and its position.
 
-        Masks by tile (``key_mask``, ``block_mask``) hide more.
+        Masks by tile (``key_mask``, ``block_mask``) may hide some of these keys.
         """
         return self.problem.intervals(self._maximum.device)
 
     def rows(self, batch: int = 0, head: int = 0) -> Tensor:
-        """The attention of one head as a sparse CSR matrix (query length, key length): the support, and nothing else.
+        """The attention of one head as a sparse CSR matrix (query length, key length), whose entries are the support.
 
-        Probabilities are computed anew in float64 from query and key over the tiles that the call found live, so they
-        are the reference's, tile row by tile row: memory follows the support, not the square of the length. They come
-        in float32 (float64 for float64 inputs), and none of them is rounded to 0. ``support.size`` counts in the
-        precision of the call: a key whose score is within rounding of the threshold may count there and not here. A
-        query that sees no key, or has a NaN among its scores, has no entries.
+        Probabilities are computed again in float64 from query and key, in the live tiles of the call, one row of tiles
+        at a time. They are those of the reference, and memory follows the support, not the square of the length. The
+        matrix is float32 (float64 for float64 inputs), and no probability is rounded to 0. ``support.size`` counts in
+        the precision of the call: a key whose score is within rounding of the threshold may count there and not here.
+        A query that sees no key, or has a NaN among its scores, has no entries.
 
         Raises:
             TypeError, IndexError: no such batch row or head.
@@ -323,26 +274,26 @@ class Call:
             scale[head].item() if isinstance(scale, Tensor) else scale,
             softcap,
             0.0 if slopes is None else slopes[batch, head].item(),
-            self._sight(batch, head),
+            self._visibility(batch, head),
             p.unpack_live(self._live, self._tile)[batch, head],
         )
 
-    def _sight(self, batch: int, head: int) -> HeadSight:
+    def _visibility(self, batch: int, head: int) -> HeadVisibility:
         p, visibility = self.problem, self.problem.visibility
         of_head = None
         if visibility.tile_kinds is not None:
             kinds = visibility.tile_kinds[..., :-1].expand(p.batch, -1, ceil_div(p.query_length, self._tile), -1)
             of_head = kinds[batch, head if kinds.shape[1] > 1 else 0]
-        return HeadSight(self.intervals[batch].long(), of_head, visibility.tile_bits, self._tile)
+        return HeadVisibility(self.intervals[batch].long(), of_head, visibility.tile_bits, self._tile)
 
 
 def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options) -> Tensor:
     """The attention of one head as a sparse CSR matrix (query length, key length), without a model: see `Call.rows`.
 
     Args:
-        query, key: as :func:`flash_entmax.entmax_attention` takes them, (batch, heads, length, head size).
-        batch, head: which of them.
-        options: those of ``entmax_attention``, which raises a TypeError for others.
+        query, key: (batch, heads, length, head size), as for :func:`flash_entmax.entmax_attention`.
+        batch, head: the batch row and the head.
+        options: those of ``entmax_attention``, which raises a TypeError for any other.
 
     Raises:
         TypeError, IndexError: no such batch row or head.
@@ -368,7 +319,7 @@ def check_place(batch: object, head: object, batches: int, heads: int) -> None:
 
 
 def versions(*tensors: Tensor) -> tuple[int | None, ...]:
-    """How often each was written to; inference tensors do not count."""
+    """How often each tensor was written to; None for inference tensors, which do not count it."""
     return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)
 
 

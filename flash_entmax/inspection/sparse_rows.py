@@ -1,4 +1,4 @@
-"""One head's attention in float64, tile row by tile row: what it sees, and what it attends to. For inspection only."""
+"""One head's attention in float64, one row of tiles at a time: which keys it sees, and to which it attends."""
 
 from itertools import islice
 from typing import NamedTuple
@@ -11,24 +11,27 @@ from ..backends.reference import entmax_rows
 from ..core.tensors import unpack_tiles
 from ..core.visibility import FIRST_PARTIAL, HIDDEN, WHOLE
 
-QUERIES = 64  # that are counted together
+QUERIES = 64  # consecutive queries whose keys are counted together
 
 
-class HeadSight(NamedTuple):
-    """What one head sees in one batch row. intervals: (3, query length); kinds: (query tiles, key tiles) or None; see
-    Modifiers."""
+class HeadVisibility(NamedTuple):
+    """Which keys one head sees in one batch row.
+
+    intervals: (3, query length): first key, one past the last, position. tile_kinds: (query tiles, key tiles) and
+    tile_bits: the mask by tiles; None without one. tile: queries, and keys, of a tile.
+    """
 
     intervals: Tensor
-    kinds: Tensor | None
-    bits: Tensor | None
+    tile_kinds: Tensor | None
+    tile_bits: Tensor | None
     tile: int
 
-    def of(self, index: int, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys of some tiles, and which of them each query of a tile sees: (queries, keys) bool."""
+    def seen(self, index: int, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys of these key tiles, and which of them the queries of one tile see: (queries, keys) bool."""
         key = (tiles.unsqueeze(-1) * self.tile + torch.arange(self.tile, device=tiles.device)).flatten()
         start, stop, _ = self.intervals[:, self.queries(index)].unsqueeze(-1)
         visible = (start <= key) & (key < stop)
-        if self.kinds is not None:
+        if self.tile_kinds is not None:
             visible &= self.mask(index, tiles)[: visible.shape[0]]
         return key, visible
 
@@ -36,29 +39,29 @@ class HeadSight(NamedTuple):
         return slice(index * self.tile, (index + 1) * self.tile)
 
     def mask(self, index: int, tiles: Tensor) -> Tensor:
-        """(tile or 1, keys of the tiles) bool: what the filter of tiles leaves."""
-        kind = self.kinds[index, tiles]
-        bits = unpack_tiles(self.bits[(kind - FIRST_PARTIAL).clamp_min(0)], self.tile)
+        """(tile or 1, keys of the tiles) bool: what the mask by tiles leaves."""
+        kind = self.tile_kinds[index, tiles]
+        bits = unpack_tiles(self.tile_bits[(kind - FIRST_PARTIAL).clamp_min(0)], self.tile)
         seen = torch.where((kind >= FIRST_PARTIAL)[:, None, None], bits, (kind == WHOLE)[:, None, None])
         return seen.transpose(0, 1).flatten(1)
 
     def visible_keys(self) -> list[int]:
-        """How many keys each QUERIES queries see together, through a mask by tiles."""
-        together = QUERIES // self.tile
+        """How many keys each group of QUERIES queries sees together, through a mask by tiles."""
+        kinds, tiles_together = self.tile_kinds, QUERIES // self.tile
         counts = []
-        for rows in torch.arange(self.kinds.shape[0]).split(together):
-            seen = torch.zeros(self.kinds.shape[1] * self.tile, dtype=torch.bool, device=self.kinds.device)
+        for rows in torch.arange(kinds.shape[0]).split(tiles_together):
+            seen = torch.zeros(kinds.shape[1] * self.tile, dtype=torch.bool, device=kinds.device)
             for index in rows.tolist():
-                key, visible = self.of(index, (self.kinds[index] != HIDDEN).nonzero().flatten())
+                key, visible = self.seen(index, (kinds[index] != HIDDEN).nonzero().flatten())
                 seen[key] |= visible.any(0)
             counts.append(int(seen.sum()))
         return counts
 
 
 class Head(NamedTuple):
-    """One head of one batch row: query (query length, head size) and key (key length, head size) in float64.
+    """One head of one batch row.
 
-    live: (query tiles, key tiles). See Modifiers for the rest.
+    query: (query length, head size) and key: (key length, head size), float64. live: (query tiles, key tiles) bool.
     """
 
     query: Tensor
@@ -66,39 +69,39 @@ class Head(NamedTuple):
     alpha: float
     scale: float
     softcap: float
-    slope: float
-    sight: HeadSight
+    alibi_slope: float
+    visibility: HeadVisibility
     live: Tensor
 
     def live_keys(self) -> Tensor:
-        """(ceil(query length / QUERIES),): how many keys each QUERIES queries attend to together."""
+        """(ceil(query length / QUERIES),): how many keys each group of QUERIES queries attends to together."""
         keys = (self.tile_row(index)[1] for index in range(self.live.shape[0]))
-        together = QUERIES // self.sight.tile
-        groups = iter(lambda: list(islice(keys, together)), [])
+        tiles_together = QUERIES // self.visibility.tile
+        groups = iter(lambda: list(islice(keys, tiles_together)), [])
         return torch.tensor([torch.cat(group).unique().numel() for group in groups], dtype=torch.int64)
 
     def tile_row(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one tile of queries: how many keys each attends to, and these keys and probabilities, row after row."""
-        queries = self.sight.queries(index)
-        key, visible = self.sight.of(index, self.live[index].nonzero().flatten())
-        key = key.clamp_max(self.key.shape[0] - 1)  # those past the last one are not visible
+        """For one tile of queries: how many keys each attends to, then these keys and probabilities, row by row."""
+        queries = self.visibility.queries(index)
+        key, visible = self.visibility.seen(index, self.live[index].nonzero().flatten())
+        key = key.clamp_max(self.key.shape[0] - 1)  # keys past the last one are not visible
         scores = self.scale * (self.query[queries] @ self.key[key].mT)
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        if self.slope:
-            distance = (self.sight.intervals[2, queries].unsqueeze(-1) - key).abs()
-            scores = torch.where(distance == 0, scores, scores - self.slope * distance.double())
+        if self.alibi_slope:
+            distance = (self.visibility.intervals[2, queries].unsqueeze(-1) - key).abs()
+            scores = torch.where(distance == 0, scores, scores - self.alibi_slope * distance.double())
         z = ((self.alpha - 1.0) * scores).masked_fill(~visible, -torch.inf)
-        place = candidates(z)
-        probability, _, _ = entmax_rows(z.gather(-1, place), self.alpha)
+        candidate = candidates(z)
+        probability, _, _ = entmax_rows(z.gather(-1, candidate), self.alpha)
         row, column = (probability > 0).nonzero(as_tuple=True)
-        return (probability > 0).sum(-1), key[place[row, column]], probability[row, column]
+        return (probability > 0).sum(-1), key[candidate[row, column]], probability[row, column]
 
 
 def candidates(z: Tensor) -> Tensor:
-    """(rows, keys) -> (rows, n): where in each row its largest entries are, ascending, all of its support among them.
+    """(rows, keys) -> (rows, n): indices of the largest entries of each row, ascending, with all of its support.
 
-    tau is at least the maximum less 1, which rules most keys out before any is sorted.
+    tau is at least the maximum minus 1, which rules out most keys before any is sorted.
     """
     if z.shape[-1] == 0:
         return torch.zeros_like(z, dtype=torch.int64)
@@ -107,11 +110,14 @@ def candidates(z: Tensor) -> Tensor:
 
 
 def union_sizes(intervals: Tensor, together: int) -> Tensor:
-    """(batch, 3, queries) -> (batch, groups) int64: how many keys lie in an interval of each `together` queries."""
+    """(batch, 3, queries) -> (batch, groups) int64: how many keys lie in the intervals of a group of queries.
+
+    A group is `together` consecutive queries.
+    """
     start, stop, _ = intervals.unbind(1)
     start, stop = (end.masked_fill(start >= stop, 0) for end in (start, stop))
     start, stop = (pad(end, (0, -end.shape[-1] % together)).unflatten(-1, (-1, together)) for end in (start, stop))
     start, order = start.sort(-1)
     stop = stop.gather(-1, order)
-    covered = pad(stop.cummax(-1).values[..., :-1], (1, 0))  # up to here by the intervals before
+    covered = pad(stop.cummax(-1).values[..., :-1], (1, 0))  # by the intervals that start earlier: up to here
     return (stop - start.maximum(covered)).clamp_min(0).sum(-1)

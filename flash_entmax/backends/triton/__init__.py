@@ -26,7 +26,7 @@ HOMES = {
     "loss": "rows",
     "loss_backward": "rows",
 }
-__all__ = ["is_default_for", "obstacle", "tile_size", *HOMES]  # noqa: F822
+__all__ = ["is_default_for", "obstacle", "tile_size", *HOMES]
 
 
 def obstacle(tensor: Tensor) -> str:

@@ -1,19 +1,27 @@
-"""Alpha that moves while a Trainer of Transformers trains."""
+"""A callback that moves alpha while a Trainer of Transformers trains."""
 
 from torch import nn
 from transformers import TrainerCallback
 
 from ...anneal import AlphaAnnealing
-from .alpha import assign_alpha, belongs_to_adapter, held_tensor
+from .setting import assign_alpha, belongs_to_adapter, held_tensor
 
 
 class AnnealAlpha(TrainerCallback):
-    """Moves alpha of a model with ``attn_implementation="entmax"`` from ``start`` to ``end``, a bit at each step.
+    """Moves alpha of a model with ``attn_implementation="entmax"`` from ``start`` to ``end``, a little at each step.
 
-    ``Trainer(model, ..., callbacks=[AnnealAlpha(model, steps=1000)])``; see :class:`AlphaAnnealing` for the arguments.
-    Nothing is compiled again as alpha moves, a resumed training goes on where it stopped, and what is saved has the
-    alpha of that step. What the trainer prints, and its ``state.log_history``, get ``entmax_alpha``; of the callbacks
-    of ``report_to``, those that come after this one.
+    ``Trainer(model, ..., callbacks=[AnnealAlpha(model, steps=1000)])``. Nothing is compiled again as alpha moves. A
+    resumed training continues where it stopped, and a saved model has the alpha of its step. The logs that the trainer
+    prints and ``state.log_history`` get ``entmax_alpha``, and so do the callbacks of ``report_to`` that come after this
+    one.
+
+    Args:
+        model: the model that the Trainer gets.
+        start, end, steps, shape: as for :class:`flash_entmax.anneal.AlphaAnnealing`.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type or out of range; no layer of the model runs entmax, or
+            its alpha is learned.
     """
 
     def __init__(
@@ -24,11 +32,11 @@ class AnnealAlpha(TrainerCallback):
         self.annealing = AlphaAnnealing(steps, start, end, shape, device=device)
         if not (isinstance(model, nn.Module) and belongs_to_adapter(model)):
             assign_alpha(model, self.annealing.alpha, "AnnealAlpha")
-        self._find()
+        self._take_tensor()
         self.annealing.load_state_dict({"taken": 0})
 
-    def _find(self) -> None:
-        """The model's tensor, which may have been moved, loaded or wrapped by an adapter."""
+    def _take_tensor(self) -> None:
+        """Take the model's tensor, which may be another one after a move, a load or an adapter."""
         alpha = held_tensor(self.model)
         if alpha is None or isinstance(alpha, nn.Parameter):
             kind = "in its config" if alpha is None else "a Parameter, which is learned"
@@ -36,7 +44,7 @@ class AnnealAlpha(TrainerCallback):
         self.annealing.alpha = alpha
 
     def on_train_begin(self, arguments, state, control, model=None, **kwargs) -> None:
-        self._find()
+        self._take_tensor()
         if model is not None and held_tensor(model) is not self.annealing.alpha:
             raise ValueError(
                 f"AnnealAlpha was made for another {type(self.model).__name__} than the {type(model).__name__} that is "
@@ -45,7 +53,7 @@ class AnnealAlpha(TrainerCallback):
         self.annealing.load_state_dict({"taken": min(state.global_step, self.annealing.steps)})
 
     def on_step_end(self, arguments, state, control, **kwargs) -> None:
-        self._find()
+        self._take_tensor()
         self.annealing.step()
 
     def on_log(self, arguments, state, control, logs=None, **kwargs) -> None:

@@ -1,8 +1,8 @@
 """What the config of a Transformers model says about entmax attention, and how ``config.json`` comes to say it.
 
-Three keys: ``attn_implementation`` and ``entmax_alpha`` make a plain ``from_pretrained(folder)`` build what was saved;
-``entmax_attention``, the same name once more, is left where a load asks for softmax, and says that this is not what was
-saved.
+``attn_implementation`` and ``entmax_alpha`` make a plain ``from_pretrained(folder)`` build what was saved.
+``entmax_attention`` repeats the first. A load that asks for softmax replaces the first only, and finds in the other
+that entmax was saved.
 """
 
 from collections.abc import Iterator
@@ -11,26 +11,26 @@ from typing import Any
 from torch import nn
 
 IMPLEMENTATIONS = {"entmax15": 1.5, "sparsemax": 2.0, "entmax": None}
-HELD_BY = "held_by"  # of config.entmax_alpha: the class of the module among whose weights alpha is
+HELD_BY = "held_by"  # key of config.entmax_alpha: the class of the module that holds alpha as a weight
 
 
 def implementation_of(module: nn.Module) -> str | None:
-    """Of modules that hold a config, as all do that call an attention function."""
+    """The name in the module's config, None without one. All modules that call an attention function have a config."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 def declared_attention(config: Any) -> str | dict | None:
-    """What ``attn_implementation=`` builds the entmax attention of this config; None where it has none.
+    """The value of ``attn_implementation=`` that builds the entmax attention of this config; None if it has none.
 
-    A name where all its parts have the same, else a dict by part, as Transformers takes it.
+    One name if all parts have the same, else a dict by part, as Transformers takes it.
     """
     own, parts = config._attn_implementation, dict(_parts_of(config))
-    within = {name: declared_attention(part) for name, part in parts.items()}
+    by_part = {name: declared_attention(part) for name, part in parts.items()}
     if own in IMPLEMENTATIONS and all(
-        within[name] == own or part._attn_implementation is None for name, part in parts.items()
+        by_part[name] == own or part._attn_implementation is None for name, part in parts.items()
     ):
         return own
-    named = {name: attention for name, attention in within.items() if attention is not None}
+    named = {name: attention for name, attention in by_part.items() if attention is not None}
     return ({"": own} if own in IMPLEMENTATIONS else {}) | named or None
 
 
@@ -42,17 +42,17 @@ def _parts_of(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def takes_alpha(config: Any) -> bool:
-    """The config, or a part of it, has "entmax", whose alpha is set."""
+    """Whether the config, or a part of it, has "entmax", whose alpha is set by the user."""
     return config._attn_implementation == "entmax" or any(takes_alpha(part) for _, part in _parts_of(config))
 
 
 def is_held(alpha: object) -> bool:
-    """Of config.entmax_alpha: alpha is a tensor, among the weights."""
+    """Whether this value of config.entmax_alpha says that alpha is a tensor among the weights."""
     return isinstance(alpha, dict) and HELD_BY in alpha
 
 
 def drop_held(config: Any) -> bool:
-    """Let the config, and its parts, declare no alpha among the weights; did one?"""
+    """Remove from the config and its parts the declaration that alpha is a weight; True if there was one."""
     dropped = [drop_held(part) for _, part in _parts_of(config)]
     if is_held(getattr(config, "entmax_alpha", None)):
         config.entmax_alpha = None
@@ -61,7 +61,7 @@ def drop_held(config: Any) -> bool:
 
 
 def declare(config: Any) -> None:
-    """Let the config, and its parts, be saved with the attention that they have then."""
+    """Let the config and its parts be saved with the attention that they have when they are saved."""
     for _, part in _parts_of(config):
         declare(part)
     config.attn_implementation = Declaration(config, vars(config).get("attn_implementation"))
@@ -70,15 +70,15 @@ def declare(config: Any) -> None:
 
 
 def is_undeclared(config: Any) -> bool:
-    """A config of Transformers, of a model that was built before `declare` could be called."""
+    """Whether a config of Transformers belongs to a model that was built before `register`, without `declare`."""
     return hasattr(config, "sub_configs") and not isinstance(getattr(config, "attn_implementation", None), Declaration)
 
 
 class Declaration:
-    """An attribute of a config that is written as `declared_attention` of that time.
+    """An attribute of a config that is saved as the `declared_attention` that the config has then.
 
-    A config is written by a deep copy of its attributes, without itself; a copy of the config has a declaration of its
-    own.
+    Transformers saves a deep copy of the attributes, without the config itself; the copy of this one is the text to be
+    written. In a copy of the whole config, it is a declaration of the copied config.
     """
 
     def __init__(self, config: Any, otherwise: object = None) -> None:
@@ -102,14 +102,14 @@ class Declaration:
 
 
 def _unless_entmax(attention: object) -> object:
-    """What another library wrote there stays; a name of ours is written from what the config is."""
+    """The value of another library stays. A name of ours is dropped: it is derived from the config."""
     return None if isinstance(attention, dict) or attention in IMPLEMENTATIONS else attention
 
 
 def saved_attention(config: Any) -> tuple[str, float | str | None] | None:
-    """What a loaded config declares: the name of the attention, and alpha as a number or in words, if it is set.
+    """The name of the attention that a loaded config declares, and its alpha as a number or in words, None if not set.
 
-    None where the config declares no entmax attention. Of several parts, that of the first that has one.
+    None if the config declares no entmax attention. Of several parts, the first that has one counts.
     """
     name = config._attn_implementation
     if name not in IMPLEMENTATIONS:

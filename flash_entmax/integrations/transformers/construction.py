@@ -1,4 +1,4 @@
-"""What happens when a model of Transformers is put together: its config, its alpha, and whether it can run entmax.
+"""What is done while a model of Transformers is built: its config, its alpha, and whether it can run entmax.
 
 PyTorch calls `on_registration` for each module that becomes a part of another. The first part of a model comes after
 its config and before its weights.
@@ -13,19 +13,28 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ...core.checks import said
 from .alpha import awaits_alpha, check_loaded, has_weights, link, restore_alpha
-from .config import Declaration, declare, declared_attention, drop_held, takes_alpha
+from .config import (
+    IMPLEMENTATIONS,
+    Declaration,
+    declare,
+    declared_attention,
+    drop_held,
+    implementation_of,
+    is_undeclared,
+    takes_alpha,
+)
 
 _installed = []
 
 
 def watch_construction() -> None:
-    """Once for all models that are built from now on."""
+    """Prepare all models that are built from now on. A second call changes nothing."""
     if not _installed:
         _installed.append(register_module_module_registration_hook(on_registration))
 
 
 def on_registration(module: nn.Module, name: str, part: nn.Module | None) -> None:
-    if torch.compiler.is_compiling():  # a slice of a list of layers, say, which is a module as well
+    if torch.compiler.is_compiling():  # for instance a slice of a list of layers, which is a module as well
         return
     from transformers import PreTrainedModel
 
@@ -36,10 +45,10 @@ def on_registration(module: nn.Module, name: str, part: nn.Module | None) -> Non
             prepare(module)
         if "entmax_awaited" in vars(module) and has_weights(part):
             del module.entmax_awaited
-            setattr(module, name, part)  # before alpha; PyTorch sets it again, in the same place
+            setattr(module, name, part)  # before alpha; PyTorch sets it again, at the same place
             restore_alpha(module)
         for inner in part.modules():
-            _unwatch(inner)  # the outermost model is asked
+            _unwatch(inner)  # only the outermost model is checked
     owner = vars(module).get("entmax_owner")
     if owner is not None:
         link(part, owner)
@@ -48,7 +57,7 @@ def on_registration(module: nn.Module, name: str, part: nn.Module | None) -> Non
 
 
 def prepare(model: nn.Module) -> None:
-    """A model that has its config, and is about to get its parts."""
+    """Check and prepare a model that has its config and no parts."""
     attention = declared_attention(model.config)
     if attention is None:
         _warn_of_softmax(model)
@@ -68,7 +77,7 @@ def prepare(model: nn.Module) -> None:
 
 
 def prepare_built(model: nn.Module) -> None:
-    """A model that was built before `watch_construction`."""
+    """Prepare a model that was built before `watch_construction`."""
     from transformers import PreTrainedModel
 
     parts = model.modules() if isinstance(model, nn.Module) else ()
@@ -88,7 +97,7 @@ def _warn_of_softmax(model: nn.Module) -> None:
         warnings.warn(
             f"{_whose(model)} was saved with attn_implementation={saved!r} and is loaded with "
             f"{model.config._attn_implementation!r}, which is softmax: its outputs are not those of the saved model. "
-            "To load what was saved, leave attn_implementation away",
+            "To load what was saved, leave out attn_implementation",
             stacklevel=2,
         )
         del model.config.entmax_attention
@@ -96,18 +105,18 @@ def _warn_of_softmax(model: nn.Module) -> None:
 
 
 def _whose(model: nn.Module) -> str:
-    """With its folder: Python shows a warning of the same words once."""
+    """Its class and folder: Python shows a warning of the same words only once."""
     folder = model.config.name_or_path
     return type(model).__name__ + (f" of {folder}" if folder else "")
 
 
-# Models that would not use the attention, or not with the alpha that belongs to it
+# Models that would not use the attention, or not with its alpha
 
 
 def _refuse_adapter(tuner: nn.Module) -> None:
-    """PEFT puts an adapter into any model, and leaves out those of its modules that the model lacks."""
-    wanted = (getattr(config, "modules_to_save", None) for config in dict(tuner.peft_config).values())
-    if any("entmax_alpha" in (names or ()) for names in wanted) and not any(
+    """Refuse an adapter whose alpha has no place: PEFT leaves out, in silence, the modules that the model lacks."""
+    saved = (getattr(config, "modules_to_save", None) for config in dict(tuner.peft_config).values())
+    if any("entmax_alpha" in (names or ()) for names in saved) and not any(
         name.endswith("entmax_alpha") for name, _ in tuner.named_modules()
     ):
         raise ValueError(
@@ -117,7 +126,7 @@ def _refuse_adapter(tuner: nn.Module) -> None:
 
 
 def _refuse_by_class(model: nn.Module) -> None:
-    """What neither declares that it calls Transformers' attention interface nor has code that does."""
+    """Refuse a class that neither declares Transformers' attention interface nor has code that calls it."""
     kind, attention = type(model), model.config._attn_implementation
     if declared_attention(model.config) == attention and not (
         kind._supports_attention_backend or kind._can_set_attn_implementation()
@@ -132,8 +141,16 @@ def _refuse_by_class(model: nn.Module) -> None:
 _traced: set[str] = set()  # classes of attention modules whose call of entmax was compiled
 
 
-def note_caller(module: nn.Module) -> None:
-    """Of a compiled call no more is known than the class of the module: what is traced changes no module."""
+def note_call(module: nn.Module) -> None:
+    """Note that an attention module called entmax; refuse it if its model was built before `register`.
+
+    Of a compiled call only the class of the module is noted: tracing changes no module.
+    """
+    if implementation_of(module) in IMPLEMENTATIONS and is_undeclared(module.config):
+        raise RuntimeError(
+            f"{type(module).__name__} belongs to a model that was built before register(), and would not be saved with "
+            "this attention: call register(model), from flash_entmax.integrations.transformers"
+        )
     if torch.compiler.is_compiling():
         _note_traced(type(module).__name__)
     else:
@@ -151,7 +168,7 @@ def _called(module: nn.Module) -> bool:
 
 
 def check_use(model: nn.Module, inputs: Any, outputs: Any) -> None:
-    """After the first forward pass of an outermost model whose config asks for entmax: was it called?"""
+    """After the first forward pass of an outermost model whose config asks for entmax: refuse it if none was called."""
     if torch.compiler.is_compiling():
         return
     attention = declared_attention(model.config)

@@ -1,8 +1,8 @@
-"""What the queries of a Transformers model see, as options of `entmax_attention`.
+"""Masks of Transformers models, as options of `entmax_attention`.
 
-Transformers describes a mask by a function of indices, from which causal, bidirectional, windowed and packed attention
-are read. What cannot be read (chunks, image blocks, functions of one's own) is evaluated densely into a FlexAttention
-``BlockMask``, like 4-D masks.
+Transformers describes a mask by a function of indices. Causal, bidirectional, windowed and packed attention are read
+from the function. Any other function (chunks, image blocks, functions of a user) is evaluated densely into a
+FlexAttention ``BlockMask``, and so are 4-D masks.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,19 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...core.visibility import UNLIMITED
-from .mask_functions import read
+from .mask_functions import read_mask
 
 
 class Mask(NamedTuple):
-    """What the queries of one forward pass see, for all layers that share it; models pass it on as they got it.
+    """Which keys the queries of one forward pass see. Models pass it to their layers, which share it.
 
-    window: (left, right) as of :func:`entmax_attention`. positions: of the queries, counted from the first key; None
-    where the last query stands at the last key. key_mask: (batch, key length). boundaries: (tokens + 1,), of sequences
-    packed in any row; the last ones are empty. block_mask: instead of all others.
+    Attributes:
+        query_length, key_length: for which it was made.
+        window: (left, right), as for :func:`entmax_attention`.
+        positions: of the queries, counted from the first key; None where the last query stands at the last key.
+        key_mask: (batch, key length) bool, True where a key may be seen.
+        boundaries: (tokens + 1,) int32, of the sequences that are packed in all rows; the last ones are empty.
+        block_mask: a FlexAttention ``BlockMask``, in place of all the others.
     """
 
     query_length: int
@@ -32,7 +36,7 @@ class Mask(NamedTuple):
     boundaries: Tensor | None = None
     block_mask: Any = None
 
-    # Transformers takes a mask of four dimensions for one that is ready. `generate` makes masks before the model does.
+    # Transformers takes a mask of four dimensions as ready. `generate` makes masks before the model does.
     ndim = 4
 
     @property
@@ -44,7 +48,7 @@ class Mask(NamedTuple):
 
     @property
     def is_local(self) -> bool:
-        """What a query sees depends on where it stands."""
+        """Which keys a query sees depends on its position."""
         return self.window != (UNLIMITED, UNLIMITED) or self.boundaries is not None
 
     # A model that computes with its mask expects a tensor.
@@ -103,19 +107,24 @@ def mask(
     use_vmap: bool = False,
     **options,
 ) -> Mask:
-    """What Transformers calls once for each kind of mask: its function of indices and the padding, as a `Mask`.
+    """What Transformers calls once for each kind of mask: makes a `Mask` of its function of indices and the padding.
 
-    Query i has index q_offset + i, key j has kv_offset + j. attention_mask: (batch, keys) bool, by the key's index.
-    use_vmap: the function has parts that a user or a model wrote.
+    Args:
+        mask_function: of the indices of batch row, head, query and key. Query i has the index q_offset + i, and key j
+            has kv_offset + j.
+        attention_mask: (batch, keys) bool by the key's index, the padding; or a `Mask`, which is returned.
+        use_vmap: the function has parts that a user or a model wrote.
     """
     if isinstance(attention_mask, Mask):
         return attention_mask
-    seen = None if use_vmap else read(mask_function)
-    packed = seen is not None and seen.sequences is not None
-    if packed and not (attention_mask is None and _are_rows(seen.sequences, q_length, kv_length, q_offset, kv_offset)):
-        seen = None
-    if seen is None:
-        return _densely(
+    terms = None if use_vmap else read_mask(mask_function)
+    is_packed = terms is not None and terms.sequences is not None
+    if is_packed and (
+        attention_mask is not None or not _are_packed_rows(terms.sequences, q_length, kv_length, q_offset, kv_offset)
+    ):
+        terms = None
+    if terms is None:
+        return _dense_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
             q_offset=q_offset, kv_offset=kv_offset, attention_mask=attention_mask, use_vmap=use_vmap, **options,
         )  # fmt: skip
@@ -125,8 +134,8 @@ def mask(
         key_mask = nn.functional.pad(attention_mask.to(torch.bool), (0, missing))[:, kv_offset : kv_offset + kv_length]
         if not torch.compiler.is_compiling() and key_mask.all():
             key_mask = None
-    boundaries = _boundaries(seen.sequences) if packed else None
-    window = (seen.left, seen.right)
+    boundaries = _boundaries(terms.sequences) if is_packed else None
+    window = (terms.left, terms.right)
     positions = None if window == (UNLIMITED, UNLIMITED) else q_offset - kv_offset
     if isinstance(positions, Tensor):  # a static cache counts on the device
         positions = positions + torch.arange(q_length, device=positions.device)
@@ -135,8 +144,8 @@ def mask(
     return Mask(q_length, kv_length, window, positions, key_mask, boundaries)
 
 
-def _are_rows(sequences: Tensor, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> bool:
-    """The tokens of each sequence lie side by side, and queries and keys are the same tokens."""
+def _are_packed_rows(sequences: Tensor, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> bool:
+    """Queries and keys are the same tokens, and the tokens of each sequence lie side by side."""
     if isinstance(q_offset, Tensor) or (q_offset, kv_offset) != (0, 0) or q_length != kv_length:
         return False
     # Transformers counts sequences upwards; in torch.compile, where nothing can be read, there are no others.
@@ -144,9 +153,9 @@ def _are_rows(sequences: Tensor, q_length: int, kv_length: int, q_offset: int | 
 
 
 def _boundaries(sequences: Tensor) -> Tensor:
-    """(tokens + 1,) int32, sorted: where a sequence begins, then as often as needed the number of tokens.
+    """(tokens + 1,) int32, ascending: where each sequence begins, then the number of tokens, repeated to the end.
 
-    Their number does not depend on the data, so that nothing waits for the device.
+    The length does not depend on the data, so that nothing waits for the device.
     """
     first = torch.ones_like(sequences[:, :1], dtype=torch.bool)
     begins = torch.cat([first, sequences[:, 1:] != sequences[:, :-1]], 1).flatten()
@@ -156,7 +165,7 @@ def _boundaries(sequences: Tensor) -> Tensor:
     return torch.cat([places, torch.full_like(places[:1], tokens)])
 
 
-def _densely(**options) -> Mask:
+def _dense_mask(**options) -> Mask:
     from transformers.masking_utils import sdpa_mask
 
     _check_eager("a mask function of its own")
@@ -184,15 +193,15 @@ def _as_block_mask(dense: Tensor):
     return create_block_mask(look_up, *dense.shape, device=dense.device)
 
 
-def _given(dense: Tensor, query: Tensor, key: Tensor) -> Mask:
-    """A `Mask` from one that the model's caller, or the model, made: 4-D, bool, or 0 and minus infinity."""
+def _mask_of_tensor(dense: Tensor, query: Tensor, key: Tensor) -> Mask:
+    """From a 4-D tensor that the model or its caller made: bool, or 0 and minus infinity."""
     (batch, heads, query_length, _), key_length = query.shape, key.shape[2]
     full = (batch, heads, query_length, key_length)
     fits = dense.dim() == 4 and dense.shape[-1] == key_length
-    if not fits or any(size not in (1, most) for size, most in zip(dense.shape, full, strict=True)):
+    if not fits or any(size not in (1, whole) for size, whole in zip(dense.shape, full, strict=True)):
         raise ValueError(
-            f"a mask that is passed to a layer must have shape (batch, heads, queries, keys), each of the first three "
-            f"extents 1 or that of {full}, got {tuple(dense.shape)}"
+            f"a mask that is passed to a layer must have shape (batch, heads, queries, keys) = {full}, in which "
+            f"each of the first three may be 1, got {tuple(dense.shape)}"
         )
     if dense.dtype == torch.bool and dense.shape[1] == dense.shape[2] == 1:
         return Mask(query_length, key_length, key_mask=dense[:, 0, 0].expand(batch, key_length))
@@ -205,12 +214,12 @@ def _given(dense: Tensor, query: Tensor, key: Tensor) -> Mask:
     return Mask(query_length, key_length, block_mask=block_mask)
 
 
-# All layers get the same tensor. What was made of it is compared, as not every write to a tensor is counted by it.
+# All layers get the same tensor. Its copy is compared with it, because not every write raises a tensor's version.
 _block_masks = WeakTensorKeyDictionary()
 
 
 def _visible(dense: Tensor) -> Tensor:
-    """A boolean copy, so that what is kept for a tensor does not keep the tensor."""
+    """True where a key may be seen. A copy: a view in `_block_masks` would keep the tensor alive."""
     if dense.dtype == torch.bool:
         return dense.clone()
     hidden = dense <= -1e4  # what models take for minus infinity
@@ -222,15 +231,25 @@ def _visible(dense: Tensor) -> Tensor:
     return ~hidden
 
 
-def sight_of(given: object, query: Tensor, key: Tensor, is_causal: bool, sliding_window: int | None) -> Mask:
-    """The mask of a model that did not make it by Transformers' mask functions."""
-    lengths = query.shape[2], key.shape[2]
+def mask_of(
+    module: nn.Module, given: object, query: Tensor, key: Tensor, is_causal: bool | None, sliding_window: int | None
+) -> Mask:
+    """The mask of one layer's call, whatever the model passes to it: a `Mask`, a tensor, a ``BlockMask`` or None."""
+    query_length, key_length = query.shape[2], key.shape[2]
+    if isinstance(given, Mask):
+        if is_causal is False and given.window[1] == 0 and getattr(module, "is_causal", False):
+            raise ValueError("is_causal=False was passed to a model with a causal mask: set config.is_causal = False")
+        if given.key_length != key_length or (given.is_local and given.query_length != query_length):
+            lengths = f"{given.query_length} queries and {given.key_length} keys"
+            raise ValueError(f"the mask is for {lengths}, but the layer has {query_length} and {key_length}")
+        return given
     if isinstance(given, Tensor):
-        return _given(given, query, key)
+        return _mask_of_tensor(given, query, key)
     if given is not None:
-        return Mask(*lengths, block_mask=given)
-    is_causal = is_causal and lengths[0] > 1
-    if is_causal and lengths[0] != lengths[1]:
-        raise ValueError(f"a causal mask for {lengths[0]} queries and {lengths[1]} keys needs an attention_mask")
+        return Mask(query_length, key_length, block_mask=given)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_causal = is_causal and query_length > 1
+    if is_causal and query_length != key_length:
+        raise ValueError(f"a causal mask for {query_length} queries and {key_length} keys needs an attention_mask")
     left = UNLIMITED if sliding_window is None else sliding_window - 1
-    return Mask(*lengths, (left, 0 if is_causal else left))
+    return Mask(query_length, key_length, (left, 0 if is_causal else left))

@@ -1,0 +1,214 @@
+"""Multi-head self-attention whose weights are alpha-entmax."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import Impl
+from ..core.checks import check_flag, check_index, check_softcap, check_window, is_number, refuse_nested, said
+from ..core.tensors import is_jagged, longest_sequence
+from ..core.visibility import UNLIMITED
+from ..functional import entmax_attention, entmax_attention_varlen
+from .alpha import AlphaParameter, WithAlpha
+from .positions import POSITIONS, alibi_slopes_of, heads_without_slope, positions_of, rotate, rotation_of
+from .temperature import AdaptiveTemperature
+
+TEMPERATURES = "fixed", "adaptive"
+
+
+class EntmaxAttention(WithAlpha):
+    """Multi-head self-attention with alpha-entmax weights, from projections to output.
+
+    Args:
+        embed_dim: size of the inputs and outputs.
+        num_heads: query heads.
+        num_key_heads: key and value heads, a divisor of ``num_heads`` (grouped queries). Default: ``num_heads``.
+        head_dim: size of a head. Default: ``embed_dim // num_heads``.
+        bias: of the four projections.
+        alpha: from 1 (softmax) to 2 (sparsemax). Learned alphas start there.
+        learn_alpha: each head learns its own alpha, as 1.01 + 0.99 sigmoid(parameter).
+        position: what heads know of distance. ``"rope"``: queries and keys are rotated by their positions (Su et al.
+            2021, arXiv 2104.09864). ``"alibi"``: each score loses slope * distance; head h = 1, 2, ... has the slope
+            2^(-8 h / heads) (Press et al. 2022, arXiv 2108.12409). ``"nape"``: the first half of the heads know nothing
+            of distance, and the others have the slopes 1 / h; this carries over to longer contexts (arXiv 2506.16640).
+            ``"none"``: nothing.
+        temperature: ``"fixed"``, or ``"adaptive"``, the length-aware one of ASEntmax (arXiv 2506.16640). It multiplies
+            the scores of the query at position i by 1 + beta * log(i + 2)^gamma, in the heads without slopes. There,
+            beta = softplus(W_b x + b_b) and gamma = 2 tanh(W_g x + b_g) of the layer input x; W and b start at 0.
+        is_causal, window_size, softcap: as for :func:`flash_entmax.entmax_attention`.
+        rope_base: base of the rotary angles, positive.
+        device, dtype: of the parameters. A learned alpha is float32 or float64.
+
+    Shapes: (batch, length, embed_dim), or packed (tokens, embed_dim) with ``cu_seq`` and ``max_seq``.
+
+    Raises:
+        TypeError, ValueError: for options of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_key_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        alpha: float = 1.5,
+        learn_alpha: bool = False,
+        position: str = "rope",
+        temperature: str = "fixed",
+        is_causal: bool = True,
+        window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+        softcap: float = 0.0,
+        rope_base: float = 10_000.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_key_heads = num_heads if num_key_heads is None else num_key_heads
+        check_heads(embed_dim, num_heads, num_key_heads, head_dim)
+        for name, flag in (("bias", bias), ("learn_alpha", learn_alpha), ("is_causal", is_causal)):
+            check_flag(name, flag)
+        check_window(window_size)
+        check_softcap(softcap)
+        if not is_number(rope_base):
+            raise TypeError(f"rope_base must be a positive number, got {said(rope_base)}")
+        if not 0.0 < rope_base < math.inf:
+            raise ValueError(f"rope_base must be positive and finite, got {rope_base}")
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        check_choices(position, temperature, self.head_dim, num_heads)
+        self.num_heads, self.num_key_heads, self.position = num_heads, num_key_heads, position
+        self.is_causal, self.window_size, self.softcap = is_causal, window_size, softcap
+        self.rope_base = rope_base
+        factory = {"device": device, "dtype": dtype}
+        self.query = nn.Linear(embed_dim, num_heads * self.head_dim, bias=bias, **factory)
+        self.key = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
+        self.value = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
+        self.out = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias, **factory)
+        self.alpha_parameter = AlphaParameter(alpha, (num_heads,) if learn_alpha else None, **factory)
+        self.temperature = None
+        if temperature == "adaptive":
+            self.temperature = AdaptiveTemperature(embed_dim, heads_without_slope(position, num_heads), **factory)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, for instance after ``to_empty``."""
+        for module in self.children():
+            module.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        alpha: float | Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cu_seq: Tensor | None = None,
+        max_seq: int | None = None,
+        impl: Impl = "auto",
+    ) -> Tensor:
+        """Attention of ``x`` to itself. The output has the shape of ``x``.
+
+        Args:
+            x: (batch, length, embed_dim); or (tokens, embed_dim) with ``cu_seq``; or a jagged nested tensor (batch,
+                ragged length, embed_dim), whose output is jagged as well.
+            alpha: replaces the layer's alpha for this call, for instance while it is annealed
+                (:class:`flash_entmax.anneal.AlphaAnnealing`).
+            key_lengths, key_mask: padding of batch rows, as for :func:`flash_entmax.entmax_attention`.
+            cu_seq, max_seq: boundaries (sequences + 1,) and longest length of packed sequences.
+
+        Raises:
+            TypeError, ValueError: for inputs of the wrong type, shape or combination.
+        """
+        if is_jagged(x):
+            if any(option is not None for option in (key_lengths, key_mask, cu_seq, max_seq)):
+                raise ValueError("key_lengths, key_mask, cu_seq and max_seq are for tensors that are not nested")
+            packed = self(x.values(), alpha=alpha, cu_seq=x.offsets(), max_seq=longest_sequence(x), impl=impl)
+            return torch.nested.nested_tensor_from_jagged(packed, x.offsets())
+        self._check_inputs(x, key_lengths, key_mask, cu_seq, max_seq)
+        query, key, value = self._project(x, positions_of(x, cu_seq))
+        options = {
+            "alpha": self.alpha if alpha is None else alpha,
+            "is_causal": self.is_causal,
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "alibi_slopes": alibi_slopes_of(self.position, self.num_heads, x.device),
+            "impl": impl,
+        }
+        if cu_seq is not None:
+            mixed = entmax_attention_varlen(query, key, value, cu_seq, None, max_seq, max_seq, **options)
+        else:
+            query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            mixed = entmax_attention(query, key, value, key_lengths=key_lengths, key_mask=key_mask, **options)
+            mixed = mixed.transpose(1, 2)
+        return self.out(mixed.flatten(-2))
+
+    def _check_inputs(
+        self,
+        x: object,
+        key_lengths: Tensor | None,
+        key_mask: Tensor | None,
+        cu_seq: Tensor | None,
+        max_seq: int | None,
+    ) -> None:
+        width = self.query.in_features
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        refuse_nested("x", x)
+        if (cu_seq is None) != (max_seq is None):
+            raise ValueError(f"cu_seq and max_seq must be given together, got {cu_seq} and {max_seq}")
+        expected = f"(batch, length, {width})" if cu_seq is None else f"(tokens, {width})"
+        if x.dim() != (3 if cu_seq is None else 2) or x.shape[-1] != width:
+            raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
+        if cu_seq is None:
+            return
+        if not (key_lengths is None and key_mask is None):
+            raise ValueError("key_lengths and key_mask are for batch rows: packed sequences have no padding")
+        check_index("cu_seq", cu_seq, x, None)
+        if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
+            raise ValueError(f"cu_seq must have shape (sequences + 1,), got {tuple(cu_seq.shape)}")
+
+    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value (..., length, heads, head_dim), with rotation and temperature applied."""
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
+        )
+        if self.position == "rope":
+            rotation = rotation_of(position, self.head_dim, self.rope_base)
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if self.temperature is not None:
+            query = query * self.temperature(x, position, self.num_heads).to(query.dtype).unsqueeze(-1)
+        return query, key, value
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_key_heads={self.num_key_heads}, head_dim={self.head_dim}, "
+            f"position={self.position!r}, is_causal={self.is_causal}"
+        )
+
+
+def check_heads(embed_dim: int, num_heads: int, num_key_heads: int, head_dim: int | None) -> None:
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_key_heads": num_key_heads}
+    sizes |= {} if head_dim is None else {"head_dim": head_dim}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an integer, got {said(size)}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if num_heads % num_key_heads:
+        raise ValueError(f"num_heads must be a multiple of num_key_heads, got {num_heads} and {num_key_heads}")
+    if head_dim is None and embed_dim % num_heads:
+        raise ValueError(f"embed_dim must be a multiple of num_heads, or head_dim given, got {embed_dim}, {num_heads}")
+
+
+def check_choices(position: str, temperature: str, head_dim: int, num_heads: int) -> None:
+    if position not in POSITIONS:
+        raise ValueError(f"position must be one of {', '.join(map(repr, POSITIONS))}, got {position!r}")
+    if temperature not in TEMPERATURES:
+        raise ValueError(f"temperature must be one of {', '.join(map(repr, TEMPERATURES))}, got {temperature!r}")
+    if position == "rope" and head_dim % 2:
+        raise ValueError(f"position='rope' needs an even head_dim, got {head_dim}")
+    if position == "nape" and num_heads < 2:
+        raise ValueError(f"position='nape' needs at least 2 heads, got {num_heads}")
+    if position == "alibi" and temperature == "adaptive":
+        raise ValueError("temperature='adaptive' is for heads without slopes, and position='alibi' leaves none")

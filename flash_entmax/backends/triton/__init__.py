@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .schedule import tile_size
+from .schedule import tile_size as tile_size
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
 HOMES = {
@@ -26,7 +26,6 @@ HOMES = {
     "loss": "rows",
     "loss_backward": "rows",
 }
-__all__ = ["is_default_for", "obstacle", "tile_size", *HOMES]
 
 
 def obstacle(tensor: Tensor) -> str:

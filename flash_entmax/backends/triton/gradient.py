@@ -59,8 +59,8 @@ class QuerySums(NamedTuple):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_query_kernel(
     query, key, value, value_mean, grad_output, selected, maximum, offset, row_pairs, live, lists, grad_query,
-    grad_parameters, score_options, visibility, heads, group, query_length, key_length, first_unit, units, first_tile, words,
-    capacity, C: tl.constexpr,
+    grad_parameters, score_options, visibility, heads, group, query_length, key_length, first_unit, units, first_tile,
+    words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """dQ, and for the other gradients the pairs of numbers of each query.
 
@@ -160,8 +160,8 @@ class KeyContext(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_key_value_kernel(
-    query, key, value, grad_output, row_pairs, live, lists, grad_key, grad_value, score_options, visibility, heads, group,
-    query_length, key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    query, key, value, grad_output, row_pairs, live, lists, grad_key, grad_value, score_options, visibility, heads,
+    group, query_length, key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys: the sum over the query heads of the group and over their live tiles of queries.
 

@@ -148,8 +148,8 @@ class SupportContext(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def support_kernel(
-    query, key, maximum, offset, live, lists, size, marks, score_options, visibility, heads, group, query_length, key_length,
-    first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    query, key, maximum, offset, live, lists, size, marks, score_options, visibility, heads, group, query_length,
+    key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """Support size of each row, and a mark on each tile that holds a positive probability."""
     TILE: tl.constexpr = C.TILE

@@ -48,8 +48,8 @@ def row_maxima_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def sums_kernel(
-    query, key, maximum, offset, total, weight, lists, score_options, visibility, heads, group, query_length, key_length,
-    first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    query, key, maximum, offset, total, weight, lists, score_options, visibility, heads, group, query_length,
+    key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """F and sum u of each row over the keys that it sees."""
     sizes = Sizes(heads, group, query_length, key_length)
@@ -63,8 +63,8 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def output_at_kernel(
-    query, key, value, maximum, offset, output, lists, score_options, visibility, heads, group, query_length, key_length,
-    first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    query, key, value, maximum, offset, output, lists, score_options, visibility, heads, group, query_length,
+    key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """sum p v of each row over the keys that it sees."""
     sizes = Sizes(heads, group, query_length, key_length)

@@ -37,8 +37,8 @@ class StoredMaxima(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def threshold_kernel(
-    query, key, summary, maxima, maximum, offset, live, lists, sublists, counts, score_options, visibility, heads, group,
-    query_length, key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    query, key, summary, maxima, maximum, offset, live, lists, sublists, counts, score_options, visibility, heads,
+    group, query_length, key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """Stores each row's `maximum` (of the scores; +inf where no key is visible) and `offset`, the list of the tiles
     that may hold support, and their bits in `live`."""

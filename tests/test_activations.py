@@ -194,9 +194,9 @@ def test_rows_that_do_not_fit_in_registers(backend, monkeypatch):
 
     held = list(everything())
     monkeypatch.setattr(row, "MOST_SEGMENTS", 2)
-    monkeypatch.setattr(row, "WARPS", 8)
+    monkeypatch.setattr(row, "WARPS_PER_MULTIPROCESSOR", 8)
     if backend.device == "cuda":
-        monkeypatch.setattr(rows, "programs_with_maxima", lambda x, shape: (8, x.new_empty(8, 11)))
+        monkeypatch.setattr(rows, "programs_with_maxima", lambda x, config: (8, x.new_empty(8, 11)))
     for ours, truth in zip(everything(), held, strict=True):
         # Sums in another order: near alpha 1, the gradient to alpha has terms of hundreds that cancel.
         torch.testing.assert_close(

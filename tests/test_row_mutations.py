@@ -56,14 +56,16 @@ def check_loss() -> None:
 FAULTS = {
     "the certificate is too small": (row_solve, "certify_row", "return ...", "return 0.5 * ...", check_values),
     "a segment's maximum is lost": (
-        row_solve, "scan_row", "return ...", "tl.store(row.maxima + 1, top - 100.0)\nreturn ...", check_values,
+        row_solve, "scan_row", "return ...", "tl.store(row.maxima + 1, maximum - 100.0)\nreturn ...", check_values,
     ),
     "steps go too far": (alpha, "newton_step", "return ...", "return 0.9 * ...", check_values),
     "every row takes the first alpha": (row_solve, "exponent_of", "exponent + row", "exponent", check_values),
-    "the last step is left out": (row_solve, "lifted", "d + lift", "d", check_crowd),
+    "the last step is left out": (row_solve, "final_probability", "d + last_step", "d", check_crowd),
     "u is p in the gradient": (alpha, "weight_of_probability", "return ...", "return p", check_gradient),
-    "ignored rows count": (rows, "class_of", "return ...", "return tl.maximum(own, 0), own == own", check_loss),
-    "smoothing takes a wrong mean": (rows, "mean_of", "return ...", "return top", check_loss),
+    "ignored rows count": (
+        rows, "class_of", "return ...", "return tl.maximum(target_class, 0), counts == counts", check_loss,
+    ),
+    "smoothing takes a wrong mean": (rows, "mean_score", "return ...", "return maximum", check_loss),
 }  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """Activations and losses beside their peers: python benchmarks/rows.py, on a GPU or a CPU.
 
-Rows of 1,024 to 131,072 scores, as many as make 2^26 of them (2^20 on a CPU), all in one process on the same tensors.
-"normal" scores are N(0, 1); "peaked" ones are N(0, 3^2) with one 12 ahead, as a trained model's often are. Beside the
-times stands the worst |sum p - 1| of each way, and for losses the memory at the peak beyond inputs and gradients.
-Medians: on a GPU of the device's time, in a CUDA graph, and beside it of steps as they are called (triton.testing), on
-a CPU of 3 calls.
+Rows have 1,024 to 131,072 scores, 2^26 scores in all (2^20 on a CPU). Every function gets the same tensors, in one
+process. "normal" scores are N(0, 1). "peaked" scores are N(0, 3^2) with one score 12 higher, like those of many trained
+models. Beside the times stands the worst |sum p - 1|, and for losses the peak memory beyond inputs and gradients.
+Times are medians. On a GPU: of the device's time in a CUDA graph, and of steps as they are called (triton.testing).
+On a CPU: of 3 calls.
 
-With --passes instead, in float64 on the CPU: how often, from three starts, the solver of a row looks at it.
+With --passes instead, in float64 on the CPU: how many passes the solver of a row takes from each of three starts.
 """
 
 import argparse
@@ -34,27 +34,27 @@ def scores(kind: str, rows: int, length: int, dtype: torch.dtype, device: str) -
 
 
 def activations(alpha: float, on_cuda: bool) -> dict:
-    ways = {"flash-entmax": lambda x: entmax(x, alpha), "softmax": lambda x: x.softmax(-1)}
+    functions = {"flash-entmax": lambda x: entmax(x, alpha), "softmax": lambda x: x.softmax(-1)}
     try:
         import entmax as package
 
         named = {1.5: package.entmax15, 2.0: package.sparsemax}
-        ways["entmax 1.3"] = named.get(alpha, lambda x: package.entmax_bisect(x, alpha))
+        functions["entmax 1.3"] = named.get(alpha, lambda x: package.entmax_bisect(x, alpha))
     except ImportError:
         print("the package entmax is not installed")
     if on_cuda:
         try:
             import adasplash
 
-            ways["adasplash 0.2.2"] = lambda x: adasplash.triton_entmax(x, alpha=alpha)
-            ways["adasplash 0.2.2, 10 steps"] = lambda x: adasplash.triton_entmax(x, alpha=alpha, n_iter=10)
+            functions["adasplash 0.2.2"] = lambda x: adasplash.triton_entmax(x, alpha=alpha)
+            functions["adasplash 0.2.2, 10 steps"] = lambda x: adasplash.triton_entmax(x, alpha=alpha, n_iter=10)
         except ImportError:
             print("the package adasplash is not installed")
-    return ways
+    return functions
 
 
 def losses(alpha: float) -> dict:
-    ways = {
+    functions = {
         "flash-entmax": lambda x, y: entmax_loss(x, y, alpha),
         "cross entropy": torch.nn.functional.cross_entropy,
     }
@@ -62,15 +62,15 @@ def losses(alpha: float) -> dict:
         import entmax as package
 
         named = {1.5: package.entmax15_loss, 2.0: package.sparsemax_loss}
-        one = named.get(alpha, lambda x, y: package.entmax_bisect_loss(x, y, alpha))
-        ways["entmax 1.3"] = lambda x, y: one(x, y).mean()
+        loss = named.get(alpha, lambda x, y: package.entmax_bisect_loss(x, y, alpha))
+        functions["entmax 1.3"] = lambda x, y: loss(x, y).mean()
     except ImportError:
         pass
-    return ways
+    return functions
 
 
 def median_ms(call, as_called: bool = False) -> float:
-    """On a GPU of the device's time alone, by a CUDA graph; or of the call, where the host may be what takes time."""
+    """On a GPU, the device's time in a CUDA graph; if `as_called`, the time of calls, which the host may limit."""
     if torch.cuda.is_available():
         from triton.testing import do_bench, do_bench_cudagraph
 
@@ -90,13 +90,13 @@ def median_ms(call, as_called: bool = False) -> float:
     return median(times)
 
 
-def measure_activation(way, x: torch.Tensor) -> dict:
+def measure_activation(function, x: torch.Tensor) -> dict:
     leaf, grad = x.detach().requires_grad_(), torch.randn_like(x)
-    off = (way(x).double().sum(-1) - 1).abs().max().item()
+    error = (function(x).double().sum(-1) - 1).abs().max().item()
     with torch.no_grad():
-        forward = median_ms(lambda: way(x))
-    result = {"forward_ms": forward, **step_times(lambda: torch.autograd.grad(way(leaf), leaf, grad))}
-    return {**result, "row_sum_error": off}
+        forward = median_ms(lambda: function(x))
+    result = {"forward_ms": forward, **step_times(lambda: torch.autograd.grad(function(leaf), leaf, grad))}
+    return {**result, "row_sum_error": error}
 
 
 def step_times(step) -> dict:
@@ -106,23 +106,23 @@ def step_times(step) -> dict:
     return times
 
 
-def measure_loss(way, x: torch.Tensor) -> dict:
+def measure_loss(function, x: torch.Tensor) -> dict:
     leaf = x.detach().requires_grad_()
     target = torch.randint(x.shape[1], (x.shape[0],), device=x.device)
-    result = step_times(lambda: torch.autograd.grad(way(leaf, target), leaf))
+    result = step_times(lambda: torch.autograd.grad(function(leaf, target), leaf))
     if x.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        torch.autograd.grad(way(leaf, target), leaf)
+        allocated = torch.cuda.memory_allocated()
+        torch.autograd.grad(function(leaf, target), leaf)
         gradient = x.numel() * x.element_size()
-        result["peak_mib"] = (torch.cuda.max_memory_allocated() - before - gradient) / 2**20
+        result["peak_mib"] = (torch.cuda.max_memory_allocated() - allocated - gradient) / 2**20
     return result
 
 
 @torch.no_grad()
 def passes(z: torch.Tensor, offset: torch.Tensor, alpha: float) -> tuple[float, float]:
-    """Means over rows until F <= 1 + 1e-6: passes, and lengths of the row read if dead segments of 64 are skipped."""
+    """Means over rows: (passes until |F - 1| <= 1e-6, row lengths that they read if dead segments are skipped)."""
     z = z - z.amax(-1, keepdim=True)
     segments = z.unflatten(-1, (-1, 64)).amax(-1)
     count, read = torch.zeros_like(offset), torch.zeros_like(offset)
@@ -144,21 +144,21 @@ def print_passes() -> None:
             found = {"offset 1": [], "histogram of 8 bins": [], "maxima of 64": []}
             for name in DISTRIBUTIONS:
                 z = score_rows(name, length, 8)
-                top = z.amax(-1)
-                maxima = z.unflatten(-1, (-1, 64)).amax(-1)
-                starts = torch.ones_like(top), histogram_offset(z, alpha), certified_offset(maxima, top, alpha)
-                for own, start in zip(found.values(), starts, strict=True):
-                    own.append(passes(z, start, alpha))
+                maximum, maxima = z.amax(-1), z.unflatten(-1, (-1, 64)).amax(-1)
+                starts = torch.ones_like(maximum), histogram_offset(z, alpha), certified_offset(maxima, maximum, alpha)
+                for results, start in zip(found.values(), starts, strict=True):
+                    results.append(passes(z, start, alpha))
             means = (
-                f"{way} {mean(c for c, _ in own):.1f} ({mean(r for _, r in own):.1f})" for way, own in found.items()
+                f"{start} {mean(count for count, _ in results):.1f} ({mean(read for _, read in results):.1f})"
+                for start, results in found.items()
             )
             print(f"alpha {alpha:g}, {length:7} entries: {', '.join(means)}", flush=True)
 
 
-def attempt(measure, way, x) -> dict:
+def attempt(measure, function, x) -> dict:
     try:
-        return measure(way, x)
-    except Exception as error:  # a peer that cannot run a case is listed with its reason
+        return measure(function, x)
+    except Exception as error:  # the report gives the reason why a peer cannot run a case
         return {"cannot": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]}
 
 
@@ -181,14 +181,14 @@ def main() -> None:
     parser.add_argument("--alphas", nargs="+", type=float, default=[1.5])
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--kinds", nargs="+", choices=("normal", "peaked"), default=("normal", "peaked"))
-    parser.add_argument("--passes", action="store_true", help="how often a row is looked at, from three starts")
+    parser.add_argument("--passes", action="store_true", help="count passes over a row from three starts")
     options = parser.parse_args()
     if options.passes:
         print_passes()
         return
     on_cuda = torch.cuda.is_available()
     device, dtypes = ("cuda", (torch.bfloat16, torch.float32)) if on_cuda else ("cpu", (torch.float32,))
-    numbers = 2**26 if on_cuda else 2**20
+    count = 2**26 if on_cuda else 2**20  # scores in all
     name = torch.cuda.get_device_name() if on_cuda else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}, flash-entmax {__version__}, torch {torch.__version__}")
     conditions = {"device": name, "torch": torch.__version__, "flash_entmax": __version__}
@@ -198,17 +198,17 @@ def main() -> None:
         for dtype in dtypes:
             for kind in options.kinds:
                 for length in options.lengths:
-                    x = scores(kind, max(1, numbers // length), length, dtype, device)
+                    x = scores(kind, max(1, count // length), length, dtype, device)
                     size = f"{x.shape[0]} x {length}, {str(dtype).removeprefix('torch.')}, {kind}, alpha {alpha:g}"
-                    for task, ways, measure in (
+                    for task, functions, measure in (
                         ("activation", activations(alpha, on_cuda), measure_activation),
                         ("loss", losses(alpha), measure_loss),
                     ):
                         print(f"{task}, {size}")
-                        for who, way in ways.items():
-                            result = attempt(measure, way, x)
-                            print(f"    {who:26} {shown(result)}", flush=True)
-                            results.append({"task": task, "size": size, "way": who, **result})
+                        for peer, function in functions.items():
+                            result = attempt(measure, function, x)
+                            print(f"    {peer:26} {shown(result)}", flush=True)
+                            results.append({"task": task, "size": size, "way": peer, **result})
                     options.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))
 
 

@@ -20,32 +20,31 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
 
         p_j = [(alpha - 1) x_j - tau]_+ ^ (1 / (alpha - 1)),   with tau such that sum_j p_j = 1
 
-    On a GPU one kernel reads each row whole once, and again only those parts of it that can hold support.
+    On a GPU one kernel reads each row whole once. Then it reads only those parts of the row that can hold support.
 
     Args:
         x: scores of any shape; float16, bfloat16, float32 or float64; or a jagged nested tensor (batch, ragged, ...),
-            along a dimension after the ragged one. -inf masks an entry: its probability and gradient
-            are 0; where all entries are masked, all probabilities are 0. NaN and +inf make their row NaN.
+            along a dimension after the ragged one. -inf masks an entry: its probability and gradient are 0. Where all
+            entries are masked, all probabilities are 0. NaN and +inf make their row NaN.
         alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax. A tensor gets its exact
-            gradient; it must broadcast to the shape of ``x`` with extent 1 at ``dim``: scalar, or (heads, 1, 1) for
-            scores (batch, heads, queries, keys). It is clamped to [1.01, 2], with gradient 0 outside. (On a CPU, rows
-            of each value are computed together: thousands of different ones take long.) In float32 the relative
-            rounding of a probability is about 2^-24 / (alpha - 1), so a number below 1.01 loses digits.
-        dim: which dimension sums to 1. Any but the last of a contiguous tensor is copied to rows first.
+            gradient. It must broadcast to the shape of ``x`` with size 1 at ``dim``: scalar, or (heads, 1, 1) for
+            scores (batch, heads, queries, keys). It is clamped to [1.01, 2], with gradient 0 outside. (A CPU takes the
+            rows of one alpha at a time: thousands of different alphas take long.) In float32 the relative rounding of
+            a probability is about 2^-24 / (alpha - 1), so a number below 1.01 loses digits.
+        dim: the dimension that sums to 1. Any but the last of a contiguous tensor is copied to rows first.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (any device, any dtype) or
             ``"auto"``: Triton where it can run, else torch. An explicit choice never falls back.
 
     Returns:
-        Probabilities in the shape and dtype of ``x``; arithmetic is in float32 (float64 for float64). Second
-        derivatives are refused. In float16, probabilities below 6e-8 are lost, and with them the gradient that they
-        have where alpha is above 1.5.
+        Probabilities in the shape and dtype of ``x``. Arithmetic is in float32 (float64 for float64). Second
+        derivatives are refused. In float16, probabilities below 6e-8 are lost. Above alpha 1.5 that loses a gradient.
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor, ``alpha`` neither a number nor a floating-point tensor.
         ValueError: ``alpha``, ``dim`` or ``impl`` out of range, or shapes and devices that do not fit.
     """
     if is_jagged(x):
-        return entmax_of_values(x, alpha, dim, impl)
+        return entmax_of_jagged(x, alpha, dim, impl)
     check_scores(x, dim)
     check_alpha(alpha, x, dim)
     impl = choose(x, impl)
@@ -54,19 +53,19 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
             return softmax(x, dim)
     if x.numel() == 0:
         return x.clone()
-    moved = x.movedim(dim, -1)
+    rows = x.movedim(dim, -1)
     alphas, number = None, 1.5
     if isinstance(alpha, Tensor):
         alphas = clamped(alpha.to(row_dtype(x)), ALPHAS).expand(reduced_shape(x, dim)).movedim(dim, -1).reshape(-1)
         alphas = alphas.contiguous()
     else:
         number = float(alpha)
-    p = row_ops.entmax(moved.reshape(-1, moved.shape[-1]).contiguous(), alphas, number, impl)
-    return p.view(moved.shape).movedim(-1, dim)
+    p = row_ops.entmax(rows.reshape(-1, rows.shape[-1]).contiguous(), alphas, number, impl)
+    return p.view(rows.shape).movedim(-1, dim)
 
 
-def entmax_of_values(x: Tensor, alpha: float | Tensor, dim: int, impl: Impl) -> Tensor:
-    """A nested tensor, (batch, ragged, ...), along a dimension after the ragged one."""
+def entmax_of_jagged(x: Tensor, alpha: float | Tensor, dim: int, impl: Impl) -> Tensor:
+    """Entmax of a nested tensor (batch, ragged, ...), along a dimension after the ragged one."""
     check_dim(dim, x.dim())
     if dim % x.dim() < 2:
         raise ValueError(f"dim of a nested tensor must be after the ragged one, from 2 to {x.dim() - 1}, got {dim}")
@@ -85,10 +84,10 @@ def entmax15(x: Tensor, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
 
 
 def softmax(x: Tensor, dim: int) -> Tensor:
-    """The limit alpha = 1, with zeros where every entry is masked, and gradient 0 of each that is."""
+    """The limit alpha = 1. A masked entry has gradient 0; where every entry is masked, all probabilities are 0."""
     masked = x == -torch.inf
-    blind = masked.all(dim, keepdim=True)
-    return x.masked_fill(masked, -torch.inf).masked_fill(blind, 0.0).softmax(dim).masked_fill(blind, 0.0)
+    all_masked = masked.all(dim, keepdim=True)
+    return x.masked_fill(masked, -torch.inf).masked_fill(all_masked, 0.0).softmax(dim).masked_fill(all_masked, 0.0)
 
 
 def check_scores(x: Tensor, dim: int, name: str = "x") -> None:
@@ -102,11 +101,11 @@ def check_scores(x: Tensor, dim: int, name: str = "x") -> None:
     check_dim(dim, x.dim(), f" for shape {tuple(x.shape)}")
 
 
-def check_dim(dim: int, count: int, of: str = "") -> None:
+def check_dim(dim: int, count: int, suffix: str = "") -> None:
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim must be an integer, got {dim!r}")
     if not -count <= dim < count:
-        raise ValueError(f"dim must be from {-count} to {count - 1}{of}, got {dim}")
+        raise ValueError(f"dim must be from {-count} to {count - 1}{suffix}, got {dim}")
 
 
 def check_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> None:
@@ -134,7 +133,7 @@ def check_alpha_number(alpha: float, accepted: str = "a number") -> None:
 
 
 def reduced_shape(x: Tensor, dim: int) -> torch.Size:
-    """The shape of x with extent 1 at dim."""
+    """The shape of x with size 1 at dim."""
     shape = list(x.shape)
     shape[dim] = 1
     return torch.Size(shape)

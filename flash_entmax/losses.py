@@ -2,8 +2,8 @@
 
     L(x; q) = Omega*(x) + Omega(q) - q . x        Omega(p) = (sum p^alpha - 1) / (alpha (alpha - 1))
 
-It is 0 exactly where entmax(x) equals the target q, and its gradient in x is entmax(x) - q: zero for all classes that
-have no probability. A class can win for good: once it is ahead by 1 / (alpha - 1), the loss is exactly 0.
+It is 0 exactly where entmax(x) equals the target q. Its gradient in x is entmax(x) - q: zero for every class that has
+no probability. A class can win for good: once it is ahead by 1 / (alpha - 1), the loss is exactly 0.
 """
 
 import torch
@@ -31,8 +31,8 @@ def entmax_loss(
 ) -> Tensor:
     """The loss whose prediction is entmax, in place of ``torch.nn.functional.cross_entropy``.
 
-    Beside ``input``, ``target`` and the gradient, nothing of their size is kept: the forward pass keeps three numbers
-    for each row, from which the backward pass computes the probabilities again.
+    Beside ``input``, ``target`` and the gradient, nothing of their size is kept. The forward pass keeps three numbers
+    for each row. From them the backward pass computes the probabilities again.
 
     Args:
         input: scores, (classes,), (N, classes) or (N, classes, d1, ...); float16, bfloat16, float32 or float64. -inf
@@ -41,12 +41,12 @@ def entmax_loss(
             a floating-point type, each summing to 1, not differentiated.
         alpha: above 1, up to 2. 2 is the sparsemax loss. (1 is ``torch.nn.functional.cross_entropy``.) In float32 the
             relative rounding of a probability is about 2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
-        ignore_index: rows with this target count for nothing, whatever their scores are, and get gradient 0, whatever
+        ignore_index: rows with this target count for nothing, whatever their scores are. They get gradient 0, whatever
             the incoming gradient is. Not for probabilities.
         reduction: ``"mean"`` over the rows that are not ignored (NaN, with gradient 0, if there are none), ``"sum"`` or
             ``"none"``.
-        label_smoothing: from 0 to 1: the target becomes ``(1 - s) * target + s / classes``. The loss stays that of
-            this mixed target, and is 0 where entmax equals it; ``cross_entropy`` would add the mixture's entropy.
+        label_smoothing: from 0 to 1: the target becomes ``(1 - s) * target + s / classes``. The loss is that of this
+            mixed target, and is 0 where entmax equals it. ``cross_entropy`` would add the mixture's entropy.
         impl: as for :func:`flash_entmax.entmax`.
 
     Returns:
@@ -66,16 +66,16 @@ def entmax_loss(
     shape, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1]).contiguous()
     count = rows.shape[0]
     if target.is_floating_point():
-        aim = target.detach().movedim(class_dim, -1).reshape(rows.shape).contiguous()
+        row_target = target.detach().movedim(class_dim, -1).reshape(rows.shape).contiguous()
     else:
-        aim = target.reshape(-1).contiguous()
-        count = (aim != ignore_index).sum()
-    losses, _ = row_ops.loss(rows, aim, ignore_index, float(label_smoothing), float(alpha), impl)
+        row_target = target.reshape(-1).contiguous()
+        count = (row_target != ignore_index).sum()
+    losses, _ = row_ops.loss(rows, row_target, ignore_index, float(label_smoothing), float(alpha), impl)
     if target.is_floating_point():
-        losses = losses + entropy_of(aim, float(alpha), label_smoothing, losses.dtype)
+        losses = losses + entropy_of(row_target, float(alpha), label_smoothing, losses.dtype)
     if reduction == "none":
         return losses.view(shape)
-    return losses.sum() if reduction == "sum" else mean_of(losses.sum(), count)
+    return losses.sum() if reduction == "sum" else divide_by_count(losses.sum(), count)
 
 
 def sparsemax_loss(input: Tensor, target: Tensor, **options) -> Tensor:
@@ -102,10 +102,11 @@ def linear_entmax_loss(
 ) -> Tensor:
     """``entmax_loss(linear(hidden, weight, bias), target)`` with the logits of only some tokens at a time.
 
-    For 16,384 tokens and 131,072 classes, bfloat16 logits and their gradient would take 8 GiB; here they take up to
-    256 MiB, beside the weight's gradient in float32. Gradients are computed along with the loss, chunk by chunk: each
-    chunk's logits are made once. Rows that are ignored count for nothing, whatever their ``hidden`` holds, and get
-    gradient 0, whatever the incoming gradient is; where no row counts, so do ``weight`` and ``bias``.
+    For 16,384 tokens and 131,072 classes, bfloat16 logits and their gradient would take 8 GiB. Here they take up to
+    256 MiB, beside the weight's gradient in float32. Gradients are computed along with the loss, chunk by chunk, so
+    each chunk's logits are computed once. Rows that are ignored count for nothing, whatever their ``hidden`` holds.
+    They get gradient 0, whatever the incoming gradient is. Where every row is ignored, ``weight`` and ``bias`` get
+    gradient 0 too.
 
     Args:
         hidden: (..., size); float16, bfloat16, float32 or float64.
@@ -133,23 +134,23 @@ def linear_entmax_loss(
     impl = choose(hidden, impl)
     scalars = ignore_index, float(label_smoothing), float(alpha), impl
     total, *_ = linear_loss(rows, weight, bias, classes, False, False, False, *scalars)
-    return total if reduction == "sum" else mean_of(total, (classes != ignore_index).sum())
+    return total if reduction == "sum" else divide_by_count(total, (classes != ignore_index).sum())
 
 
-def mean_of(total: Tensor, count: int | Tensor) -> Tensor:
-    """NaN over no rows, with derivatives of 0."""
+def divide_by_count(total: Tensor, count: int | Tensor) -> Tensor:
+    """total / count; NaN with derivatives of 0 where count is 0."""
     if isinstance(count, Tensor):
         return torch.where(count == 0, torch.nan, total / count.clamp_min(1))
     return total / count if count else total * 0.0 + torch.nan
 
 
 @torch.no_grad()
-def entropy_of(aim: Tensor, alpha: float, smoothing: float, dtype: torch.dtype) -> Tensor:
-    """(rows,) Omega of probabilities, mixed with the uniform distribution."""
-    mixed = aim.to(dtype)
+def entropy_of(target: Tensor, alpha: float, smoothing: float, dtype: torch.dtype) -> Tensor:
+    """(rows,) Omega of probabilities (rows, classes), mixed with the uniform distribution."""
+    q = target.to(dtype)
     if smoothing:
-        mixed = (1.0 - smoothing) * mixed + smoothing / aim.shape[1]
-    return (mixed.pow(alpha).sum(-1) - 1.0) / (alpha * (alpha - 1.0))
+        q = (1.0 - smoothing) * q + smoothing / target.shape[1]
+    return (q.pow(alpha).sum(-1) - 1.0) / (alpha * (alpha - 1.0))
 
 
 def check_options(alpha: float, ignore_index: int, reduction: str, label_smoothing: float) -> None:

@@ -73,21 +73,22 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
 
 def compile_rows(capability: int, dtype: torch.dtype, size: int, alpha: float) -> None:
     driver.set_active(AbsentGpu(capability))
-    from flash_entmax.backends.torch.rows import Target
     from flash_entmax.backends.triton import rows
+    from flash_entmax.core.loss import LossOptions
 
-    def compile_only(kernel, programs, shape, *arguments):
-        compiled = kernel.warmup(*arguments, grid=(1,), S=shape, num_warps=shape.warps)
+    def compile_only(kernel, programs, config, *arguments):
+        compiled = kernel.warmup(*arguments, grid=(1,), C=config, num_warps=config.warps)
         print(kernel.fn.__name__, compiled.metadata.shared)
 
     rows.launch = compile_only
     x, alphas = torch.empty(8, size, dtype=dtype), torch.full((8,), alpha)
-    for of_row in (None, alphas):
-        rows.entmax(x, of_row, alpha)
-        rows.entmax_backward(x, x, of_row, alpha, of_row is not None)
-    for target in (Target(torch.zeros(8, dtype=torch.int64), -100, 0.1), Target(x, -100, 0.0)):
-        losses, state = rows.loss(x, target, alpha)
-        rows.loss_backward(losses, x, target, state, alpha)
+    for row_alphas in (None, alphas):
+        rows.entmax(x, row_alphas, alpha)
+        rows.entmax_backward(x, x, row_alphas, alpha, row_alphas is not None)
+    for target, smoothing in ((torch.zeros(8, dtype=torch.int64), 0.1), (x, 0.0)):
+        loss_options = LossOptions(-100, smoothing, alpha)
+        losses, state = rows.loss(x, target, loss_options)
+        rows.loss_backward(losses, x, target, state, loss_options)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ def test_values_and_gradients(backend, alpha):
             assert p.shape == x.shape
             truth = exact(x.double(), alpha)
             assert_within_budget(p, truth, truth.to(dtype), name=f"probability of {shape}")
-            (of_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), x, grad)
-            (true_of_x,) = gradients(lambda x: exact(x, alpha), x.double(), grad.double())
+            (grad_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), x, grad)
+            (true_grad_x,) = gradients(lambda x: exact(x, alpha), x.double(), grad.double())
             dense = exact(x.double(), alpha).to(dtype)
             (rounded,) = dense_gradient(dense, grad, alpha)
-            assert_within_budget(of_x, true_of_x, rounded, name=f"gradient of {shape}")
+            assert_within_budget(grad_x, true_grad_x, rounded, name=f"gradient of {shape}")
 
 
 def dense_gradient(p, grad, alpha):
@@ -95,17 +95,17 @@ def test_a_learned_alpha(backend, shape):
     x, grad = scores(backend, 2, 3, 5, 40), scores(backend, 2, 3, 5, 40, seed=1)
     generator = torch.Generator().manual_seed(2)
     alpha = (1.1 + 0.9 * torch.rand(shape, generator=generator)).to(backend.device)
-    of_x, of_alpha = gradients(lambda x, alpha: entmax(x, alpha, impl=backend.impl), x, grad, alpha)
+    grad_x, grad_alpha = gradients(lambda x, alpha: entmax(x, alpha, impl=backend.impl), x, grad, alpha)
 
     def by_row(x, alpha):
         alphas = alpha.expand(2, 3, 5, 1).reshape(-1)
         rows = [exact(row, a) for row, a in zip(x.reshape(-1, 40), alphas, strict=True)]
         return torch.stack(rows).view(x.shape)
 
-    true_of_x, true_of_alpha = gradients(by_row, x.double(), grad.double(), alpha.double())
-    assert of_alpha.shape == alpha.shape
-    torch.testing.assert_close(of_x.double(), true_of_x, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(of_alpha.double(), true_of_alpha, rtol=1e-4, atol=2e-4)
+    true_grad_x, true_grad_alpha = gradients(by_row, x.double(), grad.double(), alpha.double())
+    assert grad_alpha.shape == alpha.shape
+    torch.testing.assert_close(grad_x.double(), true_grad_x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_alpha.double(), true_grad_alpha, rtol=1e-4, atol=2e-4)
 
 
 def test_alpha_is_clamped(backend):
@@ -127,11 +127,11 @@ def test_masked_entries(backend, alpha):
     masked = x.masked_fill(hidden, -torch.inf)
     masked[3] = -torch.inf
     p = entmax(masked, alpha, impl=backend.impl)
-    (of_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), masked, grad)
+    (grad_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), masked, grad)
     assert (p[3] == 0).all()
-    assert (of_x[3] == 0).all()
+    assert (grad_x[3] == 0).all()
     assert (p[:, hidden] == 0).all()
-    assert (of_x[:, hidden] == 0).all()
+    assert (grad_x[:, hidden] == 0).all()
     without = x[:3][:, ~hidden]
     torch.testing.assert_close(p[:3][:, ~hidden], entmax(without, alpha, impl=backend.impl), rtol=1e-5, atol=1e-7)
 
@@ -145,10 +145,10 @@ def test_the_gradient_of_a_masked_entry_is_selected(backend, alpha, bad):
     masked[2] = -torch.inf
     grad = torch.ones_like(masked)
     grad[0], grad[1, hidden], grad[2] = bad, bad, bad
-    (of_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), masked, grad)
-    assert (of_x[:, hidden] == 0).all()
-    assert (of_x[2] == 0).all()
-    assert not of_x[0].isfinite().all(), "what counts is scaled"
+    (grad_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), masked, grad)
+    assert (grad_x[:, hidden] == 0).all()
+    assert (grad_x[2] == 0).all()
+    assert not grad_x[0].isfinite().all(), "what counts is scaled"
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -158,9 +158,9 @@ def test_bad_scores_spoil_their_row(backend, bad):
     p = entmax(x, impl=backend.impl)
     assert p[1].isnan().all()
     for alpha in ALPHAS:
-        (of_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), x, torch.ones_like(x))  # noqa: B023
-        assert of_x[1].isnan().all()
-        assert of_x[[0, 2]].isfinite().all()
+        (grad_x,) = gradients(lambda x: entmax(x, alpha, impl=backend.impl), x, torch.ones_like(x))  # noqa: B023
+        assert grad_x[1].isnan().all()
+        assert grad_x[[0, 2]].isfinite().all()
     assert torch.equal(p[[0, 2]], entmax(x[[0, 2]], impl=backend.impl))
 
 
@@ -194,9 +194,9 @@ def test_rows_that_do_not_fit_in_registers(backend, monkeypatch):
 
     held = list(everything())
     monkeypatch.setattr(row, "MOST_SEGMENTS", 2)
-    monkeypatch.setattr(row, "WARPS", 8)
+    monkeypatch.setattr(row, "WARPS_PER_MULTIPROCESSOR", 8)
     if backend.device == "cuda":
-        monkeypatch.setattr(rows, "programs_with_maxima", lambda x, shape: (8, x.new_empty(8, 11)))
+        monkeypatch.setattr(rows, "programs_with_maxima", lambda x, config: (8, x.new_empty(8, 11)))
     for ours, truth in zip(everything(), held, strict=True):
         # Sums in another order: near alpha 1, the gradient to alpha has terms of hundreds that cancel.
         torch.testing.assert_close(
@@ -249,9 +249,9 @@ def test_compiled(backend):
 
 def test_a_second_derivative_is_refused(backend):
     x = scores(backend, 2, 9).requires_grad_()
-    (of_x,) = torch.autograd.grad(entmax(x, impl=backend.impl).square().sum(), x, create_graph=True)
+    (grad_x,) = torch.autograd.grad(entmax(x, impl=backend.impl).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="flash_entmax::entmax has no second derivative"):
-        of_x.sum().backward()
+        grad_x.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,11 @@ def test_an_ignored_token_counts_for_nothing(backend, bad):
     assert loss == clean
     for one, other in zip(torch.autograd.grad(loss, leaves, retain_graph=True), expected, strict=True):
         assert torch.equal(one, other)
-    of_hidden, of_weight, of_bias = torch.autograd.grad(bad * loss, leaves)
-    assert (of_hidden[5] == 0).all()
-    assert not of_hidden[0].isfinite().all(), "what counts is scaled"
-    assert not of_weight.isfinite().all()
-    assert not of_bias.isfinite().all()
+    grad_hidden, grad_weight, grad_bias = torch.autograd.grad(bad * loss, leaves)
+    assert (grad_hidden[5] == 0).all()
+    assert not grad_hidden[0].isfinite().all(), "what counts is scaled"
+    assert not grad_weight.isfinite().all()
+    assert not grad_bias.isfinite().all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

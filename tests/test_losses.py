@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from flash_entmax import entmax, entmax15_loss, entmax_loss, sparsemax_loss
 from flash_entmax.backends.reference import entmax_rows
-from flash_entmax.backends.torch.rows import smoothed_entropy
+from flash_entmax.core.loss import smoothed_entropy
 from flash_entmax.nn import EntmaxLoss
 from flash_entmax.testing import assert_within_budget, poisoned
 
@@ -54,12 +54,12 @@ def test_against_the_definition(backend, alpha, smoothing):
         for count in (1, 5, 100, backend.sizes(9000, 20_000, 131_072)):
             x, target = scores(backend, 4, count, dtype=dtype), classes(backend, count, 4)
             options = {"reduction": "none", "label_smoothing": smoothing, "impl": backend.impl}
-            value, of_x = value_and_gradient(lambda x: entmax_loss(x, target, alpha, **options), x)  # noqa: B023
+            value, grad_x = value_and_gradient(lambda x: entmax_loss(x, target, alpha, **options), x)  # noqa: B023
             q = one_hot(target, count, smoothing)
-            truth, true_of_x = value_and_gradient(lambda x: definition(x, q, alpha), x.double())  # noqa: B023
+            truth, true_grad_x = value_and_gradient(lambda x: definition(x, q, alpha), x.double())  # noqa: B023
             assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=4e-6)
-            assert_within_budget(of_x, true_of_x, true_of_x.to(dtype), name=f"gradient of {count}", magnitude=1.0)
+            assert_within_budget(grad_x, true_grad_x, true_grad_x.to(dtype), name=f"gradient of {count}", magnitude=1.0)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -91,9 +91,9 @@ def test_zero_exactly_where_the_class_is_far_ahead(backend):
     for lead, is_zero in ((2.5, True), (1.5, False)):
         x = torch.zeros(1, 40, device=backend.device)
         x[0, 0] = lead
-        value, of_x = value_and_gradient(lambda x: entmax_loss(x, target, impl=backend.impl), x)
+        value, grad_x = value_and_gradient(lambda x: entmax_loss(x, target, impl=backend.impl), x)
         assert (value == 0) == is_zero
-        assert (of_x == 0).all() == is_zero
+        assert (grad_x == 0).all() == is_zero
 
 
 def test_ignored_rows_and_reductions(backend):
@@ -147,11 +147,11 @@ def test_shapes_are_those_of_cross_entropy(backend, shape):
     x = scores(backend, *shape)
     of_class = 0 if len(shape) == 1 else 1
     target = classes(backend, 7, *shape[:of_class], *shape[of_class + 1 :])
-    value, of_x = value_and_gradient(lambda x: entmax_loss(x, target, reduction="none", impl=backend.impl), x)
+    value, grad_x = value_and_gradient(lambda x: entmax_loss(x, target, reduction="none", impl=backend.impl), x)
     assert value.shape == cross_entropy(x, target, reduction="none").shape
     p = entmax(x, dim=of_class, impl=backend.impl)
     q = torch.nn.functional.one_hot(target, 7).movedim(-1, of_class)
-    torch.testing.assert_close(of_x, p - q, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad_x, p - q, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
@@ -160,11 +160,11 @@ def test_targets_that_are_probabilities(backend, alpha, smoothing):
     x = scores(backend, 4, 50)
     q = entmax(scores(backend, 4, 50, seed=1), 1.5)
     options = {"reduction": "none", "label_smoothing": smoothing, "impl": backend.impl}
-    value, of_x = value_and_gradient(lambda x: entmax_loss(x, q, alpha, **options), x)
+    value, grad_x = value_and_gradient(lambda x: entmax_loss(x, q, alpha, **options), x)
     mixed = (1 - smoothing) * q.double() + smoothing / 50
-    truth, true_of_x = value_and_gradient(lambda x: definition(x, mixed, alpha), x.double())
+    truth, true_grad_x = value_and_gradient(lambda x: definition(x, mixed, alpha), x.double())
     torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(of_x.double(), true_of_x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_x.double(), true_grad_x, rtol=1e-5, atol=1e-5)
 
 
 def test_probabilities_far_from_zero(backend):
@@ -184,12 +184,12 @@ def test_probabilities_far_from_zero(backend):
 def test_the_loss_of_its_own_prediction_is_zero(backend):
     x = scores(backend, 4, 50)
     for alpha in ALPHAS:
-        value, of_x = value_and_gradient(
+        value, grad_x = value_and_gradient(
             lambda x: entmax_loss(x, entmax(x.detach(), alpha), alpha, reduction="none", impl=backend.impl),  # noqa: B023
             x,
         )
         torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=2e-6)
-        torch.testing.assert_close(of_x, torch.zeros_like(of_x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(grad_x, torch.zeros_like(grad_x), rtol=0, atol=1e-6)
 
 
 def test_smoothing_is_a_mixed_target(backend):
@@ -207,11 +207,11 @@ def test_masked_classes(backend):
     """-inf takes a class out; as the target it costs inf, and its gradient still pulls it up."""
     x, target = scores(backend, 2, 30), torch.tensor([4, 5], device=backend.device)
     hidden = x.masked_fill(torch.arange(30, device=backend.device) % 2 == 1, -torch.inf)
-    value, of_x = value_and_gradient(lambda x: entmax_loss(x, target, reduction="none", impl=backend.impl), hidden)
+    value, grad_x = value_and_gradient(lambda x: entmax_loss(x, target, reduction="none", impl=backend.impl), hidden)
     without = entmax_loss(x[:1, ::2], target[:1] // 2, reduction="none", impl=backend.impl)
     torch.testing.assert_close(value[:1], without, rtol=1e-5, atol=1e-6)
     assert value[1] == torch.inf
-    assert of_x[1, 5] == -1
+    assert grad_x[1, 5] == -1
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -221,12 +221,12 @@ def test_the_gradient_of_a_masked_class_is_selected(backend, of_classes, bad):
     masked = torch.arange(30, device=backend.device) % 2 == 1
     x = scores(backend, 2, 30).masked_fill(masked, -torch.inf).requires_grad_()
     target = torch.tensor([4, 5], device=backend.device)
-    aim = target if of_classes else torch.nn.functional.one_hot(target, 30).float()
-    loss = entmax_loss(x, aim, reduction="none", impl=backend.impl)
-    (of_x,) = torch.autograd.grad(loss, x, torch.full_like(loss, bad))
-    assert (of_x[0, masked] == 0).all()
-    assert not of_x[0, 4].isfinite(), "what counts is scaled"
-    assert not of_x[1, 5].isfinite()
+    target = target if of_classes else torch.nn.functional.one_hot(target, 30).float()
+    loss = entmax_loss(x, target, reduction="none", impl=backend.impl)
+    (grad_x,) = torch.autograd.grad(loss, x, torch.full_like(loss, bad))
+    assert (grad_x[0, masked] == 0).all()
+    assert not grad_x[0, 4].isfinite(), "what counts is scaled"
+    assert not grad_x[1, 5].isfinite()
 
 
 def test_nothing_of_the_size_of_the_input_is_kept(backend):
@@ -262,9 +262,9 @@ def test_all_of_the_memory_is_written(backend):
 
 
 def test_operators(backend):
-    x, target = scores(backend, 3, 33), classes(backend, 33, 3)
-    for aim in (target, x.softmax(-1)):
-        arguments = x.clone().requires_grad_(), aim, -100, 0.0, 1.5, backend.impl
+    x = scores(backend, 3, 33)
+    for target in (x.softmax(-1), classes(backend, 33, 3)):
+        arguments = x.clone().requires_grad_(), target, -100, 0.0, 1.5, backend.impl
         torch.library.opcheck(torch.ops.flash_entmax.loss.default, arguments)
     _, state = torch.ops.flash_entmax.loss(x, target, -100, 0.1, 1.5, backend.impl)
     arguments = torch.ones(3, device=backend.device), x, target, state, -100, 0.1, 1.5, backend.impl

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import HAS_CUDA
+from mutants import Mutant, plant
 from test_losses import definition, one_hot, value_and_gradient
 
 from flash_entmax import entmax, entmax_loss
@@ -13,56 +14,7 @@ from flash_entmax.backends.reference import entmax_rows
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
-import triton
-import triton.language as tl
-
-from flash_entmax.backends.triton import alpha, rows
-from flash_entmax.backends.triton import row_solve as row
-
-certify_row, scan_row, exponent_of = row.certify_row, row.scan_row, row.exponent_of
-
-
-@triton.jit
-def the_certificate_falls_short(row, top, slope, exponent, S):  # noqa: N803
-    return 0.5 * certify_row(row, top, slope, exponent, S)
-
-
-@triton.jit
-def each_program_keeps_its_first_maxima(row, S):  # noqa: N803
-    top = scan_row(row, S)
-    tl.store(row.maxima + 1, top - 100.0)
-    return top
-
-
-@triton.jit
-def nothing_is_lifted(d, lift, exponent, S):  # noqa: N803
-    return alpha.probability(d, exponent, S.POWER)
-
-
-@triton.jit
-def every_row_has_the_first_alpha(exponent, row, S):  # noqa: N803
-    return tl.load(exponent) if S.PER_ROW else exponent
-
-
-@triton.jit
-def no_row_is_ignored(classes, row, ignored, S):  # noqa: N803
-    aim = tl.load(classes + row)
-    return tl.maximum(aim, 0), aim == aim
-
-
-@triton.jit
-def the_mean_is_of_the_scores(row, top, S):  # noqa: N803
-    return top
-
-
-@triton.jit
-def u_is_p(p, exponent, POWER):  # noqa: N803
-    return p
-
-
-@triton.jit
-def steps_undershoot(offset, total, weight, exponent):
-    return 0.9 * alpha.newton_step(offset, total, weight, exponent)
+from flash_entmax.backends.triton import alpha, row_solve, rows
 
 
 def check_values() -> None:
@@ -102,19 +54,23 @@ def check_loss() -> None:
 
 
 FAULTS = {
-    "the certificate is too small": ("certify_row", the_certificate_falls_short, check_values),
-    "a segment's maximum is lost": ("scan_row", each_program_keeps_its_first_maxima, check_values),
-    "steps go too far": ("newton_step", steps_undershoot, check_values),
-    "every row takes the first alpha": ("exponent_of", every_row_has_the_first_alpha, check_values),
-    "the last step is left out": ("lifted", nothing_is_lifted, check_crowd),
-    "u is p in the gradient": ("weight_of_probability", u_is_p, check_gradient),
-    "ignored rows count": ("class_of", no_row_is_ignored, check_loss),
-    "smoothing takes a wrong mean": ("mean_of", the_mean_is_of_the_scores, check_loss),
-}
+    "the certificate is too small": (row_solve, "certify_row", "return ...", "return 0.5 * ...", check_values),
+    "a segment's maximum is lost": (
+        row_solve, "scan_row", "return ...", "tl.store(row.maxima + 1, maximum - 100.0)\nreturn ...", check_values,
+    ),
+    "steps go too far": (alpha, "newton_step", "return ...", "return 0.9 * ...", check_values),
+    "every row takes the first alpha": (row_solve, "exponent_of", "exponent + row", "exponent", check_values),
+    "the last step is left out": (row_solve, "final_probability", "d + last_step", "d", check_crowd),
+    "u is p in the gradient": (alpha, "weight_of_probability", "return ...", "return p", check_gradient),
+    "ignored rows count": (
+        rows, "class_of", "return ...", "return tl.maximum(target_class, 0), counts == counts", check_loss,
+    ),
+    "smoothing takes a wrong mean": (rows, "mean_score", "return ...", "return maximum", check_loss),
+}  # fmt: skip
 
 
 CASES = [(None, check) for check in (check_values, check_gradient, check_crowd, check_loss)]
-CASES += [(name, check) for name, (_, _, check) in FAULTS.items()]
+CASES += [(name, check) for name, (*_, check) in FAULTS.items()]
 SPANS = [None, 2]  # segments together: as shipped, where rows this short are held in registers, and so few that none is
 
 
@@ -126,15 +82,13 @@ def meaningful(fault, check, segments) -> bool:
 @pytest.mark.parametrize(
     ("fault", "check", "segments"), [(*case, few) for case in CASES for few in SPANS if meaningful(*case, few)]
 )
-def test_row_faults_are_seen(fault, check, segments, monkeypatch):
+def test_row_faults_are_seen(fault, check, segments, monkeypatch, tmp_path):
     if segments is not None:
-        monkeypatch.setattr(row, "MOST_SEGMENTS", segments)
+        monkeypatch.setattr(row_solve, "MOST_SEGMENTS", segments)
     if fault is None:
         check()
         return
-    name, mutant, _ = FAULTS[fault]
-    for module in (row, rows):
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, mutant)
+    *mutant, _ = FAULTS[fault]
+    plant(Mutant(*mutant), monkeypatch, tmp_path)
     with pytest.raises(AssertionError):
         check()

@@ -10,6 +10,7 @@ from typing import Literal, Protocol, get_args
 from torch import Tensor, dtype
 
 from ..core.call import Problem, Tangents
+from ..core.loss import LossOptions
 
 BackendName = Literal["triton", "torch"]  # "auto" takes the first that is a default for a tensor and has no obstacle
 Impl = Literal["auto", BackendName, "reference"]
@@ -83,10 +84,10 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(grad_x, grad_alphas (rows,), without elements unless needed), from the probabilities."""
 
-    def loss(self, x: Tensor, target: object, alpha: float) -> tuple[Tensor, Tensor]:
+    def loss(self, x: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
         """(losses (rows,), state (3, rows)) of the Fenchel-Young loss, without the target's own entropy."""
 
-    def loss_backward(self, grad: Tensor, x: Tensor, target: object, state: Tensor, alpha: float) -> Tensor:
+    def loss_backward(self, grad: Tensor, x: Tensor, target: Tensor, state: Tensor, options: LossOptions) -> Tensor:
         """grad_x, from the state that each row was solved to."""
 
 

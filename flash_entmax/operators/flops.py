@@ -33,8 +33,8 @@ def register_flop_formulas() -> None:
         return pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
 
     @flop_counter.register_flop_formula(operators.linear_loss)
-    def linear(hidden, weight, bias, classes, of_hidden, of_weight, *_, **__) -> int:
-        return 2 * hidden[0] * weight[0] * weight[1] * (1 + of_hidden + of_weight)
+    def linear(hidden, weight, bias, classes, needs_grad_hidden, needs_grad_weight, *_, **__) -> int:
+        return 2 * hidden[0] * weight[0] * weight[1] * (1 + needs_grad_hidden + needs_grad_weight)
 
 
 def pairs(query: torch.Size, key: torch.Size) -> int:

@@ -30,7 +30,7 @@ from .sparse_rows import QUERIES, Head, HeadSight, union_sizes
 @contextmanager
 def record(
     model: nn.Module | None = None, *, only: Callable[[str], bool] | None = None, keep_inputs: bool = True
-) -> Iterator[list["Call"]]:
+) -> Iterator[list["RecordedCall"]]:
     """Collect every entmax attention call that runs in the ``with`` block, in order: your own, or those of any model.
 
     Calls are seen where PyTorch dispatches their operator, so nothing is patched, and autograd, autocast, activation
@@ -56,7 +56,7 @@ def record(
     if only is not None and not callable(only):
         raise TypeError(f"only must be a function from names to True or False, got {said(only)}")
     check_flag("keep_inputs", keep_inputs)
-    calls: list[Call] = []
+    calls: list[RecordedCall] = []
     with ExitStack() as stack:
         running = stack.enter_context(running_modules(model))
         stack.enter_context(_Recorder(calls, running, only, keep_inputs))
@@ -95,7 +95,7 @@ def running_modules(model: nn.Module | None) -> Iterator[Running]:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, calls: list["Call"], running: Running, only: Callable | None, keep_inputs: bool) -> None:
+    def __init__(self, calls: list["RecordedCall"], running: Running, only: Callable | None, keep_inputs: bool) -> None:
         super().__init__()
         self.seen = 0
         self.calls, self.running, self.only, self.keep_inputs = calls, running, only, keep_inputs
@@ -107,13 +107,13 @@ class _Recorder(TorchDispatchMode):
             number, self.seen = self.seen, self.seen + 1
             name = self.running.names[-1] if self.running.names else f"call {number}"
             if self.only is None or self.only(name):
-                self.calls.append(Call(name, number, arguments, results))
+                self.calls.append(RecordedCall(name, number, arguments, results))
                 if not self.keep_inputs:
                     self.calls[-1].release()
         return results
 
 
-class Call:
+class RecordedCall:
     """One recorded attention call, with batch and heads as the operator got them.
 
     Packed sequences are one batch row, whose queries and keys count over all tokens. Thresholds are in units of
@@ -147,7 +147,7 @@ class Call:
     def __repr__(self) -> str:
         p = self.problem
         shape = f"batch {p.batch}, heads {p.heads}, {p.query_length} queries, {p.key_length} keys"
-        return f"Call({self.name!r}, {shape}, {self.impl}, {str(self.dtype).removeprefix('torch.')})"
+        return f"RecordedCall({self.name!r}, {shape}, {self.impl}, {str(self.dtype).removeprefix('torch.')})"
 
     @property
     def alpha(self) -> float | Tensor:
@@ -332,7 +332,9 @@ class Call:
 
 
 def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options) -> Tensor:
-    """The attention of one head as a sparse CSR matrix (query length, key length), without a model: see `Call.rows`.
+    """The attention of one head as a sparse CSR matrix (query length, key length), without a model.
+
+    See `RecordedCall.rows`.
 
     Args:
         query, key: as :func:`flash_entmax.entmax_attention` takes them, (batch, heads, length, head size).

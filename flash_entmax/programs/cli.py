@@ -188,9 +188,9 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    from .inspect import Wanted, run
+    from .inspect import InspectSettings, run
 
-    wanted = Wanted(
+    settings = InspectSettings(
         options.model,
         options.text,
         options.out,
@@ -202,7 +202,7 @@ def inspect(options: argparse.Namespace) -> int:
         heads=tuple(options.head),
         device=options.device,
     )
-    run(wanted)
+    run(settings)
     return 0
 
 

@@ -7,13 +7,13 @@ import time
 from typing import TYPE_CHECKING
 
 from ..errors import make_folder, require
-from .settings import Settings
+from .settings import BenchSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def run(settings: Settings) -> bool:
+def run(settings: BenchSettings) -> bool:
     """Run the parts that were asked for and write their files. False where ours was wrong or failed on a case."""
     require("bench", "matplotlib", "rich")
     from rich.console import Console
@@ -35,7 +35,7 @@ def run(settings: Settings) -> bool:
     return is_right
 
 
-def run_cases(console: "Console", settings: Settings) -> bool:
+def run_cases(console: "Console", settings: BenchSettings) -> bool:
     """speed.json is written after each case, so that a run that is cut short keeps what it has."""
     from . import figures, measure, report, roofline, speed
     from .conditions import conditions_of, write_json
@@ -60,7 +60,7 @@ def run_cases(console: "Console", settings: Settings) -> bool:
     return is_right
 
 
-def run_cold_start(console: "Console", settings: Settings) -> None:
+def run_cold_start(console: "Console", settings: BenchSettings) -> None:
     from . import cold_start, report
     from .conditions import conditions_of, write_json
 
@@ -73,7 +73,7 @@ def run_cold_start(console: "Console", settings: Settings) -> None:
     write_json(settings.out / "cold_start.json", {"conditions": conditions_of(settings), "results": content})
 
 
-def run_refinement(console: "Console", settings: Settings) -> None:
+def run_refinement(console: "Console", settings: BenchSettings) -> None:
     from . import figures, refinement, report
     from .conditions import conditions_of, write_json
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from flash_entmax.core.call import MAX_HEAD_SIZE
 
 from ..errors import CommandError, require
-from .cases import Captured, Case
+from .cases import BenchCase, Captured
 
 ROLES = ("query", "key", "value")
 
 
-def captured_cases(paths: Sequence[Path]) -> Iterator[Case]:
+def captured_cases(paths: Sequence[Path]) -> Iterator[BenchCase]:
     """In the order of the files, and in each by name, layer2 before layer10."""
     paths = list(dict.fromkeys(paths))
     stems_differ = len({path.stem for path in paths}) == len(paths)
@@ -55,7 +55,7 @@ def names_in(path: Path, stored: Sequence[str]) -> list[str]:
     return sorted(found, key=lambda name: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)])
 
 
-def case_of(file, captured: Captured) -> Case:
+def case_of(file, captured: Captured) -> BenchCase:
     where = f"--inputs {captured.file}: {captured.name}"
     parts = [file.get_slice(f"{captured.name}.{role}") for role in ROLES]
     dtypes = [part.get_dtype() for part in parts]
@@ -73,7 +73,7 @@ def case_of(file, captured: Captured) -> Case:
         raise CommandError(f"{where}: the heads of key must divide those of query, got {key[1]} and {heads}")
     if head_size > MAX_HEAD_SIZE:
         raise CommandError(f"{where}: dim must be at most {MAX_HEAD_SIZE}, got {head_size}")
-    return Case(length, head_size, heads, key[1], batch=batch, captured=captured)
+    return BenchCase(length, head_size, heads, key[1], batch=batch, captured=captured)
 
 
 def load(captured: Captured, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ class Captured:
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One causal call, on captured inputs or on topics: block sparsity about 1 - 1 / topics (testing.topic_inputs)."""
 
     length: int

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .settings import ADASPLASH, OURS, Settings
+from .settings import ADASPLASH, OURS, BenchSettings
 
 FIRST_LENGTH = 1024
 MORE_LENGTHS = {OURS: (2048, 1000, 4096), ADASPLASH: (2048, 4096)}
@@ -21,13 +21,13 @@ HEADS, HEAD_SIZE, TOPICS = 8, 64, 4
 LIMIT_SECONDS = 400
 
 
-def why_not(settings: Settings) -> str:
+def why_not(settings: BenchSettings) -> str:
     if not settings.on_cuda:
         return "no kernels are compiled on the CPU path: plain PyTorch runs there"
     return "" if names_of(settings) else f"only {' and '.join(MORE_LENGTHS)} have one, --only names neither"
 
 
-def names_of(settings: Settings) -> list[str]:
+def names_of(settings: BenchSettings) -> list[str]:
     """Ours, and AdaSplash-2 where --only asks for it: it compiles for minutes."""
     return [name for name in MORE_LENGTHS if name in (settings.asked or (OURS,))]
 
@@ -53,7 +53,7 @@ def child(name: str, started: float) -> dict:
     """Forward and backward at the first length, then at the others, in this new process."""
     import torch
 
-    from .cases import Case
+    from .cases import BenchCase
     from .competitors import COMPETITORS
 
     competitor = next(one for one in COMPETITORS if one.name == name)
@@ -62,7 +62,7 @@ def child(name: str, started: float) -> dict:
     device_ready = time.time()
     report = {"imports_s": imported - started, "cuda_s": device_ready - imported}
     before = kernels()
-    case = Case(FIRST_LENGTH, HEAD_SIZE, HEADS, HEADS, TOPICS)
+    case = BenchCase(FIRST_LENGTH, HEAD_SIZE, HEADS, HEADS, TOPICS)
     attend = competitor.prepare(case, ()).attend
     run_once(attend, FIRST_LENGTH)
     report |= {

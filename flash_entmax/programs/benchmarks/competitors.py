@@ -17,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flash_entmax import entmax_attention
 
-from .cases import Case
+from .cases import BenchCase
 from .measure import Attend, step
-from .settings import ADASPLASH, ALPHA, OURS, Settings
+from .settings import ADASPLASH, ALPHA, OURS, BenchSettings
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 FLEX_BLOCK = 128
@@ -47,27 +47,27 @@ class Competitor:
 
     name: str
     alpha: float
-    why_not: Callable[[Case, Settings], str]
-    prepare: Callable[[Case, Inputs], Ready]
+    why_not: Callable[[BenchCase, BenchSettings], str]
+    prepare: Callable[[BenchCase, Inputs], Ready]
 
 
-def contestants(settings: Settings) -> list[Competitor]:
+def contestants(settings: BenchSettings) -> list[Competitor]:
     return [competitor for competitor in COMPETITORS if competitor.name in settings.names]
 
 
-def nothing_against(case: Case, settings: Settings) -> str:
+def nothing_against(case: BenchCase, settings: BenchSettings) -> str:
     return ""
 
 
-def needs_cuda(case: Case, settings: Settings) -> str:
+def needs_cuda(case: BenchCase, settings: BenchSettings) -> str:
     return "" if settings.on_cuda else f"runs on NVIDIA GPUs, this run is on {settings.device.type}"
 
 
-def prepare_ours(case: Case, inputs: Inputs) -> Ready:
+def prepare_ours(case: BenchCase, inputs: Inputs) -> Ready:
     return Ready(partial(entmax_attention, alpha=ALPHA, is_causal=True))
 
 
-def prepare_softmax(case: Case, inputs: Inputs, backend: str | None = None) -> Ready:
+def prepare_softmax(case: BenchCase, inputs: Inputs, backend: str | None = None) -> Ready:
     """SDPA by one backend; where that refuses grouped heads, keys and values are repeated inside the timed call."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -95,11 +95,11 @@ def runs(attend: Attend, inputs: Inputs, context: Callable[[], AbstractContextMa
     return True
 
 
-def why_not_plain_sdpa(case: Case, settings: Settings) -> str:
+def why_not_plain_sdpa(case: BenchCase, settings: BenchSettings) -> str:
     return "its backends are measured one by one on a GPU" if settings.on_cuda else ""
 
 
-def why_not_flex(case: Case, settings: Settings) -> str:
+def why_not_flex(case: BenchCase, settings: BenchSettings) -> str:
     if reason := needs_cuda(case, settings):
         return reason
     if case.length % FLEX_BLOCK:
@@ -107,7 +107,7 @@ def why_not_flex(case: Case, settings: Settings) -> str:
     return "" if find_spec("triton") else "the package triton is not installed"
 
 
-def prepare_flex(case: Case, inputs: Inputs) -> Ready:
+def prepare_flex(case: BenchCase, inputs: Inputs) -> Ready:
     """Compiled for this one shape. Graphs of earlier shapes go: past a limit, PyTorch would no longer compile."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -144,7 +144,7 @@ def is_visible(batch, head, row, key):
     return row >= key
 
 
-def why_not_adasplash(case: Case, settings: Settings) -> str:
+def why_not_adasplash(case: BenchCase, settings: BenchSettings) -> str:
     if reason := needs_cuda(case, settings):
         return reason
     if find_spec("adasplash") is None:
@@ -161,7 +161,7 @@ def why_not_adasplash(case: Case, settings: Settings) -> str:
     return ""
 
 
-def prepare_adasplash(case: Case, inputs: Inputs) -> Ready:
+def prepare_adasplash(case: BenchCase, inputs: Inputs) -> Ready:
     module = import_module("adasplash.adasplash_v2")
     return Ready(module.sparse_attn, prune(vars(module)))
 
@@ -194,7 +194,7 @@ def two_of(configs: list) -> list:
     return (fitting if len(fitting) >= KEPT_CONFIGS else configs)[:KEPT_CONFIGS]
 
 
-def why_not_dense(case: Case, settings: Settings) -> str:
+def why_not_dense(case: BenchCase, settings: BenchSettings) -> str:
     if find_spec("entmax") is None:
         return "the package entmax is not installed"
     if case.length > DENSE_LONGEST:
@@ -222,7 +222,7 @@ def free_memory(device: torch.device) -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def prepare_dense(case: Case, inputs: Inputs) -> Ready:
+def prepare_dense(case: BenchCase, inputs: Inputs) -> Ready:
     return Ready(dense_entmax, "scores in float32: rounded to 16 bits, they have another support")
 
 

@@ -13,12 +13,12 @@ import torch
 from flash_entmax import __version__
 
 from .measure import timing_method
-from .settings import ALPHA, Settings
+from .settings import ALPHA, BenchSettings
 
 PEERS = ("adasplash", "entmax")
 
 
-def conditions_of(settings: Settings) -> dict[str, object]:
+def conditions_of(settings: BenchSettings) -> dict[str, object]:
     return {
         "device": device_name(settings),
         "driver": driver() if settings.on_cuda else None,
@@ -40,12 +40,12 @@ def conditions_of(settings: Settings) -> dict[str, object]:
     }
 
 
-def inputs_of(settings: Settings) -> str:
+def inputs_of(settings: BenchSettings) -> str:
     sources = (str(case.captured or "testing.topic_inputs, seed 0") for case in settings.cases)
     return "; ".join(dict.fromkeys(sources))
 
 
-def device_name(settings: Settings) -> str:
+def device_name(settings: BenchSettings) -> str:
     if settings.on_cuda:
         return torch.cuda.get_device_name()
     return f"{processor() or platform.machine()}, {torch.get_num_threads()} threads"

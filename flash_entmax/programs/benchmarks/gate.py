@@ -14,7 +14,7 @@ from torch import Tensor
 from flash_entmax import entmax_attention
 from flash_entmax.testing import relative_error
 
-from .cases import Case
+from .cases import BenchCase
 from .measure import Attend, step
 
 EVERY_ROW = 8192
@@ -27,7 +27,7 @@ OUR_GRADIENT_BUDGET = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16:
 PEER_OUTPUT_BUDGET, PEER_GRADIENT_BUDGET = 5e-2, 8e-2
 
 
-class Verdict(NamedTuple):
+class GateVerdict(NamedTuple):
     """Relative error of each quantity, max |difference| / max |exact|, and what is wrong, if anything is."""
 
     errors: dict[str, float]
@@ -37,7 +37,7 @@ class Verdict(NamedTuple):
 class Truth:
     """The gradient of the output to check a case with, and its float64 results, computed when first asked for."""
 
-    def __init__(self, case: Case, inputs: tuple[Tensor, Tensor, Tensor], grad_output: Tensor) -> None:
+    def __init__(self, case: BenchCase, inputs: tuple[Tensor, Tensor, Tensor], grad_output: Tensor) -> None:
         self.group, self.inputs = case.group, inputs
         self.first_row = 0 if case.length <= EVERY_ROW else case.length - LAST_ROWS
         self.grad_output = grad_output.clone()
@@ -57,7 +57,7 @@ class Truth:
         heads = self.inputs[0].shape[1]
         return [tensor[:, : self.group if tensor.shape[1] == heads else 1] for tensor in tensors]
 
-    def judge(self, attend: Attend, alpha: float, is_ours: bool) -> Verdict:
+    def judge(self, attend: Attend, alpha: float, is_ours: bool) -> GateVerdict:
         results = self.of_first_key_head(step(attend, self.inputs, self.grad_output))
         results[0], truth = results[0][:, :, self.first_row :], self.results(alpha)
         errors, wrong = {}, ""
@@ -66,7 +66,7 @@ class Truth:
             errors[name] = relative_error(result, expected)
             if not errors[name] <= budget and not wrong:
                 wrong = f"relative error {errors[name]:.2g} of the {name}, over {budget:g}"
-        return Verdict(errors, wrong)
+        return GateVerdict(errors, wrong)
 
     def budget(self, name: str, is_ours: bool) -> float:
         if not is_ours:

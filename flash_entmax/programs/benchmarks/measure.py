@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from .settings import Settings
+from .settings import BenchSettings
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 WARMUP_MS = 20
@@ -28,7 +28,7 @@ GRAPH_REPLAYS = 30
 MIB = 2**20
 
 
-def timing_method(settings: Settings) -> str:
+def timing_method(settings: BenchSettings) -> str:
     if settings.on_cuda:
         return (
             f"median of triton.testing.do_bench (warmup {WARMUP_MS} ms, repeats for {settings.grid.repeat_ms:g} ms and "
@@ -45,7 +45,7 @@ def step(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -> tup
 
 
 def forward_and_step(
-    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings
+    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: BenchSettings
 ) -> dict[str, float]:
     """Milliseconds of the forward pass as training runs it, of forward and backward together, and of their graph."""
     if not settings.on_cuda:
@@ -59,7 +59,7 @@ def forward_and_step(
 
 
 def forward_and_step_on_cpu(
-    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings
+    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: BenchSettings
 ) -> dict[str, float]:
     step(attend, inputs, grad_output)
     samples = []
@@ -88,11 +88,11 @@ def graph_ms(call: Callable[[], object]) -> float:
     return median([event_ms(graph.replay) for _ in range(GRAPH_REPLAYS)])
 
 
-def median_ms(call: Callable[[], object], settings: Settings) -> float:
+def median_ms(call: Callable[[], object], settings: BenchSettings) -> float:
     return median_ms_on_cuda(call, settings) if settings.on_cuda else median_ms_on_cpu(call, settings)
 
 
-def median_ms_on_cuda(call: Callable[[], object], settings: Settings) -> float:
+def median_ms_on_cuda(call: Callable[[], object], settings: BenchSettings) -> float:
     from triton.testing import do_bench
 
     call()
@@ -112,7 +112,7 @@ def event_ms(call: Callable[[], object]) -> float:
     return start.elapsed_time(stop)
 
 
-def median_ms_on_cpu(call: Callable[[], object], settings: Settings) -> float:
+def median_ms_on_cpu(call: Callable[[], object], settings: BenchSettings) -> float:
     from torch.utils.benchmark import Timer
 
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
@@ -145,7 +145,7 @@ def stages_ms(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -
     return stages
 
 
-def matrix_rate(settings: Settings) -> float:
+def matrix_rate(settings: BenchSettings) -> float:
     """Flop per second of a square matrix product of random numbers, in the dtype of the run."""
     size = settings.grid.matrix_size
     left, right = (torch.randn(size, size, device=settings.device).to(settings.dtype) for _ in range(2))

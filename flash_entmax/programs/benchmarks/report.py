@@ -7,10 +7,10 @@ from rich.table import Table
 from .conditions import conditions_of
 from .refinement import TOLERANCE, WATCHED_STEPS
 from .roofline import FORMULA
-from .settings import NAMES, OURS, TITLES, Settings
+from .settings import NAMES, OURS, TITLES, BenchSettings
 
 
-def print_conditions(console: Console, settings: Settings) -> None:
+def print_conditions(console: Console, settings: BenchSettings) -> None:
     facts = conditions_of(settings)
     versions = f"torch {facts['torch']}, triton {facts['triton']}, python {facts['python']}"
     console.print(f"{facts['device']}, {versions}, {facts['dtype']}, causal, alpha {facts['alpha']}")

@@ -20,7 +20,7 @@ The solve has to read the scores of the surviving tiles again, once per step; th
 
 from typing import NamedTuple
 
-from .cases import Case
+from .cases import BenchCase
 
 SCAN_PRODUCTS = 1
 FORWARD_PRODUCTS = 3
@@ -39,12 +39,12 @@ class Floor(NamedTuple):
     step_ms: float
 
 
-def product_flop(case: Case) -> float:
+def product_flop(case: BenchCase) -> float:
     """One matrix product over all visible pairs of a causal call."""
     return float(case.batch * case.heads) * case.length**2 * case.head_size
 
 
-def floor(case: Case, live: float, flop_per_second: float) -> Floor:
+def floor(case: BenchCase, live: float, flop_per_second: float) -> Floor:
     """The least time of the products, where a share ``live`` of the visible tiles holds support."""
     product_ms = 1e3 * product_flop(case) / flop_per_second
     forward = SCAN_PRODUCTS + FORWARD_PRODUCTS * live

@@ -15,7 +15,7 @@ from flash_entmax.core.call import MAX_HEAD_SIZE
 
 from ..errors import CommandError, device_for
 from .captured import captured_cases
-from .cases import Case
+from .cases import BenchCase
 
 ALPHA = 1.5
 CASE_PARTS = ("speed", "memory", "roofline")
@@ -82,12 +82,12 @@ SHARED_GROUP = 4
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """One run. ``asked`` are the names given with --only; empty means every competitor."""
 
     device: torch.device
     out: Path
-    cases: tuple[Case, ...]
+    cases: tuple[BenchCase, ...]
     parts: tuple[str, ...]
     asked: tuple[str, ...]
     grid: Grid
@@ -109,7 +109,7 @@ class Settings:
     def measures_cases(self) -> bool:
         return "speed" in self.parts or "memory" in self.parts
 
-    def shapes(self) -> Iterator[list[Case]]:
+    def shapes(self) -> Iterator[list[BenchCase]]:
         """The cases, those of one shape together."""
         for shape in dict.fromkeys(case.shape for case in self.cases):
             yield [case for case in self.cases if case.shape == shape]
@@ -129,7 +129,7 @@ def settings_for(
     inputs: Sequence[Path] | None = None,
     smallest: bool = False,
     command: str = "flash-entmax bench",
-) -> Settings:
+) -> BenchSettings:
     """The grid that fits the machine, limited by what was asked for; ``device`` is "auto", "cpu" or "cuda".
 
     With ``inputs``, their cases take the grid's place, and join it where any of its flags is given.
@@ -152,10 +152,10 @@ def settings_for(
         grid_cases = cases_of(grid, lengths, head_sizes, topics, groups)
         cases += [replace(case, wide_blocks=wide_blocks) for case in dict.fromkeys(grid_cases)]
     cases += captured_cases(inputs or ())
-    return Settings(torch.device(device), out, tuple(cases), parts, tuple(only or ()), grid, command)
+    return BenchSettings(torch.device(device), out, tuple(cases), parts, tuple(only or ()), grid, command)
 
 
-def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[Case]:
+def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[BenchCase]:
     """The product of what was asked for; where nothing was, what the grid has at that length."""
     for length in lengths or grid.lengths:
         heads = grid.heads_at(length)
@@ -171,7 +171,7 @@ def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[Case]:
                         raise CommandError(
                             f"--topics must be at most the head size, got {count} at head size {head_size}"
                         )
-                    yield Case(length, head_size, heads, heads // group, count)
+                    yield BenchCase(length, head_size, heads, heads // group, count)
 
 
 def check_numbers(flag: str, numbers: Sequence[int] | None, most: int | None = None) -> None:

@@ -10,13 +10,13 @@ from flash_entmax import Support, entmax_attention
 from flash_entmax.testing import topic_inputs
 
 from . import captured, measure, roofline
-from .cases import Case
+from .cases import BenchCase
 from .competitors import Competitor, Ready, contestants
 from .gate import Truth
-from .settings import ALPHA, OURS, Settings
+from .settings import ALPHA, OURS, BenchSettings
 
 
-def measure_cases(settings: Settings, rate: float | None, finished: Callable[[dict], None]) -> bool:
+def measure_cases(settings: BenchSettings, rate: float | None, finished: Callable[[dict], None]) -> bool:
     """Give each case's results to ``finished`` as soon as they are there. True where ours was right on all of them."""
     is_right = True
     for cases in settings.shapes():
@@ -30,7 +30,7 @@ def measure_cases(settings: Settings, rate: float | None, finished: Callable[[di
     return is_right
 
 
-def measure_case(case: Case, settings: Settings, ready: dict[str, Ready], rate: float | None) -> dict:
+def measure_case(case: BenchCase, settings: BenchSettings, ready: dict[str, Ready], rate: float | None) -> dict:
     """``ready`` holds what earlier cases of this shape have prepared, and takes what this one prepares."""
     inputs = inputs_of(case, settings)
     grad_output = torch.randn_like(inputs[0])
@@ -46,7 +46,7 @@ def measure_case(case: Case, settings: Settings, ready: dict[str, Ready], rate: 
     return result
 
 
-def inputs_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
+def inputs_of(case: BenchCase, settings: BenchSettings) -> tuple[Tensor, ...]:
     if case.captured:
         inputs = captured.load(case.captured, settings.dtype, settings.device)
     else:
@@ -54,7 +54,7 @@ def inputs_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
     return tuple(tensor.requires_grad_() for tensor in inputs)
 
 
-def topics_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
+def topics_of(case: BenchCase, settings: BenchSettings) -> tuple[Tensor, ...]:
     return topic_inputs(
         case.batch,
         case.heads,
@@ -68,7 +68,7 @@ def topics_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
     )
 
 
-def facts_of(case: Case, inputs: tuple[Tensor, ...]) -> dict:
+def facts_of(case: BenchCase, inputs: tuple[Tensor, ...]) -> dict:
     """The case, and the measured sparsity of its inputs; null where measuring it failed."""
     facts = asdict(case) | {"inputs": case.inputs, "block_sparsity": None, "support_size": None}
     try:
@@ -94,8 +94,8 @@ def block_sparsity(support: Support) -> float:
 
 def measure_competitor(
     competitor: Competitor,
-    case: Case,
-    settings: Settings,
+    case: BenchCase,
+    settings: BenchSettings,
     ready: dict[str, Ready],
     truth: Truth,
     grad_output: Tensor,
@@ -117,7 +117,7 @@ def measure_competitor(
         return {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def numbers(attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings, is_ours: bool) -> dict:
+def numbers(attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: BenchSettings, is_ours: bool) -> dict:
     entry = {}
     if "speed" in settings.parts:
         entry |= measure.forward_and_step(attend, inputs, grad_output, settings)
@@ -133,7 +133,7 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else "no message"
 
 
-def release(settings: Settings) -> None:
+def release(settings: BenchSettings) -> None:
     """Give cached memory back between cases, so that one case's peak does not decide what fits in the next."""
     if settings.on_cuda:
         torch.cuda.empty_cache()

@@ -6,12 +6,12 @@ Needs matplotlib and rich: pip install "flash-entmax[demo]".
 import time
 
 from ..errors import CommandError, make_folder, require
-from .settings import Settings
+from .settings import DemoSettings
 
 CLEAR_FALL = 0.9
 
 
-def run(settings: Settings) -> None:
+def run(settings: DemoSettings) -> None:
     """Read, train, measure, draw. Raises a CommandError, also where the validation loss did not clearly fall."""
     require("demo", "matplotlib", "rich")
     import torch

@@ -7,13 +7,13 @@ import torch
 
 from ..errors import CommandError
 from .model import Transformer
-from .settings import CPU, Settings, settings_for
+from .settings import CPU, DemoSettings, settings_for
 
 NAME = "model.pt"
 SIZES = tuple(CPU)
 
 
-def save(model: Transformer, settings: Settings) -> Path:
+def save(model: Transformer, settings: DemoSettings) -> Path:
     """Write the weights and the settings that shape them into the folder of the results."""
     path = settings.out / NAME
     sizes = {name: getattr(settings, name) for name in (*SIZES, "alpha")}
@@ -21,7 +21,7 @@ def save(model: Transformer, settings: Settings) -> Path:
     return path
 
 
-def load(path: Path, device: str) -> tuple[Transformer, Settings]:
+def load(path: Path, device: str) -> tuple[Transformer, DemoSettings]:
     """The model, ready to run on "auto", "cpu" or "cuda". CommandError for a file that `save` did not write."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -14,7 +14,7 @@ from flash_entmax.functional import choose_impl
 from flash_entmax.show.plot import save_attention
 
 from .model import Transformer
-from .settings import Settings
+from .settings import DemoSettings
 from .text import Passage, even_windows, telling_passage
 from .train import Training, precision
 
@@ -42,7 +42,7 @@ class Losses:
 
 
 @torch.no_grad()
-def measure_sparsity(model: Transformer, settings: Settings, validation: Tensor) -> tuple[list[Sparsity], int]:
+def measure_sparsity(model: Transformer, settings: DemoSettings, validation: Tensor) -> tuple[list[Sparsity], int]:
     """The sparsity of each layer over a few validation windows, and the extent of a tile."""
     data = even_windows(validation, SPARSITY_WINDOWS, settings.context).to(settings.device)
     with precision(settings.device), inspection.record(model) as calls:
@@ -50,13 +50,13 @@ def measure_sparsity(model: Transformer, settings: Settings, validation: Tensor)
     return [sparsity_of(call) for call in calls], calls[0].support.tile_shape[0]
 
 
-def sparsity_of(call: inspection.Call) -> Sparsity:
+def sparsity_of(call: inspection.RecordedCall) -> Sparsity:
     keys = call.keys_per_query
     return Sparsity(keys.mean().item(), keys.min().item(), keys.max().item(), call.block_sparsity.mean().item())
 
 
 @torch.no_grad()
-def attention_of(model: Transformer, settings: Settings, passage: Passage) -> Tensor:
+def attention_of(model: Transformer, settings: DemoSettings, passage: Passage) -> Tensor:
     """(layers, heads, length, length): the probabilities of a short passage."""
     data = torch.tensor([list(passage.data)], device=settings.device)
     with precision(settings.device), inspection.record(model) as calls:
@@ -65,7 +65,7 @@ def attention_of(model: Transformer, settings: Settings, passage: Passage) -> Te
     return torch.stack([torch.stack([call.rows(head=head).to_dense() for head in heads]) for call in calls])
 
 
-def draw(model: Transformer, settings: Settings, validation: Tensor) -> Path:
+def draw(model: Transformer, settings: DemoSettings, validation: Tensor) -> Path:
     """Picture the attention of the telling passage of the validation text."""
     path = settings.out / "attention.png"
     passage = telling_passage(validation, min(PASSAGE_LENGTH, settings.context))
@@ -74,7 +74,7 @@ def draw(model: Transformer, settings: Settings, validation: Tensor) -> Path:
     return path
 
 
-def conditions(model: Transformer, settings: Settings, training: Training) -> dict[str, str | int | float]:
+def conditions(model: Transformer, settings: DemoSettings, training: Training) -> dict[str, str | int | float]:
     on_cuda = settings.device.type == "cuda"
     probe = torch.empty(0, device=settings.device, dtype=torch.bfloat16 if on_cuda else torch.float32)
     return {

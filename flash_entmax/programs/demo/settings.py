@@ -9,7 +9,7 @@ from ..errors import CommandError, device_for
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """One run: a step trains on ``batch`` windows of ``context`` bytes; training ends at ``steps`` or ``seconds``."""
 
     device: torch.device
@@ -69,7 +69,7 @@ CUDA = {
 
 def settings_for(
     device: str, out: Path, text: Path | None, alpha: float, steps: int | None, smallest: bool
-) -> Settings:
+) -> DemoSettings:
     """The sizes that fit the machine; ``device`` is "auto", "cpu" or "cuda"."""
     device = device_for(device)
     if not 1.0 < alpha <= 2.0:
@@ -77,5 +77,5 @@ def settings_for(
     if steps is not None and steps < 1:
         raise CommandError(f"--steps must be at least 1, got {steps}")
     sizes = SMALLEST if smallest else CUDA if device == "cuda" else CPU
-    settings = Settings(device=torch.device(device), out=out, text=text, alpha=alpha, **sizes)
+    settings = DemoSettings(device=torch.device(device), out=out, text=text, alpha=alpha, **sizes)
     return settings if steps is None else replace(settings, steps=steps)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .model import Transformer
-from .settings import Settings
+from .settings import DemoSettings
 from .text import even_windows, windows
 
 BITS = 1.0 / math.log(2.0)
@@ -31,7 +31,7 @@ class Training:
     was_cut: bool
 
 
-def train(model: Transformer, settings: Settings, training: Tensor, console: Console) -> Training:
+def train(model: Transformer, settings: DemoSettings, training: Tensor, console: Console) -> Training:
     """AdamW with a warm-up and a cosine, until the steps or the time run out.
 
     The steps pace the learning rate, so that a run repeats; on a machine so slow that it is cut off, the time does.
@@ -71,7 +71,7 @@ def pace(along: float) -> float:
     return 0.05 + 0.95 * (1 + math.cos(math.pi * (along - 0.05) / 0.95)) / 2
 
 
-def next_byte_loss(model: Transformer, data: Tensor, settings: Settings) -> Tensor:
+def next_byte_loss(model: Transformer, data: Tensor, settings: DemoSettings) -> Tensor:
     """Mean loss in nats of each byte of (batch, context + 1) given those before it; on CUDA in bfloat16 autocast."""
     data = data.to(settings.device)
     with precision(settings.device):
@@ -84,7 +84,7 @@ def precision(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Transformer, settings: Settings, validation: Tensor) -> float:
+def bits_per_byte(model: Transformer, settings: DemoSettings, validation: Tensor) -> float:
     """Mean over windows that are evenly spaced in the validation text."""
     data = even_windows(validation, settings.validation_windows, settings.context + 1)
     losses = [next_byte_loss(model, part, settings).item() * len(part) for part in data.split(settings.batch)]
@@ -99,7 +99,7 @@ def bits_by_frequency(training: Tensor, validation: Tensor) -> float:
 
 
 @contextmanager
-def progress(console: Console, settings: Settings) -> Iterator:
+def progress(console: Console, settings: DemoSettings) -> Iterator:
     """Yields show(step, bits per byte): a bar on a terminal, else a line every so often."""
     if not console.is_terminal:
         every = max(1, settings.steps // PLAIN_LINES)

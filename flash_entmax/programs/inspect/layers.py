@@ -4,31 +4,33 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from ...inspection import Call
+from ...inspection import RecordedCall
 from ..errors import CommandError
+from .settings import InspectSettings, check_against, heads_of, numbers_of
 from .subject import NO_INTERFACE, Subject
-from .wanted import Wanted, check_against, heads_of, numbers_of
 
 
-def choose(wanted: Wanted, subject: Subject, calls: Sequence[Call]) -> tuple[list[Call], str]:
+def choose(
+    settings: InspectSettings, subject: Subject, calls: Sequence[RecordedCall]
+) -> tuple[list[RecordedCall], str]:
     """The calls of the layers asked for, numbered by layer; and which of those layers are not shown, in words."""
     if not calls:
-        raise CommandError(f"{wanted.model}: {why_no_calls(subject)}")
+        raise CommandError(f"{settings.model}: {why_no_calls(subject)}")
     by_layer = number_by_layer(subject.model, calls)
     recorded = {call.number for call in calls}
     count = max(subject.layers if by_layer else 0, 1 + max(recorded | subject.softmax_layers))
-    check_against(wanted, count, max(call.problem.heads for call in calls))
-    asked = numbers_of(wanted.layers, count)
-    for layer, head in heads_of(wanted):
+    check_against(settings, count, max(call.problem.heads for call in calls))
+    asked = numbers_of(settings.layers, count)
+    for layer, head in heads_of(settings):
         if layer is not None and layer not in recorded:
             raise CommandError(f"--head {layer}:{head}: {not_shown({layer}, subject.softmax_layers)}")
     words = not_shown(asked - recorded, subject.softmax_layers)
     if not asked & recorded:
-        raise CommandError(f"--layers {' '.join(wanted.layers)}: {words}")
+        raise CommandError(f"--layers {' '.join(settings.layers)}: {words}")
     return [call for call in calls if call.number in asked], words
 
 
-def number_by_layer(model: nn.Module, calls: Sequence[Call]) -> bool:
+def number_by_layer(model: nn.Module, calls: Sequence[RecordedCall]) -> bool:
     """Number each call by the ``layer_idx`` of its module; False, and nothing is done, where that is not its own."""
     modules = dict(model.named_modules())
     numbers = [getattr(modules.get(call.name), "layer_idx", None) for call in calls]

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ... import inspection
-from ...inspection import Call
+from ...inspection import RecordedCall
 from .progress import Progress
 from .subject import Subject
 
@@ -15,7 +15,7 @@ ROWS = 256  # whose loss is computed at a time
 
 
 @torch.no_grad()
-def read(subject: Subject, progress: Progress) -> tuple[list[Call], float | None]:
+def read(subject: Subject, progress: Progress) -> tuple[list[RecordedCall], float | None]:
     """The recorded calls, and the mean loss of the next token in nats; None where the model predicts none."""
     passes = losses(subject)
 
@@ -70,7 +70,7 @@ def loss_line(subject: Subject, alpha: str, loss: float | None, softmax: float |
     return f"loss in nats per {subject.unit}: {loss:.3f} with {alpha}, {softmax:.3f} with softmax"
 
 
-def alpha_of(calls: Sequence[Call]) -> str:
+def alpha_of(calls: Sequence[RecordedCall]) -> str:
     """In words: the one of all calls, or the smallest and the largest."""
     numbers = [number for call in calls for number in torch.as_tensor(call.alpha).flatten().tolist()]
     low, high = (f"{number:.4g}" for number in (min(numbers), max(numbers)))

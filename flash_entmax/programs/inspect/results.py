@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...inspection import Call
+from ...inspection import RecordedCall
 from ...show import page, plot
 from ..errors import CommandError
 from .progress import Progress
+from .settings import InspectSettings, heads_of
 from .subject import Subject
-from .wanted import Wanted, heads_of
 
 
-def table(calls: Sequence[Call], progress: Progress) -> list[str]:
+def table(calls: Sequence[RecordedCall], progress: Progress) -> list[str]:
     """Lines: two of titles, then a row for each layer."""
     tile = calls[0].support.tile_shape[0]
     rows = [
@@ -40,11 +40,11 @@ def percent(share: float) -> str:
 
 
 def write(
-    wanted: Wanted, calls: Sequence[Call], subject: Subject, name: str, note: str, progress: Progress
+    settings: InspectSettings, calls: Sequence[RecordedCall], subject: Subject, name: str, note: str, progress: Progress
 ) -> list[Path]:
     """The pictures, then the page."""
     progress("drawing")
-    heads = chosen_heads(wanted, calls)
+    heads = chosen_heads(settings, calls)
     figures = {
         "support.png": plot.support_figure(calls, f"Support size: {name}"),
         "sparsity.png": plot.sparsity_figure(calls, f"Block sparsity: {name}"),
@@ -52,26 +52,26 @@ def write(
     for call, head in heads:
         title = f"Layer {call.number}, head {head}: {name}"
         figures[f"map-{call.number}-{head}.png"] = plot.map_figure(call, title, head=head)
-    start = (heads[0][0].number, heads[0][1]) if wanted.heads else (calls[0].number, 0)
+    start = (heads[0][0].number, heads[0][1]) if settings.heads else (calls[0].number, 0)
 
     def steps(calls):
         return progress.each(calls, "writing the page: layer")
 
     try:
-        paths = [plot.save_figure(figure, wanted.out / file) for file, figure in figures.items()]
-        path = wanted.out / "attention.html"
+        paths = [plot.save_figure(figure, settings.out / file) for file, figure in figures.items()]
+        path = settings.out / "attention.html"
         web = page.save_page(path, subject.tokens, calls, title=name, note=note, start=start, progress=steps)
     except OSError as error:
-        raise CommandError(f"--out {wanted.out}: {error.strerror}") from error
+        raise CommandError(f"--out {settings.out}: {error.strerror}") from error
     except ValueError as error:
         raise CommandError(f"{error} (--layers, --tokens)") from error
     return [*paths, web]
 
 
-def chosen_heads(wanted: Wanted, calls: Sequence[Call]) -> list[tuple[Call, int]]:
+def chosen_heads(settings: InspectSettings, calls: Sequence[RecordedCall]) -> list[tuple[RecordedCall, int]]:
     """Those of --head; else the one whose mean support size is the median of all."""
     numbers = {call.number: call for call in calls}
-    asked = [(calls[0] if layer is None else numbers[layer], head) for layer, head in heads_of(wanted)]
+    asked = [(calls[0] if layer is None else numbers[layer], head) for layer, head in heads_of(settings)]
     for call, head in asked:
         if head >= call.problem.heads:
             raise CommandError(f"--head {head}: layer {call.number} has the heads 0 to {call.problem.heads - 1}")

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from .wanted import Wanted
+from .settings import InspectSettings
 
 NO_INTERFACE = "this model does not use Transformers' attention interface, so there is nothing to inspect"
 
@@ -30,12 +30,14 @@ class Subject(ABC):
     layers = 0
     softmax_layers: frozenset[int] = frozenset()
 
-    def __init__(self, wanted: Wanted, model: nn.Module, ids: Tensor, tokens: list[str], origin: str) -> None:
+    def __init__(
+        self, settings: InspectSettings, model: nn.Module, ids: Tensor, tokens: list[str], origin: str
+    ) -> None:
         self.model, self.ids, self.tokens, self.origin = model, ids, tokens, origin
         count = f"{len(tokens):,} {self.unit if len(tokens) == 1 else f'{self.unit}s'}"
-        start = f" from {self.unit} {wanted.offset:,} on" if wanted.offset else ""
-        self.read = f"{count} of {wanted.text}{start}" if start else f"the first {count} of {wanted.text}"
-        self.read_briefly = f"{count} of {wanted.text.name}{start}"
+        start = f" from {self.unit} {settings.offset:,} on" if settings.offset else ""
+        self.read = f"{count} of {settings.text}{start}" if start else f"the first {count} of {settings.text}"
+        self.read_briefly = f"{count} of {settings.text.name}{start}"
         if len(tokens) == 1:
             self.why_no_loss = f"there is no next {self.unit} after a single one"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...inspection import Call
+from ...inspection import RecordedCall
 
 MOST_TOKENS = 8192
 MOST_PROBABILITIES = 20_000_000
@@ -22,13 +22,13 @@ CODES = 65_535  # a probability p is kept as sqrt(p) in 16 bits: off by less tha
 def save_page(
     path: Path,
     tokens: Sequence[str],
-    calls: Sequence[Call],
+    calls: Sequence[RecordedCall],
     *,
     title: str,
     note: str = "",
     batch: int = 0,
     start: tuple[int, int] | None = None,
-    progress: Callable[[Sequence[Call]], Iterable[Call]] = iter,
+    progress: Callable[[Sequence[RecordedCall]], Iterable[RecordedCall]] = iter,
 ) -> Path:
     """Write the page to ``path`` and return it; makes its folder.
 
@@ -84,7 +84,7 @@ def save_page(
     return path
 
 
-def check_calls(tokens: list[str], calls: list[Call], batch: int) -> None:
+def check_calls(tokens: list[str], calls: list[RecordedCall], batch: int) -> None:
     if not tokens or not calls:
         raise ValueError(f"the page needs tokens and calls, got {len(tokens)} and {len(calls)}")
     if len(tokens) > MOST_TOKENS:
@@ -106,7 +106,7 @@ def check_calls(tokens: list[str], calls: list[Call], batch: int) -> None:
         )
 
 
-def place_of(start: tuple[int, int] | None, calls: list[Call]) -> tuple[int, int]:
+def place_of(start: tuple[int, int] | None, calls: list[RecordedCall]) -> tuple[int, int]:
     """(index of the call, head)."""
     heads = {call.number: call.problem.heads for call in calls}
     number, head = (calls[0].number, 0) if start is None else start
@@ -117,7 +117,7 @@ def place_of(start: tuple[int, int] | None, calls: list[Call]) -> tuple[int, int
     return list(heads).index(number), head
 
 
-def visible_keys(call: Call, batch: int) -> list[int]:
+def visible_keys(call: RecordedCall, batch: int) -> list[int]:
     """How many keys each query may see, but for masks by tile."""
     start, stop, _ = call.intervals[batch].unbind()
     return (stop - start).clamp_min(0).tolist()

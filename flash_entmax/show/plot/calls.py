@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...inspection import Call
+from ...inspection import RecordedCall
 from .shared import INVISIBLE, colours, ink_on, require_matplotlib
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ GREY = "#444"
 TITLE_SIZE = 13
 
 
-def support_figure(calls: Sequence[Call], title: str) -> "Figure":
+def support_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
     """A heat map with numbers: the mean support size of each layer (row) and head (column); redder is more keys.
 
     Args:
@@ -69,7 +69,7 @@ def support_figure(calls: Sequence[Call], title: str) -> "Figure":
     return figure
 
 
-def map_figure(call: Call, title: str, batch: int = 0, head: int = 0, cells: int = MAP_CELLS) -> "Figure":
+def map_figure(call: RecordedCall, title: str, batch: int = 0, head: int = 0, cells: int = MAP_CELLS) -> "Figure":
     """One head's attention, queries down and keys across: white is exactly zero, grey is hidden.
 
     Up to ``cells`` queries and keys, each cell is one probability; beyond, it is a square of pairs, coloured by the
@@ -112,7 +112,7 @@ def map_figure(call: Call, title: str, batch: int = 0, head: int = 0, cells: int
     return figure
 
 
-def sparsity_figure(calls: Sequence[Call], title: str) -> "Figure":
+def sparsity_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
     """A heat map: block sparsity of each layer (row) along the positions of the queries; redder is fewer empty tiles.
 
     Args:
@@ -147,7 +147,7 @@ def sparsity_figure(calls: Sequence[Call], title: str) -> "Figure":
     return figure
 
 
-def sparsity_grid(calls: Sequence[Call]) -> tuple[Tensor, int]:
+def sparsity_grid(calls: Sequence[RecordedCall]) -> tuple[Tensor, int]:
     """(layers, tiles of queries) float64, and the extent of a tile: the smallest of all; NaN past the end of a call."""
     smallest = min(call.support.tile_shape[0] for call in calls)
     rows = [
@@ -170,7 +170,7 @@ def binned(rows: Tensor, square: int) -> Tensor:
     return counts / (rows_of.unsqueeze(-1) * keys_of)
 
 
-def hidden(call: Call, batch: int, square: int) -> Tensor:
+def hidden(call: RecordedCall, batch: int, square: int) -> Tensor:
     """(squares, squares) bool: no query of the square sees a key of it."""
     start, stop, _ = call.intervals[batch].cpu().unbind()
     blind = start >= stop

@@ -12,7 +12,7 @@ ATTENTION = {"entmax15": 1.5, "sparsemax": 2.0, "entmax": None}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class InspectSettings:
     """`attention` and `alpha` are None for what the model was trained with, or else entmax15."""
 
     model: str
@@ -27,34 +27,34 @@ class Wanted:
     device: str = "auto"
 
 
-def check(wanted: Wanted) -> None:
+def check(settings: InspectSettings) -> None:
     """Refuse what no model could do; makes the folder of the results."""
     require("plot", "matplotlib")
-    if not 1 <= wanted.tokens <= page.MOST_TOKENS:
-        raise CommandError(f"--tokens must be from 1 to {page.MOST_TOKENS}, got {wanted.tokens}")
-    if wanted.offset < 0:
-        raise CommandError(f"--offset must be at least 0, got {wanted.offset}")
-    if wanted.alpha is not None and not 1.0 < wanted.alpha <= 2.0:
+    if not 1 <= settings.tokens <= page.MOST_TOKENS:
+        raise CommandError(f"--tokens must be from 1 to {page.MOST_TOKENS}, got {settings.tokens}")
+    if settings.offset < 0:
+        raise CommandError(f"--offset must be at least 0, got {settings.offset}")
+    if settings.alpha is not None and not 1.0 < settings.alpha <= 2.0:
         raise CommandError(
-            f"--alpha must be above 1 (softmax, nothing sparse to see) and at most 2, got {wanted.alpha}"
+            f"--alpha must be above 1 (softmax, nothing sparse to see) and at most 2, got {settings.alpha}"
         )
-    if wanted.alpha is not None and wanted.attention not in (None, "entmax"):
-        raise CommandError(f"--attention {wanted.attention} has its own alpha: leave --alpha away, or take entmax")
-    device_for(wanted.device)
-    check_against(wanted, None, None)
-    make_folder(wanted.out)
+    if settings.alpha is not None and settings.attention not in (None, "entmax"):
+        raise CommandError(f"--attention {settings.attention} has its own alpha: leave --alpha away, or take entmax")
+    device_for(settings.device)
+    check_against(settings, None, None)
+    make_folder(settings.out)
 
 
-def check_against(wanted: Wanted, layers: int | None, heads: int | None) -> None:
+def check_against(settings: InspectSettings, layers: int | None, heads: int | None) -> None:
     """Refuse layers and heads that the model does not have; None: not known yet."""
-    numbers_of(wanted.layers, layers)
-    for layer, head in heads_of(wanted):
+    numbers_of(settings.layers, layers)
+    for layer, head in heads_of(settings):
         if layers is not None and layer is not None and layer >= layers:
             raise CommandError(f"--head {layer}:{head}: the model has the layers 0 to {layers - 1}")
         if heads is not None and head >= heads:
             raise CommandError(f"--head {head}: the model has the heads 0 to {heads - 1}")
-        if layer is not None and wanted.layers and layer not in numbers_of(wanted.layers, layers):
-            raise CommandError(f"--head {layer}:{head}: --layers {' '.join(wanted.layers)} leaves layer {layer} out")
+        if layer is not None and settings.layers and layer not in numbers_of(settings.layers, layers):
+            raise CommandError(f"--head {layer}:{head}: --layers {' '.join(settings.layers)} leaves layer {layer} out")
 
 
 def numbers_of(layers: Sequence[str], count: int | None) -> set[int]:
@@ -72,10 +72,10 @@ def numbers_of(layers: Sequence[str], count: int | None) -> set[int]:
     return numbers or set(range(count or 0))
 
 
-def heads_of(wanted: Wanted) -> list[tuple[int | None, int]]:
+def heads_of(settings: InspectSettings) -> list[tuple[int | None, int]]:
     """(layer, head) of each that was asked for; the layer is None where only a head was named."""
     found = []
-    for part in wanted.heads:
+    for part in settings.heads:
         layer, colon, head = part.rpartition(":")
         if not (is_number(head) and (is_number(layer) or not colon)):
             raise CommandError(f"--head takes a head, such as 8, or layer and head, such as 23:8, got {part!r}")
@@ -100,8 +100,8 @@ def read_text(path: Path) -> bytes:
     return text
 
 
-def check_offset(wanted: Wanted, count: int, unit: str, text: bytes) -> None:
+def check_offset(settings: InspectSettings, count: int, unit: str, text: bytes) -> None:
     """`count`: how many tokens, or bytes, the text has."""
-    if wanted.offset >= count:
-        of = f"the first {MOST_BYTES:,} bytes of {wanted.text}" if len(text) == MOST_BYTES else f"{wanted.text}"
-        raise CommandError(f"--offset {wanted.offset}: there are {count:,} {unit}s in {of}")
+    if settings.offset >= count:
+        of = f"the first {MOST_BYTES:,} bytes of {settings.text}" if len(text) == MOST_BYTES else f"{settings.text}"
+        raise CommandError(f"--offset {settings.offset}: there are {count:,} {unit}s in {of}")

@@ -96,7 +96,7 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
-    from .recipes import NAMES, SIZES
+    from .recipes.settings import NAMES, SIZES
 
     recipe_parser.set_defaults(command=recipe)
     add = recipe_parser.add_argument
@@ -228,12 +228,12 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def recipe(options: argparse.Namespace) -> int:
-    from .recipes import NAMES, options_for, run
+    from .recipes import run
+    from .recipes.settings import NAMES, settings_for
 
-    names = NAMES if "all" in options.names else dict.fromkeys(options.names)
-    wanted = options_for(options.out, options.size, options.device, options.text, options.workers)
-    for name in names:
-        run(name, wanted)
+    settings = settings_for(options.out, options.size, options.device, options.text, options.workers)
+    for name in NAMES if "all" in options.names else dict.fromkeys(options.names):
+        run(name, settings)
     return 0
 
 

@@ -107,7 +107,7 @@ def measure(run: Run, show: training.Show) -> dict:
 
 
 def workers_for(settings: RecipeSettings, size: Size) -> int:
-    """How many models are trained at a time: as --workers says; else as the size says, for each GPU or up to the cores."""
+    """How many models are trained at a time. --workers, or else the size says it, for each GPU or up to the cores."""
     if settings.workers is not None:
         return settings.workers
     if settings.device == "cuda":

@@ -1,12 +1,12 @@
-"""Activations and losses beside their peers: python benchmarks/rows.py, on a GPU or a CPU.
+"""Activations and losses compared with their peers: python benchmarks/rows.py, on a GPU or a CPU.
 
-Rows of 1,024 to 131,072 scores, as many as make 2^26 of them (2^20 on a CPU), all in one process on the same tensors.
-"normal" scores are N(0, 1); "peaked" ones are N(0, 3^2) with one 12 ahead, as a trained model's often are. Beside the
-times stands the worst |sum p - 1| of each way, and for losses the memory at the peak beyond inputs and gradients.
-Medians: on a GPU of the device's time, in a CUDA graph, and beside it of steps as they are called (triton.testing), on
-a CPU of 3 calls.
+A matrix has rows of 1,024 to 131,072 scores, and 2^26 scores in all (2^20 on a CPU). All run in one process on the
+same tensors. "normal" scores are N(0, 1). "peaked" scores are N(0, 3^2), and one of each row is 12 larger, as in many
+trained models. Activations also report the worst |sum p - 1|. Losses on a GPU also report the peak memory beyond inputs
+and gradients. All times are medians. A GPU is timed twice: in a CUDA graph, without the host, and as called, with it
+(both by triton.testing). A CPU is timed over 3 calls.
 
-With --passes instead, in float64 on the CPU: how often, from three starts, the solver of a row looks at it.
+--passes counts instead how often the solver of a row reads the row, from three starts, in float64 on the CPU.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def scores(kind: str, rows: int, length: int, dtype: torch.dtype, device: str) -
 
 
 def activations(alpha: float, on_cuda: bool) -> dict:
+    """{name: function of scores}."""
     ways = {"flash-entmax": lambda x: entmax(x, alpha), "softmax": lambda x: x.softmax(-1)}
     try:
         import entmax as package
@@ -54,6 +55,7 @@ def activations(alpha: float, on_cuda: bool) -> dict:
 
 
 def losses(alpha: float) -> dict:
+    """{name: function of scores and targets}."""
     ways = {
         "flash-entmax": lambda x, y: entmax_loss(x, y, alpha),
         "cross entropy": torch.nn.functional.cross_entropy,
@@ -70,7 +72,7 @@ def losses(alpha: float) -> dict:
 
 
 def median_ms(call, as_called: bool = False) -> float:
-    """On a GPU of the device's time alone, by a CUDA graph; or of the call, where the host may be what takes time."""
+    """Milliseconds; on a GPU by a CUDA graph, without the host's time, unless ``as_called`` asks for it."""
     if torch.cuda.is_available():
         from triton.testing import do_bench, do_bench_cudagraph
 
@@ -92,11 +94,11 @@ def median_ms(call, as_called: bool = False) -> float:
 
 def measure_activation(way, x: torch.Tensor) -> dict:
     leaf, grad = x.detach().requires_grad_(), torch.randn_like(x)
-    off = (way(x).double().sum(-1) - 1).abs().max().item()
+    row_sum_error = (way(x).double().sum(-1) - 1).abs().max().item()
     with torch.no_grad():
         forward = median_ms(lambda: way(x))
     result = {"forward_ms": forward, **step_times(lambda: torch.autograd.grad(way(leaf), leaf, grad))}
-    return {**result, "row_sum_error": off}
+    return {**result, "row_sum_error": row_sum_error}
 
 
 def step_times(step) -> dict:
@@ -113,16 +115,16 @@ def measure_loss(way, x: torch.Tensor) -> dict:
     if x.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         torch.autograd.grad(way(leaf, target), leaf)
         gradient = x.numel() * x.element_size()
-        result["peak_mib"] = (torch.cuda.max_memory_allocated() - before - gradient) / 2**20
+        result["peak_mib"] = (torch.cuda.max_memory_allocated() - allocated - gradient) / 2**20
     return result
 
 
 @torch.no_grad()
 def passes(z: torch.Tensor, offset: torch.Tensor, alpha: float) -> tuple[float, float]:
-    """Means over rows until F <= 1 + 1e-6: passes, and lengths of the row read if dead segments of 64 are skipped."""
+    """Means over rows until F <= 1 + 1e-6: passes, and how often the row is read if dead segments of 64 are skipped."""
     z = z - z.amax(-1, keepdim=True)
     segments = z.unflatten(-1, (-1, 64)).amax(-1)
     count, read = torch.zeros_like(offset), torch.zeros_like(offset)
@@ -144,9 +146,9 @@ def print_passes() -> None:
             found = {"offset 1": [], "histogram of 8 bins": [], "maxima of 64": []}
             for name in DISTRIBUTIONS:
                 z = score_rows(name, length, 8)
-                top = z.amax(-1)
+                maximum = z.amax(-1)
                 maxima = z.unflatten(-1, (-1, 64)).amax(-1)
-                starts = torch.ones_like(top), histogram_offset(z, alpha), certified_offset(maxima, top, alpha)
+                starts = torch.ones_like(maximum), histogram_offset(z, alpha), certified_offset(maxima, maximum, alpha)
                 for own, start in zip(found.values(), starts, strict=True):
                     own.append(passes(z, start, alpha))
             means = (
@@ -170,8 +172,8 @@ def shown(result: dict) -> str:
         "step_ms": "step {:8.3f} ms",
         "called_ms": "as called {:8.3f} ms",
         "row_sum_error": "|sum p - 1| {:.1e}",
+        "peak_mib": "peak {:8.1f} MiB",
     }
-    units["peak_mib"] = "peak {:8.1f} MiB"
     return "   ".join(units[name].format(value) for name, value in result.items())
 
 
@@ -181,7 +183,7 @@ def main() -> None:
     parser.add_argument("--alphas", nargs="+", type=float, default=[1.5])
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--kinds", nargs="+", choices=("normal", "peaked"), default=("normal", "peaked"))
-    parser.add_argument("--passes", action="store_true", help="how often a row is looked at, from three starts")
+    parser.add_argument("--passes", action="store_true", help="count how often a row is read, from three starts")
     options = parser.parse_args()
     if options.passes:
         print_passes()

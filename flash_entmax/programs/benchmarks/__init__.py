@@ -1,4 +1,4 @@
-"""The benchmark that `flash-entmax bench` runs: time and memory beside the peers, cold start, refinement steps.
+"""What `flash-entmax bench` does: compare time and memory with peers; measure cold start and refinement steps.
 
 Needs matplotlib and rich: pip install "flash-entmax[bench]".
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(settings: BenchSettings) -> bool:
-    """Run the parts that were asked for and write their files. False where ours was wrong or failed on a case."""
+    """Run the parts that were asked for and write their files. False if ours was wrong or failed on a case."""
     require("bench", "matplotlib", "rich")
     from rich.console import Console
 
@@ -36,7 +36,7 @@ def run(settings: BenchSettings) -> bool:
 
 
 def run_cases(console: "Console", settings: BenchSettings) -> bool:
-    """speed.json is written after each case, so that a run that is cut short keeps what it has."""
+    """Write speed.json after each case, so that an interrupted run keeps its results. True if ours was right."""
     from . import figures, measure, report, roofline, speed
     from .conditions import conditions_of, write_json
 
@@ -78,7 +78,9 @@ def run_refinement(console: "Console", settings: BenchSettings) -> None:
     from .conditions import conditions_of, write_json
 
     results = refinement.measure(settings.grid.refinement_lengths, settings.device)
-    methods = {method.name: {"title": method.title, "passes_before": method.before} for method in refinement.METHODS}
+    methods = {
+        method.name: {"title": method.title, "passes_before": method.passes_before} for method in refinement.METHODS
+    }
     content = {
         "conditions": conditions_of(settings) | {"dtype": "float64", "timing": "nothing is timed: steps are counted"},
         "tolerance": refinement.TOLERANCE,

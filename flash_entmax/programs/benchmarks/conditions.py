@@ -1,4 +1,4 @@
-"""Under what a number was measured: machine, versions, settings, and how time was taken."""
+"""The conditions of a measurement: machine, versions, settings, and how time was taken."""
 
 import json
 import platform
@@ -52,7 +52,7 @@ def device_name(settings: BenchSettings) -> str:
 
 
 def processor() -> str:
-    """The model name that Linux knows, or what Python knows."""
+    """The name of the processor's model on Linux; what Python knows of it elsewhere."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -75,7 +75,7 @@ def version_of(package: str) -> str | None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """In one step, so that a run that is cut short leaves the results so far and no torn file."""
+    """Write a second file and rename it, so that an interruption leaves the old results or the new ones."""
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(content, indent=1) + "\n")
     beside.replace(path)

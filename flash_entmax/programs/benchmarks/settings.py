@@ -1,8 +1,8 @@
-"""What one run of the benchmark is: the cases for each kind of machine, the parts, and the checks of the options.
+"""What the command line said after `flash-entmax bench`: the cases for each kind of machine, and its checks.
 
 On a GPU the default grid has lengths from 4,096 to 131,072, head sizes 64 and 128, five block sparsities, and
-grouped-query heads at two lengths. What takes longest is left out of it, until a flag asks for it: at 65,536 and more
-only two sparsities, at 131,072 only head size 64.
+grouped-query heads at two lengths. The slowest cases are left out unless a flag asks for them: from 65,536 on there are
+two sparsities, and at 131,072 head size 64 alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ LONG, VERY_LONG = 65536, 131072
 
 @dataclass(frozen=True)
 class Grid:
-    """The cases of one kind of machine, and how long to look at each."""
+    """The cases of one kind of machine, and how long each is timed."""
 
     lengths: tuple[int, ...]
     head_sizes: tuple[int, ...]
@@ -46,9 +46,9 @@ class Grid:
     repeat_ms: float
     matrix_size: int
     refinement_lengths: tuple[int, ...]
-    heads: int | None = None  # by length where None
-    shared_lengths: tuple[int, ...] = ()  # lengths that also run with grouped-query heads
-    topics_of_few: tuple[int, ...] = ()  # the topics of long sequences and of grouped-query heads
+    heads: int | None = None  # None: it depends on the length
+    shared_lengths: tuple[int, ...] = ()  # that also run with grouped-query heads
+    few_topics: tuple[int, ...] = ()  # for long sequences and grouped-query heads
 
     def heads_at(self, length: int) -> int:
         return self.heads or (MANY_HEADS if length <= LONGEST_WITH_MANY_HEADS else FEW_HEADS)
@@ -63,7 +63,7 @@ CUDA = Grid(
     matrix_size=8192,
     refinement_lengths=(1024, 4096, 16384, 65536, 131072),
     shared_lengths=(8192, 32768),
-    topics_of_few=(4, 20),
+    few_topics=(4, 20),
 )
 CPU = Grid(
     lengths=(512, 1024, 2048),
@@ -83,7 +83,7 @@ SHARED_GROUP = 4
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """One run. ``asked`` are the names given with --only; empty means every competitor."""
+    """One run. ``asked`` are the competitors that --only names; empty means all of them."""
 
     device: torch.device
     out: Path
@@ -110,7 +110,7 @@ class BenchSettings:
         return "speed" in self.parts or "memory" in self.parts
 
     def shapes(self) -> Iterator[list[BenchCase]]:
-        """The cases, those of one shape together."""
+        """Groups of cases, one for every shape."""
         for shape in dict.fromkeys(case.shape for case in self.cases):
             yield [case for case in self.cases if case.shape == shape]
 
@@ -130,9 +130,10 @@ def settings_for(
     smallest: bool = False,
     command: str = "flash-entmax bench",
 ) -> BenchSettings:
-    """The grid that fits the machine, limited by what was asked for; ``device`` is "auto", "cpu" or "cuda".
+    """The grid that fits the machine, in which every option that is given replaces its part.
 
-    With ``inputs``, their cases take the grid's place, and join it where any of its flags is given.
+    ``device`` is "auto", "cpu" or "cuda". The cases of ``inputs`` replace the grid, or join it if one of the grid's own
+    options is given.
     """
     device = device_for(device)
     grid = GRIDS[device, smallest]
@@ -156,7 +157,7 @@ def settings_for(
 
 
 def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[BenchCase]:
-    """The product of what was asked for; where nothing was, what the grid has at that length."""
+    """All combinations. What is None comes from the grid, which may have less at great lengths."""
     for length in lengths or grid.lengths:
         heads = grid.heads_at(length)
         default_sizes = grid.head_sizes[:1] if length >= VERY_LONG else grid.head_sizes
@@ -165,8 +166,8 @@ def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[BenchC
             for group in groups or default_groups:
                 if heads % group:
                     raise CommandError(f"--groups must divide the {heads} heads at length {length:,}, got {group}")
-                few = grid.topics_of_few and (length >= LONG or group > 1)
-                for count in topics or (grid.topics_of_few if few else grid.topics):
+                few = grid.few_topics and (length >= LONG or group > 1)
+                for count in topics or (grid.few_topics if few else grid.topics):
                     if count > head_size:
                         raise CommandError(
                             f"--topics must be at most the head size, got {count} at head size {head_size}"

@@ -14,7 +14,7 @@ SIZES = tuple(CPU)
 
 
 def save(model: Transformer, settings: DemoSettings) -> Path:
-    """Write the weights and the settings that shape them into the folder of the results."""
+    """Write the weights, and the settings that shape them, into the folder of the results."""
     path = settings.out / NAME
     sizes = {name: getattr(settings, name) for name in (*SIZES, "alpha")}
     torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
@@ -22,7 +22,7 @@ def save(model: Transformer, settings: DemoSettings) -> Path:
 
 
 def load(path: Path, device: str) -> tuple[Transformer, DemoSettings]:
-    """The model, ready to run on "auto", "cpu" or "cuda". CommandError for a file that `save` did not write."""
+    """The model in evaluation mode on "auto", "cpu" or "cuda". CommandError for a file that `save` did not write."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         sizes = content["sizes"]
@@ -32,6 +32,6 @@ def load(path: Path, device: str) -> tuple[Transformer, DemoSettings]:
         model.load_state_dict(content["weights"])
     except CommandError:
         raise
-    except Exception as error:  # a file can be wrong in as many ways as unpickling has errors
+    except Exception as error:  # unpickling a wrong file raises errors of many kinds
         raise CommandError(f"{path} is not a model that the demo wrote: {error}") from error
     return model.to(settings.device).eval(), settings

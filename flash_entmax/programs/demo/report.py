@@ -24,7 +24,7 @@ SPARSITY_WINDOWS = 4
 
 @dataclass(frozen=True)
 class Sparsity:
-    """One layer: mean support size, of all heads and of the extreme ones, and the share of visible tiles skipped."""
+    """One layer: mean keys per query of all heads, of the sparsest and of the densest, and its block sparsity."""
 
     keys_per_query: float
     fewest: float
@@ -34,7 +34,10 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Losses:
-    """Bits per byte of validation text. ``by_frequency`` knows only how often each byte occurs."""
+    """Bits per byte of validation text, before and after training.
+
+    ``by_frequency`` is the loss of a predictor that knows only how often each byte occurs.
+    """
 
     before: float
     after: float
@@ -43,7 +46,7 @@ class Losses:
 
 @torch.no_grad()
 def measure_sparsity(model: Transformer, settings: DemoSettings, validation: Tensor) -> tuple[list[Sparsity], int]:
-    """The sparsity of each layer over a few validation windows, and the extent of a tile."""
+    """The sparsity of each layer over a few validation windows, and the number of queries in a tile."""
     data = even_windows(validation, SPARSITY_WINDOWS, settings.context).to(settings.device)
     with precision(settings.device), inspection.record(model) as calls:
         model(data)
@@ -57,7 +60,7 @@ def sparsity_of(call: inspection.RecordedCall) -> Sparsity:
 
 @torch.no_grad()
 def attention_of(model: Transformer, settings: DemoSettings, passage: Passage) -> Tensor:
-    """(layers, heads, length, length): the probabilities of a short passage."""
+    """The attention of a passage to itself: probabilities (layers, heads, length, length)."""
     data = torch.tensor([list(passage.data)], device=settings.device)
     with precision(settings.device), inspection.record(model) as calls:
         model(data)
@@ -66,7 +69,7 @@ def attention_of(model: Transformer, settings: DemoSettings, passage: Passage) -
 
 
 def draw(model: Transformer, settings: DemoSettings, validation: Tensor) -> Path:
-    """Picture the attention of the telling passage of the validation text."""
+    """Draw the attention of the telling passage of the validation text."""
     path = settings.out / "attention.png"
     passage = telling_passage(validation, min(PASSAGE_LENGTH, settings.context))
     title = f"The bytes that each head attends to, in text held out from training (alpha {settings.alpha:g})"

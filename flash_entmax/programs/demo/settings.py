@@ -1,4 +1,4 @@
-"""What one run of the demo is: the sizes for each kind of machine, the seed, and the checks of the options."""
+"""What the command line said after `flash-entmax demo`: the sizes for each kind of machine, and its checks."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..errors import CommandError, device_for
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """One run: a step trains on ``batch`` windows of ``context`` bytes; training ends at ``steps`` or ``seconds``."""
+    """A step trains on ``batch`` windows of ``context`` bytes. Training ends after ``steps`` or ``seconds``."""
 
     device: torch.device
     out: Path
@@ -70,7 +70,7 @@ CUDA = {
 def settings_for(
     device: str, out: Path, text: Path | None, alpha: float, steps: int | None, smallest: bool
 ) -> DemoSettings:
-    """The sizes that fit the machine; ``device`` is "auto", "cpu" or "cuda"."""
+    """The sizes that fit the machine. ``device`` is "auto", "cpu" or "cuda"; ``steps`` None: as the sizes say."""
     device = device_for(device)
     if not 1.0 < alpha <= 2.0:
         raise CommandError(f"--alpha must be above 1 (softmax, nothing sparse to show) and at most 2, got {alpha}")

@@ -1,6 +1,6 @@
 """What `flash-entmax inspect` does: run a model on a text, and show what its attention looks at.
 
-Needs matplotlib, and, for a model that is not the demo's, transformers: pip install "flash-entmax[plot,transformers]".
+Needs matplotlib. A model of Transformers also needs transformers: pip install "flash-entmax[plot,transformers]".
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ __all__ = ["InspectSettings", "run"]
 
 
 def run(settings: InspectSettings) -> None:
-    """Print a table, write the pictures and the page. Raises a CommandError."""
+    """Print a table, and write the pictures and the page. Raises a CommandError."""
     check(settings)
     with Progress() as progress:
         progress("opening the model")

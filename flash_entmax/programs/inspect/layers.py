@@ -1,4 +1,4 @@
-"""Which layer each recorded call is of, and which layers are not shown."""
+"""Which layer made a recorded call, and which layers are not shown."""
 
 from collections.abc import Collection, Sequence
 
@@ -13,7 +13,7 @@ from .subject import NO_INTERFACE, Subject
 def choose(
     settings: InspectSettings, subject: Subject, calls: Sequence[RecordedCall]
 ) -> tuple[list[RecordedCall], str]:
-    """The calls of the layers asked for, numbered by layer; and which of those layers are not shown, in words."""
+    """The calls of the layers asked for, numbered by layer; and in words, which of these layers are not shown."""
     if not calls:
         raise CommandError(f"{settings.model}: {why_no_calls(subject)}")
     by_layer = number_by_layer(subject.model, calls)
@@ -31,7 +31,7 @@ def choose(
 
 
 def number_by_layer(model: nn.Module, calls: Sequence[RecordedCall]) -> bool:
-    """Number each call by the ``layer_idx`` of its module; False, and nothing is done, where that is not its own."""
+    """Number every call by the ``layer_idx`` of its module. If two calls would share one, change nothing: False."""
     modules = dict(model.named_modules())
     numbers = [getattr(modules.get(call.name), "layer_idx", None) for call in calls]
     if not all(isinstance(number, int) for number in numbers) or len(set(numbers)) < len(numbers):
@@ -42,7 +42,7 @@ def number_by_layer(model: nn.Module, calls: Sequence[RecordedCall]) -> bool:
 
 
 def not_shown(layers: Collection[int], softmax_layers: Collection[int]) -> str:
-    """Why these layers are not recorded; empty for no layers."""
+    """Why these layers are not recorded, in words; empty for no layers."""
     softmax = sorted(layer for layer in layers if layer in softmax_layers)
     others = sorted(layer for layer in layers if layer not in softmax_layers)
     parts = (
@@ -57,6 +57,7 @@ def not_shown(layers: Collection[int], softmax_layers: Collection[int]) -> str:
 
 
 def why_no_calls(subject: Subject) -> str:
+    """Why a model that ran made no call of entmax attention, in words."""
     if subject.softmax_layers:
         return f"{not_shown(subject.softmax_layers, subject.softmax_layers)}: give --alpha"
     return NO_INTERFACE

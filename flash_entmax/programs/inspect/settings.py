@@ -1,4 +1,4 @@
-"""What was typed after `flash-entmax inspect`, and every check of it before any heavy work."""
+"""What the command line said after `flash-entmax inspect`, and its checks before any heavy work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ ATTENTION = {"entmax15": 1.5, "sparsemax": 2.0, "entmax": None}
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """`attention` and `alpha` are None for what the model was trained with, or else entmax15."""
+    """``attention`` and ``alpha`` None: those that the model was trained with; entmax15 for a softmax model.
+
+    ``layers`` and ``heads`` are words as typed, such as "3-5" and "23:8". Without any, all layers and one typical head.
+    """
 
     model: str
     text: Path
@@ -28,7 +31,7 @@ class InspectSettings:
 
 
 def check(settings: InspectSettings) -> None:
-    """Refuse what no model could do; makes the folder of the results."""
+    """Refuse what no model could do, and make the folder of the results."""
     require("plot", "matplotlib")
     if not 1 <= settings.tokens <= page.MOST_TOKENS:
         raise CommandError(f"--tokens must be from 1 to {page.MOST_TOKENS}, got {settings.tokens}")
@@ -46,7 +49,7 @@ def check(settings: InspectSettings) -> None:
 
 
 def check_against(settings: InspectSettings, layers: int | None, heads: int | None) -> None:
-    """Refuse layers and heads that the model does not have; None: not known yet."""
+    """Refuse layers and heads that the model does not have. A number that is not known yet is None."""
     numbers_of(settings.layers, layers)
     for layer, head in heads_of(settings):
         if layers is not None and layer is not None and layer >= layers:
@@ -58,7 +61,7 @@ def check_against(settings: InspectSettings, layers: int | None, heads: int | No
 
 
 def numbers_of(layers: Sequence[str], count: int | None) -> set[int]:
-    """Numbers and ranges such as 3-5 as a set; all `count` layers where none is given. No count: no upper end."""
+    """Numbers and ranges such as 3-5, as a set; all ``count`` layers if none is given. A count may be unknown: None."""
     numbers: set[int] = set()
     for part in layers:
         first, _, last = part.partition("-")
@@ -73,7 +76,7 @@ def numbers_of(layers: Sequence[str], count: int | None) -> set[int]:
 
 
 def heads_of(settings: InspectSettings) -> list[tuple[int | None, int]]:
-    """(layer, head) of each that was asked for; the layer is None where only a head was named."""
+    """(layer, head) for every --head; the layer is None if only a head was named."""
     found = []
     for part in settings.heads:
         layer, colon, head = part.rpartition(":")
@@ -84,12 +87,12 @@ def heads_of(settings: InspectSettings) -> list[tuple[int | None, int]]:
 
 
 def is_number(text: str) -> bool:
-    """Of at most nine digits 0 to 9."""
+    """Whether the text has one to nine digits, 0 to 9, and nothing else."""
     return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def read_text(path: Path) -> bytes:
-    """Its first MOST_BYTES."""
+    """The first MOST_BYTES of the file."""
     try:
         with path.open("rb") as stream:
             text = stream.read(MOST_BYTES)
@@ -101,7 +104,7 @@ def read_text(path: Path) -> bytes:
 
 
 def check_offset(settings: InspectSettings, count: int, unit: str, text: bytes) -> None:
-    """`count`: how many tokens, or bytes, the text has."""
+    """Refuse an offset past the text, which has ``count`` tokens or bytes."""
     if settings.offset >= count:
-        of = f"the first {MOST_BYTES:,} bytes of {settings.text}" if len(text) == MOST_BYTES else f"{settings.text}"
-        raise CommandError(f"--offset {settings.offset}: there are {count:,} {unit}s in {of}")
+        part = f"the first {MOST_BYTES:,} bytes of {settings.text}" if len(text) == MOST_BYTES else f"{settings.text}"
+        raise CommandError(f"--offset {settings.offset}: there are {count:,} {unit}s in {part}")

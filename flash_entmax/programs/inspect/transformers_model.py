@@ -29,7 +29,7 @@ def open_transformers(settings: InspectSettings) -> "TransformersModel":
 
 
 def in_words(error: Exception) -> str:
-    """The integration advises another attn_implementation, which nobody can give to this command."""
+    """The message without the advice to use another attn_implementation, which this command does not take."""
     problem, *advice = re.split(r"(?:\.|:|;) (use|load the model with) attn_implementation=", str(error), flags=re.I)
     if advice and ("class says that it does not support" in problem or "without a call of its" in problem):
         return NO_INTERFACE
@@ -37,7 +37,7 @@ def in_words(error: Exception) -> str:
 
 
 def load(settings: InspectSettings, content: bytes) -> "TransformersModel":
-    """The config first, then the text, and the weights last: what is wrong shows before they are read."""
+    """Read the config, then the text, and the weights last, so that refusals come before the weights are read."""
     from transformers import AutoConfig, AutoTokenizer
 
     from ...integrations.transformers import register
@@ -65,7 +65,7 @@ def load(settings: InspectSettings, content: bytes) -> "TransformersModel":
 
 
 def attention_of(settings: InspectSettings, config) -> tuple[str, object, str]:
-    """The name of the attention, its alpha, and where that comes from, in words."""
+    """The name of the attention, its alpha, and in words, where that alpha comes from."""
     from ...integrations.transformers import saved_attention
 
     by_hand = getattr(config.get_text_config(), "entmax_alpha", None)
@@ -81,7 +81,7 @@ def attention_of(settings: InspectSettings, config) -> tuple[str, object, str]:
 
 
 def origin_of(alpha: object, config) -> str:
-    """Where this alpha comes from, and what it stands in place of; in words."""
+    """In words, where this alpha comes from, and what it replaces."""
     from ...integrations.transformers import saved_attention
     from ...integrations.transformers.config import is_held
 
@@ -102,7 +102,7 @@ def origin_of(alpha: object, config) -> str:
 
 
 def softmax_layers(attention: str, config) -> frozenset[int]:
-    """Those to which the config gives alpha 1."""
+    """The layers to which the config gives alpha 1."""
     from ...integrations.transformers.config import is_held
 
     alpha = getattr(config, "entmax_alpha", None)
@@ -112,7 +112,7 @@ def softmax_layers(attention: str, config) -> frozenset[int]:
 
 
 def load_weights(settings: InspectSettings, config, attention: str):
-    """A model of the class that was saved, so that no weight is missing."""
+    """The model, of the class that was saved. ValueError if one of its weights is missing."""
     import transformers
 
     name = (config.architectures or [None])[0]
@@ -132,7 +132,7 @@ def load_weights(settings: InspectSettings, config, attention: str):
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No bar and no report while weights are loaded."""
+    """Transformers shows no progress bar and no report meanwhile."""
     from transformers.utils import logging
 
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -147,7 +147,7 @@ def silence() -> Iterator[None]:
 
 
 def why_no_loss(model) -> str:
-    """In words; empty for a causal language model, whose tokens do not see those that they predict."""
+    """In words; empty for a causal language model, whose tokens do not see the tokens that they predict."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     def is_of(mapping) -> bool:
@@ -165,8 +165,8 @@ def why_no_loss(model) -> str:
 
 
 class TransformersModel(Subject):
-    def __init__(self, settings: InspectSettings, model, *rest) -> None:
-        super().__init__(settings, model.base_model, *rest)
+    def __init__(self, settings: InspectSettings, model, ids: Tensor, tokens: list[str], origin: str) -> None:
+        super().__init__(settings, model.base_model, ids, tokens, origin)
         self.whole = model
 
     @property
@@ -193,7 +193,10 @@ class TransformersModel(Subject):
 
 
 def encoded(tokenizer, settings: InspectSettings, content: bytes, limit: int) -> tuple[list[int], list[str]]:
-    """At most `limit` tokens from `settings.offset` on, between the special ones of the tokenizer; ids and texts."""
+    """Ids and texts of at most ``limit`` tokens, from ``settings.offset`` on.
+
+    The tokenizer's special tokens stay around them.
+    """
     text = content.decode("utf-8", "replace")
     if limit <= (special := tokenizer.num_special_tokens_to_add()):
         raise CommandError(f"--tokens {limit}: the tokenizer adds {special} special ones to any text")
@@ -211,9 +214,9 @@ def encoded(tokenizer, settings: InspectSettings, content: bytes, limit: int) ->
 
 
 def pieces(text: str, offsets: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
-    """The text between the end of one token and that of the next; the token's name where there is none.
+    """For each token, the text from the end of the one in front of it to its own end; its name if that is empty.
 
-    So spaces that a tokenizer drops stay, a character of several tokens shows once, and special tokens by their names.
+    So no space that a tokenizer drops is lost. A character of several tokens shows once, a special token by its name.
     """
     found, end = [], 0
     for (_, stop), name in zip(offsets, names, strict=True):

@@ -11,9 +11,9 @@ import torch
 from flash_entmax.core.threshold import threshold_by_sort
 from flash_entmax.programs.benchmarks import cold_start, competitors, gate, measure, refinement, roofline, speed
 from flash_entmax.programs.benchmarks.cases import BenchCase
-from flash_entmax.programs.benchmarks.conditions import write_json
 from flash_entmax.programs.benchmarks.settings import NAMES, settings_for
 from flash_entmax.programs.cli import main
+from flash_entmax.programs.files import write_json
 from flash_entmax.testing import DISTRIBUTIONS, score_rows
 
 pytest.importorskip("matplotlib")

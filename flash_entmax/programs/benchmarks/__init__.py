@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ..errors import make_folder, require
+from ..files import write_json
 from .settings import BenchSettings
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def run(settings: BenchSettings) -> bool:
 def run_cases(console: "Console", settings: BenchSettings) -> bool:
     """Write speed.json after each case, so that an interrupted run keeps its results. True if ours was right."""
     from . import figures, measure, report, roofline, speed
-    from .conditions import conditions_of, write_json
+    from .conditions import conditions_of
 
     if "memory" in settings.parts and not settings.on_cuda:
         console.print("peak memory: not measured: PyTorch counts it on CUDA only")
@@ -62,7 +63,7 @@ def run_cases(console: "Console", settings: BenchSettings) -> bool:
 
 def run_cold_start(console: "Console", settings: BenchSettings) -> None:
     from . import cold_start, report
-    from .conditions import conditions_of, write_json
+    from .conditions import conditions_of
 
     if reason := cold_start.why_not(settings):
         console.print(f"\ncold start: not measured: {reason}", soft_wrap=True)
@@ -75,7 +76,7 @@ def run_cold_start(console: "Console", settings: BenchSettings) -> None:
 
 def run_refinement(console: "Console", settings: BenchSettings) -> None:
     from . import figures, refinement, report
-    from .conditions import conditions_of, write_json
+    from .conditions import conditions_of
 
     results = refinement.measure(settings.grid.refinement_lengths, settings.device)
     methods = {

@@ -1,6 +1,5 @@
 """The conditions of a measurement: machine, versions, settings, and how time was taken."""
 
-import json
 import platform
 import shutil
 import subprocess
@@ -72,10 +71,3 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a second file and rename it, so that an interruption leaves the old results or the new ones."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)

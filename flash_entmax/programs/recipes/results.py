@@ -1,4 +1,4 @@
-"""The file of a recipe's results: the conditions, and the numbers of each model."""
+"""The file of a recipe's results: under which conditions they hold, and what an earlier run left."""
 
 import json
 import time
@@ -52,11 +52,3 @@ def load(path: Path, own: dict) -> dict:
                 f"{path} has results of {name} {found.get(name)!r}, and this is {value!r}: take another --out"
             )
     return results
-
-
-def save(path: Path, results: dict) -> None:
-    """Write a second file and rename it, so that an interruption leaves the old results or the new ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    beside.replace(path)

@@ -20,10 +20,11 @@ from flash_entmax import inspection
 from ..demo.text import even_windows
 from ..demo.train import precision
 from ..errors import CommandError
+from ..files import write_json
 from .language_model import RECIPE, corpus_for
 from .recipe import Run
 from .report import over_seeds
-from .results import conditions, load, save
+from .results import conditions, load
 from .runs import chosen_runs, trained_model
 from .settings import RecipeSettings
 
@@ -42,7 +43,7 @@ def run(settings: RecipeSettings) -> None:
     }
     path = settings.out / f"sparsity-{settings.size}.json"
     captured = [capture(settings, length) for length in CAPTURED_LENGTHS[settings.size]]
-    save(path, {"conditions": conditions("sparsity", settings), "models": found})
+    write_json(path, {"conditions": conditions("sparsity", settings), "models": found})
     for quantity, title, shown in (
         ("block_sparsity", "block sparsity, %", lambda value: f"{100 * value:.0f}"),
         ("keys_per_query", "keys per query", lambda value: f"{value:.1f}"),

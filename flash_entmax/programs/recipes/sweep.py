@@ -16,9 +16,10 @@ from statistics import mean
 import torch
 from rich.console import Console
 
+from ..files import write_json
 from . import language_model, max_retrieval, report, sequences, training
 from .recipe import Batch, Recipe, Run, Size
-from .results import conditions, load, save
+from .results import conditions, load
 from .runs import chosen_runs, new_model, runs_of, trained_model
 from .settings import RecipeSettings
 from .workers import cores, distribute
@@ -33,7 +34,7 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
     name, size = recipe.name, recipe.sizes[settings.size]
     path = settings.out / f"{name}-{settings.size}.json"
     results = load(path, conditions(name, settings, size))
-    save(path, results)
+    write_json(path, results)
     start = time.perf_counter()
 
     def perform(task: Callable, done: dict, runs: list[Run]) -> None:
@@ -43,7 +44,7 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
         console.print(f"{name}, {settings.size}: {task.__name__} {len(runs)} models, {len(runs) - len(missing)} done")
         for finished, numbers in distribute(task, missing, workers_for(settings, size), console):
             done[finished.key] = numbers
-            save(path, results)
+            write_json(path, results)
 
     rates = {arm: list(size.learning_rates) for arm in recipe.arms}
     for _ in range(1 + size.extensions):
@@ -62,7 +63,7 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
     results["chosen"] = {arm: [run.key for run in chosen if run.arm == arm] for arm in recipe.arms}
     results["seconds"] = results.get("seconds", 0.0) + time.perf_counter() - start
     results["workers"] = workers_for(settings, size)
-    save(path, results)
+    write_json(path, results)
     report.write(console, recipe, results, path)
 
 

@@ -15,7 +15,7 @@ from ..demo.train import pace, parameter_groups
 from .recipe import Batch
 
 SAVE_EVERY = 30.0  # seconds
-# The first seeds of validation and of tests. Those of training stay below; a CPU's generator takes 32 bits.
+# The first seeds of validation and of tests. Those of training are smaller; a CPU's generator takes 32 bits.
 VALIDATION_SEED, TEST_SEED = 2**30, 2**31
 Show = Callable[[int, int], None]  # (steps done, all steps)
 Loss = Callable[..., Tensor]
@@ -122,9 +122,9 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"step": str(step)})
-    beside.replace(path)
+    part = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"step": str(step)})
+    part.replace(path)
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..demo.train import parameter_groups
+from ..files import write_json
 from . import sparsity
 from .language_model import RECIPE, next_byte_losses
 from .recipe import Run
-from .results import conditions, save
+from .results import conditions
 from .runs import new_model, trained_model
 from .settings import RecipeSettings
 
@@ -46,7 +47,7 @@ def run(settings: RecipeSettings) -> None:
             found[name][str(length)] = data[:, 1:].numel() / seconds
         del model
     path = settings.out / f"training-speed-{settings.size}.json"
-    save(path, {"conditions": conditions("training-speed", settings), "bytes_per_second": found})
+    write_json(path, {"conditions": conditions("training-speed", settings), "bytes_per_second": found})
     console.print(table(found))
     console.print(f"{path}", soft_wrap=True)
 

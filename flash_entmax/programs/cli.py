@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", default=Path("out/demo"), help="where the results go (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="training steps (default: what the device does in two minutes)")
     add("--smallest", action="store_true", help="a tiny model and few steps: every stage within half a minute")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     add("--alpha", type=float, default=1.5, help="above 1, at most 2; larger is sparser (default: %(default)s)")
 
     about = "run a model on a text, and show which tokens its heads attend to: a table, pictures and a page"
@@ -65,12 +65,12 @@ def add_inspect_options(inspect_parser: argparse.ArgumentParser) -> None:
     add("--attention", choices=("entmax15", "sparsemax", "entmax"), help=about)
     add("--alpha", type=float, help="with entmax: above 1, at most 2; larger is sparser")
     add("--tokens", type=int, metavar="N", default=1024, help="read N tokens of the text (default: %(default)s)")
-    about = "skip N tokens of the text; the model does not read them, and counts from the next one (default: 0)"
+    about = "skip N tokens of the text; the model reads from there as from the beginning (default: 0)"
     add("--offset", type=int, metavar="N", default=0, help=about)
     add("--layers", nargs="+", metavar="N", default=(), help="numbers and ranges, such as 0 3-5 (default: all)")
     about = "heads to draw maps of; the page opens at the first: 8 (of the first layer shown), or 23:8 (of layer 23)"
     add("--head", nargs="+", metavar="HEAD", default=(), help=about)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
 
 
 def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     add(
         "--out", type=Path, metavar="DIR", default=Path("out/bench"), help="where the results go (default: %(default)s)"
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     add("--smallest", action="store_true", help="one short length: every part within seconds")
     about = "any of speed, memory, roofline, cold-start, refinement (default: all; with --inputs the first three)"
     add("--parts", nargs="+", metavar="PART", help=about)
@@ -105,7 +105,7 @@ def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="DIR", default=Path("out/recipes"), help=about)
     about = "full is for a GPU, small for a CPU, toy shows in seconds that all works (default: what fits the device)"
     add("--size", choices=SIZES, help=about)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     about = "the language model's text, a file or folder (default: PyTorch's Python sources)"
     add("--text", type=Path, metavar="PATH", help=about)
     add(

@@ -57,7 +57,7 @@ def child(name: str, started: float) -> dict:
     from .cases import BenchCase
     from .competitors import COMPETITORS
 
-    competitor = next(one for one in COMPETITORS if one.name == name)
+    competitor = next(competitor for competitor in COMPETITORS if competitor.name == name)
     imported = time.time()
     torch.zeros(1, device="cuda")
     device_ready = time.time()

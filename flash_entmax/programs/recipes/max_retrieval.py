@@ -8,6 +8,7 @@ items. ASEntmax (arXiv 2506.16640) does the same for entmax.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -82,11 +83,11 @@ def problems(count: int, batch: int, seed: int, device: str) -> tuple[Tensor, Te
     return torch.cat((one_hot(classes, CLASSES).float(), priority), -1), asked, answer
 
 
-def mean_of_problems(model: Finder, count: int, run: Run, tests: int, of, seed: int) -> float:
-    """The mean of ``of(logits, answer)`` over ``tests`` problems of ``count`` items, from ``seed`` on."""
+def mean_of_problems(model: Finder, count: int, run: Run, tests: int, numbers_of: Callable, seed: int) -> float:
+    """The mean of ``numbers_of(logits, answer)`` over ``tests`` problems of ``count`` items, from ``seed`` on."""
     part = min(tests, max(1, TEST_ITEMS // count))
     parts = (problems(count, part, seed + first, run.device) for first in range(0, tests, part))
-    return mean_over(parts, lambda part: of(model(*part[:2]), part[2]))
+    return mean_over(parts, lambda part: numbers_of(model(*part[:2]), part[2]))
 
 
 class MaxRetrieval:

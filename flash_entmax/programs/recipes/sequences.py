@@ -86,11 +86,13 @@ class Sequences:
         answer = data[:, data.shape[1] // 2 + 1 :]
         return cross_entropy(self.logits(model, data).flatten(0, 1), answer.flatten())
 
-    def mean_of_problems(self, model: Transformer, length: int, run: Run, tests: int, of, seed: int) -> float:
-        """The mean of ``of(logits, answer)`` over ``tests`` sources of one length, from ``seed`` on."""
+    def mean_of_problems(
+        self, model: Transformer, length: int, run: Run, tests: int, numbers_of: Callable, seed: int
+    ) -> float:
+        """The mean of ``numbers_of(logits, answer)`` over ``tests`` sources of one length, from ``seed`` on."""
         part = min(tests, max(1, TEST_TOKENS // (2 * length)))
         parts = (self.problems(length, part, seed + first, run.device) for first in range(0, tests, part))
-        return mean_over(parts, lambda data: of(self.logits(model, data), data[:, length + 1 :]))
+        return mean_over(parts, lambda data: numbers_of(self.logits(model, data), data[:, length + 1 :]))
 
     def validate(self, model: Transformer, run: Run, size: SequencesSize) -> float:
         def losses(logits: Tensor, answer: Tensor) -> Tensor:

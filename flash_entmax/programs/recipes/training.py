@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -146,8 +146,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
     return step
 
 
-def mean_over(parts, of: Callable[[Tensor], Tensor]) -> float:
-    """The mean of all numbers in ``of(part)``; infinite if one of them is not finite."""
+def mean_over(parts: Iterable, numbers_of: Callable[..., Tensor]) -> float:
+    """The mean of all numbers in ``numbers_of(part)``; infinite if one of them is not finite."""
     with torch.no_grad():
-        values = torch.cat([of(part).flatten().double().cpu() for part in parts])
+        values = torch.cat([numbers_of(part).flatten().double().cpu() for part in parts])
     return values.mean().item() if values.isfinite().all() else math.inf

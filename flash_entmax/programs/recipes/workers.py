@@ -62,22 +62,22 @@ def perform_in_worker(task: Callable, run: Run, shares: dict) -> dict:
     """``task(run, show)``, which notes its progress in ``shares`` by steps of a hundredth."""
     noted = -1.0
 
-    def show(step: int, of: int) -> None:
+    def show(step: int, steps: int) -> None:
         nonlocal noted
-        if step / of >= noted + 0.01:
-            noted = shares[run.key] = step / of
+        if step / steps >= noted + 0.01:
+            noted = shares[run.key] = step / steps
 
     return task(run, show)
 
 
 @contextmanager
 def progress(console: Console, title: str) -> Iterator[Show]:
-    """Yield show(step, of). It moves a bar on a terminal; elsewhere one line is printed, and it does nothing."""
+    """Yield show(step, steps), which moves a bar on a terminal. Elsewhere print the title, and show does nothing."""
     if not console.is_terminal:
         console.print(f"  {title}", soft_wrap=True)
-        yield lambda step, of: None
+        yield lambda step, steps: None
         return
     columns = TextColumn("  {task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=1.0)
-        yield lambda step, of: bar.update(task, completed=step / of)
+        yield lambda step, steps: bar.update(task, completed=step / steps)

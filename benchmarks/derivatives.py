@@ -1,7 +1,7 @@
-"""Time of a step, of a tangent beside it, and of wide heads, in ms, and of the host's part of a call, in microseconds.
+"""Times of training steps, of forward-mode derivatives and of wide heads, and the time of the host in a call.
 
-python benchmarks/derivatives.py: on a GPU, a minute. With PYTHONPATH at another version of the package, of that one.
-Single events with the host's launches in them: to be read beside each other only.
+python benchmarks/derivatives.py takes a minute on a GPU. With PYTHONPATH at another version of the package, it times
+that version. The times are those of single events and include the host's launches. Compare them with each other only.
 """
 
 import time
@@ -14,10 +14,11 @@ import triton
 from flash_entmax import entmax_attention
 from flash_entmax.testing import iid_inputs, topic_inputs
 
-WINDOW, HIDDEN = (1000, 0), 100
+WINDOW, HIDDEN_KEYS = (1000, 0), 100
 
 
 def milliseconds(call: Callable[[], object], runs: int = 20) -> float:
+    """The median time of a call on the GPU."""
     for _ in range(4):
         call()
     times = []
@@ -32,6 +33,7 @@ def milliseconds(call: Callable[[], object], runs: int = 20) -> float:
 
 
 def host_microseconds(call: Callable[[], object], runs: int = 300) -> float:
+    """The mean time in which the host launches a call, without waiting for the GPU."""
     for _ in range(20):
         call()
     torch.cuda.synchronize()
@@ -44,14 +46,14 @@ def host_microseconds(call: Callable[[], object], runs: int = 300) -> float:
 
 
 def step_of(tensors, **options) -> Callable[[], object]:
-    """The forward pass and the gradients."""
+    """A call that computes the output and the gradients."""
     leaves = [tensor.requires_grad_() for tensor in tensors]
     grad_output = torch.randn_like(leaves[0])
     return lambda: torch.autograd.grad(entmax_attention(*leaves, is_causal=True, **options), leaves, grad_output)
 
 
 def tangent_of(tensors) -> Callable[[], object]:
-    """The forward pass with its derivative along a tangent of each input."""
+    """A call that computes the output and its derivative along a tangent of every input."""
     tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
 
     def attend(*tensors):
@@ -64,7 +66,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}; bfloat16, causal")
     for length, topics in ((8192, 4), (32768, 4), (32768, 20)):
         tensors = topic_inputs(1, 8, length, 64, topics, dtype=torch.bfloat16, device="cuda")
-        mask = torch.arange(length, device="cuda")[None] >= HIDDEN
+        mask = torch.arange(length, device="cuda")[None] >= HIDDEN_KEYS
         times = {
             "tangent": milliseconds(tangent_of(tensors)),
             "step": milliseconds(step_of(tensors)),

@@ -1,7 +1,7 @@
-"""What each option costs beside the plain causal call: python benchmarks/options.py, on a GPU, a minute.
+"""What every option costs, compared with the plain causal call: python benchmarks/options.py takes a minute on a GPU.
 
-Topics of 32,768 tokens, 8 heads of 64, bfloat16. Medians of 15 steps; forward is without gradient. What takes under
-3 ms here is mostly the host's time to launch it.
+Topics of 32,768 tokens, 8 heads of 64, bfloat16. Medians of 15 calls; the forward pass runs without gradients. Times
+under 3 ms are mostly those of the host, which launches the kernels.
 """
 
 import torch
@@ -21,7 +21,7 @@ def median_ms(call) -> float:
 
 
 def row(name: str, attend, *leaves: torch.Tensor) -> None:
-    """Print the time of a training step, by all leaves, and of the forward pass."""
+    """Print the time of a training step, with gradients of all leaves, and of the forward pass."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     grad_output = torch.randn_like(attend(*leaves))
     step = median_ms(lambda: torch.autograd.grad(attend(*leaves), leaves, grad_output))
@@ -31,15 +31,16 @@ def row(name: str, attend, *leaves: torch.Tensor) -> None:
 
 
 def rectangle(topics: int) -> None:
+    """All options of a batch of equal lengths."""
     tensors = topic_inputs(1, HEADS, LENGTH, DIM, topics, dtype=torch.bfloat16, device="cuda")
-    slopes = 2.0 ** -torch.arange(1, HEADS + 1, device="cuda")
-    seen = torch.arange(LENGTH, device="cuda")[None] >= 1000
+    alibi_slopes = 2.0 ** -torch.arange(1, HEADS + 1, device="cuda")
+    key_mask = torch.arange(LENGTH, device="cuda")[None] >= 1000
     options = {
         "causal": {},
         "causal, as intervals": {"query_positions": 0, "window_size": (LENGTH, -1)},
         "window 4096": {"window_size": (4096, -1)},
         "window 512": {"window_size": (512, -1)},
-        "key mask": {"key_mask": seen},
+        "key mask": {"key_mask": key_mask},
         "softcap 50": {"softcap": 50.0},
         "alpha 1.49999": {"alpha": 1.49999},
         "alpha 1.1": {"alpha": 1.1},
@@ -50,7 +51,10 @@ def rectangle(topics: int) -> None:
     for name, option in options.items():
         row(name, lambda *qkv, option=option: entmax_attention(*qkv, is_causal=True, **option), *tensors)
     row(
-        "ALiBi, learned", lambda *qkv: entmax_attention(*qkv[:3], is_causal=True, alibi_slopes=qkv[3]), *tensors, slopes
+        "ALiBi, learned",
+        lambda *qkv: entmax_attention(*qkv[:3], is_causal=True, alibi_slopes=qkv[3]),
+        *tensors,
+        alibi_slopes,
     )
     alphas = torch.full((HEADS,), 1.5, device="cuda")
     row(
@@ -62,13 +66,14 @@ def rectangle(topics: int) -> None:
 
 
 def packed(length: int) -> None:
+    """Packed sequences of one length, LENGTH tokens in all."""
     tensors = topic_inputs(1, HEADS, LENGTH, DIM, 1, dtype=torch.bfloat16, device="cuda")
     tensors = [tensor[0].transpose(0, 1).contiguous() for tensor in tensors]
     boundaries = torch.arange(0, LENGTH + 1, length, dtype=torch.int32, device="cuda")
-    extent = boundaries, None, length, length
+    sequences = boundaries, None, length, length
     row(
         f"packed, {LENGTH // length} x {length}",
-        lambda *qkv: entmax_attention_varlen(*qkv, *extent, is_causal=True),
+        lambda *qkv: entmax_attention_varlen(*qkv, *sequences, is_causal=True),
         *tensors,
     )
 

@@ -26,10 +26,10 @@ PACKAGES = (
     "gimp-help-en",
     "r-doc-html",
 )
-SHORTEST = 5_000  # bytes; what is shorter is a title page or an index
+SHORTEST = 5_000  # characters; shorter texts are title pages and indexes
 FOREIGN = "/html/"  # the handbook has a folder for each language
-# Words that every English page is full of and that its translations do not have. Their share of the words is at least
-# 0.12 on the pages of prose; it is at most 0.011 in translations, and 0.05 in indexes of keywords.
+# Frequent English words that translations do not have. They are at least 0.12 of the words on a page of prose, at most
+# 0.011 in a translation, and at most 0.05 in an index of keywords.
 ENGLISH = {
     "the", "of", "and", "to", "that", "it", "with", "by", "this",
     "from", "which", "you", "have", "are", "be", "or", "not",
@@ -67,13 +67,13 @@ class Prose(HTMLParser):
 
 
 def is_english_prose(text: str) -> bool:
-    """Whether enough of its words are ENGLISH: neither another language nor a list of keywords."""
+    """Whether enough words are ENGLISH: not in another language, and not in a list of keywords."""
     words = re.findall(r"[^\W\d_]+", text.lower())
     return sum(word in ENGLISH for word in words) >= FEWEST_ENGLISH * max(1, len(words))
 
 
 def documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of the pages of one unpacked package, in English."""
+    """(name, text) of every English page of an unpacked package."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or path.is_symlink() or (FOREIGN in name and f"{FOREIGN}en-US/" not in name):
@@ -101,7 +101,7 @@ def main() -> None:
                 if len(text) < SHORTEST or not is_english_prose(text):
                     continue
                 if 2 * len(lines & seen) > len(lines):
-                    continue  # a chapter of a book that is also there on one page, which came first
+                    continue  # a chapter of a book whose single page came first
                 seen |= lines
                 count += 1
                 file = out / f"{archive.name.partition('_')[0]}-{count:03}-{Path(name).stem}.txt"

@@ -24,7 +24,7 @@ print(
     f"\nalong dimension 1, columns sum to {p.sum(1).min():.3f} to {p.sum(1).max():.3f}, {(p == 0).sum()} of 48 are zero"
 )
 
-# How sparse is best can be learned: alpha has an exact gradient. Here the target is as sparse as alpha 1.8 makes it.
+# Alpha has an exact gradient, so the best sparsity can be learned. Here the target has the sparsity of alpha 1.8.
 wide = torch.randn(64, 30)
 target = entmax(wide, 1.8)
 learned = Entmax(1.2, learn_alpha=True)
@@ -35,7 +35,7 @@ for _ in range(200):
     optimizer.step()
 print(f"\na target made with alpha 1.8: learned, from 1.2, alpha {learned.alpha.item():.3f}")
 
-# A classifier: once a class is ahead by 2 the loss is exactly 0, and training stops pushing what is right.
+# A classifier: once the right class is ahead by 2, loss and gradient are exactly 0, and training leaves it alone.
 points = torch.randn(256, 2)
 classes = (points[:, 0] > 0).long() + 2 * (points[:, 1] > 0).long()
 for name, criterion in (("entmax loss", EntmaxLoss(1.5)), ("cross entropy", torch.nn.CrossEntropyLoss())):

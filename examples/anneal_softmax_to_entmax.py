@@ -1,7 +1,7 @@
 """Turn a softmax model into an entmax model: alpha rises from 1.01 to 1.5 while training goes on.
 
-A small byte-level transformer learns PyTorch's sources with softmax attention. Then it goes on in two ways, with the
-same batches: with softmax, and with alpha annealed. The loss stays close. Half a minute on two CPU cores.
+A small byte-level transformer learns PyTorch's sources with softmax attention. Then training goes on twice, with the
+same batches: with softmax, and with an annealed alpha. The losses stay close. Half a minute on two CPU cores.
 
 python examples/anneal_softmax_to_entmax.py [STEPS]
 """

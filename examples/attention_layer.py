@@ -1,7 +1,7 @@
-"""The attention layer, learning to look things up: key-value pairs, then a key, then what value was it?
+"""An attention layer learns to look things up: it reads key-value pairs, then a key, and answers with its value.
 
-Heads without position, a length-aware temperature and an alpha of each head's own (ASEntmax, arXiv 2506.16640).
-Training sees 16 pairs, the test up to 256. Half a minute on two CPU cores.
+The heads have no positions, a temperature that grows with the length, and an alpha each (ASEntmax, arXiv 2506.16640).
+Training sees 16 pairs, and the test up to 256. This takes half a minute on two CPU cores.
 
 python examples/attention_layer.py [STEPS]
 """
@@ -20,7 +20,7 @@ BATCH, PAIRS = 64, 16
 
 
 class Lookup(nn.Module):
-    """Tokens hold a key and a value; the last one holds a key alone."""
+    """Every token holds a key and a value. The last token holds a key alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Lookup(nn.Module):
 
 
 def batch(pairs: int, count: int = BATCH):
-    """Different keys with random values, one of the keys again, and the value that belongs to it."""
+    """Different keys with random values, then one of the keys again; and the value that belongs to it."""
     keys = torch.rand(count, KEYS).argsort(-1)[:, :pairs]
     values = torch.randint(VALUES, (count, pairs))
     asked = torch.randint(pairs, (count, 1))

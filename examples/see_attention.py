@@ -2,9 +2,9 @@
 
     python examples/see_attention.py
 
-The model is small and was not trained: words attend to earlier occurrences of themselves, because queries and keys
-come from the same embedding, and each head prefers near ones by its own slope. Any model that calls entmax attention
-can stand in its place. Needs matplotlib: pip install "flash-entmax[plot]".
+The model is small and was not trained. Queries and keys come from the same embedding, so that words attend to earlier
+occurrences of themselves. The ALiBi slope of a head says how much it prefers near ones. Any model that calls entmax
+attention can take its place. Needs matplotlib: pip install "flash-entmax[plot]".
 """
 
 # %% A model of three layers with four heads, and its text: this file, split into words.
@@ -19,7 +19,7 @@ from flash_entmax.show import page, plot
 
 OUT = Path("out/see_attention")
 WIDTH, HEADS = 256, 4
-SHARPNESS = 0.4, 0.55, 0.7  # of each layer: larger scores, sparser attention
+SHARPNESS = 0.4, 0.55, 0.7  # one for each layer; larger scores make attention sparser
 
 
 class Attention(nn.Module):
@@ -27,11 +27,11 @@ class Attention(nn.Module):
         super().__init__()
         self.query, self.value = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
         nn.init.orthogonal_(self.query.weight, gain=sharpness)
-        self.register_buffer("slopes", torch.tensor([1 / 4, 1 / 16, 1 / 64, 0.0]))
+        self.register_buffer("alibi_slopes", torch.tensor([1 / 4, 1 / 16, 1 / 64, 0.0]))
 
     def forward(self, x):
         query, value = (mix(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for mix in (self.query, self.value))
-        heads = entmax_attention(query, query, value, is_causal=True, alibi_slopes=self.slopes)
+        heads = entmax_attention(query, query, value, is_causal=True, alibi_slopes=self.alibi_slopes)
         return x + heads.transpose(1, 2).flatten(2)
 
 
@@ -41,7 +41,7 @@ numbers = {word: number for number, word in enumerate(dict.fromkeys(tokens))}
 model = nn.Sequential(nn.Embedding(len(numbers), WIDTH), *map(Attention, SHARPNESS))
 ids = torch.tensor([[numbers[token] for token in tokens]])
 
-# %% Record one pass. Nothing in the model changes, and every option of every call is taken into account.
+# %% Record one pass. Nothing in the model changes, and all options of the calls are taken into account.
 with torch.no_grad(), inspection.record(model) as calls:
     model(ids)
 

@@ -1,6 +1,6 @@
 """A Llama of Transformers with entmax attention: train it on Python's own source, see what it attends to, generate.
 
-Any model that takes an `attn_implementation` works like this one. A quarter of a minute on one CPU core.
+Any model that takes an `attn_implementation` works like this one. This takes fifteen seconds on one CPU core.
 
 pip install "flash-entmax[transformers]"
 python examples/transformers_model.py
@@ -27,9 +27,9 @@ config = LlamaConfig(
 model = LlamaForCausalLM._from_config(config, attn_implementation="entmax")
 text = torch.tensor(list(inspect.getsource(argparse).encode("ascii", "replace")))
 
-# One tensor is the alpha of all layers: moved in place from almost softmax to 1.5 over the first half of the training.
-# A Trainer does the same with callbacks=[AnnealAlpha(model, steps=STEPS // 2)], from the module of `register`. Saved by
-# model.save_pretrained(folder), it is there again after LlamaForCausalLM.from_pretrained(folder).
+# One tensor is the alpha of all layers. It moves from almost softmax to 1.5 over the first half of the training. A
+# Trainer does the same with callbacks=[AnnealAlpha(model, steps=STEPS // 2)], from the module of `register`.
+# model.save_pretrained(folder) saves this alpha, and LlamaForCausalLM.from_pretrained(folder) finds it again.
 annealing = AlphaAnnealing(STEPS // 2)
 set_alpha(model, annealing.alpha)
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -54,7 +54,7 @@ for name in ("entmax15", "sparsemax"):
     for call in calls:
         print(f"  {call.keys_per_query.mean():.1f} in {call.name}")
 
-# Prompts of different lengths: padding goes to the left, and is not attended to.
+# Prompts of different lengths are padded on the left. No token attends to padding.
 prompts = ["def add_argument(self", "import "]
 rows = [torch.tensor(list(prompt.encode())) for prompt in prompts]
 longest = max(len(row) for row in rows)

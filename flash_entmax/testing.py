@@ -1,6 +1,6 @@
-"""Shared by the tests and the benchmarks: inputs with known properties, error budgets, poisoned memory.
+"""What tests and benchmarks share: inputs with known properties, error budgets, poisoned memory.
 
-Nothing in the package but its benchmarks imports this file, and it needs nothing beyond torch.
+In the package only the benchmarks import this file. It needs torch and nothing else.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,13 +34,14 @@ def topic_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value whose block sparsity is about 1 - 1 / topics, at the default scale 1 / sqrt(dim).
 
-    Each block of 64 consecutive tokens draws one of `topics` orthonormal directions; query and key are
-    c * direction + noise, with c^2 / sqrt(dim) = 30 and the noise orthogonal to all directions. Scores are then
-    30 + N(0, 0.6^2) within a topic and N(0, 0.6^2) across topics, out of reach. The directions take up `topics` of the
-    `dim` dimensions, so the deviation within a topic is a little below 0.6 where topics is not small next to dim.
+    Each block of 64 consecutive tokens draws one of `topics` orthonormal directions. Query and key are
+    c * direction + noise, with c^2 / sqrt(dim) = 30 and noise orthogonal to all directions. Scores are then
+    30 + N(0, 0.6^2) within a topic and N(0, 0.6^2) across topics, far below any threshold. The directions take
+    `topics` of the `dim` dimensions, so the deviation within a topic is a little smaller than 0.6 unless `topics` is
+    small compared with `dim`.
 
-    With `wide_blocks` the last quarter of the dimensions is 0 in queries and WIDE * N(0, 1) in keys: scores do not
-    see it, but keys of one block lie far apart, and bounds on whole blocks rule out nothing.
+    With `wide_blocks` the last quarter of the dimensions is 0 in queries and WIDE * N(0, 1) in keys. Scores do not
+    change, but the keys of a block lie far apart, and bounds on whole blocks rule out nothing.
     """
     key_heads = heads if key_heads is None else key_heads
     seen = dim - dim // 4 if wide_blocks else dim
@@ -85,7 +86,7 @@ def iid_inputs(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value with independent N(0, 1) entries; every extent that may differ can be given."""
+    """Query, key and value with independent N(0, 1) entries, (batch, heads, length, dim) each."""
     key_length = query_length if key_length is None else key_length
     key_heads = heads if key_heads is None else key_heads
     value_dim = dim if value_dim is None else value_dim
@@ -150,15 +151,15 @@ def score_rows(
 def inputs_with_scores(z: Tensor, alpha: float) -> tuple[Tensor, Tensor, float]:
     """Query (1, 1, rows, rows), key (1, 1, keys, rows) and scale that make attention see exactly the rows of z.
 
-    Query i is the i-th unit vector and key j is 2 z[:, j], so that query . key has one term that is not zero; the scale
-    0.5 / (alpha - 1) makes the slope (alpha - 1) * scale = 1/2. No operation rounds, in any float dtype.
+    Query i is the i-th unit vector and key j is 2 z[:, j], so that query . key has a single term that is not zero. The
+    scale 0.5 / (alpha - 1) makes z_scale = (alpha - 1) * scale = 1/2. No operation rounds, in any float dtype.
     """
     query = torch.eye(z.shape[0], dtype=z.dtype, device=z.device)
     return query[None, None], 2 * z.mT[None, None], 0.5 / (alpha - 1.0)
 
 
 def relative_error(actual: Tensor, expected: Tensor, magnitude: float | None = None) -> float:
-    """max |actual - expected| / max |expected|, in float64; over `magnitude` instead where one is given."""
+    """max |actual - expected| / max |expected|, in float64. A `magnitude` that is given replaces the denominator."""
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {tuple(actual.shape)} differs from the expected {tuple(expected.shape)}")
     if actual.numel() == 0:
@@ -178,9 +179,9 @@ def assert_within_budget(
     magnitude: float | None = None,
     floor: float | None = None,
 ) -> None:
-    """The error against float64 is at most twice that of dense PyTorch in the dtype of `actual`, plus a floor.
+    """Assert that the error against float64 is at most twice that of dense PyTorch in the same dtype, plus a floor.
 
-    `magnitude` is the size of the terms whose sum is the result; it matters where they cancel (a gradient of zero).
+    `magnitude` is the size of the terms whose sum is the result. It matters if they cancel, as in a gradient of zero.
     """
     size = max(exact.abs().max().item(), magnitude or 0.0) if exact.numel() else 0.0
     floor = FLOOR[actual.dtype] if floor is None else floor
@@ -192,10 +193,10 @@ def assert_within_budget(
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Every torch.empty (and new_empty, empty_like, empty_strided) holds NaN, or the largest integer, while active.
+    """While active, every torch.empty (new_empty, empty_like, empty_strided) holds NaN, or the largest integer.
 
-    On CPU and CUDA alike: PyTorch fills uninitialised memory in its deterministic mode. Operations without a
-    deterministic form only warn, so that nothing but the memory differs from a plain call as far as possible.
+    PyTorch fills uninitialised memory so in its deterministic mode, on CPU and CUDA alike. Operations without a
+    deterministic form only warn. As far as possible nothing but the memory differs from a plain call.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

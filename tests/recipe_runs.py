@@ -1,6 +1,6 @@
 """Runs of recipes at toy size."""
 
-from flash_entmax.programs.recipes.runs import Run
+from flash_entmax.programs.recipes.recipe import Run
 
 
 def a_run(folder, name="max-retrieval", arm="softmax", steps=6, device="cpu", seed=0):

@@ -92,14 +92,25 @@ def test_imports_go_down(name):
             assert target in OPEN_TO_ALL, target
 
 
+def test_programs_pictures_and_inspection_have_classes_of_their_own_names():
+    """One class, one name: no other file of the package defines a class of that name."""
+    homes: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(name)
+    shared = {name: files for name, files in homes.items() if len(files) > 1}
+    ours = {"programs", "show", "inspection"}
+    assert not {name: files for name, files in shared.items() if ours & set(map(wing, files))}
+
+
 def test_no_import_comes_back():
-    """No file of the library imports, by whatever way, a file that imports it."""
-    within = {name.removesuffix(".__init__"): imports(name, path)[0] for name, path in MODULES.items()}
-    library = {name: targets for name, targets in within.items() if wing(name) != "programs"}
-    while library:
-        ground = {name for name, targets in library.items() if not (targets - {name}) & set(library)}
-        assert ground, f"in a circle: {sorted(library)}"
-        library = {name: targets for name, targets in library.items() if name not in ground}
+    """No file of the package imports, by whatever way, a file that imports it."""
+    above = {name.removesuffix(".__init__"): imports(name, path)[0] for name, path in MODULES.items()}
+    while above:
+        ground = {name for name, targets in above.items() if not (targets - {name}) & set(above)}
+        assert ground, f"in a circle: {sorted(above)}"
+        above = {name: targets for name, targets in above.items() if name not in ground}
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("backends.triton.")])

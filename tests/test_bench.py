@@ -10,17 +10,17 @@ import torch
 
 from flash_entmax.core.threshold import threshold_by_sort
 from flash_entmax.programs.benchmarks import cold_start, competitors, gate, measure, refinement, roofline, speed
-from flash_entmax.programs.benchmarks.cases import Case
-from flash_entmax.programs.benchmarks.conditions import write_json
+from flash_entmax.programs.benchmarks.cases import BenchCase
 from flash_entmax.programs.benchmarks.settings import NAMES, settings_for
 from flash_entmax.programs.cli import main
+from flash_entmax.programs.files import write_json
 from flash_entmax.testing import DISTRIBUTIONS, score_rows
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 CPU = {"device": "cpu", "out": Path("unused")}
-SMALL_CASE = Case(length=200, head_size=32, heads=4, key_heads=2, topics=4)
+SMALL_CASE = BenchCase(length=200, head_size=32, heads=4, key_heads=2, topics=4)
 
 
 def bench(*arguments: str) -> int:
@@ -276,19 +276,19 @@ def test_the_default_grid_of_a_gpu(monkeypatch):
 
 def test_flags_replace_their_part_of_the_grid(monkeypatch):
     cases = cuda_settings(monkeypatch, lengths=[131072], head_sizes=[128], topics=[1], groups=[2]).cases
-    assert cases == (Case(131072, 128, 8, 4, 1),)
+    assert cases == (BenchCase(131072, 128, 8, 4, 1),)
 
 
 @pytest.mark.parametrize(
     ("case", "asked", "said"),
     [
-        (Case(65536, 64, 8, 8, 4), (), "over 32,768"),
-        (Case(3000, 64, 8, 8, 4), (), "powers of two"),
-        (Case(8192, 48, 8, 8, 4), (), "head sizes"),
-        (Case(8192, 64, 16, 4, 4), (), "--only"),
-        (Case(8192, 64, 16, 4, 4), ("adasplash",), ""),
-        (Case(32768, 128, 8, 8, 4), (), ""),
-        (Case(4096, 128, 16, 16, 4), (), "--only"),
+        (BenchCase(65536, 64, 8, 8, 4), (), "over 32,768"),
+        (BenchCase(3000, 64, 8, 8, 4), (), "powers of two"),
+        (BenchCase(8192, 48, 8, 8, 4), (), "head sizes"),
+        (BenchCase(8192, 64, 16, 4, 4), (), "--only"),
+        (BenchCase(8192, 64, 16, 4, 4), ("adasplash",), ""),
+        (BenchCase(32768, 128, 8, 8, 4), (), ""),
+        (BenchCase(4096, 128, 16, 16, 4), (), "--only"),
     ],
 )
 def test_what_adasplash_takes(case, asked, said, monkeypatch):
@@ -315,9 +315,9 @@ def test_two_configurations_are_kept():
 def test_dense_entmax_needs_memory(monkeypatch):
     monkeypatch.setattr(competitors, "free_memory", lambda device: 2.0**30)
     settings = settings_for(**CPU)
-    assert competitors.why_not_dense(Case(2048, 64, 4, 4, 1), settings) == ""
-    assert competitors.why_not_dense(Case(4096, 64, 4, 4, 1), settings) == "needs about 4 GiB, 1 GiB are free"
-    assert "up to length 8,192" in competitors.why_not_dense(Case(16384, 64, 4, 4, 1), settings)
+    assert competitors.why_not_dense(BenchCase(2048, 64, 4, 4, 1), settings) == ""
+    assert competitors.why_not_dense(BenchCase(4096, 64, 4, 4, 1), settings) == "needs about 4 GiB, 1 GiB are free"
+    assert "up to length 8,192" in competitors.why_not_dense(BenchCase(16384, 64, 4, 4, 1), settings)
 
 
 def test_the_causal_block_mask_is_that_of_flex_attention():
@@ -336,7 +336,7 @@ def test_the_causal_block_mask_is_that_of_flex_attention():
 
 def test_roofline():
     """2 heads of 4, 8 tokens: a product has 2 * 8^2 * 4 = 512 flop, at 512 flop/s one second."""
-    case = Case(length=8, head_size=4, heads=2, key_heads=1, topics=1)
+    case = BenchCase(length=8, head_size=4, heads=2, key_heads=1, topics=1)
     assert roofline.product_flop(case) == 512
     assert roofline.floor(case, 0.0, 512.0) == (1000.0, 1000.0)
     assert roofline.floor(case, 1.0, 512.0) == (4000.0, 11000.0)

@@ -50,7 +50,7 @@ def test_special_tokens_stay_around_the_text():
     from transformers import PreTrainedTokenizerFast
 
     from flash_entmax.programs.inspect import transformers_model
-    from flash_entmax.programs.inspect.wanted import Wanted
+    from flash_entmax.programs.inspect.settings import InspectSettings
 
     words = ["<s>", "</s>", *"abcdefgh"]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}))
@@ -61,8 +61,8 @@ def test_special_tokens_stay_around_the_text():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
     def read(offset: int, limit: int) -> list[str]:
-        wanted = Wanted("model", Path("text"), Path("out"), offset=offset)
-        return transformers_model.encoded(tokenizer, wanted, b"a b c d e f g h", limit)[1]
+        settings = InspectSettings("model", Path("text"), Path("out"), offset=offset)
+        return transformers_model.encoded(tokenizer, settings, b"a b c d e f g h", limit)[1]
 
     with pytest.raises(CommandError, match="--tokens 2: the tokenizer adds 2 special ones to any text"):
         read(0, 2)

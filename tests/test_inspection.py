@@ -59,7 +59,7 @@ def case_of(name: str, backend) -> Case:
     return make_case(backend, **options, dtype=torch.float64 if backend.impl == "torch" else torch.float32)
 
 
-def recorded(case: Case, impl: str) -> inspection.Call:
+def recorded(case: Case, impl: str) -> inspection.RecordedCall:
     with inspection.record() as calls:
         attend(case, impl)
     (call,) = calls
@@ -74,7 +74,7 @@ def dense(case: Case) -> torch.Tensor:
     return reference.attention(case.problem, query, key, value, *case.numbers, case.slopes, case.sight)[0]
 
 
-def check_rows(call: inspection.Call, expected: torch.Tensor) -> None:
+def check_rows(call: inspection.RecordedCall, expected: torch.Tensor) -> None:
     for batch in range(call.problem.batch):
         for head in range(call.problem.heads):
             rows = call.rows(batch, head)
@@ -110,7 +110,7 @@ def test_against_the_reference(backend, name):
     assert torch.equal(call.tau, support.tau)
 
 
-def check_numbers(call: inspection.Call, case: Case, exact: torch.Tensor) -> None:
+def check_numbers(call: inspection.RecordedCall, case: Case, exact: torch.Tensor) -> None:
     tile = call.support.tile_shape
     assert torch.equal(call.live_tiles, any_in_tiles(exact, tile))
     visible, _ = reference.visible_mask(case.problem, case.sight, case.query.device)
@@ -127,7 +127,7 @@ def check_numbers(call: inspection.Call, case: Case, exact: torch.Tensor) -> Non
     assert call.keys_per_query.tolist() == pytest.approx(means)
 
 
-def check_keys_together(call: inspection.Call, case: Case, exact: torch.Tensor) -> None:
+def check_keys_together(call: inspection.RecordedCall, case: Case, exact: torch.Tensor) -> None:
     """Of each 64 consecutive queries: the keys that one of them attends to, and those that one of them sees."""
     visible, _ = reference.visible_mask(case.problem, case.sight, case.query.device)
     live, seen = (any_in_tiles(marks, (64, 1)).sum(-1) for marks in (exact, visible.expand_as(exact)))
@@ -240,7 +240,7 @@ def test_calls_are_named_after_modules(backend):
     assert [call.number for call in calls] == list(range(len(calls)))
     assert (calls[1].problem.batch, calls[1].problem.heads, calls[1].problem.query_length) == (2, 2, 20)
     assert calls[0].impl == backend.impl
-    assert repr(calls[0]).startswith("Call('layers.0.attention', batch 2, heads 2, 20 queries, 20 keys")
+    assert repr(calls[0]).startswith("RecordedCall('layers.0.attention', batch 2, heads 2, 20 queries, 20 keys")
     with inspection.record() as unnamed:
         model(x)
     assert [call.name for call in unnamed] == ["call 0", "call 1"]

@@ -24,7 +24,7 @@ def test_a_planted_fact_stands_in_its_slots_and_nowhere_else():
 
 
 def test_every_fact_of_the_test_stands_once_before_it_is_asked_for():
-    size = language_model.SIZES["full"]
+    size = language_model.RECIPE.sizes["full"]
     for multiple in size.multiples:
         length = multiple * size.context
         slots = planted.slots_of_test(3, length, size.asked, torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ def test_every_fact_of_the_test_stands_once_before_it_is_asked_for():
 
 def test_a_model_that_looks_up_finds_every_fact(tmp_path):
     """One that copies what followed the same four bytes finds all, one that knows nothing finds none."""
-    run, size = a_run(tmp_path, "language-model", "softmax, RoPE"), language_model.SIZES["toy"]
+    run, size = a_run(tmp_path, "language-model", "softmax, RoPE"), language_model.RECIPE.sizes["toy"]
 
     def looks_up(data):
         logits = torch.zeros(*data.shape, 256)
@@ -61,13 +61,13 @@ def test_a_model_that_looks_up_finds_every_fact(tmp_path):
 
 
 def test_alpha_moves_over_the_first_half(tmp_path):
-    run, size = a_run(tmp_path, "language-model", "ASEntmax, NAPE", steps=9), language_model.SIZES["toy"]
-    alphas = [alpha.item() for step in range(4) for _, alpha in [language_model.batch(step, run, size)]]
+    run, size = a_run(tmp_path, "language-model", "ASEntmax, NAPE", steps=9), language_model.RECIPE.sizes["toy"]
+    alphas = [alpha.item() for step in range(4) for _, alpha in [language_model.RECIPE.batch(step, run, size)]]
     assert alphas[0] == pytest.approx(1.01)
     assert alphas == sorted(alphas)
     assert 1.4 < alphas[-1] < 1.5
-    assert len(language_model.batch(4, run, size)) == 1
-    assert len(language_model.batch(0, replace(run, arm="softmax, RoPE"), size)) == 1
+    assert len(language_model.RECIPE.batch(4, run, size)) == 1
+    assert len(language_model.RECIPE.batch(0, replace(run, arm="softmax, RoPE"), size)) == 1
 
 
 def test_alpha_is_that_of_every_layer():
@@ -88,12 +88,12 @@ def test_compiled_blocks_train_as_others_do(tmp_path, monkeypatch):
     torch._dynamo.reset()
     compile_blocks = Transformer.compile
     monkeypatch.setattr(Transformer, "compile", lambda *given, **o: compile_blocks(*given, backend="aot_eager", **o))
-    compiled = {"toy": replace(language_model.SIZES["toy"], compiled=True)}
+    compiled = {"toy": replace(language_model.RECIPE.sizes["toy"], compiled=True)}
     for arm in language_model.ARMS:
         theirs = a_run(tmp_path / "theirs", "language-model", arm)
         expected = sweep.train(theirs, silent)["validation"]
         with monkeypatch.context() as patch:
-            patch.setattr(language_model, "SIZES", compiled)
+            patch.setattr(language_model.RECIPE, "sizes", compiled)
             actual = sweep.train(a_run(tmp_path / "ours", "language-model", arm), silent)["validation"]
         assert actual == pytest.approx(expected, rel=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > len(language_model.ARMS)

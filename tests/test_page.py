@@ -32,7 +32,7 @@ HOSTILE = [
 CODE = 2e-5  # how far a probability in the page may be off
 
 
-def record(length: int, layers: int = 3, heads: int = 4, **options) -> list[inspection.Call]:
+def record(length: int, layers: int = 3, heads: int = 4, **options) -> list[inspection.RecordedCall]:
     with inspection.record() as calls:
         for layer in range(layers):
             query, key, value = iid_inputs(1, heads, length, 16, seed=layer)
@@ -116,7 +116,7 @@ def reader(browser, written):
     reader.close()
 
 
-def exact(call: inspection.Call, head: int, query: int) -> dict[int, float]:
+def exact(call: inspection.RecordedCall, head: int, query: int) -> dict[int, float]:
     row = call.rows(0, head).to_dense()[query]
     return {int(key): float(row[key]) for key in row.nonzero().flatten()}
 

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from importlib.util import find_spec
+from inspect import signature
 
 import pytest
 import torch
@@ -13,20 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flash_entmax.programs.cli import main
-from flash_entmax.programs.recipes import (
-    NAMES,
-    TRAINED,
-    language_model,
-    max_retrieval,
-    module_of,
-    report,
-    sequences,
-    sweep,
-    training,
-)
+from flash_entmax.programs.recipes import max_retrieval, report, sequences, sweep, training
+from flash_entmax.programs.recipes.language_model import RECIPE as LANGUAGE_MODEL
+from flash_entmax.programs.recipes.recipe import Measure, Recipe
+from flash_entmax.programs.recipes.runs import new_model
+from flash_entmax.programs.recipes.settings import NAMES, SIZES, TRAINED, settings_for
+from flash_entmax.programs.recipes.sweep import RECIPES
 
-ARMS = [(name, arm) for name in TRAINED for arm in module_of(name).ARMS]
-COMPILED = [name for name in TRAINED if getattr(module_of(name).SIZES["full"], "compiled", False)]
+ARMS = [(name, arm) for name in TRAINED for arm in RECIPES[name].arms]
+COMPILED = [name for name in TRAINED if RECIPES[name].sizes["full"].compiled]
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +33,46 @@ def written(tmp_path_factory):
     return out
 
 
+def test_every_recipe_has_what_the_protocol_names():
+    """Every attribute, and methods that take the same arguments by the same names."""
+    assert tuple(RECIPES) == TRAINED
+    for name, recipe in RECIPES.items():
+        assert isinstance(recipe, Recipe)
+        assert recipe.name == name
+        assert set(recipe.sizes) == set(SIZES)
+        for method in ("build", "batch", "validate", "measure"):
+            assert (
+                list(signature(getattr(recipe, method)).parameters)
+                == list(signature(getattr(Recipe, method)).parameters)[1:]
+            ), (name, method)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_arm_is_trained_and_measured(written, name):
-    results, recipe = json.loads((written / f"{name}-toy.json").read_text()), module_of(name)
-    assert set(results["chosen"]) == set(recipe.ARMS)
+    results, recipe = json.loads((written / f"{name}-toy.json").read_text()), RECIPES[name]
+    assert set(results["chosen"]) == set(recipe.arms)
     for arm, keys in results["chosen"].items():
-        assert len(keys) == recipe.SIZES["toy"].seeds
+        assert len(keys) == recipe.sizes["toy"].seeds
         for key in keys:
             assert arm in key
             assert results["runs"][key]["validation"] > 0
-            for measure in recipe.MEASURES:
+            for measure in recipe.measures:
                 assert results["measures"][key][measure.key]
-    for measure in recipe.MEASURES:
+    for measure in recipe.measures:
         assert (written / f"{name}-toy-{measure.key}.png").stat().st_size > 10_000
     assert {"device", "torch", "flash_entmax", "date", "size"} <= set(results["conditions"])
 
 
 def test_what_is_there_is_not_made_again(written, monkeypatch, capsys):
     monkeypatch.setattr(training, "fit", None)
-    monkeypatch.setattr(max_retrieval, "measure", None)
+    monkeypatch.setattr(max_retrieval.RECIPE, "measure", None)
     assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 0
     assert "4 models, 4 done" in capsys.readouterr().out
 
 
 def test_sparsity_and_captured_inputs(written):
     found = json.loads((written / "sparsity-toy.json").read_text())["models"]
-    assert {key.partition(" |")[0] for key in found} == {arm for arm in language_model.ARMS if "entmax" in arm.lower()}
+    assert {key.partition(" |")[0] for key in found} == {arm for arm in LANGUAGE_MODEL.arms if "entmax" in arm.lower()}
     for by_length in found.values():
         for length, numbers in by_length.items():
             keys = torch.tensor(numbers["keys_per_query"])
@@ -82,14 +92,15 @@ def test_captured_inputs_can_be_timed(written, tmp_path, capsys):
 def test_captured_inputs_are_what_the_model_attends_with(written):
     """Attention of the captured tensors, through the rest of the layer, is the layer's own output."""
     from flash_entmax import entmax_attention
-    from flash_entmax.programs.recipes import options_for, sparsity
+    from flash_entmax.programs.recipes import sparsity
+    from flash_entmax.programs.recipes.runs import trained_model
 
-    options = options_for(written, "toy", "cpu", None, None)
-    each = next(run for run in sparsity.trained(options) if run.arm == sparsity.CAPTURED)
-    model, outputs = sparsity.model_of(each), []
+    settings = settings_for(written, "toy", "cpu", None, None)
+    run = next(run for run in sparsity.trained(settings) if run.arm == sparsity.CAPTURED)
+    model, outputs = trained_model(LANGUAGE_MODEL, run), []
     model.blocks[1].attention.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
-        model(sparsity.held_out(each, 1, 128))
+        model(sparsity.held_out(run, 1, 128))
         tensors = load_file(written / "language-model-toy" / "inputs-128.safetensors")
         mixed = entmax_attention(*(tensors[f"layer1.{name}"] for name in ("query", "key", "value")), is_causal=True)
         ours = model.blocks[1].attention.out(mixed.transpose(1, 2).flatten(-2))
@@ -154,14 +165,14 @@ def test_the_rate_of_the_lowest_mean_validation_loss_is_chosen(tmp_path):
 def test_the_grid_grows_where_its_end_is_best(tmp_path, monkeypatch, best, rates):
     """Twice at most, for the arm that needs it; what is trained is the grid once, and the best rate with all seeds."""
     name, trained = "reverse", []
-    toy = replace(module_of(name).SIZES["toy"], learning_rates=(2e-3, 4e-3, 8e-3), extensions=2, seeds=2)
+    toy = replace(RECIPES[name].sizes["toy"], learning_rates=(2e-3, 4e-3, 8e-3), extensions=2, seeds=2)
 
     def train(run, show):
         trained.append(run)
         wanted = best if run.arm == "softmax" else 4e-3
         return {"validation": abs(math.log(run.learning_rate / wanted)), "seconds": 0.0}
 
-    monkeypatch.setitem(module_of(name).SIZES, "toy", toy)
+    monkeypatch.setitem(RECIPES[name].sizes, "toy", toy)
     monkeypatch.setattr(sweep, "train", train)
     monkeypatch.setattr(sweep, "measure", lambda run, show: {"exact": {"1": 0.0}})
     assert main(["recipe", name, "--size", "toy", "--device", "cpu", "--out", str(tmp_path)]) == 0
@@ -199,7 +210,7 @@ def test_answers_of_sequences():
 
 
 def test_a_sequence_counts_if_all_of_its_tokens_are_right(monkeypatch, tmp_path):
-    task, size = sequences.SORT, sequences.SORT.SIZES["toy"]
+    task, size = sequences.SORT, sequences.SORT.sizes["toy"]
 
     def all_but_one(model, data):
         answer = data[:, data.shape[1] // 2 + 1 :]
@@ -229,7 +240,7 @@ def test_problems_of_tests_are_not_those_of_training():
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_arms_start_from_the_same_weights(tmp_path, name):
-    first, *others = (a_run(tmp_path, name, arm).model().state_dict() for arm in module_of(name).ARMS)
+    first, *others = (new_model(RECIPES[name], a_run(tmp_path, name, arm)).state_dict() for arm in RECIPES[name].arms)
     shared = set(first).intersection(*others) - {"growth"}
     assert len(shared) >= len(first) - 1
     for other in others:
@@ -268,12 +279,12 @@ def test_a_graph_trains_as_single_operations_do(tmp_path, monkeypatch, name, arm
     with monkeypatch.context() as patch:
         if compiled:
             torch._dynamo.reset()
-            patch.setitem(module_of(name).SIZES, "toy", replace(module_of(name).SIZES["toy"], compiled=True))
+            patch.setitem(RECIPES[name].sizes, "toy", replace(RECIPES[name].sizes["toy"], compiled=True))
         sweep.train(graphed, silent)
     monkeypatch.setattr(training, "Graphed", training.Eager)
     sweep.train(eager, silent)
     ours, truth = load_file(graphed.path), load_file(eager.path)
-    start = {f"model.{key}": tensor.cpu() for key, tensor in eager.model().state_dict().items()}
+    start = {f"model.{key}": tensor.cpu() for key, tensor in new_model(RECIPES[name], eager).state_dict().items()}
     apart, moved = (
         torch.stack([(truth[key] - other[key]).square().sum() for key in truth]).sum().sqrt() for other in (ours, start)
     )
@@ -335,7 +346,7 @@ def test_means_and_spreads_are_over_seeds():
         "chosen": {"a": ["a | 0", "a | 1"]},
         "measures": {"a | 0": {"m": {"8": 1.0}}, "a | 1": {"m": {"8": 3.0}}},
     }
-    measure = report.Measure("m", "title", "place")
+    measure = Measure("m", "title", "place")
     table = report.table(measure, results)
     assert list(table.columns[1].cells) == ["2.0 ± 1.4"]
     assert table.columns[1].header == "8"
@@ -350,13 +361,13 @@ def test_a_picture_without_any_finite_number(tmp_path):
         "chosen": {"a": ["a | 0"], "b": ["b | 0"]},
         "measures": {key: {"m": {"8": math.inf, "16": math.inf}} for key in ("a | 0", "b | 0")},
     }
-    report.draw(report.Measure("m", "title", "place"), results, tmp_path / "picture.png")
+    report.draw(Measure("m", "title", "place"), results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
 
 
 def test_a_training_that_failed_is_reported(tmp_path, monkeypatch, capsys):
     """Weights that are no numbers have an infinite loss, are still measured, and leave no deviation."""
-    monkeypatch.setitem(module_of("reverse").SIZES, "toy", replace(module_of("reverse").SIZES["toy"], seeds=2))
+    monkeypatch.setitem(RECIPES["reverse"].sizes, "toy", replace(RECIPES["reverse"].sizes["toy"], seeds=2))
     fit = training.fit
 
     def fail(model, *rest):

@@ -30,7 +30,7 @@ from .sparse_rows import QUERIES, Head, HeadVisibility, union_sizes
 @contextmanager
 def record(
     model: nn.Module | None = None, *, only: Callable[[str], bool] | None = None, keep_inputs: bool = True
-) -> Iterator[list["Call"]]:
+) -> Iterator[list["RecordedCall"]]:
     """Record every entmax attention call that runs in the ``with`` block, in order: your own, or those of any model.
 
     Calls are seen where PyTorch dispatches their operator, and nothing is patched. Autograd, autocast, activation
@@ -56,11 +56,11 @@ def record(
     if only is not None and not callable(only):
         raise TypeError(f"only must be a function from names to True or False, got {said(only)}")
     check_flag("keep_inputs", keep_inputs)
-    calls: list[Call] = []
+    calls: list[RecordedCall] = []
 
     def keep(name: str, number: int, arguments: tuple, results: tuple[Tensor, ...]) -> None:
         if only is None or only(name):
-            calls.append(Call(name, number, arguments, results))
+            calls.append(RecordedCall(name, number, arguments, results))
             if not keep_inputs:
                 calls[-1].release()
 
@@ -68,7 +68,7 @@ def record(
         yield calls
 
 
-class Call:
+class RecordedCall:
     """One recorded attention call, with batch and heads as the operator got them.
 
     Packed sequences are one batch row, whose queries and keys count over all tokens. Thresholds are in units of
@@ -102,7 +102,7 @@ class Call:
     def __repr__(self) -> str:
         p = self.problem
         shape = f"batch {p.batch}, heads {p.heads}, {p.query_length} queries, {p.key_length} keys"
-        return f"Call({self.name!r}, {shape}, {self.impl}, {str(self.dtype).removeprefix('torch.')})"
+        return f"RecordedCall({self.name!r}, {shape}, {self.impl}, {str(self.dtype).removeprefix('torch.')})"
 
     @property
     def alpha(self) -> float | Tensor:
@@ -288,7 +288,7 @@ class Call:
 
 
 def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options) -> Tensor:
-    """The attention of one head as a sparse CSR matrix (query length, key length), without a model: see `Call.rows`.
+    """The attention of one head as a sparse CSR matrix (query length, key length), without a model: see `RecordedCall.rows`.
 
     Args:
         query, key: (batch, heads, length, head size), as for :func:`flash_entmax.entmax_attention`.

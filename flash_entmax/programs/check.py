@@ -1,9 +1,9 @@
-"""The self-test of this installation: every implementation that can run here, against the reference in float64.
+"""The self-check of this installation: every implementation that can run here, against the reference in float64.
 
-An output or gradient passes when its error is at most twice that of dense PyTorch in the same dtype, plus a floor of a
-few roundings. In float16 and bfloat16 the floor alone is the budget: dense PyTorch rounds the scores to that dtype, so
-its support is another one and its error (up to half of the result) would excuse anything. A second run must give the
-same bits.
+The error of an output or gradient is the norm of its difference from the reference, relative to the reference's norm.
+It passes within twice the error of dense PyTorch in the same dtype, plus a floor of a few roundings. In float16 and
+bfloat16 the floor alone is the budget. Dense PyTorch rounds the scores to that dtype there, which changes its support.
+Its error, up to half of the result, would excuse anything. A second run must give the same bits.
 """
 
 import os
@@ -16,13 +16,14 @@ from torch import Tensor
 from ..backends import BACKENDS, Impl, choose
 from ..functional import entmax_attention
 
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# A few roundings of the dtype, relative to the norm of the result.
+NORM_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = ("output", "gradient of query", "gradient of key", "gradient of value")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call. ``spread`` scales the queries: the wider the scores, the smaller the support."""
+class SelfCheckCase:
+    """One call. ``spread`` multiplies the queries: a larger spread of the scores makes the support smaller."""
 
     heads: int = 4
     key_heads: int = 4
@@ -43,42 +44,44 @@ class Case:
 
 
 CASES = (
-    Case(),
-    Case(is_causal=False),
-    Case(alpha=2.0),
-    Case(alpha=1.3),
-    Case(heads=8, key_heads=2, head_size=32, value_size=32),
-    Case(query_length=70, key_length=333),
-    Case(query_length=150, key_length=90),
-    Case(head_size=128, value_size=128, transposed=True),
-    Case(head_size=40, value_size=24, is_causal=False, query_length=65, key_length=129),
+    SelfCheckCase(),
+    SelfCheckCase(is_causal=False),
+    SelfCheckCase(alpha=2.0),
+    SelfCheckCase(alpha=1.3),
+    SelfCheckCase(heads=8, key_heads=2, head_size=32, value_size=32),
+    SelfCheckCase(query_length=70, key_length=333),
+    SelfCheckCase(query_length=150, key_length=90),
+    SelfCheckCase(head_size=128, value_size=128, transposed=True),
+    SelfCheckCase(head_size=40, value_size=24, is_causal=False, query_length=65, key_length=129),
 )
-# On a GPU every dtype runs the first five, which share their kernels: compilation is most of the time there.
+# On a GPU every dtype runs these five. They share their kernels, because compilation takes most of the time there.
 CUDA_CASES = (
-    Case(),
-    Case(heads=8, key_heads=2),
-    Case(query_length=70, key_length=333),
-    Case(query_length=150, key_length=90),
-    Case(query_length=2048, key_length=2048, transposed=True),
+    SelfCheckCase(),
+    SelfCheckCase(heads=8, key_heads=2),
+    SelfCheckCase(query_length=70, key_length=333),
+    SelfCheckCase(query_length=150, key_length=90),
+    SelfCheckCase(query_length=2048, key_length=2048, transposed=True),
 )
 MORE_CUDA_CASES = {
     torch.float32: (),
-    torch.float16: (Case(head_size=40, value_size=24, is_causal=False, query_length=65, key_length=129),),
+    torch.float16: (SelfCheckCase(head_size=40, value_size=24, is_causal=False, query_length=65, key_length=129),),
     torch.bfloat16: (
-        Case(alpha=1.3),
-        Case(query_length=2048, key_length=2048, alpha=2.0, head_size=128, value_size=128),
+        SelfCheckCase(alpha=1.3),
+        SelfCheckCase(query_length=2048, key_length=2048, alpha=2.0, head_size=128, value_size=128),
     ),
 }
 INTERPRETED_CASES = (
-    Case(heads=2, key_heads=1, query_length=130, key_length=130, head_size=32, value_size=32),
-    Case(heads=1, key_heads=1, query_length=40, key_length=100, head_size=16, value_size=16, alpha=2.0),
-    Case(heads=1, key_heads=1, query_length=65, key_length=65, head_size=16, value_size=16, alpha=1.3, is_causal=False),
+    SelfCheckCase(heads=2, key_heads=1, query_length=130, key_length=130, head_size=32, value_size=32),
+    SelfCheckCase(heads=1, key_heads=1, query_length=40, key_length=100, head_size=16, value_size=16, alpha=2.0),
+    SelfCheckCase(
+        heads=1, key_heads=1, query_length=65, key_length=65, head_size=16, value_size=16, alpha=1.3, is_causal=False
+    ),
 )
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The quantity that came nearest to its budget, or beyond it."""
+class SelfCheckVerdict:
+    """The quantity with the largest ratio of error to budget; ``repeats`` if a second run gave the same bits."""
 
     quantity: str
     error: float
@@ -90,7 +93,7 @@ class Verdict:
         return self.error <= self.budget and self.repeats
 
 
-def plan() -> Iterator[tuple[str, Impl, torch.dtype, Case]]:
+def plan() -> Iterator[tuple[str, Impl, torch.dtype, SelfCheckCase]]:
     """Every (device, implementation, dtype, case) that this machine can run."""
     for dtype in (torch.float64, torch.float32):
         for case in CASES:
@@ -102,31 +105,34 @@ def plan() -> Iterator[tuple[str, Impl, torch.dtype, Case]]:
         yield from plan_for_cuda()
 
 
-def plan_for_cuda() -> Iterator[tuple[str, Impl, torch.dtype, Case]]:
+def plan_for_cuda() -> Iterator[tuple[str, Impl, torch.dtype, SelfCheckCase]]:
     for dtype, more in MORE_CUDA_CASES.items():
         impl = choose(torch.empty(0, dtype=dtype, device="cuda"), "auto")
         for case in CUDA_CASES + more:
             yield "cuda", impl, dtype, case
 
 
-def check(device: str, impl: Impl, dtype: torch.dtype, case: Case, seed: int = 0) -> Verdict:
-    """Run one case twice, and compare output and gradients with the reference in float64 on the same rounded inputs."""
+def check(device: str, impl: Impl, dtype: torch.dtype, case: SelfCheckCase, seed: int = 0) -> SelfCheckVerdict:
+    """Run a case twice, and compare output and gradients with the float64 reference on the same rounded inputs."""
     inputs = inputs_of(case, dtype, device, seed)
     results = output_and_gradients(inputs, case, impl)
     again = output_and_gradients(inputs, case, impl)
     exact = output_and_gradients([tensor.double() for tensor in inputs], case, "reference")
     dense = output_and_gradients(inputs, case, "reference") if dtype.itemsize >= 4 else exact
     repeats = all(torch.equal(first, second) for first, second in zip(results, again, strict=True))
-    worst = Verdict("", 0.0, 1.0, repeats)
+    worst = SelfCheckVerdict("", 0.0, 1.0, repeats)
     for name, result, truth, plain in zip(NAMES, results, exact, dense, strict=True):
-        error, budget = relative_error(result, truth), 2 * relative_error(plain, truth) + FLOOR[dtype]
+        error, budget = norm_error(result, truth), 2 * norm_error(plain, truth) + NORM_FLOOR[dtype]
         if not error / budget <= worst.error / worst.budget:
             worst = replace(worst, quantity=name, error=error, budget=budget)
     return worst
 
 
-def inputs_of(case: Case, dtype: torch.dtype, device: str, seed: int) -> list[Tensor]:
-    """Query, key, value, gradient of the output; transposed ones are stored as (batch, length, heads, head size)."""
+def inputs_of(case: SelfCheckCase, dtype: torch.dtype, device: str, seed: int) -> list[Tensor]:
+    """Query, key, value, and gradient of the output, each (2, heads, length, size).
+
+    A transposed case stores them as (2, length, heads, size).
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = (
         (case.heads, case.query_length, case.head_size),
@@ -141,7 +147,7 @@ def inputs_of(case: Case, dtype: torch.dtype, device: str, seed: int) -> list[Te
     return [tensor.to(device, dtype) for tensor in tensors]
 
 
-def output_and_gradients(inputs: list[Tensor], case: Case, impl: Impl) -> list[Tensor]:
+def output_and_gradients(inputs: list[Tensor], case: SelfCheckCase, impl: Impl) -> list[Tensor]:
     *leaves, grad_output = (tensor.detach() for tensor in inputs)
     for leaf in leaves:
         leaf.requires_grad_()
@@ -149,8 +155,8 @@ def output_and_gradients(inputs: list[Tensor], case: Case, impl: Impl) -> list[T
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
 
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    """Frobenius norm of the difference over that of the truth; NaN where either has one."""
+def norm_error(result: Tensor, truth: Tensor) -> float:
+    """||result - truth|| / ||truth||, Frobenius norms in float64; NaN if either tensor holds one."""
     return float((result.double() - truth).norm() / truth.norm())
 
 
@@ -161,10 +167,10 @@ def self_check() -> bool:
         verdict = check(device, impl, dtype, case, seed)
         total += 1
         failures += not verdict.passed
-        where = f"{device:4} {impl:6} {str(dtype).removeprefix('torch.'):8}"
-        numbers = f"error {verdict.error:.1e}  budget {verdict.budget:.1e}"
+        place = f"{device:4} {impl:6} {str(dtype).removeprefix('torch.'):8}"
+        errors = f"error {verdict.error:.1e}  budget {verdict.budget:.1e}"
         repeats = "" if verdict.repeats else "  NOT REPEATABLE: a second run gave other bits"
-        print(f"{'ok  ' if verdict.passed else 'FAIL'}  {where}  {numbers}  {case}  ({verdict.quantity}){repeats}")
+        print(f"{'ok  ' if verdict.passed else 'FAIL'}  {place}  {errors}  {case}  ({verdict.quantity}){repeats}")
     interpreter = " (kernels under Triton's interpreter)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
     print(f"{total - failures} of {total} cases agree with the float64 reference{interpreter}")
     return failures == 0

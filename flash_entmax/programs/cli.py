@@ -21,18 +21,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    result = argparse.ArgumentParser(
         prog="flash-entmax", description="Exact, data-dependent sparse attention for PyTorch."
     )
-    commands = top.add_subparsers(required=True, metavar="command", dest="name")
+    commands = result.add_subparsers(required=True, metavar="command", dest="name")
 
-    about = "versions, devices, and which implementation each device and dtype takes"
+    about = "versions, devices, and the implementation that each device and dtype uses"
     commands.add_parser("info", help=about, description=about).set_defaults(command=info)
 
     about = "compare the implementations that run here with the float64 reference"
     commands.add_parser("check", help=about, description=about).set_defaults(command=check)
 
-    about = "train a small language model with entmax attention on real text, and picture what it attends to"
+    about = "train a small language model with entmax attention on real text, and draw what it attends to"
     demo_parser = commands.add_parser("demo", help=about, description=about)
     demo_parser.set_defaults(command=demo)
     add = demo_parser.add_argument
@@ -40,18 +40,18 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", default=Path("out/demo"), help="where the results go (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="training steps (default: what the device does in two minutes)")
     add("--smallest", action="store_true", help="a tiny model and few steps: every stage within half a minute")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     add("--alpha", type=float, default=1.5, help="above 1, at most 2; larger is sparser (default: %(default)s)")
 
     about = "run a model on a text, and show which tokens its heads attend to: a table, pictures and a page"
     add_inspect_options(commands.add_parser("inspect", help=about, description=about))
 
-    about = "time and memory beside softmax and other entmax attention, cold start, and refinement steps"
+    about = "compare time and memory with softmax and with other entmax attention; cold start; refinement steps"
     add_bench_options(commands.add_parser("bench", help=about, description=about))
 
-    about = "reproduce claims about models: each arm's learning rates and seeds; tables and pictures"
+    about = "reproduce claims about models: train each arm at its learning rates and seeds; tables and pictures"
     add_recipe_options(commands.add_parser("recipe", help=about, description=about))
-    return top
+    return result
 
 
 def add_inspect_options(inspect_parser: argparse.ArgumentParser) -> None:
@@ -61,16 +61,16 @@ def add_inspect_options(inspect_parser: argparse.ArgumentParser) -> None:
     add("--text", type=Path, metavar="FILE", required=True, help="the text that the model reads")
     out = Path("out/inspect")
     add("--out", type=Path, metavar="DIR", default=out, help="where the results go (default: %(default)s)")
-    about = "default: what the model was trained with, if that is entmax attention; else entmax15"
+    about = "default: the entmax attention that the model was trained with; entmax15 for a softmax model"
     add("--attention", choices=("entmax15", "sparsemax", "entmax"), help=about)
     add("--alpha", type=float, help="with entmax: above 1, at most 2; larger is sparser")
     add("--tokens", type=int, metavar="N", default=1024, help="read N tokens of the text (default: %(default)s)")
-    about = "skip N tokens of the text; the model does not read them, and counts from the next one (default: 0)"
+    about = "skip N tokens of the text; the model reads from there as from the beginning (default: 0)"
     add("--offset", type=int, metavar="N", default=0, help=about)
     add("--layers", nargs="+", metavar="N", default=(), help="numbers and ranges, such as 0 3-5 (default: all)")
-    about = "draw the map of each, and open the page at the first: a head, as 8 (of the first layer shown), or 23:8"
+    about = "heads to draw maps of; the page opens at the first: 8 (of the first layer shown), or 23:8 (of layer 23)"
     add("--head", nargs="+", metavar="HEAD", default=(), help=about)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
 
 
 def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
@@ -79,9 +79,9 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     add(
         "--out", type=Path, metavar="DIR", default=Path("out/bench"), help="where the results go (default: %(default)s)"
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     add("--smallest", action="store_true", help="one short length: every part within seconds")
-    about = "of speed, memory, roofline, cold-start, refinement (default: all; with --inputs the first three)"
+    about = "any of speed, memory, roofline, cold-start, refinement (default: all; with --inputs the first three)"
     add("--parts", nargs="+", metavar="PART", help=about)
     add("--only", nargs="+", metavar="NAME", help="competitors, as the results name them (default: all that run here)")
     grid = bench_parser.add_argument_group("cases", "each flag replaces its part of the default grid")
@@ -89,26 +89,28 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--head-sizes", nargs="+", type=int, metavar="D")
     grid.add_argument("--topics", nargs="+", type=int, metavar="T", help="block sparsity is about 1 - 1/T")
     grid.add_argument("--groups", nargs="+", type=int, metavar="G", help="query heads for each key head")
-    about = "the same scores from keys so far apart that bounds on whole blocks of them rule out nothing"
+    about = "the same scores, but keys so far apart that bounds on whole blocks of keys rule out nothing"
     grid.add_argument("--wide-blocks", action="store_true", help=about)
-    about = "instead of the default grid, what a trained model saw: safetensors of NAME.query, NAME.key and NAME.value"
+    about = "inputs of a trained model instead of the default grid: safetensors of NAME.query, NAME.key and NAME.value"
     grid.add_argument("--inputs", nargs="+", type=Path, metavar="FILE", help=about)
 
 
 def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
-    from .recipes import NAMES, SIZES
+    from .recipes.settings import NAMES, SIZES
 
     recipe_parser.set_defaults(command=recipe)
     add = recipe_parser.add_argument
     add("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=f"{', '.join(NAMES)}; or all")
-    about = "where the results go; what was interrupted goes on there (default: %(default)s)"
+    about = "where the results go; an interrupted recipe goes on from there (default: %(default)s)"
     add("--out", type=Path, metavar="DIR", default=Path("out/recipes"), help=about)
     about = "full is for a GPU, small for a CPU, toy shows in seconds that all works (default: what fits the device)"
     add("--size", choices=SIZES, help=about)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
-    about = "what the language model reads, a file or folder (default: PyTorch's Python sources)"
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
+    about = "the language model's text, a file or folder (default: PyTorch's Python sources)"
     add("--text", type=Path, metavar="PATH", help=about)
-    add("--workers", type=int, metavar="N", help="models that are trained at a time (default: what fits the recipe)")
+    add(
+        "--workers", type=int, metavar="N", help="how many models are trained at a time (default: what fits the recipe)"
+    )
 
 
 def info(options: argparse.Namespace) -> int:
@@ -134,7 +136,7 @@ def versions() -> Iterator[tuple[str, str]]:
     yield "flash-entmax", __version__
     yield "python", platform.python_version()
     yield "torch", torch.__version__
-    names = packages_distributions().get("triton", [])  # ROCm and Windows have it by other names
+    names = packages_distributions().get("triton", [])  # on ROCm and Windows it has another name
     known = ", ".join(f"{version(name)}{'' if name == 'triton' else f' ({name})'}" for name in names)
     yield "triton", known or "installed, of an unknown version" if TRITON_IS_INSTALLED else "not installed"
 
@@ -188,9 +190,9 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    from .inspect import Wanted, run
+    from .inspect import InspectSettings, run
 
-    wanted = Wanted(
+    settings = InspectSettings(
         options.model,
         options.text,
         options.out,
@@ -202,7 +204,7 @@ def inspect(options: argparse.Namespace) -> int:
         heads=tuple(options.head),
         device=options.device,
     )
-    run(wanted)
+    run(settings)
     return 0
 
 
@@ -228,12 +230,12 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def recipe(options: argparse.Namespace) -> int:
-    from .recipes import NAMES, options_for, run
+    from .recipes import run
+    from .recipes.settings import NAMES, settings_for
 
-    names = NAMES if "all" in options.names else dict.fromkeys(options.names)
-    wanted = options_for(options.out, options.size, options.device, options.text, options.workers)
-    for name in names:
-        run(name, wanted)
+    settings = settings_for(options.out, options.size, options.device, options.text, options.workers)
+    for name in NAMES if "all" in options.names else dict.fromkeys(options.names):
+        run(name, settings)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the commands of `flash-entmax` share: one error, and the checks before any work."""
+"""What the commands of `flash-entmax` share: one error, and checks that run before any work."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,13 +9,14 @@ class CommandError(Exception):
 
 
 def require(extra: str, *packages: str) -> None:
+    """Raise a CommandError that names the extra to install, if one of the packages is missing."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise CommandError(f"needs {' and '.join(missing)}: pip install 'flash-entmax[{extra}]'")
 
 
 def device_for(choice: str) -> str:
-    """The string "cpu" or "cuda", which "auto" takes where there is one."""
+    """``choice`` is "auto", "cpu" or "cuda". "auto" becomes "cuda" if there is a GPU, else "cpu"."""
     import torch
 
     if choice == "auto":
@@ -26,6 +27,7 @@ def device_for(choice: str) -> str:
 
 
 def make_folder(path: Path) -> None:
+    """Make the folder of the results, which --out named."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

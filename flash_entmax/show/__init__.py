@@ -1,1 +1,1 @@
-"""Pictures and pages of what was attended to."""
+"""Pictures and pages of recorded attention."""

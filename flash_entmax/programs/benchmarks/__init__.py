@@ -1,4 +1,4 @@
-"""The benchmark that `flash-entmax bench` runs: time and memory beside the peers, cold start, refinement steps.
+"""What `flash-entmax bench` does: compare time and memory with peers; measure cold start and refinement steps.
 
 Needs matplotlib and rich: pip install "flash-entmax[bench]".
 """
@@ -7,14 +7,15 @@ import time
 from typing import TYPE_CHECKING
 
 from ..errors import make_folder, require
-from .settings import Settings
+from ..files import write_json
+from .settings import BenchSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def run(settings: Settings) -> bool:
-    """Run the parts that were asked for and write their files. False where ours was wrong or failed on a case."""
+def run(settings: BenchSettings) -> bool:
+    """Run the parts that were asked for and write their files. False if ours was wrong or failed on a case."""
     require("bench", "matplotlib", "rich")
     from rich.console import Console
 
@@ -35,10 +36,10 @@ def run(settings: Settings) -> bool:
     return is_right
 
 
-def run_cases(console: "Console", settings: Settings) -> bool:
-    """speed.json is written after each case, so that a run that is cut short keeps what it has."""
+def run_cases(console: "Console", settings: BenchSettings) -> bool:
+    """Write speed.json after each case, so that an interrupted run keeps its results. True if ours was right."""
     from . import figures, measure, report, roofline, speed
-    from .conditions import conditions_of, write_json
+    from .conditions import conditions_of
 
     if "memory" in settings.parts and not settings.on_cuda:
         console.print("peak memory: not measured: PyTorch counts it on CUDA only")
@@ -60,9 +61,9 @@ def run_cases(console: "Console", settings: Settings) -> bool:
     return is_right
 
 
-def run_cold_start(console: "Console", settings: Settings) -> None:
+def run_cold_start(console: "Console", settings: BenchSettings) -> None:
     from . import cold_start, report
-    from .conditions import conditions_of, write_json
+    from .conditions import conditions_of
 
     if reason := cold_start.why_not(settings):
         console.print(f"\ncold start: not measured: {reason}", soft_wrap=True)
@@ -73,12 +74,14 @@ def run_cold_start(console: "Console", settings: Settings) -> None:
     write_json(settings.out / "cold_start.json", {"conditions": conditions_of(settings), "results": content})
 
 
-def run_refinement(console: "Console", settings: Settings) -> None:
+def run_refinement(console: "Console", settings: BenchSettings) -> None:
     from . import figures, refinement, report
-    from .conditions import conditions_of, write_json
+    from .conditions import conditions_of
 
     results = refinement.measure(settings.grid.refinement_lengths, settings.device)
-    methods = {method.name: {"title": method.title, "passes_before": method.before} for method in refinement.METHODS}
+    methods = {
+        method.name: {"title": method.title, "passes_before": method.passes_before} for method in refinement.METHODS
+    }
     content = {
         "conditions": conditions_of(settings) | {"dtype": "float64", "timing": "nothing is timed: steps are counted"},
         "tolerance": refinement.TOLERANCE,

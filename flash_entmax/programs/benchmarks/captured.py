@@ -1,8 +1,8 @@
-"""Queries, keys and values that a trained model worked with, from safetensors files.
+"""Queries, keys and values of a trained model, from safetensors files.
 
-A file holds NAME.query, NAME.key and NAME.value, each (batch, heads, length, dim), for one or more NAMEs; its metadata
-may say where they come from, as `source`. All shapes are checked before anything runs; a case's tensors are read when
-its turn comes.
+A file holds NAME.query, NAME.key and NAME.value, each (batch, heads, length, dim), for one or more NAMEs. Its metadata
+may say as `source` where they come from. All shapes are checked before anything runs. The tensors of a case are read
+when its turn comes.
 """
 
 import re
@@ -16,13 +16,13 @@ from torch import Tensor
 from flash_entmax.core.call import MAX_HEAD_SIZE
 
 from ..errors import CommandError, require
-from .cases import Captured, Case
+from .cases import BenchCase, Captured
 
 ROLES = ("query", "key", "value")
 
 
-def captured_cases(paths: Sequence[Path]) -> Iterator[Case]:
-    """In the order of the files, and in each by name, layer2 before layer10."""
+def captured_cases(paths: Sequence[Path]) -> Iterator[BenchCase]:
+    """In the order of the files, and within a file by name: layer2 comes before layer10."""
     paths = list(dict.fromkeys(paths))
     stems_differ = len({path.stem for path in paths}) == len(paths)
     for path in paths:
@@ -45,37 +45,40 @@ def opened(path: Path | str) -> Iterator:
         raise CommandError(f"--inputs {path}: {error}") from error
 
 
-def names_in(path: Path, stored: Sequence[str]) -> list[str]:
-    found = {name for name, _, role in (tensor.rpartition(".") for tensor in stored) if name and role in ROLES}
+def names_in(path: Path, tensors: Sequence[str]) -> list[str]:
+    """The NAMEs of a file, from the names of its tensors. CommandError if one of NAME's three tensors is missing."""
+    found = {name for name, _, role in (tensor.rpartition(".") for tensor in tensors) if name and role in ROLES}
     if not found:
         raise CommandError(f"--inputs {path}: has no tensors NAME.query, NAME.key and NAME.value")
-    missing = [f"{name}.{role}" for name in sorted(found) for role in ROLES if f"{name}.{role}" not in stored]
+    missing = [f"{name}.{role}" for name in sorted(found) for role in ROLES if f"{name}.{role}" not in tensors]
     if missing:
         raise CommandError(f"--inputs {path}: has no {', '.join(missing)}")
     return sorted(found, key=lambda name: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)])
 
 
-def case_of(file, captured: Captured) -> Case:
-    where = f"--inputs {captured.file}: {captured.name}"
+def case_of(file, captured: Captured) -> BenchCase:
+    """The case, from the shapes in the file. CommandError for tensors that do not fit together."""
+    place = f"--inputs {captured.file}: {captured.name}"
     parts = [file.get_slice(f"{captured.name}.{role}") for role in ROLES]
     dtypes = [part.get_dtype() for part in parts]
     if not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
-        raise CommandError(f"{where} must have float dtypes, got {', '.join(dtypes)}")
+        raise CommandError(f"{place} must have float dtypes, got {', '.join(dtypes)}")
     query, key, value = (tuple(part.get_shape()) for part in parts)
     fits = len(query) == len(key) == 4 and key == value and (query[0], *query[2:]) == (key[0], *key[2:])
     if not fits or 0 in query + key:
         raise CommandError(
-            f"{where}: query must be (batch, heads, length, dim), key and value the same with their own number of "
+            f"{place}: query must be (batch, heads, length, dim), key and value the same with their own number of "
             f"heads; got {query}, {key} and {value}"
         )
     batch, heads, length, head_size = query
     if heads % key[1]:
-        raise CommandError(f"{where}: the heads of key must divide those of query, got {key[1]} and {heads}")
+        raise CommandError(f"{place}: the heads of key must divide those of query, got {key[1]} and {heads}")
     if head_size > MAX_HEAD_SIZE:
-        raise CommandError(f"{where}: dim must be at most {MAX_HEAD_SIZE}, got {head_size}")
-    return Case(length, head_size, heads, key[1], batch=batch, captured=captured)
+        raise CommandError(f"{place}: dim must be at most {MAX_HEAD_SIZE}, got {head_size}")
+    return BenchCase(length, head_size, heads, key[1], batch=batch, captured=captured)
 
 
 def load(captured: Captured, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Query, key and value, each (batch, heads, length, dim)."""
     with opened(captured.file) as file:
         return tuple(file.get_tensor(f"{captured.name}.{role}").to(device, dtype) for role in ROLES)

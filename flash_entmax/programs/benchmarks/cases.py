@@ -17,8 +17,11 @@ class Captured:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One causal call, on captured inputs or on topics: block sparsity about 1 - 1 / topics (testing.topic_inputs)."""
+class BenchCase:
+    """One causal call, on captured inputs or on topics.
+
+    With topics the block sparsity is about 1 - 1 / topics (testing.topic_inputs).
+    """
 
     length: int
     head_size: int
@@ -40,7 +43,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """Everything but the inputs: cases of one shape share what competitors compile."""
+        """(batch, length, head size, heads, key heads). Cases of one shape share what competitors compile."""
         return self.batch, self.length, self.head_size, self.heads, self.key_heads
 
     @property

@@ -1,8 +1,8 @@
-"""How long a new process with empty caches takes to its first forward and backward, and what a new length costs after.
+"""How long a new process with empty caches takes to its first training step, and what a new length costs afterwards.
 
-The parent gives a child empty cache folders for Triton and Inductor; the child (`python -m` of this module) counts the
-compiled kernels as the .cubin files in its Triton cache. The clock starts before the child does, so Python, the imports
-and the start of CUDA are in the total; each has its own line.
+The parent starts a child (`python -m` of this module) with empty cache folders for Triton and Inductor. The child
+counts compiled kernels as the .cubin files in its Triton cache. The clock starts before the child does. The total
+therefore includes Python, the imports and the start of CUDA; the imports and CUDA have lines of their own.
 """
 
 import json
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .settings import ADASPLASH, OURS, Settings
+from .settings import ADASPLASH, OURS, BenchSettings
 
 FIRST_LENGTH = 1024
 MORE_LENGTHS = {OURS: (2048, 1000, 4096), ADASPLASH: (2048, 4096)}
@@ -21,19 +21,20 @@ HEADS, HEAD_SIZE, TOPICS = 8, 64, 4
 LIMIT_SECONDS = 400
 
 
-def why_not(settings: Settings) -> str:
+def why_not(settings: BenchSettings) -> str:
+    """Why nothing is measured; empty if something is."""
     if not settings.on_cuda:
         return "no kernels are compiled on the CPU path: plain PyTorch runs there"
     return "" if names_of(settings) else f"only {' and '.join(MORE_LENGTHS)} have one, --only names neither"
 
 
-def names_of(settings: Settings) -> list[str]:
-    """Ours, and AdaSplash-2 where --only asks for it: it compiles for minutes."""
+def names_of(settings: BenchSettings) -> list[str]:
+    """Ours. AdaSplash-2, which compiles for minutes, only if --only names it."""
     return [name for name in MORE_LENGTHS if name in (settings.asked or (OURS,))]
 
 
 def measure(name: str) -> dict:
-    """Run the child; its report, or why there is none."""
+    """Run the child, and return its report, or why there is none."""
     root = str(Path(__file__).resolve().parents[3])
     with tempfile.TemporaryDirectory() as folder:
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
@@ -50,31 +51,32 @@ def measure(name: str) -> dict:
 
 
 def child(name: str, started: float) -> dict:
-    """Forward and backward at the first length, then at the others, in this new process."""
+    """Time a training step at the first length, then at the others, in this new process."""
     import torch
 
-    from .cases import Case
+    from .cases import BenchCase
     from .competitors import COMPETITORS
 
-    competitor = next(one for one in COMPETITORS if one.name == name)
+    competitor = next(competitor for competitor in COMPETITORS if competitor.name == name)
     imported = time.time()
     torch.zeros(1, device="cuda")
     device_ready = time.time()
     report = {"imports_s": imported - started, "cuda_s": device_ready - imported}
-    before = kernels()
-    case = Case(FIRST_LENGTH, HEAD_SIZE, HEADS, HEADS, TOPICS)
+    kernels_at_start = kernels()
+    case = BenchCase(FIRST_LENGTH, HEAD_SIZE, HEADS, HEADS, TOPICS)
     attend = competitor.prepare(case, ()).attend
     run_once(attend, FIRST_LENGTH)
     report |= {
         "first_step_s": time.time() - device_ready,
         "total_s": time.time() - started,
-        "kernels": kernels() - before,
+        "kernels": kernels() - kernels_at_start,
         "lengths": [],
     }
     for length in MORE_LENGTHS[name]:
-        before, start = kernels(), time.time()
+        kernels_at_start, start = kernels(), time.time()
         run_once(attend, length)
-        report["lengths"].append({"length": length, "seconds": time.time() - start, "kernels": kernels() - before})
+        seconds = time.time() - start
+        report["lengths"].append({"length": length, "seconds": seconds, "kernels": kernels() - kernels_at_start})
     return report
 
 
@@ -91,6 +93,7 @@ def run_once(attend, length: int) -> None:
 
 
 def kernels() -> int:
+    """How many kernels were compiled so far."""
     return sum(1 for _ in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
 
 

@@ -1,4 +1,4 @@
-"""Who is measured: ours and its peers, each with the reason why it cannot run a case, and how it is made ready for one.
+"""Who is measured: ours and its peers. Each says why it cannot run a case, and how it is made ready for one.
 
 Every competitor is called on the same tensors, (batch, heads, length, dim), causal, at the default scale.
 """
@@ -17,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flash_entmax import entmax_attention
 
-from .cases import Case
+from .cases import BenchCase
 from .measure import Attend, step
-from .settings import ADASPLASH, ALPHA, OURS, Settings
+from .settings import ADASPLASH, ALPHA, OURS, BenchSettings
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 FLEX_BLOCK = 128
@@ -27,14 +27,18 @@ ADASPLASH_HEAD_SIZES = (16, 32, 64, 128, 256)
 ADASPLASH_SHORTEST, ADASPLASH_LONGEST = 128, 32768
 KEPT_CONFIGS = 2
 DENSE_LONGEST = 8192
-# Buffers of (batch, heads, length, length) float32 that a step of dense entmax holds: scores, sorted scores and their
-# 64-bit indices, the running sums of the sort, probabilities, and their gradients.
+# How many float32 buffers (batch, heads, length, length) a step of dense entmax holds: scores, sorted scores, their
+# 64-bit indices, the running sums of the sort, probabilities, and gradients of these.
 DENSE_BUFFERS = 14
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A competitor that is ready for the cases of one shape. ``note`` is what a reader of its numbers must know."""
+    """A competitor that is ready for the cases of one shape.
+
+    attend: the call that is timed, inside ``context()``.
+    note: what a reader of its numbers must know.
+    """
 
     attend: Attend
     note: str = ""
@@ -43,32 +47,35 @@ class Ready:
 
 @dataclass(frozen=True)
 class Competitor:
-    """``alpha`` is the function that it computes: 1 is softmax. ``why_not`` gives a reason, or an empty string."""
+    """``alpha`` says what it computes: 1 is softmax.
+
+    ``why_not`` says why it cannot run a case, or nothing. ``prepare`` makes it ready for the shape of a case.
+    """
 
     name: str
     alpha: float
-    why_not: Callable[[Case, Settings], str]
-    prepare: Callable[[Case, Inputs], Ready]
+    why_not: Callable[[BenchCase, BenchSettings], str]
+    prepare: Callable[[BenchCase, Inputs], Ready]
 
 
-def contestants(settings: Settings) -> list[Competitor]:
+def contestants(settings: BenchSettings) -> list[Competitor]:
     return [competitor for competitor in COMPETITORS if competitor.name in settings.names]
 
 
-def nothing_against(case: Case, settings: Settings) -> str:
+def nothing_against(case: BenchCase, settings: BenchSettings) -> str:
     return ""
 
 
-def needs_cuda(case: Case, settings: Settings) -> str:
+def needs_cuda(case: BenchCase, settings: BenchSettings) -> str:
     return "" if settings.on_cuda else f"runs on NVIDIA GPUs, this run is on {settings.device.type}"
 
 
-def prepare_ours(case: Case, inputs: Inputs) -> Ready:
+def prepare_ours(case: BenchCase, inputs: Inputs) -> Ready:
     return Ready(partial(entmax_attention, alpha=ALPHA, is_causal=True))
 
 
-def prepare_softmax(case: Case, inputs: Inputs, backend: str | None = None) -> Ready:
-    """SDPA by one backend; where that refuses grouped heads, keys and values are repeated inside the timed call."""
+def prepare_softmax(case: BenchCase, inputs: Inputs, backend: str | None = None) -> Ready:
+    """SDPA by one backend. If that refuses grouped heads, the timed call repeats keys and values."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     context = nullcontext if backend is None else partial(sdpa_kernel, getattr(SDPBackend, backend))
@@ -86,8 +93,9 @@ def softmax_of_repeated(query: Tensor, key: Tensor, value: Tensor, group: int) -
 
 
 def runs(attend: Attend, inputs: Inputs, context: Callable[[], AbstractContextManager]) -> bool:
+    """Whether a training step raises no RuntimeError."""
     with warnings.catch_warnings(), context():
-        warnings.simplefilter("ignore")  # PyTorch warns once for each reason why a backend is out
+        warnings.simplefilter("ignore")  # PyTorch warns of every reason that excludes a backend
         try:
             step(attend, inputs, torch.ones_like(inputs[0]))
         except RuntimeError:
@@ -95,11 +103,11 @@ def runs(attend: Attend, inputs: Inputs, context: Callable[[], AbstractContextMa
     return True
 
 
-def why_not_plain_sdpa(case: Case, settings: Settings) -> str:
+def why_not_plain_sdpa(case: BenchCase, settings: BenchSettings) -> str:
     return "its backends are measured one by one on a GPU" if settings.on_cuda else ""
 
 
-def why_not_flex(case: Case, settings: Settings) -> str:
+def why_not_flex(case: BenchCase, settings: BenchSettings) -> str:
     if reason := needs_cuda(case, settings):
         return reason
     if case.length % FLEX_BLOCK:
@@ -107,8 +115,8 @@ def why_not_flex(case: Case, settings: Settings) -> str:
     return "" if find_spec("triton") else "the package triton is not installed"
 
 
-def prepare_flex(case: Case, inputs: Inputs) -> Ready:
-    """Compiled for this one shape. Graphs of earlier shapes go: past a limit, PyTorch would no longer compile."""
+def prepare_flex(case: BenchCase, inputs: Inputs) -> Ready:
+    """Compiled for this one shape. Earlier graphs are dropped, because PyTorch compiles only so many of a function."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
@@ -118,9 +126,9 @@ def prepare_flex(case: Case, inputs: Inputs) -> Ready:
 
 
 def causal_block_mask(length: int, device: torch.device):
-    """What create_block_mask gives for the causal mask, without its length x length intermediate.
+    """The BlockMask of create_block_mask for the causal mask, without its length x length intermediate.
 
-    Row i of blocks has one block that the mask cuts, i itself, and i full ones before it.
+    In row i of blocks, the mask cuts block i, and blocks 0 to i - 1 are full.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -144,7 +152,7 @@ def is_visible(batch, head, row, key):
     return row >= key
 
 
-def why_not_adasplash(case: Case, settings: Settings) -> str:
+def why_not_adasplash(case: BenchCase, settings: BenchSettings) -> str:
     if reason := needs_cuda(case, settings):
         return reason
     if find_spec("adasplash") is None:
@@ -161,13 +169,16 @@ def why_not_adasplash(case: Case, settings: Settings) -> str:
     return ""
 
 
-def prepare_adasplash(case: Case, inputs: Inputs) -> Ready:
+def prepare_adasplash(case: BenchCase, inputs: Inputs) -> Ready:
     module = import_module("adasplash.adasplash_v2")
     return Ready(module.sparse_attn, prune(vars(module)))
 
 
 def prune(names: dict[str, object]) -> str:
-    """Leave two configurations to each tuned kernel of a module, and say so: all of them take minutes per length."""
+    """Leave KEPT_CONFIGS configurations to every tuned kernel of a module, and say so in words.
+
+    Tuning over all of them takes minutes for each length.
+    """
     from triton.runtime.autotuner import Autotuner
 
     kernels = {name: thing for name, thing in names.items() if isinstance(thing, Autotuner)}
@@ -182,19 +193,19 @@ def prune(names: dict[str, object]) -> str:
 
 
 def two_of(configs: list) -> list:
-    """4 warps and 2 or 3 stages, at tiles of 128 queries and 64 keys where tiles are tuned too; else the first two."""
-    wanted = {"BLOCK_M": 128, "BLOCK_N": 64}
+    """Those with 4 warps, 2 or 3 stages and tiles of 128 queries and 64 keys; the first two if fewer are like that."""
+    tiles = {"BLOCK_M": 128, "BLOCK_N": 64}
     fitting = [
         config
         for config in configs
         if config.num_warps == 4
         and config.num_stages in (2, 3)
-        and all(config.kwargs.get(name, size) == size for name, size in wanted.items())
+        and all(config.kwargs.get(name, size) == size for name, size in tiles.items())
     ]
     return (fitting if len(fitting) >= KEPT_CONFIGS else configs)[:KEPT_CONFIGS]
 
 
-def why_not_dense(case: Case, settings: Settings) -> str:
+def why_not_dense(case: BenchCase, settings: BenchSettings) -> str:
     if find_spec("entmax") is None:
         return "the package entmax is not installed"
     if case.length > DENSE_LONGEST:
@@ -211,7 +222,7 @@ def why_not_dense(case: Case, settings: Settings) -> str:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes; what PyTorch's allocator holds and does not use counts as free. Unknown is infinite."""
+    """In bytes, with what PyTorch's allocator holds without using it. Infinite if it is not known."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
@@ -222,12 +233,12 @@ def free_memory(device: torch.device) -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def prepare_dense(case: Case, inputs: Inputs) -> Ready:
+def prepare_dense(case: BenchCase, inputs: Inputs) -> Ready:
     return Ready(dense_entmax, "scores in float32: rounded to 16 bits, they have another support")
 
 
 def dense_entmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """entmax15 of the package entmax, by its exact sort, over all scores."""
+    """entmax15 of the package entmax, which sorts exactly, over all scores."""
     from entmax import entmax15
 
     group, length = query.shape[1] // key.shape[1], query.shape[2]

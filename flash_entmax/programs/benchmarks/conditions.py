@@ -1,6 +1,5 @@
-"""Under what a number was measured: machine, versions, settings, and how time was taken."""
+"""The conditions of a measurement: machine, versions, settings, and how time was taken."""
 
-import json
 import platform
 import shutil
 import subprocess
@@ -13,12 +12,12 @@ import torch
 from flash_entmax import __version__
 
 from .measure import timing_method
-from .settings import ALPHA, Settings
+from .settings import ALPHA, BenchSettings
 
 PEERS = ("adasplash", "entmax")
 
 
-def conditions_of(settings: Settings) -> dict[str, object]:
+def conditions_of(settings: BenchSettings) -> dict[str, object]:
     return {
         "device": device_name(settings),
         "driver": driver() if settings.on_cuda else None,
@@ -40,19 +39,19 @@ def conditions_of(settings: Settings) -> dict[str, object]:
     }
 
 
-def inputs_of(settings: Settings) -> str:
+def inputs_of(settings: BenchSettings) -> str:
     sources = (str(case.captured or "testing.topic_inputs, seed 0") for case in settings.cases)
     return "; ".join(dict.fromkeys(sources))
 
 
-def device_name(settings: Settings) -> str:
+def device_name(settings: BenchSettings) -> str:
     if settings.on_cuda:
         return torch.cuda.get_device_name()
     return f"{processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def processor() -> str:
-    """The model name that Linux knows, or what Python knows."""
+    """The name of the processor's model on Linux; what Python knows of it elsewhere."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -72,10 +71,3 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """In one step, so that a run that is cut short leaves the results so far and no torn file."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)

@@ -28,7 +28,7 @@ METHOD_COLOURS = ("#8a8f98", "#b08a4f", "#d1495b", "#6a994e", "#7fa8e8", "#1257c
 
 
 def save_speed(content: dict, path: Path) -> Path | None:
-    """A panel for each shape, then times by length and by captured inputs. None where nothing was timed."""
+    """A panel for each shape, then times by length and by captured inputs. None if nothing was timed."""
     results = [
         result
         for result in content["results"]
@@ -42,7 +42,7 @@ def save_speed(content: dict, path: Path) -> Path | None:
     shapes = sorted({shape_of(r) for r in results}, key=lambda shape: (*shape[:2], -shape[3], *shape[4:]))
     columns = max(2, min(COLUMNS, len(shapes)))
     rows = -(-len(shapes) // columns) if baseline else 0
-    topics, captured = ([r for r in results if bool(r["captured"]) == wanted] for wanted in (False, True))
+    topics, captured = ([r for r in results if bool(r["captured"]) == is_captured] for is_captured in (False, True))
     heights = [PANEL * rows] * bool(rows) + [TIMES] * bool(topics) + [TIMES] * bool(captured)
     figure = Figure(figsize=(PANEL * columns + 1, sum(heights) + 1), layout="constrained")
     parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
@@ -61,7 +61,7 @@ def save_speed(content: dict, path: Path) -> Path | None:
 
 
 def shape_of(result: dict) -> tuple[int, int, int, int, int, str]:
-    """The shape, and the file of captured inputs: what shares a panel."""
+    """What the results of one panel share: the shape, and the file of captured inputs."""
     file = result["captured"]["file"] if result["captured"] else ""
     return result["length"], result["head_size"], result["heads"], result["key_heads"], result["batch"], file
 
@@ -71,18 +71,19 @@ def step_of(result: dict, name: str, key: str = "step_ms") -> float | None:
 
 
 def draw_ratios(part: "Figure", results: list[dict], shapes: list, baseline: str, rows: int, columns: int) -> None:
-    """Step time over the baseline's against the measured block sparsity: a line for each that ran at several."""
+    """Step time relative to the baseline against block sparsity; a line for each competitor with several results."""
     panels = [[result for result in results if shape_of(result) == shape] for shape in shapes]
     names = [name for name in NAMES if any(sum(bool(step_of(r, name)) for r in panel) > 1 for panel in panels)] or NAMES
     grid = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, shape, panel in zip(grid.flat, shapes, panels, strict=False):
+    drawn, spare = grid.flat[: len(shapes)], grid.flat[len(shapes) :]
+    for axes, shape, panel in zip(drawn, shapes, panels, strict=True):
         draw_ratio_panel(axes, panel, [name for name in names if name != baseline], baseline)
         length, head_size, heads, key_heads, batch, file = shape
         tokens = f"{length:,}" if batch == 1 else f"{batch} x {length:,}"
         origin = f"{Path(file).stem}\n" if file else ""
         shared = "" if heads == key_heads else f"/{key_heads}"
         axes.set_title(f"{origin}{tokens} tokens, {heads}{shared} heads of {head_size}", fontsize=9.5, loc="left")
-    for axes in list(grid.flat)[len(shapes) :]:
+    for axes in spare:
         axes.set_axis_off()
     name_ticks(grid[0, 0].yaxis, RATIO_TICKS, grid[0, 0].get_ylim())
     part.supxlabel("block sparsity (share of visible 64 x 64 tiles without support)", fontsize=10)
@@ -117,9 +118,9 @@ def draw_line(axes: "Axes", name: str, points: list[tuple[float, float]]) -> Non
 
 
 def draw_times(part: "Figure", results: list[dict]) -> None:
-    """Milliseconds against length, of the smallest head size, without grouped heads if possible.
+    """Milliseconds against length, for the smallest head size, without grouped heads if possible.
 
-    Each competitor on the sparsest inputs that it ran on.
+    Every competitor is shown on the sparsest inputs that it ran on.
     """
     head_size = min(result["head_size"] for result in results)
     same = [result for result in results if result["head_size"] == head_size]
@@ -142,11 +143,11 @@ def draw_times(part: "Figure", results: list[dict]) -> None:
         axes.set_xticks(lengths, [f"{length:,}\n{result['heads']} heads" for length, result in sparsest.items()])
         axes.set_xticks([], minor=True)
         axes.set_xlabel("tokens", fontsize=10)
-        finish_times(axes)
+        format_times(axes)
 
 
 def draw_captured_times(part: "Figure", results: list[dict]) -> None:
-    """Milliseconds of each captured case, by its name; a line joins those of one file and shape."""
+    """Milliseconds of every captured case, by its name. A line joins the cases of one file and shape."""
     labels = [f"{result['inputs']}  {result['block_sparsity']:.2f}" for result in results]
     for axes, key, title in zip(
         part.subplots(1, 2), ("forward_ms", "step_ms"), ("forward", "training step"), strict=True
@@ -158,17 +159,18 @@ def draw_captured_times(part: "Figure", results: list[dict]) -> None:
         axes.set_title(f"{title}, milliseconds", fontsize=9.5, loc="left")
         axes.set_xticks(range(len(results)), labels, rotation=90)
         axes.set_xlabel("captured inputs, and their block sparsity", fontsize=10)
-        finish_times(axes)
+        format_times(axes)
 
 
-def finish_times(axes: "Axes") -> None:
+def format_times(axes: "Axes") -> None:
+    """The grid, and ticks in milliseconds, of an axis of times."""
     name_ticks(axes.yaxis, MILLISECOND_TICKS, axes.get_ylim())
     axes.grid(True, which="major", color="#e3e5e8", linewidth=0.7)
     axes.tick_params(labelsize=8.5)
 
 
 def name_ticks(axis, ticks: tuple[float, ...], limits: tuple[float, float]) -> None:
-    """Plain numbers instead of powers of ten, those that are in sight."""
+    """Label an axis by plain numbers instead of powers of ten: the ticks within its limits."""
     seen = [tick for tick in ticks if limits[0] <= tick <= limits[1]]
     axis.set_ticks(seen, [f"{tick:g}" for tick in seen])
     axis.set_ticks([], minor=True)
@@ -186,7 +188,7 @@ def add_legend(figure: "Figure", results: list[dict]) -> None:
 
 
 def save_refinement(content: dict, path: Path) -> Path:
-    """Steps against length with all distributions together, and steps by distribution at the longest length."""
+    """Left: steps against length, over all distributions. Right: steps by distribution, at the longest length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 5.4), layout="constrained")
@@ -223,7 +225,7 @@ def draw_steps_by_distribution(axes: "Axes", content: dict) -> None:
     distributions = list(dict.fromkeys(result["distribution"] for result in found))
     for number, (name, colour) in enumerate(zip(content["methods"], METHOD_COLOURS, strict=True)):
         steps = {result["distribution"]: result["mean_steps_of_tile"] for result in found if result["method"] == name}
-        apart = 0.13 * (number - 2.5)  # methods of equal steps stand below each other
+        apart = 0.13 * (number - 2.5)  # methods with equal steps stand one under another
         places = [distributions.index(distribution) + apart for distribution in steps]
         axes.scatter(list(steps.values()), places, color=colour, s=34, zorder=3)
     for border in range(1, len(distributions)):

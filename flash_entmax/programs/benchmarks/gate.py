@@ -1,9 +1,9 @@
-"""Nothing is timed before it is right: output and gradients of the very call to be timed, against float64.
+"""Nothing is timed before it is right. Output and gradients of the very call to be timed are compared with float64.
 
-The output is compared on the rows that are checked, the gradients of query, key and value in full, in the first key
-head and the query heads that share it. Up to EVERY_ROW tokens all rows are checked. Beyond, the gradient of the output
-is zero but in the last LAST_ROWS rows: these see every key, and alone decide all gradients, so that the reference has
-no others to compute.
+The comparison covers the first key head and the query heads that share it. Up to EVERY_ROW tokens it covers all rows
+of the output. Beyond, it covers the last LAST_ROWS rows, and the gradient of the output is zero in all others. These
+last rows see every key and decide all gradients alone, so that the reference need not compute any other row. The
+gradients of query, key and value are compared in full.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 from flash_entmax import entmax_attention
 from flash_entmax.testing import relative_error
 
-from .cases import Case
+from .cases import BenchCase
 from .measure import Attend, step
 
 EVERY_ROW = 8192
@@ -23,42 +23,42 @@ SLICE_SCORES = 2**24
 QUANTITIES = ("output", "gradient of query", "gradient of key", "gradient of value")
 OUR_OUTPUT_BUDGET = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 OUR_GRADIENT_BUDGET = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
-# In 16 bits the rounded delta of softmax meets all keys with one sign: its gradient of query is off by up to 3e-2.
+# In 16 bits softmax rounds its delta, with the same sign for all keys. Its gradient of query is off by up to 3e-2.
 PEER_OUTPUT_BUDGET, PEER_GRADIENT_BUDGET = 5e-2, 8e-2
 
 
-class Verdict(NamedTuple):
-    """Relative error of each quantity, max |difference| / max |exact|, and what is wrong, if anything is."""
+class GateVerdict(NamedTuple):
+    """max |difference| / max |exact| of every quantity; and in words, what is wrong, or nothing."""
 
     errors: dict[str, float]
     wrong: str
 
 
 class Truth:
-    """The gradient of the output to check a case with, and its float64 results, computed when first asked for."""
+    """The float64 results of a case, computed when they are first needed; and the gradient of the output for them."""
 
-    def __init__(self, case: Case, inputs: tuple[Tensor, Tensor, Tensor], grad_output: Tensor) -> None:
+    def __init__(self, case: BenchCase, inputs: tuple[Tensor, Tensor, Tensor], grad_output: Tensor) -> None:
         self.group, self.inputs = case.group, inputs
         self.first_row = 0 if case.length <= EVERY_ROW else case.length - LAST_ROWS
         self.grad_output = grad_output.clone()
         self.grad_output[:, :, : self.first_row] = 0
-        self.known: dict[float, tuple[Tensor, ...]] = {}
+        self.cache: dict[float, tuple[Tensor, ...]] = {}
 
     def results(self, alpha: float) -> tuple[Tensor, ...]:
         """Output and gradients in float64, by the reference; alpha 1 is softmax."""
-        if alpha not in self.known:
-            query, key, value = (tensor.detach().double() for tensor in self.of_first_key_head(self.inputs))
-            grad_output = self.of_first_key_head([self.grad_output])[0].double()
-            self.known[alpha] = exact(query, key, value, grad_output, alpha, self.first_row)
-        return self.known[alpha]
+        if alpha not in self.cache:
+            query, key, value = (tensor.detach().double() for tensor in self.first_key_head(self.inputs))
+            grad_output = self.first_key_head([self.grad_output])[0].double()
+            self.cache[alpha] = exact(query, key, value, grad_output, alpha, self.first_row)
+        return self.cache[alpha]
 
-    def of_first_key_head(self, tensors) -> list[Tensor]:
+    def first_key_head(self, tensors) -> list[Tensor]:
         """The first key head of keys and values, and the query heads that share it."""
         heads = self.inputs[0].shape[1]
         return [tensor[:, : self.group if tensor.shape[1] == heads else 1] for tensor in tensors]
 
-    def judge(self, attend: Attend, alpha: float, is_ours: bool) -> Verdict:
-        results = self.of_first_key_head(step(attend, self.inputs, self.grad_output))
+    def judge(self, attend: Attend, alpha: float, is_ours: bool) -> GateVerdict:
+        results = self.first_key_head(step(attend, self.inputs, self.grad_output))
         results[0], truth = results[0][:, :, self.first_row :], self.results(alpha)
         errors, wrong = {}, ""
         for name, result, expected in zip(QUANTITIES, results, truth, strict=True):
@@ -66,7 +66,7 @@ class Truth:
             errors[name] = relative_error(result, expected)
             if not errors[name] <= budget and not wrong:
                 wrong = f"relative error {errors[name]:.2g} of the {name}, over {budget:g}"
-        return Verdict(errors, wrong)
+        return GateVerdict(errors, wrong)
 
     def budget(self, name: str, is_ours: bool) -> float:
         if not is_ours:
@@ -78,7 +78,7 @@ class Truth:
 def exact(
     query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, alpha: float, first_row: int
 ) -> tuple[Tensor, ...]:
-    """Output of the rows from first_row on, and the gradients, a slice of rows at a time: row i sees keys 0 .. i."""
+    """Output of the rows from first_row on, and all gradients, causal. A slice of rows is computed at a time."""
     length = query.shape[2]
     outputs, gradients = [], [torch.zeros_like(tensor) for tensor in (query, key, value)]
     rows = max(1, SLICE_SCORES // (length * query.shape[0] * query.shape[1]))

@@ -1,9 +1,10 @@
 """Time and memory of one call: medians, peak allocation, our kernels one by one, the rate of a matrix product.
 
-On CUDA the times are triton.testing.do_bench's: CUDA events around each call, the L2 cache cleared before it. A call
-slower than SLOW_MS is timed three times instead, which no cache changes. Short steps may wait for the host that
-launches them; so up to GRAPH_LONGEST tokens a step is also timed as a CUDA graph, which needs no host. On CPU one
-series of steps gives both times, the forward pass timed within each step: other work on the cores slows both alike.
+On CUDA triton.testing.do_bench takes the times, by CUDA events around each call, with the L2 cache cleared first. A
+call slower than SLOW_MS is timed SLOW_REPEATS times instead, since the cache hardly matters to it. Short steps may wait
+for the host to launch them. Up to GRAPH_LONGEST tokens a step is therefore also timed as a CUDA graph, which needs no
+host. On a CPU one series of steps gives both times: the forward pass is timed within each step, so that other work on
+the cores slows both alike.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from .settings import Settings
+from .settings import BenchSettings
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 WARMUP_MS = 20
@@ -28,7 +29,7 @@ GRAPH_REPLAYS = 30
 MIB = 2**20
 
 
-def timing_method(settings: Settings) -> str:
+def timing_method(settings: BenchSettings) -> str:
     if settings.on_cuda:
         return (
             f"median of triton.testing.do_bench (warmup {WARMUP_MS} ms, repeats for {settings.grid.repeat_ms:g} ms and "
@@ -45,9 +46,9 @@ def step(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -> tup
 
 
 def forward_and_step(
-    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings
+    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: BenchSettings
 ) -> dict[str, float]:
-    """Milliseconds of the forward pass as training runs it, of forward and backward together, and of their graph."""
+    """Milliseconds of the forward pass in training, of the whole step, and of the step as a CUDA graph."""
     if not settings.on_cuda:
         return forward_and_step_on_cpu(attend, inputs, grad_output, settings)
     whole = partial(step, attend, inputs, grad_output)
@@ -59,7 +60,7 @@ def forward_and_step(
 
 
 def forward_and_step_on_cpu(
-    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings
+    attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: BenchSettings
 ) -> dict[str, float]:
     step(attend, inputs, grad_output)
     samples = []
@@ -88,11 +89,11 @@ def graph_ms(call: Callable[[], object]) -> float:
     return median([event_ms(graph.replay) for _ in range(GRAPH_REPLAYS)])
 
 
-def median_ms(call: Callable[[], object], settings: Settings) -> float:
+def median_ms(call: Callable[[], object], settings: BenchSettings) -> float:
     return median_ms_on_cuda(call, settings) if settings.on_cuda else median_ms_on_cpu(call, settings)
 
 
-def median_ms_on_cuda(call: Callable[[], object], settings: Settings) -> float:
+def median_ms_on_cuda(call: Callable[[], object], settings: BenchSettings) -> float:
     from triton.testing import do_bench
 
     call()
@@ -112,7 +113,7 @@ def event_ms(call: Callable[[], object]) -> float:
     return start.elapsed_time(stop)
 
 
-def median_ms_on_cpu(call: Callable[[], object], settings: Settings) -> float:
+def median_ms_on_cpu(call: Callable[[], object], settings: BenchSettings) -> float:
     from torch.utils.benchmark import Timer
 
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
@@ -120,18 +121,18 @@ def median_ms_on_cpu(call: Callable[[], object], settings: Settings) -> float:
 
 
 def peak_memory_mib(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -> float:
-    """What one step allocates at its peak on CUDA beyond inputs, output and gradients; other tensors do not count."""
+    """MiB that one step on CUDA allocates at its peak, without its inputs, output and gradients."""
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     results = step(attend, inputs, grad_output)
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - allocated
     return (peak - sum(tensor.numel() * tensor.element_size() for tensor in results)) / MIB
 
 
 def stages_ms(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -> dict[str, float]:
-    """Milliseconds per step in each of our kernels, and in everything else that ran on the GPU."""
+    """Milliseconds per step: {our kernel: time}, and "other" for everything else that ran on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(PROFILED_STEPS):
             step(attend, inputs, grad_output)
@@ -145,7 +146,7 @@ def stages_ms(attend: Attend, inputs: tuple[Tensor, ...], grad_output: Tensor) -
     return stages
 
 
-def matrix_rate(settings: Settings) -> float:
+def matrix_rate(settings: BenchSettings) -> float:
     """Flop per second of a square matrix product of random numbers, in the dtype of the run."""
     size = settings.grid.matrix_size
     left, right = (torch.randn(size, size, device=settings.device).to(settings.dtype) for _ in range(2))

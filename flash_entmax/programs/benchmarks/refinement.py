@@ -1,4 +1,4 @@
-"""How many refinement steps each way to tau needs: passes over the row until its probabilities sum to 1 within 1e-6.
+"""How many refinement steps each method needs for tau, until the probabilities of a row sum to 1 within 1e-6.
 
     bisection         halves [n^-1/2, 1] from its middle
     halley            the same start; Halley's step where it stays inside, else the middle (AdaSplash, arXiv 2502.12082)
@@ -9,13 +9,13 @@
                       CPUs
     certified-newton  the same start, then Newton steps on the norm, which need no count and no bracket: our kernels
 
-With f = F - 1, f' = 2 weight and f'' = 2 count, Halley's step in the offset is 2 f f' / (2 f'^2 - f f''). All run at
-alpha 1.5 in float64, so that what is counted is the method and not its rounding. F and its derivatives at any offset
-come from running sums over the sorted row: sorting is what makes the experiment quick, no method knows of it.
+With f = F - 1, f' = 2 weight and f'' = 2 count, Halley's step in the offset is 2 f f' / (2 f'^2 - f f''). All methods
+run at alpha 1.5 in float64, so that rounding changes no count. F and its derivatives at any offset come from running
+sums over the sorted row. Sorting makes the experiment quick, and no method knows of it.
 
-A step is one pass over the row that computes these sums and moves the offset by them. One more pass, which finds that
-the row has converged, is the same for all and is not counted. Kernels solve rows in tiles of 64, and a tile is done
-with its worst row.
+A step is one pass over the row that computes these sums and moves the offset by them. One more pass finds that the row
+has converged. It is the same for all methods, and is not counted. Kernels solve rows in tiles of 64, and the worst row
+of a tile decides how many steps the tile takes.
 """
 
 from collections.abc import Callable
@@ -41,12 +41,12 @@ TOLERANCE = 1e-6
 MOST_STEPS = 64
 TILE = 64
 BLOCK = 64
-MOST_SCORES = 2**21
-WATCHED_STEPS = (1, 2, 3)
+MOST_SCORES = 2**21  # of all rows of one distribution and length
+WATCHED_STEPS = (1, 2, 3)  # whose |sum p - 1| is reported
 
 
 class Sums(NamedTuple):
-    """Of d = [z - maximum + offset]_+ over the row: sum d^2, sum d, and how many are positive."""
+    """Over each row, with d = [z - maximum + offset]_+: sum d^2, sum d, and how many d are positive."""
 
     total: Tensor
     weight: Tensor
@@ -54,7 +54,7 @@ class Sums(NamedTuple):
 
 
 class Rows:
-    """Rows of scores, with their sums at any offset."""
+    """Rows of scores z (rows, keys), which give their sums at any offset."""
 
     def __init__(self, z: Tensor) -> None:
         self.z, self.maximum = z, row_maximum(z)
@@ -67,24 +67,24 @@ class Rows:
         self.low, self.high = smallest_offset(visible, ALPHA), torch.ones_like(self.maximum)
 
     def sums(self, offset: Tensor) -> Sums:
-        """sum (offset - gap)^2 over the gaps below the offset, and so on, from their number and running sums."""
+        """The sums at an offset (rows,), from the number of gaps smaller than it and from their running sums."""
         reached = torch.searchsorted(self.gaps, offset.unsqueeze(-1))
         first, second = (running.gather(-1, reached).squeeze(-1) for running in (self.first, self.second))
         count = reached.squeeze(-1).to(offset.dtype)
         return Sums(offset * offset * count - 2 * offset * first + second, (offset * count - first).clamp_min(0), count)
 
 
-Advance = Callable[[Tensor, Sums], Tensor]
+Start = tuple[Tensor, Tensor, Tensor]  # offset, and the bracket low to high that it lies in; (rows,) each
 
 
-def middle_start(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def middle_start(rows: Rows) -> Start:
     return (rows.low + rows.high) / 2, rows.low, rows.high
 
 
-def uniform_bins_start(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """AdaSplash-2's: each score at the lower edge of its bin, the maximum at 1; tau lies within one bin of that root.
+def uniform_bins_start(rows: Rows) -> Start:
+    """The start of AdaSplash-2: every score moves to the lower edge of its bin, and tau lies within a bin of that root.
 
-    `level` is the height above maximum - 1, so that the offset is 1 - level.
+    ``level`` is the height above maximum - 1, so that the offset is 1 - level.
     """
     blocks = -(-rows.z.shape[-1] // BLOCK)
     bins = next(bins for bins in (8, 4, 2) if blocks < 2 ** (64 // bins))
@@ -101,11 +101,11 @@ def uniform_bins_start(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return 1 - level - 0.5 / bins, 1 - level - 1 / bins, 1 - level
 
 
-def geometric_bins_start(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def geometric_bins_start(rows: Rows) -> Start:
     return histogram_offset(rows.z, ALPHA), rows.low, rows.high
 
 
-def certified_start(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def certified_start(rows: Rows) -> Start:
     padded = torch.nn.functional.pad(rows.z, (0, -rows.z.shape[-1] % BLOCK), value=-torch.inf)
     offset = certified_offset(padded.unflatten(-1, (-1, BLOCK)).amax(-1), rows.maximum, ALPHA)
     return offset, rows.low, offset
@@ -138,12 +138,12 @@ class Newton(Bracket):
 
 @dataclass(frozen=True)
 class Method:
-    """``before`` are the passes over the row ahead of the first step."""
+    """``passes_before`` counts the passes over the row that its start takes, ahead of the first step."""
 
     name: str
     title: str
-    before: int
-    start: Callable[[Rows], tuple[Tensor, Tensor, Tensor]]
+    passes_before: int
+    start: Callable[[Rows], Start]
     stepper: type[Bisection] | type[Quadratic] | type[Newton]
 
 
@@ -158,7 +158,7 @@ METHODS = (
 
 
 class Refined(NamedTuple):
-    """The offset and steps of each row, and the largest |F - 1| of all rows before the first step and after each."""
+    """The offset and steps of each row; the largest |F - 1| of all rows at the start and after every step."""
 
     offset: Tensor
     steps: Tensor
@@ -166,7 +166,7 @@ class Refined(NamedTuple):
 
 
 def refine(method: Method, rows: Rows) -> Refined:
-    """Step until every row has converged; a row that has is left where it is."""
+    """Step until every row has converged. A row that has converged keeps its offset."""
     offset, low, high = method.start(rows)
     stepper = method.stepper(low, high, ALPHA)
     steps, residuals = torch.zeros_like(offset, dtype=torch.int64), []

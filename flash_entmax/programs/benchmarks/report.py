@@ -1,4 +1,4 @@
-"""What the terminal shows: a line as each case ends, then the tables."""
+"""What the terminal shows: a line when a case ends, then the tables."""
 
 from rich import box
 from rich.console import Console
@@ -7,10 +7,10 @@ from rich.table import Table
 from .conditions import conditions_of
 from .refinement import TOLERANCE, WATCHED_STEPS
 from .roofline import FORMULA
-from .settings import NAMES, OURS, TITLES, Settings
+from .settings import NAMES, OURS, TITLES, BenchSettings
 
 
-def print_conditions(console: Console, settings: Settings) -> None:
+def print_conditions(console: Console, settings: BenchSettings) -> None:
     facts = conditions_of(settings)
     versions = f"torch {facts['torch']}, triton {facts['triton']}, python {facts['python']}"
     console.print(f"{facts['device']}, {versions}, {facts['dtype']}, causal, alpha {facts['alpha']}")
@@ -20,7 +20,7 @@ def print_conditions(console: Console, settings: Settings) -> None:
 
 
 class Lines:
-    """Prints each case as it ends; a reason or a note is said once for each competitor."""
+    """Prints a line when a case ends. A competitor's reason or note is printed once."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.said = console, set()
@@ -72,7 +72,7 @@ def memory(entry: dict) -> str:
 
 
 def measured_names(results: list[dict], key: str) -> list[str]:
-    """The competitors that have the number for some case."""
+    """The competitors with this number for at least one case."""
     return [name for name in NAMES if any(key in result["competitors"].get(name, {}) for result in results)]
 
 
@@ -92,14 +92,14 @@ def print_speed(console: Console, content: dict) -> None:
 
 
 def order(result: dict) -> tuple[int, ...]:
-    """Topics by shape, then what was captured, as it was measured."""
+    """Sorts topics by shape, then captured inputs in the order in which they were measured."""
     if result["captured"]:
         return (1,)
     return 0, result["length"], result["head_size"], -result["key_heads"], result["topics"]
 
 
 def print_cases(console: Console, title: str, columns: list[str], rows: list[tuple[dict, list[str]]]) -> None:
-    """A row for each result with its cells; the inputs are named where any were captured."""
+    """A row of cells for each result. A column names the inputs if some were captured."""
     named = any(result["captured"] for result, _ in rows)
     table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD)
     if named:
@@ -178,7 +178,7 @@ def print_cold_start(console: Console, content: dict) -> None:
 
 
 def print_refinement(console: Console, content: dict) -> None:
-    """Over all distributions: mean steps of a row, mean of a tile of 64 rows, worst row."""
+    """Over all distributions, by method and length: steps of a row, of a tile of 64 rows, and of the worst row."""
     lengths = list(dict.fromkeys(result["length"] for result in content["results"]))
     title = f"\nsteps until |sum p - 1| <= {TOLERANCE:g}: mean of rows, of tiles of 64 rows, and worst row"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

@@ -1,12 +1,11 @@
-"""How fast a step could be if nothing but its matrix products took time, at the rate measured in the same run.
+"""How fast a step could be if only its matrix products took time, at the rate measured in the same run.
 
 One product over all visible pairs of a causal call multiplies about length^2 / 2 pairs per head, 2 d flop each:
 
     product = batch * heads * (length^2 / 2) * 2 * d
 
-One of them is taken densely, Q K^T, as by a scan of every pair (what our bounds on blocks rule out is not scanned, so
-that very sparse steps may come close to this floor). All other products touch live tiles only, a share ``live`` of
-the visible:
+One product is dense: Q K^T, as if every pair were scanned. (Bounds on blocks spare us some of it, so that very sparse
+steps may come close to this floor.) All other products touch live tiles only, the share ``live`` of the visible tiles:
 
     forward   3   Q K^T, P V, and U V, which saves the backward its pass for delta
     dQ        3   Q K^T, dO V^T, dS K
@@ -15,12 +14,12 @@ the visible:
     floor of the forward = (1 + 3 live) * product / rate
     floor of the step    = (1 + 10 live) * product / rate
 
-The solve has to read the scores of the surviving tiles again, once per step; the floor does not grant it that.
+The floor leaves out the solve, which computes the scores of the surviving tiles again in each of its steps.
 """
 
 from typing import NamedTuple
 
-from .cases import Case
+from .cases import BenchCase
 
 SCAN_PRODUCTS = 1
 FORWARD_PRODUCTS = 3
@@ -39,13 +38,13 @@ class Floor(NamedTuple):
     step_ms: float
 
 
-def product_flop(case: Case) -> float:
-    """One matrix product over all visible pairs of a causal call."""
+def product_flop(case: BenchCase) -> float:
+    """Floating-point operations of one matrix product over all visible pairs of a causal call."""
     return float(case.batch * case.heads) * case.length**2 * case.head_size
 
 
-def floor(case: Case, live: float, flop_per_second: float) -> Floor:
-    """The least time of the products, where a share ``live`` of the visible tiles holds support."""
+def floor(case: BenchCase, live: float, flop_per_second: float) -> Floor:
+    """The time of the products alone, if the share ``live`` of the visible tiles holds support."""
     product_ms = 1e3 * product_flop(case) / flop_per_second
     forward = SCAN_PRODUCTS + FORWARD_PRODUCTS * live
     backward = (QUERY_GRADIENT_PRODUCTS + KEY_VALUE_GRADIENT_PRODUCTS) * live

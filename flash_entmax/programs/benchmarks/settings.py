@@ -1,8 +1,8 @@
-"""What one run of the benchmark is: the cases for each kind of machine, the parts, and the checks of the options.
+"""What the command line said after `flash-entmax bench`: the cases for each kind of machine, and its checks.
 
 On a GPU the default grid has lengths from 4,096 to 131,072, head sizes 64 and 128, five block sparsities, and
-grouped-query heads at two lengths. What takes longest is left out of it, until a flag asks for it: at 65,536 and more
-only two sparsities, at 131,072 only head size 64.
+grouped-query heads at two lengths. The slowest cases are left out unless a flag asks for them: from 65,536 on there are
+two sparsities, and at 131,072 head size 64 alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from flash_entmax.core.call import MAX_HEAD_SIZE
 
 from ..errors import CommandError, device_for
 from .captured import captured_cases
-from .cases import Case
+from .cases import BenchCase
 
 ALPHA = 1.5
 CASE_PARTS = ("speed", "memory", "roofline")
@@ -37,7 +37,7 @@ LONG, VERY_LONG = 65536, 131072
 
 @dataclass(frozen=True)
 class Grid:
-    """The cases of one kind of machine, and how long to look at each."""
+    """The cases of one kind of machine, and how long each is timed."""
 
     lengths: tuple[int, ...]
     head_sizes: tuple[int, ...]
@@ -46,9 +46,9 @@ class Grid:
     repeat_ms: float
     matrix_size: int
     refinement_lengths: tuple[int, ...]
-    heads: int | None = None  # by length where None
-    shared_lengths: tuple[int, ...] = ()  # lengths that also run with grouped-query heads
-    topics_of_few: tuple[int, ...] = ()  # the topics of long sequences and of grouped-query heads
+    heads: int | None = None  # None: it depends on the length
+    shared_lengths: tuple[int, ...] = ()  # that also run with grouped-query heads
+    few_topics: tuple[int, ...] = ()  # for long sequences and grouped-query heads
 
     def heads_at(self, length: int) -> int:
         return self.heads or (MANY_HEADS if length <= LONGEST_WITH_MANY_HEADS else FEW_HEADS)
@@ -63,7 +63,7 @@ CUDA = Grid(
     matrix_size=8192,
     refinement_lengths=(1024, 4096, 16384, 65536, 131072),
     shared_lengths=(8192, 32768),
-    topics_of_few=(4, 20),
+    few_topics=(4, 20),
 )
 CPU = Grid(
     lengths=(512, 1024, 2048),
@@ -82,12 +82,12 @@ SHARED_GROUP = 4
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One run. ``asked`` are the names given with --only; empty means every competitor."""
+class BenchSettings:
+    """One run. ``asked`` are the competitors that --only names; empty means all of them."""
 
     device: torch.device
     out: Path
-    cases: tuple[Case, ...]
+    cases: tuple[BenchCase, ...]
     parts: tuple[str, ...]
     asked: tuple[str, ...]
     grid: Grid
@@ -109,8 +109,8 @@ class Settings:
     def measures_cases(self) -> bool:
         return "speed" in self.parts or "memory" in self.parts
 
-    def shapes(self) -> Iterator[list[Case]]:
-        """The cases, those of one shape together."""
+    def shapes(self) -> Iterator[list[BenchCase]]:
+        """Groups of cases, one for every shape."""
         for shape in dict.fromkeys(case.shape for case in self.cases):
             yield [case for case in self.cases if case.shape == shape]
 
@@ -129,10 +129,11 @@ def settings_for(
     inputs: Sequence[Path] | None = None,
     smallest: bool = False,
     command: str = "flash-entmax bench",
-) -> Settings:
-    """The grid that fits the machine, limited by what was asked for; ``device`` is "auto", "cpu" or "cuda".
+) -> BenchSettings:
+    """The grid that fits the machine, in which every option that is given replaces its part.
 
-    With ``inputs``, their cases take the grid's place, and join it where any of its flags is given.
+    ``device`` is "auto", "cpu" or "cuda". The cases of ``inputs`` replace the grid, or join it if one of the grid's own
+    options is given.
     """
     device = device_for(device)
     grid = GRIDS[device, smallest]
@@ -152,11 +153,11 @@ def settings_for(
         grid_cases = cases_of(grid, lengths, head_sizes, topics, groups)
         cases += [replace(case, wide_blocks=wide_blocks) for case in dict.fromkeys(grid_cases)]
     cases += captured_cases(inputs or ())
-    return Settings(torch.device(device), out, tuple(cases), parts, tuple(only or ()), grid, command)
+    return BenchSettings(torch.device(device), out, tuple(cases), parts, tuple(only or ()), grid, command)
 
 
-def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[Case]:
-    """The product of what was asked for; where nothing was, what the grid has at that length."""
+def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[BenchCase]:
+    """All combinations. What is None comes from the grid, which may have less at great lengths."""
     for length in lengths or grid.lengths:
         heads = grid.heads_at(length)
         default_sizes = grid.head_sizes[:1] if length >= VERY_LONG else grid.head_sizes
@@ -165,13 +166,13 @@ def cases_of(grid: Grid, lengths, head_sizes, topics, groups) -> Iterator[Case]:
             for group in groups or default_groups:
                 if heads % group:
                     raise CommandError(f"--groups must divide the {heads} heads at length {length:,}, got {group}")
-                few = grid.topics_of_few and (length >= LONG or group > 1)
-                for count in topics or (grid.topics_of_few if few else grid.topics):
+                few = grid.few_topics and (length >= LONG or group > 1)
+                for count in topics or (grid.few_topics if few else grid.topics):
                     if count > head_size:
                         raise CommandError(
                             f"--topics must be at most the head size, got {count} at head size {head_size}"
                         )
-                    yield Case(length, head_size, heads, heads // group, count)
+                    yield BenchCase(length, head_size, heads, heads // group, count)
 
 
 def check_numbers(flag: str, numbers: Sequence[int] | None, most: int | None = None) -> None:

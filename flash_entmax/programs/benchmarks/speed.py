@@ -1,4 +1,4 @@
-"""Every case in turn: its inputs, their sparsity, and each competitor that is right on them, in time and memory."""
+"""Every case in turn: its inputs and their sparsity, and time and memory of every competitor that is right on them."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,14 +10,14 @@ from flash_entmax import Support, entmax_attention
 from flash_entmax.testing import topic_inputs
 
 from . import captured, measure, roofline
-from .cases import Case
+from .cases import BenchCase
 from .competitors import Competitor, Ready, contestants
 from .gate import Truth
-from .settings import ALPHA, OURS, Settings
+from .settings import ALPHA, OURS, BenchSettings
 
 
-def measure_cases(settings: Settings, rate: float | None, finished: Callable[[dict], None]) -> bool:
-    """Give each case's results to ``finished`` as soon as they are there. True where ours was right on all of them."""
+def measure_cases(settings: BenchSettings, rate: float | None, finished: Callable[[dict], None]) -> bool:
+    """Hand the results of every case to ``finished`` as soon as they are there. True if ours was right on all cases."""
     is_right = True
     for cases in settings.shapes():
         ready: dict[str, Ready] = {}
@@ -30,8 +30,8 @@ def measure_cases(settings: Settings, rate: float | None, finished: Callable[[di
     return is_right
 
 
-def measure_case(case: Case, settings: Settings, ready: dict[str, Ready], rate: float | None) -> dict:
-    """``ready`` holds what earlier cases of this shape have prepared, and takes what this one prepares."""
+def measure_case(case: BenchCase, settings: BenchSettings, ready: dict[str, Ready], rate: float | None) -> dict:
+    """``ready`` holds the competitors that earlier cases of this shape prepared; this case adds others to it."""
     inputs = inputs_of(case, settings)
     grad_output = torch.randn_like(inputs[0])
     truth = Truth(case, inputs, grad_output)
@@ -46,7 +46,7 @@ def measure_case(case: Case, settings: Settings, ready: dict[str, Ready], rate: 
     return result
 
 
-def inputs_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
+def inputs_of(case: BenchCase, settings: BenchSettings) -> tuple[Tensor, ...]:
     if case.captured:
         inputs = captured.load(case.captured, settings.dtype, settings.device)
     else:
@@ -54,7 +54,7 @@ def inputs_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
     return tuple(tensor.requires_grad_() for tensor in inputs)
 
 
-def topics_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
+def topics_of(case: BenchCase, settings: BenchSettings) -> tuple[Tensor, ...]:
     return topic_inputs(
         case.batch,
         case.heads,
@@ -68,8 +68,8 @@ def topics_of(case: Case, settings: Settings) -> tuple[Tensor, ...]:
     )
 
 
-def facts_of(case: Case, inputs: tuple[Tensor, ...]) -> dict:
-    """The case, and the measured sparsity of its inputs; null where measuring it failed."""
+def facts_of(case: BenchCase, inputs: tuple[Tensor, ...]) -> dict:
+    """The case, and the sparsity of its inputs; None if measuring it failed."""
     facts = asdict(case) | {"inputs": case.inputs, "block_sparsity": None, "support_size": None}
     try:
         query, key, value = (tensor.detach() for tensor in inputs)
@@ -84,9 +84,9 @@ def facts_of(case: Case, inputs: tuple[Tensor, ...]) -> dict:
 
 
 def block_sparsity(support: Support) -> float:
-    """The share of the visible tiles of a causal call of equal lengths that holds no support."""
+    """The share of the visible tiles without support, in a causal call with as many queries as keys."""
     queries, keys = support.tile_shape
-    rows, columns = (torch.arange(extent) for extent in support.tiles.shape[-2:])
+    rows, columns = map(torch.arange, support.tiles.shape[-2:])
     last_query = ((rows + 1) * queries).clamp_max(support.size.shape[-1]) - 1
     visible = (columns * keys <= last_query.unsqueeze(-1)).sum().item() * support.tiles[..., 0, 0].numel()
     return 1 - support.tiles.sum().item() / visible
@@ -94,13 +94,13 @@ def block_sparsity(support: Support) -> float:
 
 def measure_competitor(
     competitor: Competitor,
-    case: Case,
-    settings: Settings,
+    case: BenchCase,
+    settings: BenchSettings,
     ready: dict[str, Ready],
     truth: Truth,
     grad_output: Tensor,
 ) -> dict:
-    """Its times and memory; or, with nothing timed, why it does not run, how it failed, or how wrong it is."""
+    """The times and memory of a competitor; or else why it does not run, how it failed, or how wrong it is."""
     if reason := competitor.why_not(case, settings):
         return {"why_not": reason}
     try:
@@ -112,12 +112,12 @@ def measure_competitor(
             entry = {"errors": verdict.errors} | ({"note": prepared.note} if prepared.note else {})
             if verdict.wrong:
                 return entry | {"wrong": verdict.wrong}
-            return entry | numbers(prepared.attend, truth.inputs, grad_output, settings, competitor.name == OURS)
-    except Exception as error:  # a peer that breaks down must not take the others' results with it
+            return entry | timed(prepared.attend, truth.inputs, grad_output, settings, competitor.name == OURS)
+    except Exception as error:  # the other competitors are still measured
         return {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def numbers(attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: Settings, is_ours: bool) -> dict:
+def timed(attend, inputs: tuple[Tensor, ...], grad_output: Tensor, settings: BenchSettings, is_ours: bool) -> dict:
     entry = {}
     if "speed" in settings.parts:
         entry |= measure.forward_and_step(attend, inputs, grad_output, settings)
@@ -133,7 +133,7 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else "no message"
 
 
-def release(settings: Settings) -> None:
-    """Give cached memory back between cases, so that one case's peak does not decide what fits in the next."""
+def release(settings: BenchSettings) -> None:
+    """Give cached memory back between cases, so that the next case has all of it."""
     if settings.on_cuda:
         torch.cuda.empty_cache()

@@ -6,13 +6,13 @@ Needs matplotlib and rich: pip install "flash-entmax[demo]".
 import time
 
 from ..errors import CommandError, make_folder, require
-from .settings import Settings
+from .settings import DemoSettings
 
-CLEAR_FALL = 0.9
+CLEAR_FALL = 0.9  # the validation loss after training is at most this times the loss before it
 
 
-def run(settings: Settings) -> None:
-    """Read, train, measure, draw. Raises a CommandError, also where the validation loss did not clearly fall."""
+def run(settings: DemoSettings) -> None:
+    """Read, train, measure and draw. Raises a CommandError, also if the validation loss does not clearly fall."""
     require("demo", "matplotlib", "rich")
     import torch
     from rich.console import Console
@@ -45,10 +45,10 @@ def run(settings: Settings) -> None:
     picture = report.draw(model, settings, corpus.validation)
     facts = report.conditions(model, settings, training)
     seconds = time.perf_counter() - start
-    numbers = settings.out / "results.json"
-    report.write_results(numbers, losses, layers, tile, training, seconds, facts)
+    results = settings.out / "results.json"
+    report.write_results(results, losses, layers, tile, training, seconds, facts)
     report.print_report(console, losses, layers, tile, training.tokens_per_second, facts)
-    console.print(f"\n{seconds:.0f} s in all; the picture is {picture}, the numbers are {numbers}", soft_wrap=True)
+    console.print(f"\n{seconds:.0f} s in all; the picture is {picture}, the numbers are {results}", soft_wrap=True)
     console.print(f"to see any text as the model does: flash-entmax inspect {saved.parent} --text FILE", soft_wrap=True)
     if not losses.after <= CLEAR_FALL * before:
         raise CommandError(

@@ -7,22 +7,22 @@ import torch
 
 from ..errors import CommandError
 from .model import Transformer
-from .settings import CPU, Settings, settings_for
+from .settings import CPU, DemoSettings, settings_for
 
 NAME = "model.pt"
 SIZES = tuple(CPU)
 
 
-def save(model: Transformer, settings: Settings) -> Path:
-    """Write the weights and the settings that shape them into the folder of the results."""
+def save(model: Transformer, settings: DemoSettings) -> Path:
+    """Write the weights, and the settings that shape them, into the folder of the results."""
     path = settings.out / NAME
     sizes = {name: getattr(settings, name) for name in (*SIZES, "alpha")}
     torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
     return path
 
 
-def load(path: Path, device: str) -> tuple[Transformer, Settings]:
-    """The model, ready to run on "auto", "cpu" or "cuda". CommandError for a file that `save` did not write."""
+def load(path: Path, device: str) -> tuple[Transformer, DemoSettings]:
+    """The model in evaluation mode on "auto", "cpu" or "cuda". CommandError for a file that `save` did not write."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         sizes = content["sizes"]
@@ -32,6 +32,6 @@ def load(path: Path, device: str) -> tuple[Transformer, Settings]:
         model.load_state_dict(content["weights"])
     except CommandError:
         raise
-    except Exception as error:  # a file can be wrong in as many ways as unpickling has errors
+    except Exception as error:  # unpickling a wrong file raises errors of many kinds
         raise CommandError(f"{path} is not a model that the demo wrote: {error}") from error
     return model.to(settings.device).eval(), settings

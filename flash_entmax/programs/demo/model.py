@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """``attention`` are options of :class:`flash_entmax.nn.EntmaxAttention`, the same for every layer."""
+    """Every layer gets the options ``attention`` of :class:`flash_entmax.nn.EntmaxAttention`."""
 
     def __init__(self, layers: int, width: int, heads: int, *, vocabulary: int = BYTES, **attention) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Every branch starts at zero; the untrained model finds all tokens about equally likely."""
+        """Every branch starts at zero, and the untrained model finds all tokens about equally likely."""
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.predict.weight, std=0.02)
         for block in self.blocks:
@@ -44,14 +44,14 @@ class Transformer(nn.Module):
             nn.init.zeros_(block.narrow.weight)
 
     def compile(self, **options) -> None:
-        """Each block by itself, with ``options`` of torch.compile: as they are alike, one compilation serves all."""
+        """Compile block by block with ``options`` of torch.compile. Blocks are alike, so one compilation serves all."""
         for block in self.blocks:
             block.compile(**options)
 
     def forward(self, data: Tensor, alpha: Tensor | None = None) -> Tensor:
         """(batch, length) tokens -> (batch, length, vocabulary) logits of the next token.
 
-        ``alpha`` is in place of that of the layers, where it moves during the training.
+        ``alpha`` replaces the alpha of the layers, for a training in which it moves.
         """
         x = self.embed(data)
         for block in self.blocks:

@@ -14,7 +14,7 @@ from flash_entmax.backends import choose
 from flash_entmax.show.plot import save_attention
 
 from .model import Transformer
-from .settings import Settings
+from .settings import DemoSettings
 from .text import Passage, even_windows, telling_passage
 from .train import Training, precision
 
@@ -24,7 +24,7 @@ SPARSITY_WINDOWS = 4
 
 @dataclass(frozen=True)
 class Sparsity:
-    """One layer: mean support size, of all heads and of the extreme ones, and the share of visible tiles skipped."""
+    """One layer: mean keys per query of all heads, of the sparsest and of the densest, and its block sparsity."""
 
     keys_per_query: float
     fewest: float
@@ -34,7 +34,10 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Losses:
-    """Bits per byte of validation text. ``by_frequency`` knows only how often each byte occurs."""
+    """Bits per byte of validation text, before and after training.
+
+    ``by_frequency`` is the loss of a predictor that knows only how often each byte occurs.
+    """
 
     before: float
     after: float
@@ -42,22 +45,22 @@ class Losses:
 
 
 @torch.no_grad()
-def measure_sparsity(model: Transformer, settings: Settings, validation: Tensor) -> tuple[list[Sparsity], int]:
-    """The sparsity of each layer over a few validation windows, and the extent of a tile."""
+def measure_sparsity(model: Transformer, settings: DemoSettings, validation: Tensor) -> tuple[list[Sparsity], int]:
+    """The sparsity of each layer over a few validation windows, and the number of queries in a tile."""
     data = even_windows(validation, SPARSITY_WINDOWS, settings.context).to(settings.device)
     with precision(settings.device), inspection.record(model) as calls:
         model(data)
     return [sparsity_of(call) for call in calls], calls[0].support.tile_shape[0]
 
 
-def sparsity_of(call: inspection.Call) -> Sparsity:
+def sparsity_of(call: inspection.RecordedCall) -> Sparsity:
     keys = call.keys_per_query
     return Sparsity(keys.mean().item(), keys.min().item(), keys.max().item(), call.block_sparsity.mean().item())
 
 
 @torch.no_grad()
-def attention_of(model: Transformer, settings: Settings, passage: Passage) -> Tensor:
-    """(layers, heads, length, length): the probabilities of a short passage."""
+def attention_of(model: Transformer, settings: DemoSettings, passage: Passage) -> Tensor:
+    """The attention of a passage to itself: probabilities (layers, heads, length, length)."""
     data = torch.tensor([list(passage.data)], device=settings.device)
     with precision(settings.device), inspection.record(model) as calls:
         model(data)
@@ -65,8 +68,8 @@ def attention_of(model: Transformer, settings: Settings, passage: Passage) -> Te
     return torch.stack([torch.stack([call.rows(head=head).to_dense() for head in heads]) for call in calls])
 
 
-def draw(model: Transformer, settings: Settings, validation: Tensor) -> Path:
-    """Picture the attention of the telling passage of the validation text."""
+def draw(model: Transformer, settings: DemoSettings, validation: Tensor) -> Path:
+    """Draw the attention of the telling passage of the validation text."""
     path = settings.out / "attention.png"
     passage = telling_passage(validation, min(PASSAGE_LENGTH, settings.context))
     title = f"The bytes that each head attends to, in text held out from training (alpha {settings.alpha:g})"
@@ -74,7 +77,7 @@ def draw(model: Transformer, settings: Settings, validation: Tensor) -> Path:
     return path
 
 
-def conditions(model: Transformer, settings: Settings, training: Training) -> dict[str, str | int | float]:
+def conditions(model: Transformer, settings: DemoSettings, training: Training) -> dict[str, str | int | float]:
     on_cuda = settings.device.type == "cuda"
     probe = torch.empty(0, device=settings.device, dtype=torch.bfloat16 if on_cuda else torch.float32)
     return {

@@ -1,4 +1,4 @@
-"""What one run of the demo is: the sizes for each kind of machine, the seed, and the checks of the options."""
+"""What the command line said after `flash-entmax demo`: the sizes for each kind of machine, and its checks."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +9,8 @@ from ..errors import CommandError, device_for
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One run: a step trains on ``batch`` windows of ``context`` bytes; training ends at ``steps`` or ``seconds``."""
+class DemoSettings:
+    """A step trains on ``batch`` windows of ``context`` bytes. Training ends after ``steps`` or ``seconds``."""
 
     device: torch.device
     out: Path
@@ -69,13 +69,13 @@ CUDA = {
 
 def settings_for(
     device: str, out: Path, text: Path | None, alpha: float, steps: int | None, smallest: bool
-) -> Settings:
-    """The sizes that fit the machine; ``device`` is "auto", "cpu" or "cuda"."""
+) -> DemoSettings:
+    """The sizes that fit the machine. ``device`` is "auto", "cpu" or "cuda"; ``steps`` None: as the sizes say."""
     device = device_for(device)
     if not 1.0 < alpha <= 2.0:
         raise CommandError(f"--alpha must be above 1 (softmax, nothing sparse to show) and at most 2, got {alpha}")
     if steps is not None and steps < 1:
         raise CommandError(f"--steps must be at least 1, got {steps}")
     sizes = SMALLEST if smallest else CUDA if device == "cuda" else CPU
-    settings = Settings(device=torch.device(device), out=out, text=text, alpha=alpha, **sizes)
+    settings = DemoSettings(device=torch.device(device), out=out, text=text, alpha=alpha, **sizes)
     return settings if steps is None else replace(settings, steps=steps)

@@ -1,4 +1,4 @@
-"""The corpus: the Python sources of the installed PyTorch, or a file or folder of one's own."""
+"""The corpus: the Python sources of the installed PyTorch, or a file or folder of the user."""
 
 import re
 from collections import Counter
@@ -12,10 +12,10 @@ from flash_entmax.show.plot import LINE_LENGTH
 
 from ..errors import CommandError
 
-LONG_FILE = 20_000
+LONG_FILE = 20_000  # bytes
 MOST_BYTES = 2**26
 FEWEST_CONTEXTS = 4
-HOLD_OUT = 10
+HOLD_OUT = 10  # one part in ten is for validation
 WORD = rb"[A-Za-z]{4,}"
 FEWEST_LINES = 4
 
@@ -30,10 +30,10 @@ class Corpus:
 
 
 def read_corpus(path: Path | None, context: int) -> Corpus:
-    """Read ``path``, or PyTorch's long sources, in the order of their names.
+    """Read the files of ``path``, or PyTorch's long sources, in the order of their names.
 
-    Of ten files or more, every tenth is held out as a whole; of fewer, the last tenth of the text. Both parts must hold
-    a few contexts.
+    Of ten files or more, every tenth is held out. Of fewer files, the last tenth of the text is held out. Both parts
+    must hold FEWEST_CONTEXTS contexts.
     """
     if path is None:
         folder = Path(torch.__file__).parent
@@ -58,7 +58,7 @@ def read_corpus(path: Path | None, context: int) -> Corpus:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder and its subfolders that are not hidden, in the order of their names."""
+    """The file itself, or all files of a folder that are not hidden, in the order of their names."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -85,7 +85,7 @@ def readable(files: list[Path]) -> list[bytes]:
 
 
 def is_utf8(text: bytes) -> bool:
-    """True for UTF-8, also where the last character is cut off."""
+    """True for UTF-8, even if its last character is cut off."""
     try:
         text.decode()
     except UnicodeDecodeError as error:
@@ -94,6 +94,7 @@ def is_utf8(text: bytes) -> bool:
 
 
 def split(texts: list[bytes]) -> tuple[bytes, bytes]:
+    """The text to train on, and the text to validate on."""
     if len(texts) >= HOLD_OUT:
         validation = texts[HOLD_OUT - 1 :: HOLD_OUT]
         training = [text for index, text in enumerate(texts) if index % HOLD_OUT != HOLD_OUT - 1]
@@ -108,29 +109,26 @@ def as_tensor(data: bytes) -> Tensor:
 
 
 def windows(data: Tensor, starts: Tensor, length: int) -> Tensor:
-    """(length of data,) bytes and (n,) starts -> (n, length) int64."""
+    """data (bytes,) uint8 and starts (n,) -> (n, length) int64."""
     return data[starts.unsqueeze(-1) + torch.arange(length)].long()
 
 
 def even_windows(data: Tensor, count: int, length: int) -> Tensor:
-    """(n, length) int64, up to ``count`` windows that do not overlap, evenly spaced from the first byte to the last."""
+    """(n, length) int64: up to ``count`` windows that do not overlap, evenly spaced over all of the data."""
     count = min(count, len(data) // length)
     return windows(data, torch.linspace(0, len(data) - length, count, dtype=torch.float64).long(), length)
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A short passage, and the position of the byte whose attention is worth reading."""
+    """A short passage, and the position of the byte whose attention is shown."""
 
     data: bytes
     position: int
 
 
 def telling_passage(data: Tensor, length: int, most_candidates: int = 20_000) -> Passage:
-    """The passage of a few lines in which most words repeat: there, earlier text says what comes next.
-
-    The byte to read is the second of the last word that occurred before: the rest can be copied from there.
-    """
+    """The passage of a few lines in which most words repeat, so that earlier text says what comes next."""
     text = data.numpy().tobytes()
     starts = [0, *(match.end() for match in re.finditer(rb"\n(?=\S)", text))]
     starts = [start for start in starts if start + length <= len(text)]
@@ -141,7 +139,7 @@ def telling_passage(data: Tensor, length: int, most_candidates: int = 20_000) ->
 
 
 def telling(passage: bytes) -> tuple[bool, int]:
-    """Whether the passage is a few lines that fit the page, then the letters of its words that occur more than once."""
+    """Whether the passage has a few lines that fit the page; then, how many letters its repeated words have."""
     counts = Counter(re.findall(WORD, passage))
     lines = [line for line in passage.split(b"\n") if line.strip()]
     fits = len(lines) >= FEWEST_LINES and max(map(len, lines)) < LINE_LENGTH
@@ -149,6 +147,7 @@ def telling(passage: bytes) -> tuple[bool, int]:
 
 
 def byte_to_read(passage: bytes) -> int:
+    """The second byte of the last repeated word: the model can copy what follows from the earlier occurrence."""
     seen, position = set(), len(passage) - 1
     for match in re.finditer(WORD, passage):
         if match.group() in seen:

@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .model import Transformer
-from .settings import Settings
+from .settings import DemoSettings
 from .text import even_windows, windows
 
 BITS = 1.0 / math.log(2.0)
 PLAIN_LINES = 10
-SLACK = 0.1
+LATE_SHARE = 0.1  # how far the clock may run ahead of the steps until it paces the learning rate
 
 
 @dataclass(frozen=True)
 class Training:
-    """What training did. ``was_cut`` says that the time ran out before the steps did."""
+    """What a training did. ``was_cut`` says that the time ran out before the steps."""
 
     steps: int
     seconds: float
@@ -31,17 +31,18 @@ class Training:
     was_cut: bool
 
 
-def train(model: Transformer, settings: Settings, training: Tensor, console: Console) -> Training:
+def train(model: Transformer, settings: DemoSettings, training: Tensor, console: Console) -> Training:
     """AdamW with a warm-up and a cosine, until the steps or the time run out.
 
-    The steps pace the learning rate, so that a run repeats; on a machine so slow that it is cut off, the time does.
+    The steps pace the learning rate, so that a run can be repeated. On a machine that is too slow for all steps, the
+    time paces it.
     """
     draw = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=settings.learning_rate, betas=(0.9, 0.95))
     start, step, elapsed = time.perf_counter(), 0, 0.0
     with progress(console, settings) as show:
         while step < settings.steps and elapsed < settings.seconds:
-            along = max((step + 1) / settings.steps, elapsed / settings.seconds - SLACK)
+            along = max((step + 1) / settings.steps, elapsed / settings.seconds - LATE_SHARE)
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * pace(along)
             starts = torch.randint(len(training) - settings.context, (settings.batch,), generator=draw)
@@ -58,21 +59,27 @@ def train(model: Transformer, settings: Settings, training: Tensor, console: Con
 
 
 def parameter_groups(model: Transformer) -> list[dict]:
-    """Weight decay for the matrices only: not for the gains of the norms, nor for the embedding."""
+    """Weight decay for the matrices only, and not for the gains of the norms or the embedding."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embed")]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or name.startswith("embed")]
     return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
 
 
 def pace(along: float) -> float:
-    """The share of the peak learning rate, ``along`` of the way: up over a twentieth, then a cosine to a twentieth."""
+    """The learning rate relative to its peak, at the share ``along`` of the training.
+
+    It rises over the first twentieth, then falls by a cosine to a twentieth of the peak.
+    """
     if along < 0.05:
         return along / 0.05
     return 0.05 + 0.95 * (1 + math.cos(math.pi * (along - 0.05) / 0.95)) / 2
 
 
-def next_byte_loss(model: Transformer, data: Tensor, settings: Settings) -> Tensor:
-    """Mean loss in nats of each byte of (batch, context + 1) given those before it; on CUDA in bfloat16 autocast."""
+def next_byte_loss(model: Transformer, data: Tensor, settings: DemoSettings) -> Tensor:
+    """Mean loss in nats per byte, predicted from the bytes in front of it. data is (batch, context + 1).
+
+    On CUDA in bfloat16 autocast.
+    """
     data = data.to(settings.device)
     with precision(settings.device):
         logits = model(data[:, :-1])
@@ -84,23 +91,23 @@ def precision(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Transformer, settings: Settings, validation: Tensor) -> float:
-    """Mean over windows that are evenly spaced in the validation text."""
+def bits_per_byte(model: Transformer, settings: DemoSettings, validation: Tensor) -> float:
+    """The validation loss: the mean over windows that are evenly spaced in the validation text."""
     data = even_windows(validation, settings.validation_windows, settings.context + 1)
     losses = [next_byte_loss(model, part, settings).item() * len(part) for part in data.split(settings.batch)]
     return BITS * sum(losses) / len(data)
 
 
 def bits_by_frequency(training: Tensor, validation: Tensor) -> float:
-    """Bits per byte of a predictor that knows how often each byte occurs, and nothing of the bytes before it."""
+    """Bits per byte of a predictor that knows only how often each byte occurs."""
     counts = torch.bincount(training, minlength=256).double() + 1
     expected = torch.bincount(validation, minlength=256).double()
     return float(-(expected * (counts / counts.sum()).log2()).sum() / expected.sum())
 
 
 @contextmanager
-def progress(console: Console, settings: Settings) -> Iterator:
-    """Yields show(step, bits per byte): a bar on a terminal, else a line every so often."""
+def progress(console: Console, settings: DemoSettings) -> Iterator:
+    """Yield show(step, bits per byte). It moves a bar on a terminal, and prints PLAIN_LINES lines elsewhere."""
     if not console.is_terminal:
         every = max(1, settings.steps // PLAIN_LINES)
 

@@ -1,6 +1,6 @@
 """What `flash-entmax inspect` does: run a model on a text, and show what its attention looks at.
 
-Needs matplotlib, and, for a model that is not the demo's, transformers: pip install "flash-entmax[plot,transformers]".
+Needs matplotlib. A model of Transformers also needs transformers: pip install "flash-entmax[plot,transformers]".
 """
 
 from pathlib import Path
@@ -11,31 +11,31 @@ from .layers import choose
 from .loss import alpha_of, loss_line, read, softmax_loss
 from .progress import Progress
 from .results import table, write
+from .settings import InspectSettings, check
 from .transformers_model import open_transformers
-from .wanted import Wanted, check
 
-__all__ = ["Wanted", "run"]
+__all__ = ["InspectSettings", "run"]
 
 
-def run(wanted: Wanted) -> None:
-    """Print a table, write the pictures and the page. Raises a CommandError."""
-    check(wanted)
+def run(settings: InspectSettings) -> None:
+    """Print a table, and write the pictures and the page. Raises a CommandError."""
+    check(settings)
     with Progress() as progress:
         progress("opening the model")
-        subject = open_demo(wanted) if demo_checkpoint(wanted.model) else open_transformers(wanted)
+        subject = open_demo(settings) if demo_checkpoint(settings.model) else open_transformers(settings)
         try:
             calls, loss = read(subject, progress)
-            chosen, not_shown = choose(wanted, subject, calls)
+            chosen, not_shown = choose(settings, subject, calls)
             alpha = alpha_of(calls)
             loss = loss_line(subject, alpha, loss, softmax_loss(subject, progress))
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
-            raise CommandError(f"{wanted.model}: {subject.in_words(error)}") from error
+            raise CommandError(f"{settings.model}: {subject.in_words(error)}") from error
         rows = table(chosen, progress)
         progress.clear()
         attention = f"entmax attention, {alpha}, {subject.origin}"
         facts = [loss, not_shown] if not_shown else [loss]
-        print(f"{wanted.model}: {attention}; {subject.read}", *facts, "", sep="\n")
+        print(f"{settings.model}: {attention}; {subject.read}", *facts, "", sep="\n")
         print(*rows, sep="\n")
-        name = f"{Path(wanted.model).name}, {subject.read_briefly}"
-        paths = write(wanted, chosen, subject, name, "; ".join([attention, *facts]), progress)
+        name = f"{Path(settings.model).name}, {subject.read_briefly}"
+        paths = write(settings, chosen, subject, name, "; ".join([attention, *facts]), progress)
     print("\npictures:", *paths[:-1], f"\npage, to be opened in a browser: {paths[-1]}")

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .settings import ATTENTION, InspectSettings, check_against, check_offset, read_text
 from .subject import Subject
-from .wanted import ATTENTION, Wanted, check_against, check_offset, read_text
 
 
 def demo_checkpoint(model: str) -> Path | None:
-    """The file that the demo wrote, where `model` is it or its folder."""
+    """The demo's file, if `model` is that file or the folder that holds it; else None."""
     path = Path(model)
     if path.suffix == ".pt":
         return path
@@ -18,20 +18,20 @@ def demo_checkpoint(model: str) -> Path | None:
     return inside if inside.is_file() and not (path / "config.json").exists() else None
 
 
-def open_demo(wanted: Wanted) -> "DemoModel":
+def open_demo(settings: InspectSettings) -> "DemoModel":
     from ..demo import checkpoint
 
-    content = read_text(wanted.text)
-    check_offset(wanted, len(content), DemoModel.unit, content)
-    model, settings = checkpoint.load(demo_checkpoint(wanted.model), wanted.device)
-    check_against(wanted, settings.layers, settings.heads)
-    alpha = wanted.alpha or (ATTENTION[wanted.attention] if wanted.attention else None) or settings.alpha
-    trained = "as trained" if alpha == settings.alpha else f"trained with {settings.alpha:g}"
-    text = content[wanted.offset :][: min(wanted.tokens, settings.context)]
-    ids = torch.tensor([list(text)], device=settings.device)
-    subject = DemoModel(wanted, model, ids, [letter(byte) for byte in text], trained)
-    subject.take(alpha)
-    if settings.context == len(text) < min(wanted.tokens, len(content) - wanted.offset):
+    content = read_text(settings.text)
+    check_offset(settings, len(content), DemoModel.unit, content)
+    model, demo = checkpoint.load(demo_checkpoint(settings.model), settings.device)
+    check_against(settings, demo.layers, demo.heads)
+    alpha = settings.alpha or (ATTENTION[settings.attention] if settings.attention else None) or demo.alpha
+    origin = "as trained" if alpha == demo.alpha else f"trained with {demo.alpha:g}"
+    text = content[settings.offset :][: min(settings.tokens, demo.context)]
+    ids = torch.tensor([list(text)], device=demo.device)
+    subject = DemoModel(settings, model, ids, [letter(byte) for byte in text], origin)
+    subject.set_alpha(alpha)
+    if demo.context == len(text) < min(settings.tokens, len(content) - settings.offset):
         subject.read += ", all that the model takes at once"
     return subject
 
@@ -50,13 +50,13 @@ class DemoModel(Subject):
         return self.model(self.ids)[0, first:stop]
 
     def take_softmax(self, implementation: str) -> None:
-        self.take(1.0)
+        self.set_alpha(1.0)
 
-    def take(self, alpha: float) -> None:
+    def set_alpha(self, alpha: float) -> None:
         for block in self.model.blocks:
             block.attention.alpha = alpha
 
 
 def letter(byte: int) -> str:
-    """A byte as a letter; in angles, by its number, where it is none by itself."""
+    """The character of a printable byte; of any other, its hexadecimal number in angle brackets."""
     return chr(byte) if 32 <= byte < 127 or byte in b"\n\t" else f"⟨{byte:02x}⟩"

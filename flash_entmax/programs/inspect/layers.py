@@ -1,35 +1,37 @@
-"""Which layer each recorded call is of, and which layers are not shown."""
+"""Which layer made a recorded call, and which layers are not shown."""
 
 from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from ...inspection import Call
+from ...inspection import RecordedCall
 from ..errors import CommandError
+from .settings import InspectSettings, check_against, heads_of, numbers_of
 from .subject import NO_INTERFACE, Subject
-from .wanted import Wanted, check_against, heads_of, numbers_of
 
 
-def choose(wanted: Wanted, subject: Subject, calls: Sequence[Call]) -> tuple[list[Call], str]:
-    """The calls of the layers asked for, numbered by layer; and which of those layers are not shown, in words."""
+def choose(
+    settings: InspectSettings, subject: Subject, calls: Sequence[RecordedCall]
+) -> tuple[list[RecordedCall], str]:
+    """The calls of the layers asked for, numbered by layer; and in words, which of these layers are not shown."""
     if not calls:
-        raise CommandError(f"{wanted.model}: {why_no_calls(subject)}")
+        raise CommandError(f"{settings.model}: {why_no_calls(subject)}")
     by_layer = number_by_layer(subject.model, calls)
     recorded = {call.number for call in calls}
     count = max(subject.layers if by_layer else 0, 1 + max(recorded | subject.softmax_layers))
-    check_against(wanted, count, max(call.problem.heads for call in calls))
-    asked = numbers_of(wanted.layers, count)
-    for layer, head in heads_of(wanted):
+    check_against(settings, count, max(call.problem.heads for call in calls))
+    asked = numbers_of(settings.layers, count)
+    for layer, head in heads_of(settings):
         if layer is not None and layer not in recorded:
             raise CommandError(f"--head {layer}:{head}: {not_shown({layer}, subject.softmax_layers)}")
     words = not_shown(asked - recorded, subject.softmax_layers)
     if not asked & recorded:
-        raise CommandError(f"--layers {' '.join(wanted.layers)}: {words}")
+        raise CommandError(f"--layers {' '.join(settings.layers)}: {words}")
     return [call for call in calls if call.number in asked], words
 
 
-def number_by_layer(model: nn.Module, calls: Sequence[Call]) -> bool:
-    """Number each call by the ``layer_idx`` of its module; False, and nothing is done, where that is not its own."""
+def number_by_layer(model: nn.Module, calls: Sequence[RecordedCall]) -> bool:
+    """Number every call by the ``layer_idx`` of its module. If two calls would share one, change nothing: False."""
     modules = dict(model.named_modules())
     numbers = [getattr(modules.get(call.name), "layer_idx", None) for call in calls]
     if not all(isinstance(number, int) for number in numbers) or len(set(numbers)) < len(numbers):
@@ -40,7 +42,7 @@ def number_by_layer(model: nn.Module, calls: Sequence[Call]) -> bool:
 
 
 def not_shown(layers: Collection[int], softmax_layers: Collection[int]) -> str:
-    """Why these layers are not recorded; empty for no layers."""
+    """Why these layers are not recorded, in words; empty for no layers."""
     softmax = sorted(layer for layer in layers if layer in softmax_layers)
     others = sorted(layer for layer in layers if layer not in softmax_layers)
     parts = (
@@ -55,6 +57,7 @@ def not_shown(layers: Collection[int], softmax_layers: Collection[int]) -> str:
 
 
 def why_no_calls(subject: Subject) -> str:
+    """Why a model that ran made no call of entmax attention, in words."""
     if subject.softmax_layers:
         return f"{not_shown(subject.softmax_layers, subject.softmax_layers)}: give --alpha"
     return NO_INTERFACE

@@ -6,17 +6,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ... import inspection
-from ...inspection import Call
+from ...inspection import RecordedCall
 from .progress import Progress
 from .subject import Subject
 
-MOST_LOGITS = 2**28  # at a time: 1 GiB in float32
-ROWS = 256  # whose loss is computed at a time
+MOST_LOGITS = 2**28  # that are held at a time: 1 GiB in float32
+ROWS = 256  # how many tokens' losses are computed at a time
 
 
 @torch.no_grad()
-def read(subject: Subject, progress: Progress) -> tuple[list[Call], float | None]:
-    """The recorded calls, and the mean loss of the next token in nats; None where the model predicts none."""
+def read(subject: Subject, progress: Progress) -> tuple[list[RecordedCall], float | None]:
+    """The recorded calls, and the mean loss of the next token in nats; None if the model does not predict it."""
     passes = losses(subject)
 
     def seen(name: str) -> bool:
@@ -30,7 +30,7 @@ def read(subject: Subject, progress: Progress) -> tuple[list[Call], float | None
 
 @torch.no_grad()
 def softmax_loss(subject: Subject, progress: Progress) -> float | None:
-    """The same with softmax, which the subject then keeps."""
+    """The mean loss of the next token with softmax attention, which the subject then keeps."""
     if subject.why_no_loss:
         return None
     progress("reading the text once more, with softmax")
@@ -50,7 +50,7 @@ def softmax_loss(subject: Subject, progress: Progress) -> float | None:
 
 
 def losses(subject: Subject) -> Iterator[float | None]:
-    """Each step reads the text, and gives the sum of the losses of some tokens; None where the model predicts none."""
+    """Read the text for some tokens after others, and yield the sum of their losses; None if there is no loss."""
     if subject.why_no_loss:
         subject.run()
         yield None
@@ -65,13 +65,14 @@ def losses(subject: Subject) -> Iterator[float | None]:
 
 
 def loss_line(subject: Subject, alpha: str, loss: float | None, softmax: float | None) -> str:
+    """What is printed: both losses, or why there are none."""
     if loss is None:
         return f"no loss is shown: {subject.why_no_loss}"
     return f"loss in nats per {subject.unit}: {loss:.3f} with {alpha}, {softmax:.3f} with softmax"
 
 
-def alpha_of(calls: Sequence[Call]) -> str:
-    """In words: the one of all calls, or the smallest and the largest."""
+def alpha_of(calls: Sequence[RecordedCall]) -> str:
+    """The alpha of all calls, or the smallest and the largest one, in words."""
     numbers = [number for call in calls for number in torch.as_tensor(call.alpha).flatten().tolist()]
     low, high = (f"{number:.4g}" for number in (min(numbers), max(numbers)))
     return f"alpha {low}" if low == high else f"alpha {low} to {high}"

@@ -1,4 +1,4 @@
-"""How far the work is."""
+"""A line on the terminal that says how far the work is."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,9 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """One line on stderr, written over and at last cleared; nothing where stderr is no terminal.
+    """One line on stderr. New words replace it, and the end clears it. Nothing is written if stderr is no terminal.
 
-    ``with Progress() as progress: progress("opening the model")``.
+    ``with Progress() as progress: progress("opening the model")``
     """
 
     def __init__(self) -> None:
@@ -28,8 +28,8 @@ class Progress:
     def clear(self) -> None:
         self._write("\r\x1b[K")
 
-    def each(self, items: Sequence[Item], words: str) -> Iterator[Item]:
-        """The items, with the number of each."""
+    def count(self, items: Sequence[Item], words: str) -> Iterator[Item]:
+        """Yield the items; the line shows the words and the number of the item."""
         for number, item in enumerate(items, 1):
             self(f"{words} {number} of {len(items)}")
             yield item

@@ -1,26 +1,26 @@
-"""What is shown: a table, the pictures, and the page."""
+"""The table, the pictures and the page."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...inspection import Call
+from ...inspection import RecordedCall
 from ...show import page, plot
 from ..errors import CommandError
 from .progress import Progress
+from .settings import InspectSettings, heads_of
 from .subject import Subject
-from .wanted import Wanted, heads_of
 
 
-def table(calls: Sequence[Call], progress: Progress) -> list[str]:
-    """Lines: two of titles, then a row for each layer."""
+def table(calls: Sequence[RecordedCall], progress: Progress) -> list[str]:
+    """Two lines of titles, then a line for each layer."""
     tile = calls[0].support.tile_shape[0]
     rows = [
         ("", "", "keys", "sparsest to", "keys per", "of those", "visible", f"empty {tile} x {tile}"),
         ("layer", "module", "per query", "densest head", "64 queries", "visible", "per query", "tiles"),
     ]
-    for call in progress.each(calls, "counting the keys: layer"):
+    for call in progress.count(calls, "counting the keys: layer"):
         size = call.keys_per_query
-        numbers = (
+        columns = (
             f"{size.mean():.1f}",
             f"{size.min():.1f} to {size.max():.1f}",
             f"{call.keys_per_64_queries.mean():.1f}",
@@ -28,23 +28,23 @@ def table(calls: Sequence[Call], progress: Progress) -> list[str]:
             f"{call.visible_per_query:.1f}",
             percent(call.block_sparsity.mean()),
         )
-        rows.append((str(call.number), call.name, *numbers))
+        rows.append((str(call.number), call.name, *columns))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    aligned = (str.rjust, str.ljust, *[str.rjust] * 6)
-    return ["  ".join(place(*cell) for place, *cell in zip(aligned, row, widths, strict=True)) for row in rows]
+    alignments = (str.rjust, str.ljust, *[str.rjust] * 6)
+    return ["  ".join(align(*cell) for align, *cell in zip(alignments, row, widths, strict=True)) for row in rows]
 
 
 def percent(share: float) -> str:
-    """Of three digits below 10 %."""
+    """A share from 0 to 1 in per cent, with one decimal below 10 %."""
     return f"{100 * share:.0f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.1f} %"
 
 
 def write(
-    wanted: Wanted, calls: Sequence[Call], subject: Subject, name: str, note: str, progress: Progress
+    settings: InspectSettings, calls: Sequence[RecordedCall], subject: Subject, name: str, note: str, progress: Progress
 ) -> list[Path]:
-    """The pictures, then the page."""
+    """Write all files; returns the paths of the pictures, then that of the page."""
     progress("drawing")
-    heads = chosen_heads(wanted, calls)
+    heads = chosen_heads(settings, calls)
     figures = {
         "support.png": plot.support_figure(calls, f"Support size: {name}"),
         "sparsity.png": plot.sparsity_figure(calls, f"Block sparsity: {name}"),
@@ -52,26 +52,26 @@ def write(
     for call, head in heads:
         title = f"Layer {call.number}, head {head}: {name}"
         figures[f"map-{call.number}-{head}.png"] = plot.map_figure(call, title, head=head)
-    start = (heads[0][0].number, heads[0][1]) if wanted.heads else (calls[0].number, 0)
+    start = (heads[0][0].number, heads[0][1]) if settings.heads else (calls[0].number, 0)
 
     def steps(calls):
-        return progress.each(calls, "writing the page: layer")
+        return progress.count(calls, "writing the page: layer")
 
     try:
-        paths = [plot.save_figure(figure, wanted.out / file) for file, figure in figures.items()]
-        path = wanted.out / "attention.html"
+        paths = [plot.save_figure(figure, settings.out / file) for file, figure in figures.items()]
+        path = settings.out / "attention.html"
         web = page.save_page(path, subject.tokens, calls, title=name, note=note, start=start, progress=steps)
     except OSError as error:
-        raise CommandError(f"--out {wanted.out}: {error.strerror}") from error
+        raise CommandError(f"--out {settings.out}: {error.strerror}") from error
     except ValueError as error:
         raise CommandError(f"{error} (--layers, --tokens)") from error
     return [*paths, web]
 
 
-def chosen_heads(wanted: Wanted, calls: Sequence[Call]) -> list[tuple[Call, int]]:
-    """Those of --head; else the one whose mean support size is the median of all."""
-    numbers = {call.number: call for call in calls}
-    asked = [(calls[0] if layer is None else numbers[layer], head) for layer, head in heads_of(wanted)]
+def chosen_heads(settings: InspectSettings, calls: Sequence[RecordedCall]) -> list[tuple[RecordedCall, int]]:
+    """The heads of --head; without it, the one head whose mean support size is the median of all heads."""
+    by_number = {call.number: call for call in calls}
+    asked = [(calls[0] if layer is None else by_number[layer], head) for layer, head in heads_of(settings)]
     for call, head in asked:
         if head >= call.problem.heads:
             raise CommandError(f"--head {head}: layer {call.number} has the heads 0 to {call.problem.heads - 1}")

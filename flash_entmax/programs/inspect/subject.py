@@ -1,10 +1,10 @@
-"""What is looked at: a model, and a text as it reads it."""
+"""What is inspected: a model, and a text as the model reads it."""
 
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from .wanted import Wanted
+from .settings import InspectSettings
 
 NO_INTERFACE = "this model does not use Transformers' attention interface, so there is nothing to inspect"
 
@@ -13,16 +13,16 @@ class Subject(ABC):
     """A model that can run with entmax attention, and with softmax.
 
     Attributes:
-        model: whose calls are recorded.
-        ids: (1, length), the text.
-        tokens: what each of them stands for.
-        origin: of the alpha that it runs with, in words.
+        model: the module whose calls are recorded.
+        ids: (1, length) int64, the text.
+        tokens: the piece of text of each id.
+        origin: in words, where the alpha of the model comes from.
         unit: what the model reads, "token" or "byte".
-        vocabulary: how many of them there are.
-        why_no_loss: in words; empty where the model predicts the next token.
-        read, read_briefly: which part of the text that is, in words.
-        layers: how many the model has, where that is known before it runs; else 0.
-        softmax_layers: the numbers of those with alpha 1, whose calls are not recorded.
+        vocabulary: how many different tokens or bytes there are.
+        why_no_loss: in words; empty if the model predicts the next token.
+        read, read_briefly: in words, which part of the text the model reads.
+        layers: how many layers the model has; 0 if that is not known before it runs.
+        softmax_layers: the numbers of the layers with alpha 1, whose calls are not recorded.
     """
 
     unit = "token"
@@ -30,26 +30,29 @@ class Subject(ABC):
     layers = 0
     softmax_layers: frozenset[int] = frozenset()
 
-    def __init__(self, wanted: Wanted, model: nn.Module, ids: Tensor, tokens: list[str], origin: str) -> None:
+    def __init__(
+        self, settings: InspectSettings, model: nn.Module, ids: Tensor, tokens: list[str], origin: str
+    ) -> None:
         self.model, self.ids, self.tokens, self.origin = model, ids, tokens, origin
         count = f"{len(tokens):,} {self.unit if len(tokens) == 1 else f'{self.unit}s'}"
-        start = f" from {self.unit} {wanted.offset:,} on" if wanted.offset else ""
-        self.read = f"{count} of {wanted.text}{start}" if start else f"the first {count} of {wanted.text}"
-        self.read_briefly = f"{count} of {wanted.text.name}{start}"
+        start = f" from {self.unit} {settings.offset:,} on" if settings.offset else ""
+        self.read = f"{count} of {settings.text}{start}" if start else f"the first {count} of {settings.text}"
+        self.read_briefly = f"{count} of {settings.text.name}{start}"
         if len(tokens) == 1:
             self.why_no_loss = f"there is no next {self.unit} after a single one"
 
     @property
     @abstractmethod
-    def vocabulary(self) -> int: ...
+    def vocabulary(self) -> int:
+        """How many different tokens or bytes there are."""
 
     @abstractmethod
     def run(self) -> None:
-        """Read the text, and predict nothing."""
+        """Read the text without predicting anything."""
 
     @abstractmethod
     def logits(self, first: int, stop: int) -> Tensor:
-        """(stop - first, vocabulary): read the text, and predict what follows each of these tokens."""
+        """Read the text, and predict what follows tokens first to stop - 1: (stop - first, vocabulary)."""
 
     def in_words(self, error: Exception) -> str:
         """What went wrong while the model ran, for the person who typed the command."""
@@ -57,4 +60,4 @@ class Subject(ABC):
 
     @abstractmethod
     def take_softmax(self, implementation: str) -> None:
-        """Run with softmax from here on: PyTorch's "sdpa", or "eager". ValueError where the model does not have it."""
+        """Use softmax from here on, by PyTorch's "sdpa" or by "eager". ValueError if the model does not have it."""

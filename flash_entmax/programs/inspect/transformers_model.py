@@ -10,69 +10,69 @@ import torch
 from torch import Tensor
 
 from ..errors import CommandError, device_for, require
+from .settings import ATTENTION, InspectSettings, check_against, check_offset, read_text
 from .subject import NO_INTERFACE, Subject
-from .wanted import ATTENTION, Wanted, check_against, check_offset, read_text
 
 
-def open_transformers(wanted: Wanted) -> "TransformersModel":
-    path = Path(wanted.model)
+def open_transformers(settings: InspectSettings) -> "TransformersModel":
+    path = Path(settings.model)
     if path.exists() and not (path / "config.json").is_file():
         raise CommandError(f"{path} holds neither a model of Transformers (config.json) nor the demo's (model.pt)")
-    if not path.exists() and wanted.model.startswith((".", "/", "~")):
+    if not path.exists() and settings.model.startswith((".", "/", "~")):
         raise CommandError(f"{path}: no such folder")
     require("transformers", "transformers")
-    content = read_text(wanted.text)
+    content = read_text(settings.text)
     try:
-        return load(wanted, content)
+        return load(settings, content)
     except (ImportError, OSError, ValueError) as error:
-        raise CommandError(f"{wanted.model}: {in_words(error)}") from error
+        raise CommandError(f"{settings.model}: {in_words(error)}") from error
 
 
 def in_words(error: Exception) -> str:
-    """The integration advises another attn_implementation, which nobody can give to this command."""
+    """The message without the advice to use another attn_implementation, which this command does not take."""
     problem, *advice = re.split(r"(?:\.|:|;) (use|load the model with) attn_implementation=", str(error), flags=re.I)
     if advice and ("class says that it does not support" in problem or "without a call of its" in problem):
         return NO_INTERFACE
     return problem
 
 
-def load(wanted: Wanted, content: bytes) -> "TransformersModel":
-    """The config first, then the text, and the weights last: what is wrong shows before they are read."""
+def load(settings: InspectSettings, content: bytes) -> "TransformersModel":
+    """Read the config, then the text, and the weights last, so that refusals come before the weights are read."""
     from transformers import AutoConfig, AutoTokenizer
 
     from ...integrations.transformers import register
 
     register()
-    config = AutoConfig.from_pretrained(wanted.model)
+    config = AutoConfig.from_pretrained(settings.model)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("a model of an encoder and a decoder: the page shows a text that attends to itself")
-    attention, _, words = attention_of(wanted, config)
+    attention, _, words = attention_of(settings, config)
     sizes = config.get_text_config()
-    check_against(wanted, *(getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads")))
-    context = getattr(sizes, "max_position_embeddings", None) or wanted.tokens
-    tokenizer = AutoTokenizer.from_pretrained(wanted.model)
-    ids, tokens = encoded(tokenizer, wanted, content, min(wanted.tokens, context))
-    if wanted.alpha is not None:
-        sizes.entmax_alpha = wanted.alpha
-    model = load_weights(wanted, config, attention)
-    subject = TransformersModel(wanted, model, torch.tensor([ids], device=model.device), tokens, words)
+    check_against(settings, *(getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads")))
+    context = getattr(sizes, "max_position_embeddings", None) or settings.tokens
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    ids, tokens = encoded(tokenizer, settings, content, min(settings.tokens, context))
+    if settings.alpha is not None:
+        sizes.entmax_alpha = settings.alpha
+    model = load_weights(settings, config, attention)
+    subject = TransformersModel(settings, model, torch.tensor([ids], device=model.device), tokens, words)
     subject.why_no_loss = subject.why_no_loss or why_no_loss(model)
     subject.layers = getattr(sizes, "num_hidden_layers", 0)
     subject.softmax_layers = softmax_layers(attention, sizes)
-    if context == len(tokens) < wanted.tokens:
+    if context == len(tokens) < settings.tokens:
         subject.read += ", all that the model takes at once"
     return subject
 
 
-def attention_of(wanted: Wanted, config) -> tuple[str, object, str]:
-    """The name of the attention, its alpha, and where that comes from, in words."""
+def attention_of(settings: InspectSettings, config) -> tuple[str, object, str]:
+    """The name of the attention, its alpha, and in words, where that alpha comes from."""
     from ...integrations.transformers import saved_attention
 
     by_hand = getattr(config.get_text_config(), "entmax_alpha", None)
     saved, found = saved_attention(config) or ("entmax15" if by_hand is None else "entmax", by_hand)
-    is_asked_for = wanted.attention is not None or wanted.alpha is not None
-    attention = (wanted.attention or "entmax") if is_asked_for else saved
-    alpha = wanted.alpha or ATTENTION[attention] or found
+    is_asked_for = settings.attention is not None or settings.alpha is not None
+    attention = (settings.attention or "entmax") if is_asked_for else saved
+    alpha = settings.alpha or ATTENTION[attention] or found
     if alpha is None:
         raise ValueError("--attention entmax needs --alpha: the model's config has no entmax_alpha")
     if isinstance(alpha, (int, float)) and not 1 < alpha <= 2:
@@ -81,7 +81,7 @@ def attention_of(wanted: Wanted, config) -> tuple[str, object, str]:
 
 
 def origin_of(alpha: object, config) -> str:
-    """Where this alpha comes from, and what it stands in place of; in words."""
+    """In words, where this alpha comes from, and what it replaces."""
     from ...integrations.transformers import saved_attention
     from ...integrations.transformers.config import is_held
 
@@ -102,7 +102,7 @@ def origin_of(alpha: object, config) -> str:
 
 
 def softmax_layers(attention: str, config) -> frozenset[int]:
-    """Those to which the config gives alpha 1."""
+    """The layers to which the config gives alpha 1."""
     from ...integrations.transformers.config import is_held
 
     alpha = getattr(config, "entmax_alpha", None)
@@ -111,19 +111,19 @@ def softmax_layers(attention: str, config) -> frozenset[int]:
     return frozenset(int(layer) for layer, number in alpha.items() if number == 1)
 
 
-def load_weights(wanted: Wanted, config, attention: str):
-    """A model of the class that was saved, so that no weight is missing."""
+def load_weights(settings: InspectSettings, config, attention: str):
+    """The model, of the class that was saved. ValueError if one of its weights is missing."""
     import transformers
 
     name = (config.architectures or [None])[0]
     kind = getattr(transformers, name or "AutoModel", None)
     if kind is None:
         raise ValueError(f"its config.json names the class {name}, which Transformers does not have")
-    device = torch.device(device_for(wanted.device))
+    device = torch.device(device_for(settings.device))
     dtype = "auto" if device.type == "cuda" else torch.float32
     options = {"config": config, "attn_implementation": attention, "dtype": dtype, "output_loading_info": True}
     with silence():
-        model, loaded = kind.from_pretrained(wanted.model, **options)
+        model, loaded = kind.from_pretrained(settings.model, **options)
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}")
@@ -132,7 +132,7 @@ def load_weights(wanted: Wanted, config, attention: str):
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No bar and no report while weights are loaded."""
+    """Transformers shows no progress bar and no report meanwhile."""
     from transformers.utils import logging
 
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -147,7 +147,7 @@ def silence() -> Iterator[None]:
 
 
 def why_no_loss(model) -> str:
-    """In words; empty for a causal language model, whose tokens do not see those that they predict."""
+    """In words; empty for a causal language model, whose tokens do not see the tokens that they predict."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     def is_of(mapping) -> bool:
@@ -165,8 +165,8 @@ def why_no_loss(model) -> str:
 
 
 class TransformersModel(Subject):
-    def __init__(self, wanted: Wanted, model, *rest) -> None:
-        super().__init__(wanted, model.base_model, *rest)
+    def __init__(self, settings: InspectSettings, model, ids: Tensor, tokens: list[str], origin: str) -> None:
+        super().__init__(settings, model.base_model, ids, tokens, origin)
         self.whole = model
 
     @property
@@ -192,28 +192,31 @@ class TransformersModel(Subject):
             self.whole.set_attn_implementation(implementation)
 
 
-def encoded(tokenizer, wanted: Wanted, content: bytes, limit: int) -> tuple[list[int], list[str]]:
-    """At most `limit` tokens from `wanted.offset` on, between the special ones of the tokenizer; ids and texts."""
+def encoded(tokenizer, settings: InspectSettings, content: bytes, limit: int) -> tuple[list[int], list[str]]:
+    """Ids and texts of at most ``limit`` tokens, from ``settings.offset`` on.
+
+    The tokenizer's special tokens stay around them.
+    """
     text = content.decode("utf-8", "replace")
     if limit <= (special := tokenizer.num_special_tokens_to_add()):
         raise CommandError(f"--tokens {limit}: the tokenizer adds {special} special ones to any text")
-    options = {"truncation": True, "max_length": wanted.offset + limit, "return_special_tokens_mask": True}
+    options = {"truncation": True, "max_length": settings.offset + limit, "return_special_tokens_mask": True}
     encoding = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, **options)
     ids = encoding["input_ids"]
     names = tokenizer.convert_ids_to_tokens(ids)
     texts = pieces(text, encoding["offset_mapping"], names) if tokenizer.is_fast else names
     own = [place for place, is_special in enumerate(encoding["special_tokens_mask"]) if not is_special]
     if not own:
-        raise CommandError(f"--text {wanted.text}: the tokenizer finds no token in it")
-    check_offset(wanted, len(own), "token", content)
-    kept = [*range(own[0]), *range(own[0] + wanted.offset, len(ids))]
+        raise CommandError(f"--text {settings.text}: the tokenizer finds no token in it")
+    check_offset(settings, len(own), "token", content)
+    kept = [*range(own[0]), *range(own[0] + settings.offset, len(ids))]
     return [ids[place] for place in kept], [texts[place] for place in kept]
 
 
 def pieces(text: str, offsets: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
-    """The text between the end of one token and that of the next; the token's name where there is none.
+    """For each token, the text from the end of the one in front of it to its own end; its name if that is empty.
 
-    So spaces that a tokenizer drops stay, a character of several tokens shows once, and special tokens by their names.
+    So no space that a tokenizer drops is lost. A character of several tokens shows once, a special token by its name.
     """
     found, end = [], 0
     for (_, stop), name in zip(offsets, names, strict=True):

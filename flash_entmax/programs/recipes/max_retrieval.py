@@ -1,14 +1,15 @@
 """Find the largest among many: does an attention head that learned on a few items still find it among thousands?
 
-Each item has a class and a priority, and the answer is the class of the item with the highest priority (Velickovic et
-al. 2024, arXiv 2410.01104). One attention head looks at all items; it is trained on 5 to 16 of them and tested on up to
-131,072. Softmax must fail: each item keeps some probability, so that many items drown one, however it scores. Entmax
-gives most items exactly zero. SSMax (Nakanishi 2025, arXiv 2501.19399) and ASEntmax (arXiv 2506.16640) let the scores
-grow with the number of items, for softmax and for entmax.
+Each item has a class and a priority. The answer is the class of the item with the highest priority (Velickovic et al.
+2024, arXiv 2410.01104). One attention head looks at all items. It is trained on 5 to 16 of them and tested on up to
+131,072. Softmax must fail: every item keeps some probability, and enough items outweigh any single one. Entmax gives
+most items exactly zero. SSMax (Nakanishi 2025, arXiv 2501.19399) lets the scores of softmax grow with the number of
+items. ASEntmax (arXiv 2506.16640) does the same for entmax.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,42 +17,27 @@ from torch.nn.functional import cross_entropy, one_hot, softplus
 
 from flash_entmax import entmax_attention
 
-from .report import Measure
-from .runs import Run
+from .recipe import Measure, Run, Size
 from .training import TEST_SEED, VALIDATION_SEED, mean_over
 
-ARMS = ("softmax", "entmax 1.5", "SSMax", "ASEntmax")
-VALIDATION = "16 items, as in training"
-MEASURES = (Measure("accuracy", "accuracy, %", "items"),)
 CLASSES, WIDTH = 10, 32
-FEWEST, MOST = 5, 16
-TOGETHER = 2**21  # items that are tested at a time
+FEWEST, MOST = 5, 16  # items in training
+TEST_ITEMS = 2**21  # items of all problems that are tested at once
 
 
 @dataclass(frozen=True)
-class Size:
-    """``tests`` problems of each of the lengths."""
+class MaxRetrievalSize(Size):
+    """Tests ``tests`` problems of each of the ``lengths``, in items."""
 
-    steps: int
-    batch: int
     lengths: tuple[int, ...]
     tests: int
+    _: KW_ONLY
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    seeds: int = 3
     sweep_seeds: int = 3
-    extensions: int = 0
-    workers: int = 6
-
-
-SIZES = {
-    "toy": Size(60, 64, (16, 64), 64, learning_rates=(3e-3,), seeds=1, sweep_seeds=1, workers=1),
-    "small": Size(3000, 128, (16, 64, 256, 1024, 4096), 512),
-    "full": Size(5000, 256, (16, 64, 256, 1024, 4096, 16_384, 131_072), 1024),
-}
 
 
 class Finder(nn.Module):
-    """Items to keys and values, a random query, one head, and the class of what it found."""
+    """One attention head: a random query, items as keys and values, and the class read from what it found."""
 
     def __init__(self, arm: str) -> None:
         super().__init__()
@@ -68,7 +54,7 @@ class Finder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def temperature(self, asked: Tensor, count: int) -> Tensor | float:
-        """What scores are multiplied by among `count` items."""
+        """The factor of the scores among ``count`` items; (batch, 1, 1) if it depends on what is asked."""
         if self.arm == "SSMax":
             return self.growth * math.log(count)
         if self.arm == "ASEntmax":
@@ -84,12 +70,11 @@ class Finder(nn.Module):
         return self.answer(entmax_attention(*heads, alpha=alpha).flatten(1))
 
 
-def build(arm: str, size: Size) -> Finder:
-    return Finder(arm)
-
-
 def problems(count: int, batch: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Items, what is asked (a number that says nothing), and the class of the item of highest priority."""
+    """Items (batch, count, classes + 1), what is asked (batch, 1), and the answers (batch,).
+
+    An item is its class, one-hot, and its priority. What is asked is a random number that says nothing.
+    """
     draw = torch.Generator(device).manual_seed(seed)
     classes = torch.randint(CLASSES, (batch, count), generator=draw, device=device)
     priority = torch.rand(batch, count, 1, generator=draw, dtype=torch.float32, device=device)
@@ -98,36 +83,52 @@ def problems(count: int, batch: int, seed: int, device: str) -> tuple[Tensor, Te
     return torch.cat((one_hot(classes, CLASSES).float(), priority), -1), asked, answer
 
 
-def batch(step: int, run: Run, size: Size) -> tuple[Tensor, Tensor, Tensor]:
-    seed = run.seed * size.steps + step
-    count = FEWEST + int(torch.randint(MOST + 1 - FEWEST, (), generator=torch.Generator().manual_seed(seed)))
-    return problems(count, size.batch, seed, run.device)
-
-
-def loss(model: Finder, items: Tensor, asked: Tensor, answer: Tensor) -> Tensor:
-    return cross_entropy(model(items, asked), answer)
-
-
-def mean_of_problems(model: Finder, count: int, run: Run, tests: int, of, seed: int) -> float:
-    """The mean of ``of(logits, answer)`` over problems that no seed was trained on."""
-    part = min(tests, max(1, TOGETHER // count))
+def mean_of_problems(model: Finder, count: int, run: Run, tests: int, numbers_of: Callable, seed: int) -> float:
+    """The mean of ``numbers_of(logits, answer)`` over ``tests`` problems of ``count`` items, from ``seed`` on."""
+    part = min(tests, max(1, TEST_ITEMS // count))
     parts = (problems(count, part, seed + first, run.device) for first in range(0, tests, part))
-    return mean_over(parts, lambda part: of(model(*part[:2]), part[2]))
+    return mean_over(parts, lambda part: numbers_of(model(*part[:2]), part[2]))
 
 
-def validate(model: Finder, run: Run, size: Size) -> float:
-    def losses(logits: Tensor, answer: Tensor) -> Tensor:
-        return cross_entropy(logits, answer, reduction="none")
+class MaxRetrieval:
+    name = "max-retrieval"
+    arms = ("softmax", "entmax 1.5", "SSMax", "ASEntmax")
+    measures = (Measure("accuracy", "accuracy, %", "items"),)
+    validation = "16 items, as in training"
 
-    return mean_of_problems(model, MOST, run, 8192, losses, VALIDATION_SEED)
-
-
-def measure(model: Finder, run: Run, size: Size) -> dict[str, dict[str, float]]:
-    def right(logits: Tensor, answer: Tensor) -> Tensor:
-        return 100.0 * (logits.argmax(-1) == answer)
-
-    return {
-        "accuracy": {
-            str(count): mean_of_problems(model, count, run, size.tests, right, TEST_SEED) for count in size.lengths
+    def __init__(self) -> None:
+        self.sizes = {
+            "toy": MaxRetrievalSize(60, 64, (16, 64), 64, learning_rates=(3e-3,), seeds=1, sweep_seeds=1, workers=1),
+            "small": MaxRetrievalSize(3000, 128, (16, 64, 256, 1024, 4096), 512),
+            "full": MaxRetrievalSize(5000, 256, (16, 64, 256, 1024, 4096, 16_384, 131_072), 1024),
         }
-    }
+
+    def build(self, arm: str, size: MaxRetrievalSize) -> Finder:
+        return Finder(arm)
+
+    def batch(self, step: int, run: Run, size: MaxRetrievalSize) -> tuple[Tensor, Tensor, Tensor]:
+        seed = run.seed * size.steps + step
+        count = FEWEST + int(torch.randint(MOST + 1 - FEWEST, (), generator=torch.Generator().manual_seed(seed)))
+        return problems(count, size.batch, seed, run.device)
+
+    def loss(self, model: Finder, items: Tensor, asked: Tensor, answer: Tensor) -> Tensor:
+        return cross_entropy(model(items, asked), answer)
+
+    def validate(self, model: Finder, run: Run, size: MaxRetrievalSize) -> float:
+        def losses(logits: Tensor, answer: Tensor) -> Tensor:
+            return cross_entropy(logits, answer, reduction="none")
+
+        return mean_of_problems(model, MOST, run, 8192, losses, VALIDATION_SEED)
+
+    def measure(self, model: Finder, run: Run, size: MaxRetrievalSize) -> dict[str, dict[str, float]]:
+        def right(logits: Tensor, answer: Tensor) -> Tensor:
+            return 100.0 * (logits.argmax(-1) == answer)
+
+        return {
+            "accuracy": {
+                str(count): mean_of_problems(model, count, run, size.tests, right, TEST_SEED) for count in size.lengths
+            }
+        }
+
+
+RECIPE = MaxRetrieval()

@@ -1,7 +1,6 @@
-"""What came of a recipe: one table and one picture for each of its measures, over the seeds."""
+"""The report of a recipe: for each of its measures a table and a picture, over the seeds."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import isfinite, nan
 from pathlib import Path
 from statistics import mean, stdev
@@ -9,32 +8,23 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
-
-@dataclass(frozen=True)
-class Measure:
-    """A number of each model at several places, such as lengths. ``logarithmic`` is the axis of the places."""
-
-    key: str
-    title: str
-    place: str
-    digits: int = 1
-    logarithmic: bool = True
+from .recipe import Measure, Recipe
 
 
-def write(console: Console, recipe, results: dict, path: Path) -> None:
+def write(console: Console, recipe: Recipe, results: dict, path: Path) -> None:
     facts = (f"{name} {value}" for name, value in results["conditions"].items() if name != "settings")
     console.print(", ".join(facts), soft_wrap=True)
-    validation = Table(title=f"validation loss, nats: {recipe.VALIDATION}", title_justify="left")
+    validation = Table(title=f"validation loss, nats: {recipe.validation}", title_justify="left")
     for heading in ("arm", "learning rate", seeds_of(results), "each"):
         validation.add_column(heading)
     for arm, rate in results["best"].items():
         losses = [results["runs"][key]["validation"] for key in results["chosen"][arm]]
-        each = "  ".join(f"{loss:.4f}" for loss in losses)
+        by_seed = "  ".join(f"{loss:.4f}" for loss in losses)
         rates = results["rates"][arm]
         edge = " (end of the grid)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
-        validation.add_row(arm, f"{rate:g}{edge}", over_seeds(losses, "{:.4f}".format), each)
+        validation.add_row(arm, f"{rate:g}{edge}", over_seeds(losses, "{:.4f}".format), by_seed)
     console.print(validation)
-    for measure in recipe.MEASURES:
+    for measure in recipe.measures:
         console.print(table(measure, results))
         picture = draw(measure, results, path.with_name(f"{path.stem}-{measure.key}.png"))
         console.print(f"{picture}", soft_wrap=True)
@@ -42,9 +32,9 @@ def write(console: Console, recipe, results: dict, path: Path) -> None:
 
 
 def over_seeds(values: list[float], shown: Callable[[float], str]) -> str:
-    """Mean ± the standard deviation that a sample lets expect of all seeds; the number where there is one seed.
+    """Mean ± the sample's standard deviation; the number alone if there is one seed.
 
-    A training that failed counts with its infinite loss, and then there is no deviation.
+    A training that failed has an infinite loss. It counts in the mean, and the deviation is then nan.
     """
     deviation = stdev(values) if len(values) > 1 and all(map(isfinite, values)) else nan
     return shown(mean(values)) + (f" ± {shown(deviation)}" if len(values) > 1 else "")
@@ -56,10 +46,10 @@ def seeds_of(results: dict, shown: str = "mean and standard deviation") -> str:
 
 
 def places(measure: Measure, results: dict, arm: str) -> Iterator[tuple[str, list[float]]]:
-    """(place, the number of each seed)."""
+    """(place, one number per seed), for each place."""
     found = [results["measures"][key][measure.key] for key in results["chosen"][arm]]
     for place in found[0]:
-        yield place, [each[place] for each in found]
+        yield place, [by_place[place] for by_place in found]
 
 
 def table(measure: Measure, results: dict) -> Table:
@@ -75,16 +65,16 @@ def table(measure: Measure, results: dict) -> Table:
 
 
 def draw(measure: Measure, results: dict, path: Path) -> Path:
-    """Mean against place, with the range of the seeds."""
+    """A line for each arm: the mean over the seeds against the place, with their range shaded."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for arm in results["chosen"]:
         names, values = zip(*places(measure, results, arm), strict=True)
-        values = [[each if isfinite(each) else nan for each in seeds] for seeds in values]
+        values = [[value if isfinite(value) else nan for value in seeds] for seeds in values]
         x = [float(name) for name in names]
-        (line,) = axes.plot(x, [mean(each) for each in values], marker="o", label=arm)
+        (line,) = axes.plot(x, list(map(mean, values)), marker="o", label=arm)
         axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15)
     if measure.logarithmic:
         axes.set_xlim(min(x) / 1.2, max(x) * 1.2)

@@ -1,4 +1,4 @@
-"""The file of a recipe's results: its conditions, and what came of each model."""
+"""The file of a recipe's results: under which conditions they hold, and what an earlier run left."""
 
 import json
 import time
@@ -11,21 +11,22 @@ import torch
 from flash_entmax import __version__
 
 from ..errors import CommandError
-from . import TRAINED, Options, module_of
+from .recipe import Size
+from .settings import RecipeSettings
 from .workers import cores
 
 PACKAGE = Path(__file__).parents[2]
 
 
-def conditions(name: str, options: Options) -> dict:
-    """``code`` stands for every line of the package: models of two versions are not mixed."""
+def conditions(name: str, settings: RecipeSettings, size: Size | None = None) -> dict:
+    """``code`` is a hash of every line of the package, so that models of two versions are not mixed."""
     code = sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
     return {
         "recipe": name,
-        "size": options.size,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {cores()} cores",
-        "text": str(options.text) if options.text else "default",
-        "settings": asdict(module_of(name).SIZES[options.size]) if name in TRAINED else {},
+        "size": settings.size,
+        "device": torch.cuda.get_device_name() if settings.device == "cuda" else f"cpu, {cores()} cores",
+        "text": str(settings.text) if settings.text else "default",
+        "settings": asdict(size) if size else {},
         "flash_entmax": __version__,
         "code": code.hexdigest()[:16],
         "torch": torch.__version__,
@@ -34,28 +35,20 @@ def conditions(name: str, options: Options) -> dict:
 
 
 def load(path: Path, own: dict) -> dict:
-    """What an earlier start of the same recipe left, or a new beginning."""
+    """The results that an interrupted run of the same conditions left in ``path``; empty ones if there are none."""
     if not path.exists():
         if path.with_suffix("").exists():
             raise CommandError(f"{path.with_suffix('')} has models without their {path.name}: move it away")
         return {"conditions": own, "runs": {}, "measures": {}}
     try:
         results = json.loads(path.read_text())
-        there = results["conditions"]
-        own = json.loads(json.dumps(own))  # tuples become lists there
+        found = results["conditions"]
+        own = json.loads(json.dumps(own))  # JSON turns tuples into lists
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{path} cannot be read ({error}): move it away to start anew") from error
     for name, value in own.items():
-        if name != "date" and there.get(name) != value:
+        if name != "date" and found.get(name) != value:
             raise CommandError(
-                f"{path} has results of {name} {there.get(name)!r}, and this is {value!r}: take another --out"
+                f"{path} has results of {name} {found.get(name)!r}, and this is {value!r}: take another --out"
             )
     return results
-
-
-def save(path: Path, results: dict) -> None:
-    """First beside it, so that an interruption leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    beside.replace(path)

@@ -1,52 +1,39 @@
-"""The models of a recipe, one by one."""
-
-import re
-from dataclasses import dataclass
-from pathlib import Path
+"""The models of a recipe: which ones there are, and each before and after its training."""
 
 import torch
 from torch import nn
 
-from . import Options, module_of
+from ..errors import CommandError
+from . import training
+from .recipe import Recipe, Run
+from .settings import RecipeSettings
 
 
-@dataclass(frozen=True)
-class Run:
-    """What it is, how it is trained, and where its file is."""
-
-    recipe: str
-    size: str
-    arm: str
-    learning_rate: float
-    seed: int
-    steps: int
-    folder: Path
-    device: str
-    text: Path | None
-
-    @property
-    def key(self) -> str:
-        return f"{self.arm} | {self.learning_rate:g} | seed {self.seed} | {self.steps} steps"
-
-    @property
-    def path(self) -> Path:
-        return self.folder / (re.sub(r"[^\w.]+", "-", self.key).lower() + ".safetensors")
-
-    def model(self) -> nn.Module:
-        """The model before the training."""
-        torch.manual_seed(self.seed)
-        recipe = module_of(self.recipe)
-        return recipe.build(self.arm, recipe.SIZES[self.size]).to(self.device)
-
-
-def runs_of(name: str, options: Options, arm: str, rate: float, seeds: int) -> list[Run]:
-    folder, steps = options.out / f"{name}-{options.size}", module_of(name).SIZES[options.size].steps
+def runs_of(recipe: Recipe, settings: RecipeSettings, arm: str, rate: float, seeds: int) -> list[Run]:
+    """One arm at one learning rate, with the seeds 0 to ``seeds`` - 1."""
+    folder, steps = settings.out / f"{recipe.name}-{settings.size}", recipe.sizes[settings.size].steps
     return [
-        Run(name, options.size, arm, rate, seed, steps, folder, options.device, options.text) for seed in range(seeds)
+        Run(recipe.name, settings.size, arm, rate, seed, steps, folder, settings.device, settings.text)
+        for seed in range(seeds)
     ]
 
 
-def chosen_runs(name: str, options: Options, best: dict[str, float]) -> list[Run]:
+def chosen_runs(recipe: Recipe, settings: RecipeSettings, best: dict[str, float]) -> list[Run]:
     """All seeds of every arm at its best learning rate."""
-    seeds = module_of(name).SIZES[options.size].seeds
-    return [each for arm, rate in best.items() for each in runs_of(name, options, arm, rate, seeds)]
+    seeds = recipe.sizes[settings.size].seeds
+    return [run for arm, rate in best.items() for run in runs_of(recipe, settings, arm, rate, seeds)]
+
+
+def new_model(recipe: Recipe, run: Run) -> nn.Module:
+    """The model before its training, on the device of the run."""
+    torch.manual_seed(run.seed)
+    return recipe.build(run.arm, recipe.sizes[run.size]).to(run.device)
+
+
+def trained_model(recipe: Recipe, run: Run) -> nn.Module:
+    """The model after its training, in evaluation mode. CommandError if its file is not there."""
+    if not run.path.exists():
+        raise CommandError(f"{run.path} is not there, and the results say that it was trained: move the results away")
+    model = new_model(recipe, run)
+    training.restore(run.path, model)
+    return model.eval()

@@ -1,9 +1,9 @@
 """How sparse is the attention of models that were trained with entmax, by layer, head and length?
 
-AdaSplash-2 (arXiv 2604.15180) says that block sparsity of 60 % and more "often occurs" at long context. This looks at
-the models of the recipe language-model on held-out text: the share of visible 64 x 64 tiles without any probability,
-which is what the kernels skip, and the keys that a query attends to. The queries, keys and values of one model are
-written to files, which `flash-entmax bench --inputs FILE` times beside its own.
+AdaSplash-2 (arXiv 2604.15180) says that block sparsity of 60 % and more "often occurs" at long context. This recipe
+measures the models of the recipe language-model on held-out text. It counts the visible 64 x 64 tiles without any
+probability, which are what the kernels skip, and the keys that a query attends to. It also writes the queries, keys and
+values of one model to files, which `flash-entmax bench --inputs FILE` times.
 """
 
 from pathlib import Path
@@ -20,28 +20,30 @@ from flash_entmax import inspection
 from ..demo.text import even_windows
 from ..demo.train import precision
 from ..errors import CommandError
-from . import Options, language_model, training
+from ..files import write_json
+from .language_model import RECIPE, corpus_for
+from .recipe import Run
 from .report import over_seeds
-from .results import conditions, load, save
-from .runs import Run, chosen_runs
+from .results import conditions, load
+from .runs import chosen_runs, trained_model
+from .settings import RecipeSettings
 
-NAME = "language-model"
 LENGTHS = {"toy": (64, 128), "small": (256, 512, 1024, 2048), "full": (2048, 4096, 8192, 16_384, 32_768)}
 WINDOWS = {"toy": 2, "small": 4, "full": 4}
-CAPTURED = "entmax 1.5, RoPE"  # no bias on its scores: the benchmark's peers can take its queries and keys
+CAPTURED = "entmax 1.5, RoPE"  # its scores have no bias, so the peers of the benchmark can run on its inputs
 CAPTURED_LENGTHS = {"toy": (128,), "small": (2048,), "full": (8192, 32_768)}
 
 
-def run(options: Options) -> None:
+def run(settings: RecipeSettings) -> None:
     console = Console(highlight=False)
     found = {
-        each.key: {str(length): sparsity_of(each, length) for length in LENGTHS[options.size]}
-        for each in trained(options)
-        if "entmax" in each.arm.lower()
+        run.key: {str(length): sparsity_of(run, length) for length in LENGTHS[settings.size]}
+        for run in trained(settings)
+        if "entmax" in run.arm.lower()
     }
-    path = options.out / f"sparsity-{options.size}.json"
-    captured = [capture(options, length) for length in CAPTURED_LENGTHS[options.size]]
-    save(path, {"conditions": conditions("sparsity", options), "models": found})
+    path = settings.out / f"sparsity-{settings.size}.json"
+    captured = [capture(settings, length) for length in CAPTURED_LENGTHS[settings.size]]
+    write_json(path, {"conditions": conditions("sparsity", settings), "models": found})
     for quantity, title, shown in (
         ("block_sparsity", "block sparsity, %", lambda value: f"{100 * value:.0f}"),
         ("keys_per_query", "keys per query", lambda value: f"{value:.1f}"),
@@ -51,33 +53,25 @@ def run(options: Options) -> None:
     console.print(f"to time these: flash-entmax bench --inputs {' '.join(map(str, captured))}", soft_wrap=True)
 
 
-def trained(options: Options) -> list[Run]:
+def trained(settings: RecipeSettings) -> list[Run]:
     """The models of the recipe language-model at their best learning rates, all seeds."""
-    path = options.out / f"{NAME}-{options.size}.json"
-    results = load(path, conditions(NAME, options))
+    path = settings.out / f"{RECIPE.name}-{settings.size}.json"
+    results = load(path, conditions(RECIPE.name, settings, RECIPE.sizes[settings.size]))
     if "chosen" not in results:
-        raise CommandError(f"{path} has no trained models yet: flash-entmax recipe {NAME} comes first")
-    return chosen_runs(NAME, options, results["best"])
+        raise CommandError(f"{path} has no trained models yet: flash-entmax recipe {RECIPE.name} comes first")
+    return chosen_runs(RECIPE, settings, results["best"])
 
 
-def model_of(each: Run) -> torch.nn.Module:
-    if not each.path.exists():
-        raise CommandError(f"{each.path} is not there: flash-entmax recipe {NAME} writes it")
-    model = each.model()
-    training.restore(each.path, model)
-    return model.eval()
-
-
-def held_out(each: Run, count: int, length: int) -> Tensor:
-    size = language_model.SIZES[each.size]
-    return even_windows(language_model.corpus_for(each, size).validation, count, length).to(each.device)
+def held_out(run: Run, count: int, length: int) -> Tensor:
+    """(windows, length) int64: bytes of held-out text, evenly spaced."""
+    return even_windows(corpus_for(run, RECIPE.sizes[run.size]).validation, count, length).to(run.device)
 
 
 @torch.no_grad()
-def sparsity_of(each: Run, length: int) -> dict[str, list[list[float]] | int]:
-    """Means over windows of (layers, heads) numbers, and the extent of a tile."""
-    model, parts = model_of(each), []
-    for window in held_out(each, WINDOWS[each.size], length).split(1):
+def sparsity_of(run: Run, length: int) -> dict[str, list[list[float]] | int]:
+    """Means over the windows, each (layers, heads), and the number of queries and of keys in a tile."""
+    model, parts = trained_model(RECIPE, run), []
+    for window in held_out(run, WINDOWS[run.size], length).split(1):
         with precision(window.device), inspection.record(model, keep_inputs=False) as calls:
             model(window)
         parts.append(torch.stack([torch.stack((c.block_sparsity, c.keys_per_query)).cpu() for c in calls]))
@@ -87,15 +81,15 @@ def sparsity_of(each: Run, length: int) -> dict[str, list[list[float]] | int]:
 
 
 @torch.no_grad()
-def capture(options: Options, length: int) -> Path:
-    """Every layer's query, key and value of one held-out window, (1, heads, length, head size) each, in a file."""
-    each = next(each for each in trained(options) if each.arm == CAPTURED)
-    model, values = model_of(each), []
+def capture(settings: RecipeSettings, length: int) -> Path:
+    """Write the query, key and value of every layer, each (1, heads, length, head size), for one held-out window."""
+    run = next(run for run in trained(settings) if run.arm == CAPTURED)
+    model, values = trained_model(RECIPE, run), []
     hooks = [
         block.attention.value.register_forward_hook(lambda module, inputs, output: values.append(output))
         for block in model.blocks
     ]
-    window = held_out(each, 1, length)
+    window = held_out(run, 1, length)
     with precision(window.device), inspection.record(model) as calls:
         model(window)
     for hook in hooks:
@@ -106,13 +100,13 @@ def capture(options: Options, length: int) -> Path:
         value = value.unflatten(-1, (call.problem.key_heads, -1)).transpose(1, 2)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             tensors[f"layer{number}.{name}"] = tensor.contiguous()
-    path = options.out / f"{NAME}-{options.size}" / f"inputs-{length}.safetensors"
-    save_file(tensors, path, {"source": f"{each.key}, {length:,} bytes of held-out text"})
+    path = settings.out / f"{RECIPE.name}-{settings.size}" / f"inputs-{length}.safetensors"
+    save_file(tensors, path, {"source": f"{run.key}, {length:,} bytes of held-out text"})
     return path
 
 
 def table(found: dict, quantity: str, title: str, shown) -> Table:
-    """Means over windows and heads: of all layers, with the standard deviation of the seeds, and of each layer."""
+    """Means over windows and heads: of all layers, with the deviation over the seeds, then of each layer."""
     arms: dict[str, list[dict]] = {}
     for key, by_length in found.items():
         arms.setdefault(key.partition(" |")[0], []).append(by_length)
@@ -131,7 +125,7 @@ def table(found: dict, quantity: str, title: str, shown) -> Table:
 
 
 def draw(found: dict, path: Path) -> Path:
-    """One map for each arm's first seed and each length: layers by heads."""
+    """A map of layers by heads for each arm, with its first seed, and each length."""
     from matplotlib.figure import Figure
 
     shown = {key: by_length for key, by_length in found.items() if "| seed 0 |" in key}

@@ -1,11 +1,12 @@
-"""The plan of every recipe that trains: arms, learning rates and seeds; what came of each is kept in one file.
+"""The plan of every recipe that trains: arms, learning rates and seeds. One file keeps all results.
 
-Every arm is trained at every learning rate with the sweep's seeds, and at the best rate with all of them. The best is
-that of the lowest mean validation loss, which is taken where the arm was trained: what happens at other lengths chooses
-nothing. (Nor does a shorter training: it was seen to prefer rates at which the whole training does worse.) Where the
-best is the first or last of several rates, the grid of that arm grows, at most as often as the size's ``extensions``
-say. Only then the models at the best rates are measured. What is in the results is not made again, and a run that was
-interrupted goes on from its last checkpoint.
+1. Train every arm at every learning rate, with the seeds of the sweep.
+2. The best rate of an arm has the lowest mean validation loss. Validation looks like training, so that results at other
+   lengths choose nothing. A shorter training could not choose: it prefers rates at which the whole one does worse.
+3. If the best rate is the first or last of several, add the next one and train again, up to ``extensions`` times.
+4. Train every arm at its best rate with all seeds, and measure these models.
+
+Numbers that are in the results are not computed again. An interrupted training goes on from its last checkpoint.
 """
 
 import time
@@ -15,53 +16,59 @@ from statistics import mean
 import torch
 from rich.console import Console
 
-from ..errors import CommandError
-from . import Options, module_of, report, training
-from .results import conditions, load, save
-from .runs import Run, chosen_runs, runs_of
+from ..files import write_json
+from . import language_model, max_retrieval, report, sequences, training
+from .recipe import Batch, Recipe, Run, Size
+from .results import conditions, load
+from .runs import chosen_runs, new_model, runs_of, trained_model
+from .settings import RecipeSettings
 from .workers import cores, distribute
 
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (max_retrieval.RECIPE, sequences.SORT, sequences.REVERSE, language_model.RECIPE)
+}
 
-def run(name: str, options: Options) -> None:
+
+def run(recipe: Recipe, settings: RecipeSettings) -> None:
     console = Console(highlight=False)
-    recipe, size = module_of(name), module_of(name).SIZES[options.size]
-    path = options.out / f"{name}-{options.size}.json"
-    results = load(path, conditions(name, options))
-    save(path, results)
+    name, size = recipe.name, recipe.sizes[settings.size]
+    path = settings.out / f"{name}-{settings.size}.json"
+    results = load(path, conditions(name, settings, size))
+    write_json(path, results)
     start = time.perf_counter()
 
-    def perform(task: Callable, keep: dict, runs: list[Run]) -> None:
-        # Arms in turn: each is compiled by one worker, and found compiled by the others.
-        runs = sorted(runs, key=lambda each: (each.seed, each.learning_rate))
-        missing = [each for each in runs if each.key not in keep]
-        console.print(f"{name}, {options.size}: {task.__name__} {len(runs)} models, {len(runs) - len(missing)} done")
-        for each, found in distribute(task, missing, workers_for(options, size), console):
-            keep[each.key] = found
-            save(path, results)
+    def perform(task: Callable, done: dict, runs: list[Run]) -> None:
+        # Arms take turns. One worker compiles an arm, and the others find it compiled.
+        runs = sorted(runs, key=lambda run: (run.seed, run.learning_rate))
+        missing = [run for run in runs if run.key not in done]
+        console.print(f"{name}, {settings.size}: {task.__name__} {len(runs)} models, {len(runs) - len(missing)} done")
+        for finished, numbers in distribute(task, missing, workers_for(settings, size), console):
+            done[finished.key] = numbers
+            write_json(path, results)
 
-    rates = {arm: list(size.learning_rates) for arm in recipe.ARMS}
+    rates = {arm: list(size.learning_rates) for arm in recipe.arms}
     for _ in range(1 + size.extensions):
         swept = {
-            arm: {rate: runs_of(name, options, arm, rate, size.sweep_seeds) for rate in rates[arm]} for arm in rates
+            arm: {rate: runs_of(recipe, settings, arm, rate, size.sweep_seeds) for rate in rates[arm]} for arm in rates
         }
-        perform(train, results["runs"], [each for runs in swept.values() for seeds in runs.values() for each in seeds])
+        perform(train, results["runs"], [run for runs in swept.values() for seeds in runs.values() for run in seeds])
         results["rates"] = rates
         results["best"] = {arm: best_rate(results["runs"], runs) for arm, runs in swept.items()}
         rates = {arm: extended(rates[arm], results["best"][arm]) for arm in rates}
         if rates == results["rates"]:
             break
-    chosen = chosen_runs(name, options, results["best"])
+    chosen = chosen_runs(recipe, settings, results["best"])
     perform(train, results["runs"], chosen)
     perform(measure, results["measures"], chosen)
-    results["chosen"] = {arm: [each.key for each in chosen if each.arm == arm] for arm in recipe.ARMS}
+    results["chosen"] = {arm: [run.key for run in chosen if run.arm == arm] for arm in recipe.arms}
     results["seconds"] = results.get("seconds", 0.0) + time.perf_counter() - start
-    results["workers"] = workers_for(options, size)
-    save(path, results)
+    results["workers"] = workers_for(settings, size)
+    write_json(path, results)
     report.write(console, recipe, results, path)
 
 
 def extended(rates: list[float], best: float) -> list[float]:
-    """With the next rate of the geometric grid, in two digits, where the best is an end of it."""
+    """The rates, and the next one of their geometric grid, in two digits, beyond the end that is the best."""
     if len(rates) > 1 and best == rates[-1]:
         return [*rates, float(f"{rates[-1] ** 2 / rates[-2]:.2g}")]
     if len(rates) > 1 and best == rates[0]:
@@ -70,42 +77,40 @@ def extended(rates: list[float], best: float) -> list[float]:
 
 
 def best_rate(found: dict, rates: dict[float, list[Run]]) -> float:
-    return min(rates, key=lambda rate: mean(found[each.key]["validation"] for each in rates[rate]))
+    """The rate with the lowest mean validation loss over its seeds."""
+    return min(rates, key=lambda rate: mean(found[run.key]["validation"] for run in rates[rate]))
 
 
 def train(run: Run, show: training.Show) -> dict:
-    """A model that is there, as after a failure between its training and its validation, is not trained again."""
-    recipe = module_of(run.recipe)
-    size, start = recipe.SIZES[run.size], time.perf_counter()
+    """Train and validate. A model whose file is there, as after a failed validation, is not trained again."""
+    recipe = RECIPES[run.recipe]
+    size, start = recipe.sizes[run.size], time.perf_counter()
 
-    def batch_of(step: int) -> training.Batch:
+    def batch_of(step: int) -> Batch:
         return recipe.batch(step, run, size)
 
     if not run.path.exists():
-        model = run.model()
-        if getattr(size, "compiled", False):
+        model = new_model(recipe, run)
+        if size.compiled:
             model.compile(fullgraph=True, dynamic=False)
         training.fit(model, batch_of, recipe.loss, run.steps, run.learning_rate, run.path, show)
-    model = run.model()
-    training.restore(run.path, model)
-    return {"validation": recipe.validate(model.eval(), run, size), "seconds": time.perf_counter() - start}
+    model = trained_model(recipe, run)
+    return {"validation": recipe.validate(model, run, size), "seconds": time.perf_counter() - start}
 
 
 def measure(run: Run, show: training.Show) -> dict:
-    recipe = module_of(run.recipe)
-    model = run.model()
-    if not run.path.exists():
-        raise CommandError(f"{run.path} is not there, and the results say that it was trained: move the results away")
-    training.restore(run.path, model)
+    recipe = RECIPES[run.recipe]
+    model = trained_model(recipe, run)
     with torch.no_grad():
-        found = recipe.measure(model.eval(), run, recipe.SIZES[run.size])
+        found = recipe.measure(model, run, recipe.sizes[run.size])
     show(1, 1)
     return found
 
 
-def workers_for(options: Options, size) -> int:
-    if options.workers is not None:
-        return options.workers
-    if options.device == "cuda":
+def workers_for(settings: RecipeSettings, size: Size) -> int:
+    """How many models are trained at a time. --workers, or else the size says it, for each GPU or up to the cores."""
+    if settings.workers is not None:
+        return settings.workers
+    if settings.device == "cuda":
         return size.workers * torch.cuda.device_count()
     return min(size.workers, cores())

@@ -1,8 +1,8 @@
-"""One training loop for all recipes, which goes on where it was interrupted; its files are safetensors."""
+"""One training loop for all recipes. It goes on where it was interrupted, from files in the safetensors format."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..demo.train import pace, parameter_groups
+from .recipe import Batch
 
 SAVE_EVERY = 30.0  # seconds
-VALIDATION_SEED, TEST_SEED = 2**30, 2**31  # and on: no training comes so far, and a CPU's generator takes 32 bits
-Show = Callable[[int, int], None]
-Batch = tuple[Tensor, ...]
+# The first seeds of validation and of tests. Those of training are smaller; a CPU's generator takes 32 bits.
+VALIDATION_SEED, TEST_SEED = 2**30, 2**31
+Show = Callable[[int, int], None]  # (steps done, all steps)
 Loss = Callable[..., Tensor]
 
 
@@ -29,11 +30,11 @@ def fit(
     path: Path,
     show: Show,
 ) -> None:
-    """Train to the last step on ``loss(model, *batch)``, and write the model to ``path``.
+    """Train on ``loss(model, *batch)`` to the last step, and write the model to ``path``.
 
-    ``batch_of(step)`` must depend on the step alone: from the state of the training, which stands beside ``path`` until
-    it is done, an interrupted run goes on as if nothing had been. AdamW, a short warm-up, a cosine, gradients clipped
-    to 1.
+    AdamW, a short warm-up, a cosine, gradients clipped to 1. The state of the training stands in a file beside ``path``
+    until it is done. An interrupted training goes on from there with the same result, if ``batch_of(step)`` depends on
+    the step alone.
     """
     rate = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
     optimizer = torch.optim.AdamW(
@@ -43,9 +44,7 @@ def fit(
     unfinished = path.with_suffix(".unfinished.safetensors")
     advance = Graphed(model, loss, optimizer) if rate.is_cuda else Eager(model, loss, optimizer)
     begin, saved = 0, time.perf_counter()
-    with suppress(
-        FileNotFoundError, SafetensorError
-    ):  # of a save that was interrupted nothing is left, and all is well
+    with suppress(FileNotFoundError, SafetensorError):  # none, or a broken one: begin anew
         begin = restore(unfinished, model, optimizer)
     for step in range(begin, steps):
         rate.fill_(learning_rate * pace((step + 1) / steps))
@@ -60,7 +59,7 @@ def fit(
 
 
 def give_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer's moments, which a graph must find there; they and the weights stay as before any step."""
+    """Allocate the optimizer's moments, which a graph needs. They are 0, and the weights stay as they are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -72,7 +71,7 @@ def give_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 class Eager:
-    """A step of training, operation by operation."""
+    """A training step, operation by operation."""
 
     def __init__(self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.loss, self.optimizer = model, loss, optimizer
@@ -85,7 +84,7 @@ class Eager:
 
 
 class Graphed(Eager):
-    """The same as one CUDA graph for each shape of the batch: small models would wait for the host at each kernel."""
+    """A training step as one CUDA graph for each shape of the batch. Without it a small model waits for the host."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -101,7 +100,7 @@ class Graphed(Eager):
         graph.replay()
 
     def capture(self, batch: Batch) -> tuple[Batch, torch.cuda.CUDAGraph]:
-        """What a capture must not do, such as compile kernels, two passes without a step do before it."""
+        """Capture a step, after two passes that do what a capture must not, such as compiling kernels."""
         inputs = tuple(tensor.clone() for tensor in batch)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -117,19 +116,19 @@ class Graphed(Eager):
 
 
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, step: int = 0) -> None:
-    """First beside it, so that an interruption leaves the old file or the new one."""
+    """Write a second file and rename it, so that an interruption leaves the old file or the new one."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if optimizer is not None:
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"step": str(step)})
-    beside.replace(path)
+    part = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"step": str(step)})
+    part.replace(path)
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Load what `save` wrote; the step to go on with."""
+    """Load what `save` wrote, and return the number of steps that were done."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         step = int(file.metadata()["step"])
@@ -143,12 +142,12 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
         rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the tensor itself, which its owner writes to, not a copy
+            group["lr"] = rate  # the tensor that `fit` writes the rate to, not a copy of it
     return step
 
 
-def mean_over(parts, of: Callable[[Tensor], Tensor]) -> float:
-    """The mean of what ``of`` gives for the rows of each part."""
+def mean_over(parts: Iterable, numbers_of: Callable[..., Tensor]) -> float:
+    """The mean of all numbers in ``numbers_of(part)``; infinite if one of them is not finite."""
     with torch.no_grad():
-        values = torch.cat([of(part).flatten().double().cpu() for part in parts])
+        values = torch.cat([numbers_of(part).flatten().double().cpu() for part in parts])
     return values.mean().item() if values.isfinite().all() else math.inf

@@ -1,8 +1,10 @@
 """How many bytes a second does the language model train on at long context, with entmax and with the fastest softmax?
 
-Whole training steps (forward, backward, optimizer) of the models of the recipe language-model, whose attention is as
-sparse as training made it; the same before any training, where entmax attends to every key; and softmax attention by
-PyTorch's cuDNN and FlashAttention-2 backends.
+Times whole training steps (forward, backward, optimizer) of the models of the recipe language-model:
+
+- trained with entmax, whose attention is as sparse as training made it;
+- the same model untrained, whose entmax attends to every key;
+- trained with softmax, by PyTorch's cuDNN and FlashAttention-2 backends.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,9 +20,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..demo.train import parameter_groups
-from . import Options, language_model, sparsity
-from .results import conditions, save
-from .runs import Run
+from ..files import write_json
+from . import sparsity
+from .language_model import RECIPE, next_byte_losses
+from .recipe import Run
+from .results import conditions
+from .runs import new_model, trained_model
+from .settings import RecipeSettings
 
 LENGTHS = {"toy": (64, 128), "small": (256, 1024, 2048), "full": (2048, 8192, 32_768)}
 TOKENS = {"toy": 256, "small": 2048, "full": 65_536}
@@ -28,48 +34,51 @@ REPEATS = {"toy": 2, "small": 4, "full": 8}
 ENTMAX, SOFTMAX = "entmax 1.5, RoPE", "softmax, RoPE"
 
 
-def run(options: Options) -> None:
+def run(settings: RecipeSettings) -> None:
     console = Console(highlight=False)
     found = {}
-    for name, model, context in contestants(options):
+    for name, model, context in contestants(settings):
         found[name] = {}
-        for length in LENGTHS[options.size]:
-            each = first(options, SOFTMAX)
-            batch = max(1, TOKENS[options.size] // length)
-            data = sparsity.held_out(each, batch, length + 1)
+        for length in LENGTHS[settings.size]:
+            batch = max(1, TOKENS[settings.size] // length)
+            data = sparsity.held_out(first(settings, SOFTMAX), batch, length + 1)
             with context():
-                seconds = seconds_of_step(model, data, REPEATS[options.size])
+                seconds = seconds_of_step(model, data, REPEATS[settings.size])
             found[name][str(length)] = data[:, 1:].numel() / seconds
         del model
-    path = options.out / f"training-speed-{options.size}.json"
-    save(path, {"conditions": conditions("training-speed", options), "bytes_per_second": found})
+    path = settings.out / f"training-speed-{settings.size}.json"
+    write_json(path, {"conditions": conditions("training-speed", settings), "bytes_per_second": found})
     console.print(table(found))
     console.print(f"{path}", soft_wrap=True)
 
 
-def first(options: Options, arm: str) -> Run:
-    return next(each for each in sparsity.trained(options) if each.arm == arm)
+def first(settings: RecipeSettings, arm: str) -> Run:
+    """The arm's training with seed 0."""
+    return next(run for run in sparsity.trained(settings) if run.arm == arm)
 
 
-def contestants(options: Options) -> Iterator[tuple[str, torch.nn.Module, Callable[[], AbstractContextManager]]]:
-    entmax, softmax = first(options, ENTMAX), first(options, SOFTMAX)
-    yield "entmax 1.5, trained", sparsity.model_of(entmax), nullcontext
-    yield "entmax 1.5, before training", entmax.model(), nullcontext
-    if options.device == "cuda":
+def contestants(
+    settings: RecipeSettings,
+) -> Iterator[tuple[str, torch.nn.Module, Callable[[], AbstractContextManager]]]:
+    """(name, model, context in which its steps run)."""
+    entmax, softmax = first(settings, ENTMAX), first(settings, SOFTMAX)
+    yield "entmax 1.5, trained", trained_model(RECIPE, entmax), nullcontext
+    yield "entmax 1.5, before training", new_model(RECIPE, entmax), nullcontext
+    if settings.device == "cuda":
         for title, backend in (("cuDNN", "CUDNN_ATTENTION"), ("FlashAttention-2", "FLASH_ATTENTION")):
             context = partial(sdpa_kernel, getattr(SDPBackend, backend))
-            yield f"softmax, {title}", sparsity.model_of(softmax), context
+            yield f"softmax, {title}", trained_model(RECIPE, softmax), context
     else:
-        yield "softmax, SDPA", sparsity.model_of(softmax), nullcontext
+        yield "softmax, SDPA", trained_model(RECIPE, softmax), nullcontext
 
 
 def seconds_of_step(model: torch.nn.Module, data: Tensor, repeats: int) -> float:
-    """Median of whole steps after two others; the learning rate is 0, so that the attention stays as it is."""
+    """The median time of whole steps, after two that do not count. A learning rate of 0 keeps the attention sparse."""
     optimizer = torch.optim.AdamW(parameter_groups(model.train()), lr=0.0)
     times = []
     for _ in range(repeats + 2):
         start = perf_counter()
-        loss = language_model.next_byte_losses(model, data).mean()
+        loss = next_byte_losses(model, data).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Many models at a time: each process takes one after the other, on its own GPU where there are several."""
+"""Many models at a time: every process takes one run after another. Several GPUs are shared out among the processes."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,17 +10,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .runs import Run
+from .recipe import Run
 from .training import Show
 
 
 def distribute(task: Callable, runs: list[Run], workers: int, console: Console) -> Iterator[tuple[Run, dict]]:
-    """Results as they come, of so many processes at a time, on all GPUs."""
+    """Yield each run with ``task(run, show)`` as soon as it is done; ``workers`` processes work at a time."""
     if workers == 1:
-        for each in runs:
-            with progress(console, f"{each.recipe}: {each.key}") as show:
-                found = task(each, show)
-            yield each, found
+        for run in runs:
+            with progress(console, f"{run.recipe}: {run.key}") as show:
+                found = task(run, show)
+            yield run, found
         return
     if not runs:
         return
@@ -30,27 +30,27 @@ def distribute(task: Callable, runs: list[Run], workers: int, console: Console) 
         ProcessPoolExecutor(workers, context, initialise, (workers, context.Value("i", 0))) as pool,
         progress(console, f"{task.__name__}, {workers} at a time") as show,
     ):
-        along = manager.dict()
-        waiting = {pool.submit(perform_in_worker, task, each, along): each for each in runs}
+        shares = manager.dict()  # of each run that is in work, the part that is done
+        waiting = {pool.submit(perform_in_worker, task, run, shares): run for run in runs}
         while waiting:
             finished, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in sorted(finished, key=lambda future: future.exception() is not None):
-                each = waiting.pop(future)
-                along.pop(each.key, None)
+                run = waiting.pop(future)
+                shares.pop(run.key, None)
                 if future.exception() is not None:
                     pool.shutdown(wait=False, cancel_futures=True)
-                yield each, future.result()
+                yield run, future.result()
             done = len(runs) - len(waiting)
-            show(round(1000 * (done + sum(along.values()))), 1000 * len(runs))
+            show(round(1000 * (done + sum(shares.values()))), 1000 * len(runs))
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def initialise(workers: int, started) -> None:
-    """Share the cores, and settle on a GPU: graphs are captured on the one that a process began with."""
+    """Take this process's share of the cores, and one GPU for good: CUDA graphs are captured on the first one used."""
     torch.set_num_threads(max(1, cores() // workers))
     with started.get_lock():
         number, started.value = started.value, started.value + 1
@@ -58,25 +58,26 @@ def initialise(workers: int, started) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-def perform_in_worker(task: Callable, run: Run, along: dict) -> dict:
-    shown = -1.0
+def perform_in_worker(task: Callable, run: Run, shares: dict) -> dict:
+    """``task(run, show)``, which notes its progress in ``shares`` by steps of a hundredth."""
+    noted = -1.0
 
-    def show(step: int, of: int) -> None:
-        nonlocal shown
-        if step / of >= shown + 0.01:
-            shown = along[run.key] = step / of
+    def show(step: int, steps: int) -> None:
+        nonlocal noted
+        if step / steps >= noted + 0.01:
+            noted = shares[run.key] = step / steps
 
     return task(run, show)
 
 
 @contextmanager
 def progress(console: Console, title: str) -> Iterator[Show]:
-    """Yields show(step, of): a bar on a terminal, elsewhere one line."""
+    """Yield show(step, steps), which moves a bar on a terminal. Elsewhere print the title, and show does nothing."""
     if not console.is_terminal:
         console.print(f"  {title}", soft_wrap=True)
-        yield lambda step, of: None
+        yield lambda step, steps: None
         return
     columns = TextColumn("  {task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=1.0)
-        yield lambda step, of: bar.update(task, completed=step / of)
+        yield lambda step, steps: bar.update(task, completed=step / steps)

@@ -12,44 +12,44 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...inspection import Call
+from ...inspection import RecordedCall
 
 MOST_TOKENS = 8192
 MOST_PROBABILITIES = 20_000_000
-CODES = 65_535  # a probability p is kept as sqrt(p) in 16 bits: off by less than 2e-5, and never 0
+CODES = 65_535  # the page holds sqrt(p) in 16 bits, off by less than 2e-5 and never 0
 
 
 def save_page(
     path: Path,
     tokens: Sequence[str],
-    calls: Sequence[Call],
+    calls: Sequence[RecordedCall],
     *,
     title: str,
     note: str = "",
     batch: int = 0,
     start: tuple[int, int] | None = None,
-    progress: Callable[[Sequence[Call]], Iterable[Call]] = iter,
+    progress: Callable[[Sequence[RecordedCall]], Iterable[RecordedCall]] = iter,
 ) -> Path:
     """Write the page to ``path`` and return it; makes its folder.
 
-    The text stands there as tokens, beside a grid of support sizes by layer and head to choose from. Pointing at a
-    token shades exactly the tokens that it attends to and lists their probabilities; a click pins it, and the address
-    then restores this state (``#layer=3&head=5&token=12``). Keyboard and touch work as well. Until then the last token
-    is shown.
+    The page shows the text as tokens, beside a grid of support sizes by layer and head to choose from. It opens with
+    the last token. Pointing at a token shades exactly the tokens that it attends to, and lists their probabilities. A
+    click pins it, and the address then restores this state (``#layer=3&head=5&token=12``). Keyboard and touch work as
+    well.
 
     Args:
-        path: where to; ends in .html.
-        tokens: the text that each token stands for, in order. Any characters.
+        path: the file, which ends in .html.
+        tokens: the piece of text of every token, in order, with any characters.
         calls: recorded self-attention of these tokens, one call for each layer.
         title: which model and text this is.
-        note: a line below it, with what else should be known.
-        batch: which batch row of the calls.
-        start: (number of the call, head) to open with, where the address names none; the first by default.
-        progress: goes through the calls while they are written, as ``tqdm.tqdm`` does.
+        note: a line under the title, with what else a reader should know.
+        batch: the batch row of the calls that is shown.
+        start: (number of the call, head) to open with if the address names none; the first by default.
+        progress: passes the calls on while they are written, as ``tqdm.tqdm`` does.
 
     Raises:
-        ValueError: a start that is not among the calls; tokens and calls that do not fit, or that are too large:
-            MOST_TOKENS, and MOST_PROBABILITIES positive probabilities (5 to 6 bytes each).
+        ValueError: a start that is not among the calls; tokens and calls that do not fit together; more than
+            MOST_TOKENS tokens or MOST_PROBABILITIES positive probabilities (5 to 6 bytes each).
     """
     tokens, calls = list(tokens), list(calls)
     check_calls(tokens, calls, batch)
@@ -84,7 +84,7 @@ def save_page(
     return path
 
 
-def check_calls(tokens: list[str], calls: list[Call], batch: int) -> None:
+def check_calls(tokens: list[str], calls: list[RecordedCall], batch: int) -> None:
     if not tokens or not calls:
         raise ValueError(f"the page needs tokens and calls, got {len(tokens)} and {len(calls)}")
     if len(tokens) > MOST_TOKENS:
@@ -106,7 +106,7 @@ def check_calls(tokens: list[str], calls: list[Call], batch: int) -> None:
         )
 
 
-def place_of(start: tuple[int, int] | None, calls: list[Call]) -> tuple[int, int]:
+def place_of(start: tuple[int, int] | None, calls: list[RecordedCall]) -> tuple[int, int]:
     """(index of the call, head)."""
     heads = {call.number: call.problem.heads for call in calls}
     number, head = (calls[0].number, 0) if start is None else start
@@ -117,24 +117,25 @@ def place_of(start: tuple[int, int] | None, calls: list[Call]) -> tuple[int, int
     return list(heads).index(number), head
 
 
-def visible_keys(call: Call, batch: int) -> list[int]:
-    """How many keys each query may see, but for masks by tile."""
+def visible_keys(call: RecordedCall, batch: int) -> list[int]:
+    """How many keys each query may see; masks by tile, which hide more, are left out."""
     start, stop, _ = call.intervals[batch].unbind()
     return (stop - start).clamp_min(0).tolist()
 
 
 def encoded(rows: Tensor) -> str:
-    """A CSR matrix as base64 of compressed 16-bit numbers: the size of each row, keys as steps within it, codes.
+    """A CSR matrix as base64 of compressed 16-bit numbers: the sizes of the rows, then the steps, then the codes.
 
-    A step is from the key before, or from -1; a code is sqrt(p) * CODES, at least 1.
+    A step leads from the previous key of the row, at first from -1, to the next key. A code is sqrt(p) * CODES, at
+    least 1.
     """
     sizes, key, p = rows.crow_indices().diff(), rows.col_indices(), rows.values()
-    before = torch.cat((key.new_full((1,), -1), key[:-1]))
+    previous = torch.cat((key.new_full((1,), -1), key[:-1]))
     first = rows.crow_indices()[:-1][sizes > 0]
-    before[first] = -1
+    previous[first] = -1
     codes = (p.double().sqrt() * CODES).round().clamp(1, CODES)
-    numbers = torch.cat((sizes, key - before, codes.long())).to("cpu", torch.int32)
-    # The lower two bytes of each number, low byte first, whatever the machine's order.
+    numbers = torch.cat((sizes, key - previous, codes.long())).to("cpu", torch.int32)
+    # The lower two bytes of every number, the low byte first, on any machine.
     content = torch.stack((numbers & 255, numbers >> 8), -1).to(torch.uint8).flatten()
     buffer = bytearray(content.numel())
     if buffer:
@@ -143,7 +144,7 @@ def encoded(rows: Tensor) -> str:
 
 
 def inside_script(facts: object) -> str:
-    """JSON that nothing in it can end the <script> element it stands in."""
+    """JSON in which nothing can end the <script> element around it."""
     escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
     text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
     # A lone surrogate is half a character, which UTF-8 cannot hold.

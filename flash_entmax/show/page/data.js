@@ -1,6 +1,6 @@
 "use strict";
 
-// What the page knows: see `save_page` and `encoded` in the Python module.
+// The data of the page, as `save_page` and `encoded` in the Python module write it.
 
 const $ = (id) => document.getElementById(id);
 const facts = JSON.parse($("facts").textContent);

@@ -1,10 +1,10 @@
-// It stands behind data.js.
+// data.js comes first in the page.
 
 const MOST_LISTED = 500;
 
 // What is shown. `asking` is the token whose attention is shaded; pinned, it stays while the pointer moves on.
 const state = { layer: 0, head: 0, asking: length - 1, pinned: false };
-let attention = null; // of this layer and head: {offsets, keys, probabilities}
+let attention = null; // {offsets, keys, probabilities} of the layer and head that are shown
 let shaded = [];
 
 /** The keys of a token, from the first on: [{key, p}]. */
@@ -31,7 +31,7 @@ function colour(x) {
   return ramp[low].map((c, i) => Math.round(c + (place - low) * (ramp[low + 1][i] - c)));
 }
 
-/** Paint the background, with the ink that is easier to read on it: by relative luminance, as WCAG defines contrast. */
+/** Paint the background, and choose the ink with more contrast to it, as WCAG defines it by relative luminance. */
 function paint(element, x) {
   const rgb = colour(x);
   const [r, g, b] = rgb.map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
@@ -51,15 +51,15 @@ function make(name, text = "", options = {}) {
 const spelled = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "·");
 const quoted = (token) => make("code", spelled(facts.tokens[token]));
 
-/** A token; one of two letters or less between the letters before and after it. */
+/** A token; if it has two letters or less, then with some letters of its neighbours on both sides. */
 function amid(token, letters = 5) {
   if (facts.tokens[token].trim().length > 2) return quoted(token);
-  let before = "", after = "";
-  for (let i = token - 1; i >= 0 && before.length < letters; i--) before = facts.tokens[i] + before;
-  for (let i = token + 1; i < length && after.length < letters; i++) after += facts.tokens[i];
+  let left = "", right = "";
+  for (let i = token - 1; i >= 0 && left.length < letters; i--) left = facts.tokens[i] + left;
+  for (let i = token + 1; i < length && right.length < letters; i++) right += facts.tokens[i];
   const code = quoted(token);
-  code.prepend(make("span", before.slice(-letters).replaceAll("\n", "↵")));
-  code.append(make("span", after.slice(0, letters).replaceAll("\n", "↵")));
+  code.prepend(make("span", left.slice(-letters).replaceAll("\n", "↵")));
+  code.append(make("span", right.slice(0, letters).replaceAll("\n", "↵")));
   return code;
 }
 
@@ -146,22 +146,22 @@ function show() {
   drawStrip();
 }
 
-/** Beside a token: how many keys it has, or, where another one is pinned, that one's probability for it. */
+/** The tip at a token: how many keys it has; while another token is pinned, the probability that this one gives it. */
 function tip(token) {
   const box = $("tip");
   box.hidden = token === null || attention === null;
   if (box.hidden) return;
-  const own = state.pinned && token !== state.asking;
-  const p = own ? keysOf(state.asking).find(({ key }) => key === token)?.p : undefined;
-  if (own) box.replaceChildren(quoted(state.asking), " → ", quoted(token), `: ${p ? number(p) : "exactly 0"}`);
+  const isAnother = state.pinned && token !== state.asking;
+  const p = isAnother ? keysOf(state.asking).find(({ key }) => key === token)?.p : undefined;
+  if (isAnother) box.replaceChildren(quoted(state.asking), " → ", quoted(token), `: ${p ? number(p) : "exactly 0"}`);
   else {
     const count = attention.offsets[token + 1] - attention.offsets[token];
     box.replaceChildren(quoted(token), `: ${count} ${count === 1 ? "key" : "keys"}`);
   }
   const place = tokens[token].getClientRects()[0] ?? tokens[token].getBoundingClientRect();
   box.style.left = `${Math.max(4, Math.min(place.left, innerWidth - box.offsetWidth - 8))}px`;
-  const below = place.bottom + 7;
-  box.style.top = `${below + box.offsetHeight > innerHeight ? place.top - box.offsetHeight - 7 : below}px`;
+  const top = place.bottom + 7;
+  box.style.top = `${top + box.offsetHeight > innerHeight ? place.top - box.offsetHeight - 7 : top}px`;
 }
 
 // Choices
@@ -194,44 +194,44 @@ async function choose(layer, head) {
   $("layer").value = state.layer;
   $("head").value = state.head;
   const { name } = facts.layers[state.layer];
-  $("name").textContent = name.startsWith("call ") ? "" : name; // of a module, or of none
+  $("name").textContent = name.startsWith("call ") ? "" : name; // a call that no module made has no name
   for (const cell of $("grid").querySelectorAll("button")) {
     const pressed = +cell.dataset.layer === state.layer && +cell.dataset.head === state.head;
     cell.setAttribute("aria-pressed", String(pressed));
     if (pressed) reveal($("grid"), cell);
   }
-  const wanted = [state.layer, state.head];
-  const found = await decoded(...wanted);
-  if (wanted[0] !== state.layer || wanted[1] !== state.head) return; // another choice came meanwhile
+  const chosen = [state.layer, state.head];
+  const found = await decoded(...chosen);
+  if (chosen[0] !== state.layer || chosen[1] !== state.head) return; // another choice came meanwhile
   attention = found;
   document.body.dataset.shown = `${facts.layers[layer].number} ${state.head}`;
   tip(null);
   show();
 }
 
-/** Take the state from the address; what it does not name, or names wrongly, is the start and the last token. */
+/** Take the state from the address. What it does not name, or names wrongly, comes from the start: the last token. */
 function restore() {
-  const wanted = new URLSearchParams(location.hash.slice(1));
+  const address = new URLSearchParams(location.hash.slice(1));
   const within = (text, end) => (/^\d+$/.test(text ?? "") && +text < end ? +text : null);
-  const found = facts.layers.findIndex((each) => String(each.number) === wanted.get("layer"));
+  const found = facts.layers.findIndex(({ number }) => String(number) === address.get("layer"));
   const [layer, first] = found >= 0 ? [found, 0] : facts.start;
-  const token = within(wanted.get("token"), length);
+  const token = within(address.get("token"), length);
   state.pinned = token !== null;
   state.asking = token ?? length - 1;
   if (state.pinned) roam(token);
   const box = $("tokens"), asking = tokens[state.asking];
   box.scrollTop = asking.offsetTop - box.offsetTop - box.clientHeight / 2;
-  return choose(layer, within(wanted.get("head"), facts.layers[layer].sizes.length) ?? first);
+  return choose(layer, within(address.get("head"), facts.layers[layer].sizes.length) ?? first);
 }
 
-/** Scroll the box, and nothing else, as little as shows the element beside the box's headings. */
+/** Scroll the box alone, as little as is needed to show the element beside the headings of the box. */
 function reveal(box, element) {
-  for (const [place, extent, scroll, room] of [
+  for (const [place, size, scroll, room] of [
     ["offsetTop", "offsetHeight", "scrollTop", "clientHeight"],
     ["offsetLeft", "offsetWidth", "scrollLeft", "clientWidth"],
   ]) {
-    const start = element[place] - box[place], margin = 1.5 * element[extent];
-    box[scroll] = Math.max(Math.min(box[scroll], start - margin), start + margin + element[extent] - box[room]);
+    const start = element[place] - box[place], margin = 1.5 * element[size];
+    box[scroll] = Math.max(Math.min(box[scroll], start - margin), start + margin + element[size] - box[room]);
   }
 }
 
@@ -285,7 +285,7 @@ function roam(token) {
   tokens[token].tabIndex = 0;
 }
 
-/** The token of the line above (-1) or below (1) that stands nearest. */
+/** The nearest token in the line above (-1) or under (1) this one. */
 function across(token, direction) {
   const from = tokens[token].getClientRects()[0], middle = (rect) => rect.left + rect.width / 2;
   let best = token, line = null, nearest = Infinity;

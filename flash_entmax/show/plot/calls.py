@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...inspection import Call
+from ...inspection import RecordedCall
 from .shared import INVISIBLE, colours, ink_on, require_matplotlib
 
 if TYPE_CHECKING:
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAP_CELLS = 256
-MOST_NUMBERS = 24  # heads beside each other whose cells have room for a number
-MOST_LAYER_NUMBERS = 40  # below each other
+MOST_NUMBERS = 24  # heads: with more, a cell has no room for its number
+MOST_LAYER_NUMBERS = 40  # layers: with more, the axis has no room for every number
 GREY = "#444"
 TITLE_SIZE = 13
 
 
-def support_figure(calls: Sequence[Call], title: str) -> "Figure":
-    """A heat map with numbers: the mean support size of each layer (row) and head (column); redder is more keys.
+def support_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
+    """A heat map with numbers: the mean support size by layer (row) and head (column). Redder means more keys.
 
     Args:
-        calls: one for each layer; they may differ in heads.
+        calls: one for each layer, which may differ in their numbers of heads.
         title: one line.
     """
     require_matplotlib()
@@ -69,11 +69,11 @@ def support_figure(calls: Sequence[Call], title: str) -> "Figure":
     return figure
 
 
-def map_figure(call: Call, title: str, batch: int = 0, head: int = 0, cells: int = MAP_CELLS) -> "Figure":
-    """One head's attention, queries down and keys across: white is exactly zero, grey is hidden.
+def map_figure(call: RecordedCall, title: str, batch: int = 0, head: int = 0, cells: int = MAP_CELLS) -> "Figure":
+    """One head's attention, with queries down and keys across. White is exactly zero, and grey is hidden.
 
-    Up to ``cells`` queries and keys, each cell is one probability; beyond, it is a square of pairs, coloured by the
-    share of them that is positive.
+    Up to ``cells`` queries and keys, a cell is one probability. Beyond, a cell is a square of pairs, coloured by the
+    share of its pairs that are positive.
     """
     require_matplotlib()
     from matplotlib.colors import LogNorm, PowerNorm
@@ -112,8 +112,8 @@ def map_figure(call: Call, title: str, batch: int = 0, head: int = 0, cells: int
     return figure
 
 
-def sparsity_figure(calls: Sequence[Call], title: str) -> "Figure":
-    """A heat map: block sparsity of each layer (row) along the positions of the queries; redder is fewer empty tiles.
+def sparsity_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
+    """A heat map: block sparsity by layer (row) and position of the queries. Redder means fewer empty tiles.
 
     Args:
         calls, title: as for :func:`support_figure`.
@@ -147,8 +147,8 @@ def sparsity_figure(calls: Sequence[Call], title: str) -> "Figure":
     return figure
 
 
-def sparsity_grid(calls: Sequence[Call]) -> tuple[Tensor, int]:
-    """(layers, tiles of queries) float64, and the extent of a tile: the smallest of all; NaN past the end of a call."""
+def sparsity_grid(calls: Sequence[RecordedCall]) -> tuple[Tensor, int]:
+    """Block sparsity (layers, tiles of queries) float64, NaN past the end of a call; and the smallest tile size."""
     smallest = min(call.support.tile_shape[0] for call in calls)
     rows = [
         call.block_sparsity_by_position.cpu().repeat_interleave(call.support.tile_shape[0] // smallest)
@@ -158,20 +158,20 @@ def sparsity_grid(calls: Sequence[Call]) -> tuple[Tensor, int]:
 
 
 def binned(rows: Tensor, square: int) -> Tensor:
-    """(query length, key length) sparse CSR -> (squares, squares) float64: the share of pairs that have an entry."""
-    extents = [math.ceil(extent / square) for extent in rows.shape]
+    """Sparse CSR (query length, key length) -> (squares, squares) float64: the share of pairs with an entry."""
+    squares = [math.ceil(length / square) for length in rows.shape]
     row = torch.arange(rows.shape[0]).repeat_interleave(rows.crow_indices().diff()) // square
-    cell = row * extents[1] + rows.col_indices() // square
-    counts = torch.bincount(cell, minlength=extents[0] * extents[1]).view(extents).double()
-    rows_of, keys_of = (
-        torch.full((n,), square).clamp_max(extent - square * torch.arange(n))
-        for n, extent in zip(extents, rows.shape, strict=True)
+    cell = row * squares[1] + rows.col_indices() // square
+    counts = torch.bincount(cell, minlength=squares[0] * squares[1]).view(squares).double()
+    queries, keys = (
+        torch.full((n,), square).clamp_max(length - square * torch.arange(n))
+        for n, length in zip(squares, rows.shape, strict=True)
     )
-    return counts / (rows_of.unsqueeze(-1) * keys_of)
+    return counts / (queries.unsqueeze(-1) * keys)
 
 
-def hidden(call: Call, batch: int, square: int) -> Tensor:
-    """(squares, squares) bool: no query of the square sees a key of it."""
+def hidden(call: RecordedCall, batch: int, square: int) -> Tensor:
+    """(squares, squares) bool: no query of the square sees any key of it."""
     start, stop, _ = call.intervals[batch].cpu().unbind()
     blind = start >= stop
     padding = (0, -len(start) % square)
@@ -202,14 +202,14 @@ def add_titles(figure: "Figure", title: str, explained: str) -> None:
 
 
 def compact(number: float) -> str:
-    """Two or three digits; a dash for no number."""
+    """Rounded for a narrow cell: one decimal below 100, thousands from 10,000 on; a dash for NaN."""
     if math.isnan(number):
         return "-"
     return f"{number:.1f}" if number < 99.95 else f"{number:.0f}" if number < 9999.5 else f"{number / 1000:.0f}k"
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers of the range; its ends where there are fewer than two."""
+    """The round numbers 1, 2, 5, 10, ... of a range; the ends of the range if there are fewer than two."""
     found = [step * 10**power for power in range(6) for step in (1, 2, 5) if low <= step * 10**power <= high]
     return found if len(found) > 1 else [low, high]
 

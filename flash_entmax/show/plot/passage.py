@@ -1,4 +1,4 @@
-"""The attention of a short passage, head by head, and as the text that one byte of it sees."""
+"""The attention of a short passage: a map for every head, and the text as one of its bytes sees it."""
 
 import textwrap
 from pathlib import Path
@@ -28,9 +28,9 @@ def save_attention(probability: Tensor, text: bytes, position: int, title: str, 
 
 
 def attention_figure(probability: Tensor, text: bytes, position: int, title: str) -> "Figure":
-    """A row for each layer: the map query x key of every head, then the passage as one byte of it sees it.
+    """A row for each layer: a map (query x key) of every head, then the passage as one byte sees it.
 
-    A probability of exactly zero is white. The passage is coloured for the head that attends farthest back from that
+    A probability of exactly zero is white. The passage is coloured for the head that attends farthest back from this
     byte.
 
     Args:
@@ -78,12 +78,12 @@ def attention_figure(probability: Tensor, text: bytes, position: int, title: str
 
 
 def farthest_head(probability: Tensor) -> int:
-    """(heads, length), attention of one position -> the head with the smallest mean position of its keys."""
+    """The head that attends to the smallest mean position. probability is (heads, length), of one query."""
     return int((probability @ torch.arange(probability.shape[-1], dtype=probability.dtype)).argmin())
 
 
 def draw_map(axes: "Axes", probability: Tensor, position: int) -> None:
-    """(length, length): white where the probability is zero, grey where the mask hides the key, else its colour."""
+    """White where a probability is zero, grey where the mask hides the key. probability is (length, length)."""
     from matplotlib.colors import to_rgb
 
     length = probability.shape[-1]
@@ -106,7 +106,7 @@ def label_map(axes: "Axes", layer: int, head: int, is_first: bool, is_last: bool
 
 
 def lines_of(text: bytes) -> list[list[int]]:
-    """The positions in each line to print: a line ends at a newline, or is full."""
+    """The positions of each printed line, which ends with a newline or after LINE_LENGTH bytes."""
     lines, line = [], []
     for index, byte in enumerate(text):
         line.append(index)
@@ -117,12 +117,12 @@ def lines_of(text: bytes) -> list[list[int]]:
 
 
 def glyph(byte: int) -> str:
-    """What stands for a byte: itself, an arrow for a newline, a dot where it does not print."""
+    """The character that is drawn for a byte: itself, an arrow for a newline, a dot for what does not print."""
     return "↵" if byte == ord("\n") else chr(byte) if 32 <= byte < 127 else "·"
 
 
 def draw_text(axes: "Axes", probability: Tensor, text: bytes, position: int) -> None:
-    """The passage, each byte on the colour of its probability, in a frame where the query is, grey after it."""
+    """The passage: every byte on the colour of its probability, a frame around the query, grey ink after it."""
     from matplotlib.patches import Rectangle
 
     palette, lines = colours(), lines_of(text)

@@ -1,4 +1,4 @@
-"""What the pictures share: the colours of a probability, the text that is read on them, and how they are written."""
+"""What the pictures share: the colours of probabilities, the ink on these colours, and how a picture is written."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ INVISIBLE = "#e3e5e8"
 
 
 def require_matplotlib() -> None:
-    """Raise an ImportError that says what to install, where matplotlib is missing."""
+    """Raise an ImportError that says what to install, if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -22,14 +22,14 @@ def require_matplotlib() -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> Path:
-    """Write to ``path``, in the format that its suffix names (.png, .pdf, .svg), and return it; makes its folder."""
+    """Write the figure and its folder, and return ``path``. The suffix names the format: .png, .pdf or .svg."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor="white")
     return path
 
 
 def colours() -> "Colormap":
-    """From light yellow, for the smallest positive number, to dark red."""
+    """The colour map: light yellow for the smallest positive number, dark red for the largest."""
     from matplotlib import colormaps
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -37,12 +37,12 @@ def colours() -> "Colormap":
 
 
 def ink_on(colour: tuple[float, ...]) -> str:
-    """Black or white, whichever is easier to read on the colour: by relative luminance, as WCAG defines contrast."""
+    """Black or white, whichever has more contrast to the colour, as WCAG defines it by relative luminance."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     luminance = sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
     return "white" if luminance < 0.179 else "black"
 
 
 def shade(probability: Tensor) -> Tensor:
-    """Where on the colour scale a probability lies: its square root, so that small ones can be told apart."""
+    """The place of a probability on the colour scale, 0 to 1: its square root, which tells small ones apart."""
     return probability.clamp(0, 1).sqrt()

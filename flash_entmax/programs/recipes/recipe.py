@@ -1,0 +1,113 @@
+"""What a recipe is: models that differ in one thing, how they are trained, and what is measured of them."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a model at several places, such as lengths: a table and a picture.
+
+    ``title`` and ``place`` name the number and the places with their units. ``logarithmic`` is the axis of the places.
+    """
+
+    key: str
+    title: str
+    place: str
+    digits: int = 1
+    logarithmic: bool = True
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a recipe trains at one --size. Each recipe adds fields of its own.
+
+    Attributes:
+        steps: optimizer steps of one training, each on one batch.
+        batch: examples in a batch.
+        learning_rates: the rates at which every arm is trained first, ascending.
+        extensions: how many more rates an arm may try, each beyond the end of its rates that was best.
+        sweep_seeds: trainings of an arm at every rate, with the seeds 0, 1, ...
+        seeds: trainings of an arm at its best rate.
+        workers: how many models one device trains at a time.
+        compiled: whether ``model.compile`` is called before a training.
+    """
+
+    steps: int
+    batch: int
+    _: KW_ONLY
+    learning_rates: tuple[float, ...]
+    seeds: int = 3
+    sweep_seeds: int = 1
+    extensions: int = 0
+    workers: int = 6
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model: what it is, how it is trained, and which file holds it afterwards."""
+
+    recipe: str
+    size: str
+    arm: str
+    learning_rate: float
+    seed: int
+    steps: int
+    folder: Path
+    device: str
+    text: Path | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.arm} | {self.learning_rate:g} | seed {self.seed} | {self.steps} steps"
+
+    @property
+    def path(self) -> Path:
+        return self.folder / (re.sub(r"[^\w.]+", "-", self.key).lower() + ".safetensors")
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """A claim about models. Its arms are trained and measured alike.
+
+    Attributes:
+        name: as the command line and the files name the recipe.
+        arms: the models that are compared, by name.
+        sizes: one for each of "toy", "small" and "full".
+        measures: what ``measure`` gives.
+        validation: which examples ``validate`` uses, in words.
+    """
+
+    name: str
+    arms: Collection[str]
+    sizes: Mapping[str, Size]
+    measures: Sequence[Measure]
+    validation: str
+
+    def build(self, arm: str, size: Size) -> nn.Module:
+        """The untrained model on the CPU. Its weights come from PyTorch's global generator, seeded by the caller."""
+        ...
+
+    def batch(self, step: int, run: Run, size: Size) -> Batch:
+        """The tensors of one step, on the device of the run. They depend on nothing but the arguments."""
+        ...
+
+    def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
+        """The mean loss of a batch in nats: a scalar to differentiate."""
+        ...
+
+    def validate(self, model: nn.Module, run: Run, size: Size) -> float:
+        """The mean loss in nats on examples that no training sees. The lowest one chooses the learning rate."""
+        ...
+
+    def measure(self, model: nn.Module, run: Run, size: Size) -> dict[str, dict[str, float]]:
+        """{key of a measure: {place: number}}, in the units that the measures name. Called without gradients."""
+        ...

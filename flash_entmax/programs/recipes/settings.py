@@ -1,0 +1,33 @@
+"""What the command line said after `flash-entmax recipe`, and its checks before any work."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CommandError, device_for, require
+
+TRAINED = ("max-retrieval", "sort", "reverse", "language-model")  # these train models by the plan in sweep.py
+MEASURED = ("sparsity", "training-speed")  # these measure the models of language-model
+NAMES = (*TRAINED, *MEASURED)
+SIZES = ("toy", "small", "full")  # in seconds, in minutes on a laptop, in minutes on a GPU
+
+
+@dataclass(frozen=True)
+class RecipeSettings:
+    """``device`` is "cpu" or "cuda"; ``text`` is the language model's corpus; ``workers`` None: as the size says."""
+
+    out: Path
+    size: str
+    device: str
+    text: Path | None = None
+    workers: int | None = None
+
+
+def settings_for(out: Path, size: str | None, device: str, text: Path | None, workers: int | None) -> RecipeSettings:
+    """``device`` may be "auto". A size of None becomes the one that fits the device."""
+    require("recipes", "matplotlib", "rich", "safetensors")
+    device = device_for(device)
+    if workers is not None and workers < 1:
+        raise CommandError(f"--workers must be at least 1, got {workers}")
+    if text is not None and not text.exists():
+        raise CommandError(f"--text {text}: no such file or folder")
+    return RecipeSettings(out, size or ("full" if device == "cuda" else "small"), device, text, workers)

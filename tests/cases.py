@@ -7,13 +7,13 @@ from torch import Tensor
 
 from flash_entmax import entmax_attention, entmax_attention_varlen
 from flash_entmax.backends import reference
-from flash_entmax.core.call import Problem, Support, parameters
+from flash_entmax.core.call import Problem, ScoreOptions, Support, VisibilityArgs
 from flash_entmax.core.threshold import threshold_by_bisection
-from flash_entmax.core.visibility import Sight
+from flash_entmax.core.visibility import Visibility
 from flash_entmax.testing import iid_inputs, inputs_with_scores
 
 PARAMETERS = ("alpha", "scale", "alibi_slopes")
-OF_SIGHT = (
+MASKS = (
     "window_size", "query_positions", "key_lengths", "key_mask", "block_mask", "cu_seq_q", "cu_seq_k",
 )  # fmt: skip
 
@@ -70,27 +70,32 @@ class Case:
         return tuple(self.batched(tensor) for tensor in (self.query, self.key, self.value))
 
     @property
+    def score(self) -> ScoreOptions:
+        """As the operators get it."""
+        softcap, slopes = self.options.get("softcap", 0.0), self.options.get("alibi_slopes")
+        return ScoreOptions(self.alpha, self.scale, softcap, slopes).lowered(self.inputs[0])
+
+    @property
     def numbers(self) -> tuple[float | Tensor, float | Tensor]:
-        """alpha and scale as the operators get them: two floats, or two tensors (heads,)."""
-        return parameters(self.inputs[0], self.alpha, self.scale)
+        """alpha and scale: two floats, or two tensors (heads,)."""
+        return self.score[:2]
 
     @property
     def slopes(self) -> Tensor | None:
-        slopes, problem = self.options.get("alibi_slopes"), self.problem
-        return None if slopes is None else slopes.expand(problem.batch, problem.heads)
+        return self.score.alibi_slopes
 
     @property
     def problem(self) -> Problem:
-        numbers = (1.5 if isinstance(number, Tensor) else number for number in self.numbers)
-        alpha, scale = numbers
-        return Problem.of(*self.inputs, alpha, self.is_causal, scale, self.options.get("softcap", 0.0))
+        """Without the masks but causality."""
+        visibility = VisibilityArgs(None, None, None, self.is_causal, self.inputs[1].shape[2])
+        return Problem.of(*self.inputs, self.score, visibility)
 
     @property
-    def sight(self) -> Sight:
-        given = {name: self.options[name] for name in OF_SIGHT if name in self.options}
+    def visibility(self) -> Visibility:
+        given = {name: self.options[name] for name in MASKS if name in self.options}
         if self.is_packed and given.get("cu_seq_k") is None:
             given["cu_seq_k"] = given["cu_seq_q"]
-        return Sight(self.is_causal, **given)
+        return Visibility(self.is_causal, **given)
 
     def grad_output(self) -> Tensor:
         shape = *self.query.shape[:-1], self.value.shape[-1]
@@ -166,10 +171,7 @@ def run_dense(case: Case, grad_output: Tensor) -> Result:
     case = case.with_tensors(**leaves)
     query, key, value = case.inputs
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    slopes = None if case.slopes is None else case.slopes.to(wide)
-    output, _ = reference.attention(
-        case.problem, query.to(wide), key.to(wide), value, *case.numbers, slopes, case.sight
-    )  # fmt: skip
+    output, _ = reference.attention(case.problem, query.to(wide), key.to(wide), value, case.visibility)
     output = case.as_given(output)
     return Result(output.detach(), torch.autograd.grad(output, list(leaves.values()), grad_output), grad_output)
 

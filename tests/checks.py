@@ -39,7 +39,7 @@ def dense_scores(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     query, key, _ = (tensor.detach() for tensor in case.inputs)
     key = key.repeat_interleave(case.problem.group, dim=1)
     alpha, scale = (by_head(number).to(key.device) for number in case.numbers)
-    visible, distance = reference.visible_mask(case.problem, case.sight, key.device)
+    visible, distance = reference.visible_mask(case.problem, case.visibility, key.device)
     scores, terms = scale * (query @ key.mT), scale * (query.abs() @ key.abs().mT)
     if softcap := case.problem.softcap:
         scores, terms = softcap * torch.tanh(scores / softcap), terms + softcap
@@ -139,7 +139,7 @@ def parameter_magnitudes(case: Case, products: Tensor, u: Tensor) -> dict[str, f
     """
     alpha, scale = (by_head(number).to(case.query.device) for number in case.numbers)
     _, terms, _ = dense_scores(case)
-    _, apart = reference.visible_mask(case.problem, case.sight, case.query.device)
+    _, apart = reference.visible_mask(case.problem, case.visibility, case.query.device)
     sharpness, entropy = 1 / (alpha.squeeze(-1) - 1), math.log(1 + case.problem.key_length)
     score, distance = (torch.where(u > 0, numbers, 0.0).amax(-1) for numbers in (terms / ((alpha - 1) * scale), apart))
     by_rows = {
@@ -228,17 +228,17 @@ def recorded_words() -> Iterator[list[Tensor]]:
 def check_live_map(case: Case, impl: str, exact: Support) -> Tensor:
     """No tile with support was dropped by the public call."""
     with torch.no_grad(), recorded_words() as kept:
-        attend(case, impl)
+        attend(case, impl, return_support=True)
     return check_live_words(case, impl, kept[0], exact)
 
 
 def check_live_words(case: Case, impl: str, words: Tensor, exact: Support) -> Tensor:
     """No tile with support was dropped; the tiles kept, (batch, heads, query tiles, key tiles) bool."""
-    extent = ops.tile(impl, case.query, case.value)
-    assert words.shape == case.problem.live_shape(extent)
-    live = case.problem.unpack_live(words, extent)
+    tile = ops.tile_of(impl, case.query, case.value)
+    assert words.shape == case.problem.live_shape(tile)
+    live = case.problem.unpack_live(words, tile)
     distance, slack = distances(case, exact)
-    lost = any_in_tiles(distance > slack, (extent, extent)) & ~live
+    lost = any_in_tiles(distance > slack, (tile, tile)) & ~live
     assert not lost.any(), f"{int(lost.sum())} tiles that hold support are not in the live map"
     return live
 

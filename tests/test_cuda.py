@@ -97,18 +97,15 @@ def test_scratch_is_bounded():
 
 
 def test_a_new_length_compiles_nothing():
-    from flash_entmax.backends.triton import bound
-    from flash_entmax.backends.triton import gradient as backward
-    from flash_entmax.backends.triton import output as forward
-    from flash_entmax.backends.triton import threshold as tau
+    from flash_entmax.backends.triton import bound, gradient, output, threshold
 
     def step(length, heads):
         inputs = [t.requires_grad_() for t in iid_inputs(1, heads, length, 64, dtype=torch.float16, device="cuda")]
         entmax_attention(*inputs, is_causal=True).sum().backward()
 
     kernels = (
-        bound.summary_kernel, tau.threshold_kernel, forward.output_kernel, backward.gradient_query_kernel,
-        backward.gradient_key_value_kernel,
+        bound.summary_kernel, threshold.threshold_kernel, output.output_kernel, gradient.gradient_query_kernel,
+        gradient.gradient_key_value_kernel,
     )  # fmt: skip
     step(1000, 2)
     compiled = [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]

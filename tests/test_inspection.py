@@ -71,7 +71,7 @@ def dense(case: Case) -> torch.Tensor:
     case = case.in_float64()
     query, key, _ = case.inputs
     value = torch.eye(key.shape[2], dtype=torch.float64, device=key.device).expand(*key.shape[:3], -1)
-    return reference.attention(case.problem, query, key, value, *case.numbers, case.slopes, case.sight)[0]
+    return reference.attention(case.problem, query, key, value, case.visibility)[0]
 
 
 def check_rows(call: inspection.RecordedCall, expected: torch.Tensor) -> None:
@@ -113,7 +113,7 @@ def test_against_the_reference(backend, name):
 def check_numbers(call: inspection.RecordedCall, case: Case, exact: torch.Tensor) -> None:
     tile = call.support.tile_shape
     assert torch.equal(call.live_tiles, any_in_tiles(exact, tile))
-    visible, _ = reference.visible_mask(case.problem, case.sight, case.query.device)
+    visible, _ = reference.visible_mask(case.problem, case.visibility, case.query.device)
     visible = any_in_tiles(visible.expand_as(exact), tile)
     assert torch.equal(call.visible_tiles, visible)
     empty = visible & ~any_in_tiles(exact, tile)
@@ -129,7 +129,7 @@ def check_numbers(call: inspection.RecordedCall, case: Case, exact: torch.Tensor
 
 def check_keys_together(call: inspection.RecordedCall, case: Case, exact: torch.Tensor) -> None:
     """Of each 64 consecutive queries: the keys that one of them attends to, and those that one of them sees."""
-    visible, _ = reference.visible_mask(case.problem, case.sight, case.query.device)
+    visible, _ = reference.visible_mask(case.problem, case.visibility, case.query.device)
     live, seen = (any_in_tiles(marks, (64, 1)).sum(-1) for marks in (exact, visible.expand_as(exact)))
     assert torch.equal(call.live_keys, live)
     assert torch.equal(call.visible_keys, seen)

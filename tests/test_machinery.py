@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_entmax import entmax_attention, entmax_attention_varlen, linear_entmax_loss, register_flop_formulas
-from flash_entmax.operators import attention as ops
+from flash_entmax.backends import BACKENDS
 from flash_entmax.testing import iid_inputs
 
 OPERATOR = torch.ops.flash_entmax.attention.default
@@ -191,8 +191,8 @@ SELECTIVE = {"context_fn": partial(create_selective_checkpoint_contexts, save_at
 def test_selective_checkpointing_saves_the_attention(backend, options, runs, monkeypatch):
     """A plain checkpoint computes the attention twice, a selective one that saves it once; gradients stay the same."""
     module, leaves = Attention(backend), make_case(backend, length=50).leaves()
-    stages = ops.stages(backend.impl)
-    original, calls = stages.attention, []
+    stages = BACKENDS[backend.impl]
+    original, calls = stages.attention_forward, []
 
     def counted(*arguments):
         calls.append(1)
@@ -202,7 +202,7 @@ def test_selective_checkpointing_saves_the_attention(backend, options, runs, mon
         return torch.tanh(module(query * 1.0, key * 1.0, value * 1.0)) * 2
 
     expected = step(layer, leaves)
-    monkeypatch.setattr(stages, "attention", counted)
+    monkeypatch.setattr(stages, "attention_forward", counted)
     actual = step(partial(checkpoint, layer, use_reentrant=False, **options), leaves)
     assert len(calls) == runs
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))

@@ -44,10 +44,10 @@ def calls(arguments) -> tuple[tuple, tuple]:
     """Arguments of the backward and of the support, by a forward pass."""
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     output, *saved = ops.attention(*arguments)
-    tensors, modifiers = arguments[:3], arguments[3 : 3 + ops.MODIFIERS]
-    scalars, learned = arguments[3 + ops.MODIFIERS :], modifiers[0] is not None
-    backward = torch.randn_like(output), *tensors, *saved, learned, *modifiers, *scalars
-    return backward, (*tensors, *modifiers, *saved[1:], *scalars)
+    inputs, options = arguments[:3], arguments[4:]
+    tensors, numbers = options[: ops.TENSORS], options[ops.TENSORS :]
+    backward = torch.randn_like(output), *inputs, *saved, tensors[0] is not None, *tensors, *numbers
+    return backward, (*inputs, *tensors, *saved[1:], *numbers)
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.3])

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from flash_entmax import entmax_attention, entmax_attention_varlen, functional
-from flash_entmax.backends import softmax
+from flash_entmax import entmax_attention, entmax_attention_varlen
+from flash_entmax.backends import BACKENDS, softmax
 from flash_entmax.testing import iid_inputs
 
 each_impl = pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
@@ -139,7 +139,7 @@ class SaysThatItIsOnTheGpu(torch.Tensor):
 def call_as_on_a_gpu(monkeypatch, attention, *, training=True, **options) -> None:
     """With ``attention`` in place of PyTorch's."""
     monkeypatch.setattr(softmax, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(functional, "why_not_triton", lambda query: "")
+    monkeypatch.setattr(BACKENDS["triton"], "obstacle", lambda query: "")
     query = torch.zeros(1, 2, 64, 16).as_subclass(SaysThatItIsOnTheGpu).requires_grad_(training)
     entmax_attention(query, query[:, :1], query[:, :1], alpha=1.0, is_causal=True, **options)
 

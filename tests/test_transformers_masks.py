@@ -11,8 +11,8 @@ from transformers import masking_utils as masks
 from transformers_models import LENGTH, assert_same, make, padding, tokens, with_implementation
 
 from flash_entmax.backends.reference import visible_mask
-from flash_entmax.core.call import Problem
-from flash_entmax.core.visibility import Sight
+from flash_entmax.core.call import Problem, ScoreOptions, VisibilityArgs
+from flash_entmax.core.visibility import Visibility
 from flash_entmax.integrations import transformers as integration
 from flash_entmax.integrations.transformers import masks as transformers_masks
 
@@ -52,12 +52,13 @@ def seen_by(mask: integration.Mask, batch: int) -> torch.Tensor:
     boundaries = mask.boundaries
     if boundaries is not None:
         lengths, rows = (batch * lengths[0], batch * lengths[1]), 1
-    sight = Sight(
+    visibility = Visibility(
         False, mask.window, mask.positions, key_mask=mask.key_mask, block_mask=mask.block_mask, cu_seq_q=boundaries,
         cu_seq_k=boundaries,
     )  # fmt: skip
     query, key = (torch.zeros(rows, 1, length, 8) for length in lengths)
-    visible, _ = visible_mask(Problem.of(query, key, key, 1.5, False, 1.0), sight, query.device)
+    problem = Problem.of(query, key, key, ScoreOptions(1.5, 1.0), VisibilityArgs(None, None, None, False, lengths[1]))
+    visible, _ = visible_mask(problem, visibility, query.device)
     if boundaries is not None:  # the blocks of the rows; nothing else may be seen
         blocks = visible[0, 0].unflatten(0, (batch, -1)).unflatten(2, (batch, -1))
         assert not any(blocks[i, :, j].any() for i in range(batch) for j in range(batch) if i != j)

@@ -288,7 +288,9 @@ class RecordedCall:
 
 
 def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options) -> Tensor:
-    """The attention of one head as a sparse CSR matrix (query length, key length), without a model: see `RecordedCall.rows`.
+    """The attention of one head as a sparse CSR matrix (query length, key length), without a model.
+
+    `RecordedCall.rows` says what it holds.
 
     Args:
         query, key: (batch, heads, length, head size), as for :func:`flash_entmax.entmax_attention`.

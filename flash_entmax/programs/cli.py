@@ -127,18 +127,18 @@ def info(options: argparse.Namespace) -> int:
 def versions() -> Iterator[tuple[str, str]]:
     import platform
     from importlib.metadata import packages_distributions, version
+    from importlib.util import find_spec
 
     import torch
 
     from .. import __version__
-    from ..backends.triton import TRITON_IS_INSTALLED
 
     yield "flash-entmax", __version__
     yield "python", platform.python_version()
     yield "torch", torch.__version__
     names = packages_distributions().get("triton", [])  # on ROCm and Windows it has another name
     known = ", ".join(f"{version(name)}{'' if name == 'triton' else f' ({name})'}" for name in names)
-    yield "triton", known or "installed, of an unknown version" if TRITON_IS_INSTALLED else "not installed"
+    yield "triton", known or "installed, of an unknown version" if find_spec("triton") else "not installed"
 
 
 def devices() -> Iterator[tuple[str, str]]:

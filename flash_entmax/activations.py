@@ -47,7 +47,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
         return entmax_of_jagged(x, alpha, dim, impl)
     check_scores(x, dim)
     check_alpha(alpha, x, dim)
-    impl = choose(x, impl)
+    impl = choose(x.dtype, x.device, impl)
     if not isinstance(alpha, Tensor) and alpha == 1.0:
         with as_given(x):
             return softmax(x, dim)

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from .backends import Impl
 from .core.call import ScoreOptions, Support
-from .core.checks import check_call, check_flag, refuse_nested
-from .core.modes import as_autocast
+from .core.checks import check_flag, checked_inputs, refuse_nested
+from .core.intervals import UNLIMITED
 from .core.tensors import is_jagged, longest_sequence
-from .core.visibility import UNLIMITED, Visibility
-from .operators.attention import attend
+from .core.visibility import Visibility
+from .operators.dispatch import attend
 
 
 def entmax_attention(
@@ -194,7 +194,6 @@ def checked_attention(
     return_support: bool,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
-    query, key, value = as_autocast(query, key, value)
-    check_call(query, key, value, score, visibility)
+    inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
-    return attend(query, key, value, score, visibility, impl, return_support)
+    return attend(*inputs, score, visibility, impl, return_support)

@@ -61,7 +61,7 @@ def entmax_loss(
     check_scores(input, class_dim if isinstance(input, Tensor) and input.dim() > class_dim else 0, "input")
     check_options(alpha, ignore_index, reduction, label_smoothing)
     check_target(input, target, class_dim)
-    impl = choose(input, impl)
+    impl = choose(input.dtype, input.device, impl)
     rows = input.movedim(class_dim, -1)
     shape, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1]).contiguous()
     count = rows.shape[0]
@@ -131,7 +131,7 @@ def linear_entmax_loss(
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum', got 'none': use entmax_loss for the loss of each token")
     rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
-    impl = choose(hidden, impl)
+    impl = choose(hidden.dtype, hidden.device, impl)
     scalars = ignore_index, float(label_smoothing), float(alpha), impl
     total, *_ = linear_loss(rows, weight, bias, classes, False, False, False, *scalars)
     return total if reduction == "sum" else divide_by_count(total, (classes != ignore_index).sum())

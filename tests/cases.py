@@ -88,7 +88,7 @@ class Case:
     def problem(self) -> Problem:
         """Without the masks but causality."""
         visibility = VisibilityArgs(None, None, None, self.is_causal, self.inputs[1].shape[2])
-        return Problem.of(*self.inputs, self.score, visibility)
+        return Problem.of(self.inputs[0].shape, self.inputs[2].shape, self.score, visibility)
 
     @property
     def visibility(self) -> Visibility:

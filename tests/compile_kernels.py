@@ -58,7 +58,7 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
     score, visibility = ScoreOptions(alpha, 1.0), VisibilityArgs(None, None, None, True, 256)
     if everything:
         score, visibility = all_options(4, 256, tile_size(dtype, head_size))
-    problem = Problem.of(query, key, key, score, visibility)
+    problem = Problem.of(query.shape, key.shape, score, visibility)
     output, *saved = attention.attention_forward(problem, query, key, key, True)
     attention.attention_backward(problem, output, query, key, key, *saved, everything)
     attention.attention_support(problem, query, key, *saved[1:])

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 
 from flash_entmax import entmax_attention
-from flash_entmax.core import visibility
+from flash_entmax.core import tile_filter
 from flash_entmax.core.closure import state_of
 from flash_entmax.testing import iid_inputs
 
@@ -163,8 +163,8 @@ NOT_KEPT = {
 @pytest.fixture
 def evaluations(monkeypatch):
     """How often a mask was evaluated so far."""
-    counted, plain = [], visibility._filter_of_blocks
-    monkeypatch.setattr(visibility, "_filter_of_blocks", lambda *arguments: counted.append(1) or plain(*arguments))
+    counted, plain = [], tile_filter._filter_of_blocks
+    monkeypatch.setattr(tile_filter, "_filter_of_blocks", lambda *arguments: counted.append(1) or plain(*arguments))
     return counted
 
 
@@ -216,15 +216,15 @@ def test_what_is_kept_keeps_no_mask_alive():
     import weakref
 
     gc.collect()
-    before = len(visibility._filters)
+    before = len(tile_filter._filters)
     mask = of_mask(of_table(torch.arange(LENGTH)))
     attend(mask)
-    assert len(visibility._filters) == before + 1
+    assert len(tile_filter._filters) == before + 1
     alive = weakref.ref(mask)
     del mask
     gc.collect()
     assert alive() is None
-    assert len(visibility._filters) == before
+    assert len(tile_filter._filters) == before
 
 
 @pytest.mark.parametrize(

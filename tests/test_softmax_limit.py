@@ -139,7 +139,7 @@ class SaysThatItIsOnTheGpu(torch.Tensor):
 def call_as_on_a_gpu(monkeypatch, attention, *, training=True, **options) -> None:
     """With ``attention`` in place of PyTorch's."""
     monkeypatch.setattr(softmax, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(BACKENDS["triton"], "obstacle", lambda query: "")
+    monkeypatch.setattr(BACKENDS["triton"], "obstacle", lambda *_: "")
     query = torch.zeros(1, 2, 64, 16).as_subclass(SaysThatItIsOnTheGpu).requires_grad_(training)
     entmax_attention(query, query[:, :1], query[:, :1], alpha=1.0, is_causal=True, **options)
 

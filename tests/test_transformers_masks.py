@@ -57,7 +57,9 @@ def seen_by(mask: integration.Mask, batch: int) -> torch.Tensor:
         cu_seq_k=boundaries,
     )  # fmt: skip
     query, key = (torch.zeros(rows, 1, length, 8) for length in lengths)
-    problem = Problem.of(query, key, key, ScoreOptions(1.5, 1.0), VisibilityArgs(None, None, None, False, lengths[1]))
+    problem = Problem.of(
+        query.shape, key.shape, ScoreOptions(1.5, 1.0), VisibilityArgs(None, None, None, False, lengths[1])
+    )
     visible, _ = visible_mask(problem, visibility, query.device)
     if boundaries is not None:  # the blocks of the rows; nothing else may be seen
         blocks = visible[0, 0].unflatten(0, (batch, -1)).unflatten(2, (batch, -1))

@@ -7,12 +7,12 @@ A backend is a module in this folder that offers the functions of `Backend`. Its
 from importlib import import_module
 from typing import Literal, Protocol, get_args
 
-from torch import Tensor, dtype
+from torch import Tensor, device, dtype
 
 from ..core.call import Problem, Tangents
 from ..core.loss import LossOptions
 
-BackendName = Literal["triton", "torch"]  # "auto" takes the first that is a default for a tensor and has no obstacle
+BackendName = Literal["triton", "torch"]  # "auto" takes the first that is a default for the device and has no obstacle
 Impl = Literal["auto", BackendName, "reference"]
 
 
@@ -27,11 +27,11 @@ class Backend(Protocol):
     part of the keys: maxima of parts combine by max, everything else by addition.
     """
 
-    def obstacle(self, tensor: Tensor) -> str:
-        """Why this backend cannot take the tensor; empty if it can."""
+    def obstacle(self, dtype: dtype, device: device) -> str:
+        """Why this backend cannot take tensors of a dtype on a device; empty if it can."""
 
-    def is_default_for(self, tensor: Tensor) -> bool:
-        """Whether "auto" may choose this backend for the tensor."""
+    def is_default_for(self, device: device) -> bool:
+        """Whether "auto" may choose this backend for tensors on a device."""
 
     def tile_size(self, dtype: dtype, size: int) -> int:
         """Queries and keys of one tile of the live map, for the larger head size of keys and values."""
@@ -94,18 +94,18 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {name: import_module(f".{name}", __name__) for name in get_args(BackendName)}
 
 
-def choose(tensor: Tensor, impl: str, others: tuple[str, ...] = ()) -> str:
-    """The name of the backend for a tensor, or `impl` itself if it is one of `others`.
+def choose(dtype: dtype, device: device, impl: str, others: tuple[str, ...] = ()) -> str:
+    """The name of the backend for tensors of a dtype on a device, or `impl` itself if it is one of `others`.
 
     An explicit choice that cannot run here is refused: nothing falls back.
     """
     check_impl(impl, others)
     if impl == "auto":
         for name, backend in BACKENDS.items():
-            if backend.is_default_for(tensor) and not backend.obstacle(tensor):
+            if backend.is_default_for(device) and not backend.obstacle(dtype, device):
                 return name
     if impl in BACKENDS:
-        obstacle = BACKENDS[impl].obstacle(tensor)
+        obstacle = BACKENDS[impl].obstacle(dtype, device)
         if obstacle:
             raise ValueError(f"impl={impl!r} cannot run here: {obstacle}")
     return impl

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..core.call import Problem, Support
+from ..core.intervals import UNLIMITED
 from ..core.threshold import row_maximum, threshold_by_bisection, threshold_by_sort
-from ..core.visibility import UNLIMITED, Visibility
+from ..core.visibility import Visibility
 
 
 def entmax_rows(z: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:

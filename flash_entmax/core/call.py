@@ -59,6 +59,11 @@ class ScoreOptions(NamedTuple):
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None
 
+    @property
+    def is_softmax(self) -> bool:
+        """alpha is the number 1."""
+        return not isinstance(self.alpha, Tensor) and self.alpha == 1.0
+
     def lowered(self, query: Tensor) -> "ScoreOptions":
         """Numbers, or tensors in the dtype of rows, for the heads of a query (batch, heads, query length, head size).
 
@@ -67,7 +72,7 @@ class ScoreOptions(NamedTuple):
         alpha, scale, softcap, slopes = self
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if isinstance(alpha, Tensor) or isinstance(scale, Tensor):
-            alpha = alpha if not isinstance(alpha, Tensor) and alpha == 1.0 else expanded(alpha, query, ALPHAS)
+            alpha = 1.0 if self.is_softmax else expanded(alpha, query, ALPHAS)
             scale = expanded(scale, query, SCALES)
         else:
             alpha, scale = float(alpha), float(scale)
@@ -91,7 +96,7 @@ class VisibilityArgs(NamedTuple):
     Attributes:
         intervals: (batch, 3, query length) int32: the first key that a query sees, one past the last, its position.
             Without intervals, every query sees all keys, or the causal ones.
-        tile_kinds, tile_bits: a mask by tiles, see ``visibility.TileFilter``.
+        tile_kinds, tile_bits: a mask by tiles, see ``tile_filter.TileFilter``.
         is_causal: counts only without intervals.
         max_visible_span: no 64 consecutive queries see more keys than this from the first to the last.
     """
@@ -129,11 +134,10 @@ class Problem:
     visibility: VisibilityArgs
 
     @classmethod
-    def of(
-        cls, query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: VisibilityArgs
-    ) -> "Problem":
-        batch, heads, query_length, head_size = query.shape
-        _, key_heads, key_length, value_size = value.shape
+    def of(cls, query: torch.Size, value: torch.Size, score: ScoreOptions, visibility: VisibilityArgs) -> "Problem":
+        """For a query and a value of these shapes."""
+        batch, heads, query_length, head_size = query
+        _, key_heads, key_length, value_size = value
         return cls(batch, heads, key_heads, query_length, key_length, head_size, value_size, score, visibility)
 
     @property

@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from .call import MAX_HEAD_SIZE, ScoreOptions
+from .intervals import FURTHEST, UNLIMITED
+from .modes import as_autocast
 from .tensors import ceil_div
-from .visibility import FURTHEST, UNLIMITED, Visibility
+from .visibility import Visibility
 
 
-def check_call(query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility) -> None:
-    """Everything that an attention call is refused for, but for a backend that cannot run here."""
+def checked_inputs(
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, under autocast in its dtype, after every refusal but that of a backend that cannot run."""
+    query, key, value = as_autocast(query, key, value)
     check_inputs(query, key, value)
     check_score_options(query, score)
     if visibility.cu_seq_q is not None:
@@ -19,6 +24,7 @@ def check_call(query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, v
     check_visibility(query, key, visibility)
     if visibility.cu_seq_q is not None:
         check_boundaries(query, visibility)
+    return query, key, value
 
 
 def refuse_nested(name: str, tensor: object) -> None:
@@ -190,28 +196,6 @@ def check_packed(visibility: Visibility) -> None:
             raise TypeError(f"{name} must be an integer, got {typed(longest)}")
         if longest < 0:
             raise ValueError(f"{name} must be at least 0, got {longest}")
-
-
-def check_packing(
-    cu_seq_q: Tensor, cu_seq_k: Tensor, query_length: int, key_length: int, max_q: int, max_k: int
-) -> None:
-    """The boundaries' values. On a GPU reading them would wait for the device, so they are asserted there."""
-    packings = [("cu_seq_q", cu_seq_q, query_length, max_q), ("cu_seq_k", cu_seq_k, key_length, max_k)]
-    if cu_seq_q is cu_seq_k:
-        packings = [("cu_seq_q", cu_seq_q, min(query_length, key_length), max(max_q, max_k))]
-    for name, boundaries, tokens, longest in packings:
-        valid = _boundaries_are_valid(boundaries, tokens, longest)
-        message = f"{name} must rise from 0 to at most {tokens} tokens in steps of at most {longest}"
-        if boundaries.is_cuda:
-            torch._assert_async(valid, message)
-        elif not boundaries.is_meta and not valid:
-            raise ValueError(f"{message}, got {boundaries.tolist()}")
-
-
-def _boundaries_are_valid(boundaries: Tensor, tokens: int, longest: int) -> Tensor:
-    """Scalar bool on the device: from 0 upwards to at most `tokens`, in steps of at most `longest`."""
-    steps = boundaries.diff()
-    return (boundaries[0] == 0) & (boundaries[-1] <= tokens) & ((steps >= 0) & (steps <= longest)).all()
 
 
 def _is_int(value: object) -> bool:

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from ..core.call import Support
 from ..core.checks import check_flag, said
 from ..core.tensors import ceil_div, row_dtype
-from ..core.visibility import HIDDEN
+from ..core.tile_filter import HIDDEN
 from ..functional import entmax_attention
 from ..operators import attention as ops
 from .recording import watch_calls
@@ -93,7 +93,7 @@ class RecordedCall:
         if self._tensors.alibi_slopes is not None:  # the caller's own, which an optimizer's step may write to
             self._tensors = self._tensors._replace(alibi_slopes=self._tensors.alibi_slopes.clone())
         self.name, self.number, self.dtype = name, number, query.dtype
-        self.problem, self.impl = ops.unpack_arguments(query, key, value, self._tensors, self._numbers)
+        self.problem, self.impl = ops.unpack_arguments(query, value, self._tensors, self._numbers)
         self._inputs: tuple[Tensor, Tensor] | None = (query, key)
         self._versions = versions(query, key)
         self._maximum, self._offset, self._live = (tensor.detach() for tensor in results[2:5])

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from ..backends.reference import entmax_rows
 from ..core.tensors import unpack_tiles
-from ..core.visibility import FIRST_PARTIAL, HIDDEN, WHOLE
+from ..core.tile_filter import FIRST_PARTIAL, HIDDEN, WHOLE
 
 QUERIES = 64  # consecutive queries whose keys are counted together
 

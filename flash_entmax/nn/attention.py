@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..backends import Impl
 from ..core.checks import check_flag, check_index, check_softcap, check_window, is_number, refuse_nested, said
+from ..core.intervals import UNLIMITED
 from ..core.tensors import is_jagged, longest_sequence
-from ..core.visibility import UNLIMITED
 from ..functional import entmax_attention, entmax_attention_varlen
 from .alpha import AlphaParameter, WithAlpha
 from .positions import POSITIONS, alibi_slopes_of, heads_without_slope, positions_of, rotate, rotation_of

@@ -5,7 +5,7 @@
     flash_entmax::attention_tangent   -> the output's derivative along tangents of the inputs
     flash_entmax::attention_support   -> maximum in units of z, support size of each row, map of live tiles
 
-backends.Backend says what these are. `attend` is the way from the public call to them.
+backends.Backend says what these are.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS, reference
-from ..core.call import Problem, ScoreOptions, Support, Tangents, VisibilityArgs
-from ..core.modes import as_given, is_recorded
+from ..backends import BACKENDS
+from ..core.call import Problem, ScoreOptions, Tangents, VisibilityArgs
+from ..core.modes import as_given
+from ..core.registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from ..core.tensors import ceil_div, empty_stored_as, row_dtype
-from ..core.visibility import Visibility
-from .lowering import Lowered, lowered
-from .registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 
 
 class OptionTensors(NamedTuple):
@@ -56,54 +54,25 @@ _TANGENTS_BATCH = Tangents(query=0, key=0, value=0, alpha=None, scale=None, alib
 TENSORS, NUMBERS, TANGENTS = (len(names._fields) for names in (OptionTensors, OptionNumbers, Tangents))
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
-    return_support: bool,
-) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
-    """A call that is checked: lower its options, and call what computes it."""
-    call = lowered(query, key, value, score, visibility, impl)
-    if call.backend == "reference":
-        with as_given(query):
-            problem = Problem.of(query, key, value, call.score, call.visibility)
-            result = reference.attention(problem, query, key, value, visibility)
-        return result if return_support else result[0]
-    if not isinstance(call.score.alpha, Tensor) and call.score.alpha == 1.0:
-        if return_support:
-            raise ValueError("alpha=1 is softmax, which attends to every key: it has no support to return")
-        from ..backends.softmax import softmax_attention
-
-        with as_given(query):
-            problem = Problem.of(query, key, value, call.score, call.visibility)
-            return softmax_attention(problem, query, key, value, visibility)
-    tensors, numbers = packed_arguments(call)
-    needs_backward = return_support or is_recorded((query, key, value, *tensors[:3]))
-    output, _, maximum, offset, live = attention(query, key, value, needs_backward, *tensors, *numbers)
-    if not return_support:
-        return output
-    detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *tensors))
-    maximum, size, marks = attention_support(*detached, maximum, offset, live, *numbers)
-    return output, Support(maximum, offset, size, marks, (call.tile, call.tile))
-
-
-def packed_arguments(call: Lowered) -> tuple[OptionTensors, OptionNumbers]:
+def flattened(score: ScoreOptions, visibility: VisibilityArgs, backend: str) -> tuple[OptionTensors, OptionNumbers]:
     """The options in the order of the operators' arguments."""
-    alpha, scale, softcap, slopes = call.score
-    intervals, kinds, bits, is_causal, span = call.visibility
+    alpha, scale, softcap, slopes = score
+    intervals, kinds, bits, is_causal, span = visibility
     learned, numbers = (None, None), (alpha, scale)
     if isinstance(alpha, Tensor):
         learned, numbers = (alpha, scale), (1.5, 1.0)
     tensors = OptionTensors(*learned, slopes, intervals, kinds, bits)
-    return tensors, OptionNumbers(*numbers, softcap, is_causal, span, call.backend)
+    return tensors, OptionNumbers(*numbers, softcap, is_causal, span, backend)
 
 
-def unpack_arguments(query: Tensor, key: Tensor, value: Tensor, tensors: tuple, numbers: tuple) -> tuple[Problem, str]:
+def unpack_arguments(query: Tensor, value: Tensor, tensors: tuple, numbers: tuple) -> tuple[Problem, str]:
     """The problem that an operator's arguments pose, and the name of the backend for it."""
     tensors, numbers = OptionTensors(*tensors), OptionNumbers(*numbers)
     alpha, scale = (numbers.alpha, numbers.scale) if tensors.alpha is None else (tensors.alpha, tensors.scale)
     score = ScoreOptions(alpha, scale, numbers.softcap, tensors.alibi_slopes)
     masks = tensors.intervals, tensors.tile_kinds, tensors.tile_bits
     visibility = VisibilityArgs(*masks, numbers.is_causal, numbers.max_visible_span)
-    return Problem.of(query, key, value, score, visibility), numbers.backend
+    return Problem.of(query.shape, value.shape, score, visibility), numbers.backend
 
 
 def tile_of(backend: str, query: Tensor, value: Tensor) -> int:
@@ -113,14 +82,14 @@ def tile_of(backend: str, query: Tensor, value: Tensor) -> int:
 
 @operator(f"{_INPUTS}, bool needs_backward, {_TENSORS}, {_NUMBERS}", results=5)
 def attention(query, key, value, needs_backward, *options):
-    problem, backend = unpack_arguments(query, key, value, options[:TENSORS], options[TENSORS:])
+    problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
     with as_given(query):
         return BACKENDS[backend].attention_forward(problem, query, key, value, needs_backward)
 
 
 @fake("attention")
 def _(query, key, value, needs_backward, *options):
-    problem, backend = unpack_arguments(query, key, value, options[:TENSORS], options[TENSORS:])
+    problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
     output = empty_stored_as(query, problem.value_size)
     row = query.new_empty(problem.batch, problem.heads, problem.query_length, dtype=row_dtype(query))
     live = query.new_empty(problem.live_shape(tile_of(backend, query, value)), dtype=torch.int32)
@@ -136,7 +105,7 @@ def _(query, key, value, needs_backward, *options):
 def attention_backward(
     grad_output, query, key, value, value_mean, maximum, offset, live, needs_parameters, *options
 ):  # fmt: skip
-    problem, backend = unpack_arguments(query, key, value, options[:TENSORS], options[TENSORS:])
+    problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
     tensors = grad_output, query, key, value, value_mean, maximum, offset, live
     with as_given(query):
         return BACKENDS[backend].attention_backward(problem, *tensors, needs_parameters)
@@ -151,7 +120,7 @@ def _(grad_output, query, key, value, value_mean, maximum, offset, live, needs_p
 @operator(f"{_INPUTS}, Tensor value_mean, {_STATE}, {_TANGENTS}, {_TENSORS}, {_NUMBERS}", results=1)
 def attention_tangent(query, key, value, value_mean, maximum, offset, live, *rest):
     tangents, options = Tangents(*rest[:TANGENTS]), rest[TANGENTS:]
-    problem, backend = unpack_arguments(query, key, value, options[:TENSORS], options[TENSORS:])
+    problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
     tensors = query, key, value, value_mean, maximum, offset, live
     with as_given(query):
         return BACKENDS[backend].attention_tangent(problem, *tensors, tangents)
@@ -165,7 +134,7 @@ def _(query, key, value, value_mean, *_):
 @operator(f"{_INPUTS}, {_TENSORS}, {_STATE}, {_NUMBERS}", results=3)
 def attention_support(query, key, value, *rest):
     tensors, (maximum, offset, live), numbers = rest[:TENSORS], rest[TENSORS:-NUMBERS], rest[-NUMBERS:]
-    problem, backend = unpack_arguments(query, key, value, tensors, numbers)
+    problem, backend = unpack_arguments(query, value, tensors, numbers)
     with as_given(query):
         return BACKENDS[backend].attention_support(problem, query, key, maximum, offset, live)
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..core.modes import as_given
+from ..core.registration import below_autograd, call_one_by_one, differentiate, fake, operator, refuse_second_derivative
 from ..core.tensors import ceil_div, row_dtype
 from . import rows as row_ops
-from .registration import below_autograd, call_one_by_one, differentiate, fake, operator, refuse_second_derivative
 
 CHUNK_LOGITS = 2**26
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..core.loss import LossOptions, check_classes
 from ..core.modes import as_given
+from ..core.registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from ..core.tensors import row_dtype
-from .registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 
 
 @operator("Tensor x, Tensor? alphas, float alpha, str impl", results=1)

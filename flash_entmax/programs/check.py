@@ -98,7 +98,7 @@ def plan() -> Iterator[tuple[str, Impl, torch.dtype, SelfCheckCase]]:
     for dtype in (torch.float64, torch.float32):
         for case in CASES:
             yield "cpu", "torch", dtype, case
-    if not BACKENDS["triton"].obstacle(torch.empty(0, dtype=torch.float32)):
+    if not BACKENDS["triton"].obstacle(torch.float32, torch.device("cpu")):
         for case in INTERPRETED_CASES:
             yield "cpu", "triton", torch.float32, case
     if torch.cuda.is_available():
@@ -107,7 +107,7 @@ def plan() -> Iterator[tuple[str, Impl, torch.dtype, SelfCheckCase]]:
 
 def plan_for_cuda() -> Iterator[tuple[str, Impl, torch.dtype, SelfCheckCase]]:
     for dtype, more in MORE_CUDA_CASES.items():
-        impl = choose(torch.empty(0, dtype=dtype, device="cuda"), "auto")
+        impl = choose(dtype, torch.device("cuda"), "auto")
         for case in CUDA_CASES + more:
             yield "cuda", impl, dtype, case
 

@@ -164,8 +164,8 @@ def choices() -> Iterator[str]:
 
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            query = torch.empty(0, dtype=dtype, device=device)
-            impl, obstacle = choose(query, "auto"), BACKENDS["triton"].obstacle(query)
+            kind = dtype, torch.device(device)
+            impl, obstacle = choose(*kind, "auto"), BACKENDS["triton"].obstacle(*kind)
             if impl == "triton":
                 reason = "the kernels run here"
             else:

@@ -1,6 +1,6 @@
 """The backend in plain PyTorch: for CPU tensors, float64, and any device without Triton."""
 
-from torch import Tensor, dtype
+from torch import device, dtype
 
 from .attention import attention_forward, attention_support
 from .gradient import attention_backward, attention_tangent
@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 
-def obstacle(tensor: Tensor) -> str:
+def obstacle(dtype: dtype, device: device) -> str:
     """None: it takes every tensor."""
     return ""
 
 
-def is_default_for(tensor: Tensor) -> bool:
+def is_default_for(device: device) -> bool:
     return True
 
 

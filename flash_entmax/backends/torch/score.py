@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...core.call import Problem
-from ...core.visibility import WHOLE
+from ...core.tile_filter import WHOLE
 from .tiles import Group, TileVisibility, by_tile
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from ...core.call import Problem
 from ...core.tensors import ceil_div, unpack_tiles
-from ...core.visibility import FIRST_PARTIAL, HIDDEN, WHOLE
+from ...core.tile_filter import FIRST_PARTIAL, HIDDEN, WHOLE
 
 TILE = 64
 CHUNK_SCORES = 2**22

@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from .schedule import tile_size as tile_size
 
@@ -28,27 +27,27 @@ HOMES = {
 }
 
 
-def obstacle(tensor: Tensor) -> str:
-    """Why the kernels cannot take this tensor; empty if they can."""
-    if tensor.dtype == torch.float64:
+def obstacle(dtype: torch.dtype, device: torch.device) -> str:
+    """Why the kernels cannot take tensors of this dtype on this device; empty if they can."""
+    if dtype == torch.float64:
         return "the kernels take float16, bfloat16 and float32, got float64"
-    if tensor.device.type == "cpu":
+    if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
-        if tensor.dtype == torch.bfloat16:
+        if dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
-    elif tensor.device.type != "cuda":
-        return f"the kernels run on CUDA devices, got {tensor.device}"
-    elif not torch.version.hip and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(tensor.device)} has less"
+    elif device.type != "cuda":
+        return f"the kernels run on CUDA devices, got {device}"
+    elif not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
     if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     return ""
 
 
-def is_default_for(tensor: Tensor) -> bool:
+def is_default_for(device: torch.device) -> bool:
     """The interpreter is for tests."""
-    return tensor.device.type != "cpu"
+    return device.type != "cpu"
 
 
 def __getattr__(name: str):

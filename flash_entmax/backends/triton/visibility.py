@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core import visibility
+from ...core import tile_filter
 from .tile import UNSPECIALIZED, WORD
 
-HIDDEN = tl.constexpr(visibility.HIDDEN)
-WHOLE = tl.constexpr(visibility.WHOLE)
-FIRST_PARTIAL = tl.constexpr(visibility.FIRST_PARTIAL)
+HIDDEN = tl.constexpr(tile_filter.HIDDEN)
+WHOLE = tl.constexpr(tile_filter.WHOLE)
+FIRST_PARTIAL = tl.constexpr(tile_filter.FIRST_PARTIAL)
 NOWHERE = tl.constexpr(2**30)
 
 
@@ -23,7 +23,7 @@ class KernelVisibility(NamedTuple):
     returns no None.
 
     intervals: (batch, 3, query length); bounds: (batch, query tiles, 4), see `bounds_kernel`; tile_kinds and tile_bits:
-    see core.visibility.TileFilter.
+    see core.tile_filter.TileFilter.
     """
 
     intervals: Tensor | int = 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ...core.visibility import UNLIMITED
+from ...core.intervals import UNLIMITED
 
 
 class _UnreadableError(Exception):

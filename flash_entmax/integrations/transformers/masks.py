@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...core.visibility import UNLIMITED
+from ...core.intervals import UNLIMITED
 from .mask_functions import read_mask
 
 

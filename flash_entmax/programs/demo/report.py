@@ -83,7 +83,7 @@ def conditions(model: Transformer, settings: DemoSettings, training: Training) -
     return {
         "device": torch.cuda.get_device_name() if on_cuda else f"cpu, {torch.get_num_threads()} threads",
         "versions": f"flash-entmax {__version__}, torch {torch.__version__}",
-        "implementation": f"{choose(probe, 'auto')}, {str(probe.dtype).removeprefix('torch.')}",
+        "implementation": f"{choose(probe.dtype, probe.device, 'auto')}, {str(probe.dtype).removeprefix('torch.')}",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": settings.layers,
         "heads": settings.heads,

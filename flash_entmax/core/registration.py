@@ -10,7 +10,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
-from ..core.modes import is_recorded, is_transformed
+from .modes import is_recorded, is_transformed
 
 # The decorator custom_op takes fewer lines, and 0.3 ms more of a step's Python: see docs/design.md.
 _library = torch.library.Library("flash_entmax", "DEF")

@@ -1,0 +1,108 @@
+"""An interval of keys for each query: what causality, windows, positions, padding and packed sequences are lowered to.
+
+flash_entmax::intervals    first key, one past the last, and position of each query
+"""
+
+import torch
+from torch import Tensor
+
+from .registration import batch_into, fake, operator
+
+UNLIMITED = -1
+FURTHEST = 2**30  # a position beyond is taken for this one, so that differences fit 32 bits
+
+
+@operator(
+    "Tensor query, Tensor? query_positions, Tensor? key_lengths, Tensor? cu_seq_q, Tensor? cu_seq_k, "
+    "SymInt key_length, SymInt first_position, SymInt left, SymInt right, SymInt max_q, SymInt max_k",
+    results=1,
+)
+def intervals(
+    query, query_positions, key_lengths, cu_seq_q, cu_seq_k, key_length, first_position, left, right, max_q, max_k
+):  # fmt: skip
+    sizes = query.shape[0], query.shape[2], key_length
+    if cu_seq_q is not None:
+        check_packing(cu_seq_q, cu_seq_k, *sizes[1:], max_q, max_k)
+    limits = query_positions, key_lengths, cu_seq_q, cu_seq_k
+    return intervals_of_rows(*limits, sizes, first_position, (left, right), query.device)
+
+
+@fake("intervals")
+def _(query, *_):
+    return query.new_empty(query.shape[0], 3, query.shape[2], dtype=torch.int32)
+
+
+batch_into(intervals, (0, None, 0), (0,))
+
+
+def intervals_of_rows(
+    query_positions: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seq_q: Tensor | None,
+    cu_seq_k: Tensor | None,
+    sizes: tuple[int, int, int],
+    first_position: int,
+    window: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """(batch, 3, query length) int32: the first key that a query sees, one past the last, and the query's position.
+
+    Keys count from 0 in the whole key tensor, in packed sequences too. `sizes` are (batch, query length, key length).
+    Without positions, queries stand at `first_position` and on; the last query of a packed sequence stands at its last
+    key.
+    """
+    batch, query_length, key_length = sizes
+    if query_positions is not None:
+        position = query_positions.to(torch.int64).clamp(-FURTHEST, FURTHEST)
+    else:
+        position = torch.arange(query_length, device=device)
+    first, end = 0, key_length
+    if cu_seq_q is not None:
+        to_last, first, end = packed_rows(query_length, cu_seq_q.to(torch.int64), cu_seq_k.to(torch.int64))
+        position = end - to_last if query_positions is None else first + position
+    elif query_positions is None:
+        position = position + first_position
+    if key_lengths is not None:
+        end = key_lengths.clamp(0, end).unsqueeze(-1)
+    left, right = window
+    start = position * 0 + first if left == UNLIMITED else (position - left).clamp_min(first)
+    stop = position * 0 + end if right == UNLIMITED else (position + (right + 1)).clamp_max(end)
+    rows = torch.broadcast_tensors(start.clamp(0, key_length), stop.clamp(0, key_length), position)
+    return torch.stack(rows, -2).to(torch.int32).expand(batch, -1, -1).contiguous()
+
+
+def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each query token: how far it is from the end of its queries; its sequence's first key, and one past the last.
+
+    Tokens past the last boundary get no key.
+    """
+    row = torch.arange(query_length, device=cu_q.device)
+    if cu_q.shape[0] == 1:
+        return row, row * 0, row * 0
+    sequence = torch.searchsorted(cu_q, row, right=True) - 1
+    inside = sequence < cu_q.shape[0] - 1
+    sequence = sequence.clamp(0, cu_q.shape[0] - 2)
+    first, end = cu_k[sequence], cu_k[sequence + 1]
+    return cu_q[sequence + 1] - row, first, torch.where(inside, end, first)
+
+
+def check_packing(
+    cu_seq_q: Tensor, cu_seq_k: Tensor, query_length: int, key_length: int, max_q: int, max_k: int
+) -> None:
+    """The boundaries' values. On a GPU reading them would wait for the device, so they are asserted there."""
+    packings = [("cu_seq_q", cu_seq_q, query_length, max_q), ("cu_seq_k", cu_seq_k, key_length, max_k)]
+    if cu_seq_q is cu_seq_k:
+        packings = [("cu_seq_q", cu_seq_q, min(query_length, key_length), max(max_q, max_k))]
+    for name, boundaries, tokens, longest in packings:
+        valid = _boundaries_are_valid(boundaries, tokens, longest)
+        message = f"{name} must rise from 0 to at most {tokens} tokens in steps of at most {longest}"
+        if boundaries.is_cuda:
+            torch._assert_async(valid, message)
+        elif not boundaries.is_meta and not valid:
+            raise ValueError(f"{message}, got {boundaries.tolist()}")
+
+
+def _boundaries_are_valid(boundaries: Tensor, tokens: int, longest: int) -> Tensor:
+    """Scalar bool on the device: from 0 upwards to at most `tokens`, in steps of at most `longest`."""
+    steps = boundaries.diff()
+    return (boundaries[0] == 0) & (boundaries[-1] <= tokens) & ((steps >= 0) & (steps <= longest)).all()

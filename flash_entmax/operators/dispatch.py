@@ -1,0 +1,47 @@
+"""From the public call to what computes it: choose the backend, lower the options, call."""
+
+from torch import Tensor
+
+from ..backends import BACKENDS, choose, reference
+from ..core.call import Problem, ScoreOptions, Support
+from ..core.modes import as_given, is_recorded
+from ..core.visibility import Visibility
+from . import attention as operators
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
+    return_support: bool,
+) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
+    """A call that is checked."""
+    backend = choose(query.dtype, query.device, impl, others=("reference",))
+    score = score.lowered(query)
+    if backend == "reference" or score.is_softmax:
+        return attend_by_definition(query, key, value, score, visibility, backend, return_support)
+    tile = BACKENDS[backend].tile_size(query.dtype, max(query.shape[-1], value.shape[-1]))
+    tensors, numbers = operators.flattened(score, visibility.lowered(query, key.shape[2], tile), backend)
+    needs_backward = return_support or is_recorded((query, key, value, *tensors[:3]))
+    output, _, maximum, offset, live = operators.attention(query, key, value, needs_backward, *tensors, *numbers)
+    if not return_support:
+        return output
+    detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *tensors))
+    maximum, size, marks = operators.attention_support(*detached, maximum, offset, live, *numbers)
+    return output, Support(maximum, offset, size, marks, (tile, tile))
+
+
+def attend_by_definition(
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, backend: str,
+    return_support: bool,
+) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
+    """The specification, and softmax: in PyTorch's own autograd, with the masks as the caller gave them."""
+    problem = Problem.of(query.shape, value.shape, score, visibility.lowered(query, key.shape[2], None))
+    if backend == "reference":
+        with as_given(query):
+            result = reference.attention(problem, query, key, value, visibility)
+        return result if return_support else result[0]
+    if return_support:
+        raise ValueError("alpha=1 is softmax, which attends to every key: it has no support to return")
+    from ..backends.softmax import softmax_attention
+
+    with as_given(query):
+        return softmax_attention(problem, query, key, value, visibility)

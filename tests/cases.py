@@ -8,6 +8,7 @@ from torch import Tensor
 from flash_entmax import entmax_attention, entmax_attention_varlen
 from flash_entmax.backends import reference
 from flash_entmax.core.call import Problem, ScoreOptions, Support, VisibilityArgs
+from flash_entmax.core.tensors import row_dtype
 from flash_entmax.core.threshold import threshold_by_bisection
 from flash_entmax.core.visibility import Visibility
 from flash_entmax.testing import iid_inputs, inputs_with_scores
@@ -72,8 +73,11 @@ class Case:
     @property
     def score(self) -> ScoreOptions:
         """As the operators get it."""
-        softcap, slopes = self.options.get("softcap", 0.0), self.options.get("alibi_slopes")
-        return ScoreOptions(self.alpha, self.scale, softcap, slopes).lowered(self.inputs[0])
+        query, options = self.inputs[0], self.options
+        softcap, slopes = options.get("softcap", 0.0), options.get("alibi_slopes")
+        return ScoreOptions(self.alpha, self.scale, softcap, slopes).lowered(
+            query.shape, row_dtype(query), query.device
+        )
 
     @property
     def numbers(self) -> tuple[float | Tensor, float | Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .tensors import WORD_BITS, ceil_div, clamped, pack_tiles, row_dtype, unpack_tiles
+from .tensors import WORD_BITS, ceil_div, clamped, pack_tiles, unpack_tiles
 
 MAX_HEAD_SIZE = 512
 ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
@@ -64,29 +64,32 @@ class ScoreOptions(NamedTuple):
         """alpha is the number 1."""
         return not isinstance(self.alpha, Tensor) and self.alpha == 1.0
 
-    def lowered(self, query: Tensor) -> "ScoreOptions":
-        """Numbers, or tensors in the dtype of rows, for the heads of a query (batch, heads, query length, head size).
+    def lowered(self, query: torch.Size, dtype: torch.dtype, device: torch.device) -> "ScoreOptions":
+        """Numbers, or tensors of the dtype of rows, for a query (batch, heads, query length, head size).
 
         Softmax, alpha = 1, keeps its number beside a scale that is a tensor.
         """
+        batch, heads, _, head_size = query
         alpha, scale, softcap, slopes = self
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scale = head_size**-0.5 if scale is None else scale
         if isinstance(alpha, Tensor) or isinstance(scale, Tensor):
-            alpha = 1.0 if self.is_softmax else expanded(alpha, query, ALPHAS)
-            scale = expanded(scale, query, SCALES)
+            like = heads, dtype, device
+            alpha = 1.0 if self.is_softmax else expanded(alpha, ALPHAS, *like)
+            scale = expanded(scale, SCALES, *like)
         else:
             alpha, scale = float(alpha), float(scale)
         if slopes is not None:
-            slopes = slopes.to(row_dtype(query)).expand(query.shape[0], query.shape[1])
+            slopes = slopes.to(dtype).expand(batch, heads)
         return ScoreOptions(alpha, scale, float(softcap), slopes)
 
 
-def expanded(number: float | Tensor, query: Tensor, limits: tuple[float, float]) -> Tensor:
-    """(heads,) in the dtype of rows, clamped to the limits: the gradient of what is clamped is 0."""
-    dtype, heads = row_dtype(query), query.shape[1]
+def expanded(
+    number: float | Tensor, limits: tuple[float, float], heads: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(heads,), clamped to the limits: the gradient of what is clamped is 0."""
     if not isinstance(number, Tensor):
         number = min(max(number, limits[0]), limits[1])
-        return torch.full((heads,), number, dtype=dtype, device=query.device)
+        return torch.full((heads,), number, dtype=dtype, device=device)
     return clamped(number.to(dtype), limits).expand(heads).contiguous()
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from ..backends import BACKENDS, choose, reference
 from ..core.call import Problem, ScoreOptions, Support
 from ..core.modes import as_given, is_recorded
+from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
 from . import attention as operators
 
@@ -15,7 +16,7 @@ def attend(
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """A call that is checked."""
     backend = choose(query.dtype, query.device, impl, others=("reference",))
-    score = score.lowered(query)
+    score = score.lowered(query.shape, row_dtype(query), query.device)
     if backend == "reference" or score.is_softmax:
         return attend_by_definition(query, key, value, score, visibility, backend, return_support)
     tile = BACKENDS[backend].tile_size(query.dtype, max(query.shape[-1], value.shape[-1]))

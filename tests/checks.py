@@ -41,7 +41,7 @@ def dense_scores(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     alpha, scale = (by_head(number).to(key.device) for number in case.numbers)
     visible, distance = reference.visible_mask(case.problem, case.visibility, key.device)
     scores, terms = scale * (query @ key.mT), scale * (query.abs() @ key.abs().mT)
-    if softcap := case.problem.softcap:
+    if softcap := case.problem.score.softcap:
         scores, terms = softcap * torch.tanh(scores / softcap), terms + softcap
     if case.slopes is not None:
         bias = reference.alibi(case.slopes.detach(), distance)

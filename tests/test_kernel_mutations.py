@@ -8,48 +8,101 @@ import torch
 from cases import Case, crowd
 from checks import check_attention, check_row_sums
 from conftest import HAS_CUDA
+from key_parts import check_parts
 from mutants import Mutant, plant
 
 from flash_entmax import entmax_attention
-from flash_entmax.testing import DISTRIBUTIONS, iid_inputs, score_rows, topic_inputs
+from flash_entmax.testing import DISTRIBUTIONS, iid_inputs, inputs_with_scores, score_rows, topic_inputs
 
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
-from flash_entmax.backends.triton import alpha, attention, bound, certify, lists, score, tile, visibility
+from flash_entmax.backends.triton import (
+    alpha,
+    attention,
+    bound,
+    certify,
+    keys,
+    lists,
+    output,
+    parts,
+    queries,
+    scan,
+    schedule,
+    score,
+    sums,
+    threshold,
+    tile,
+    visibility,
+)
 
 # Each with the check that must fail.
 FAULTS = {
     "the certificate is too small": (alpha, "newton_step", "return ...", "return 0.7 * ...", "causal"),
     "queries see one key too many": (visibility, "visible_keys", "... + 1", "... + 2", "causal"),
     "the mask is left out": (visibility, "hide", "return ...", "return score", "causal"),
-    "the mask is off by one": (visibility, "hide", "key < stop", "key <= stop", "window"),
+    "the mask is off by one": (visibility, "hide", "column < stop", "column <= stop", "window"),
     "the filter is left out": (visibility, "hide_filtered", "return ...", "return score", "key mask"),
     "tiles with a mask are taken for whole": (
         visibility, "are_whole", "return ...", "return query_tile + key_tile >= 0", "window",
     ),
     "a listed tile is dropped": (lists, "close_list", "front + back", "front + back - 1", "causal"),
-    "a live tile is dropped": (certify, "shorten", "reach", "reach - 0.3", "causal"),
+    "a live tile is dropped": (certify, "shorten", "depth", "depth - 0.3", "causal"),
     "blocks of keys are taken for points": (bound, "summary_kernel", "tl.max(length, 0)", "0.0", "wide block"),
-    "the bound on blocks ignores ALiBi": (bound, "block_lean", "return ...", "return 0.0", "far keys"),
-    "ALiBi has the wrong sign": (score, "lean", "return ...", "return -(...)", "far keys"),
+    "the bound on blocks ignores ALiBi": (
+        bound, "block_alibi_penalty", "return ...", "return 0.0", "far keys",
+    ),
+    "ALiBi has the wrong sign": (score, "alibi_penalty", "return ...", "return -(...)", "far keys"),
     "the softcap is left out": (score, "tanh", "return ...", "return x", "alpha by head, softcap"),
-    "NaN is lost": (score, "distance", "tl.PropagateNan.ALL", "tl.PropagateNan.NONE", "NaN"),
-    "every query head reads the first key head": (tile, "key_head", "... // extent.group", "0", "causal"),
+    "NaN is lost": (score, "distance_to_threshold", "tl.PropagateNan.ALL", "tl.PropagateNan.NONE", "NaN"),
+    "every query head reads the first key head": (tile, "key_head", "... // sizes.group", "0", "causal"),
     "every query head takes the first alpha": (
-        score, "of_head", "tl.load(...)", "tl.load(number)", "alpha by head, softcap",
+        queries, "number_of_head", "tl.load(...)", "tl.load(number)", "alpha by head, softcap",
     ),
     "u is p": (alpha, "support_weight", "u = d", "u = d * d", "causal"),
-    "every tile is read as the first": (score, "listed_scores", "place", "0", 2, "topics"),
-    "every maximum is of the first tile": (score, "listed_maxima", "place", "0", 2, "topics"),
+    "every tile is read as the first": (
+        sums, "sums_at", "open_listed_keys(key, tiles, place, C)", "open_listed_keys(key, tiles, 0, C)", "topics",
+    ),
+    "every maximum is of the first tile": (
+        scan, "scan_tiles", "open_listed_keys(key, tiles, place, C)", "open_listed_keys(key, tiles, 0, C)", "topics",
+    ),
     "maxima are not capped": (
-        score, "listed_maxima", "capped(tl.max(...), ...)", "(tl.max(product, 2), 1.0)", "alpha by head, softcap",
+        score, "tile_maxima", "apply_softcap(maxima, ...)", "(maxima, 1.0)", "alpha by head, softcap",
     ),
     "the solve ends with its first step": (alpha, "is_settled", "return ...", "return total >= 0.0", "crowd"),
     "later steps of the solve have no tiles": (
-        certify, "tiles_within", "return ...", "return TileList(places, 0, 0)", "crowd",
+        certify, "sublist", "return ...", "return TileList(places, 0, 0)", "crowd",
     ),
-    "gradients lack the scale": (attention.Call, "of", "Numbers(scale, ...)", "Numbers(1.0, ...)", "causal"),
+    "gradients lack the scale": (
+        attention.Launches, "of", "KernelScoreOptions(scale, ...)", "KernelScoreOptions(1.0, ...)", "causal",
+    ),
+    "two tiles side by side are one tile": (keys, "open_listed_keys", "... + 1", "...", "tiles apart"),
+    "the second of two tiles is read next to the first": (
+        keys, "open_listed_keys", "shift", "0 * shift", "tiles apart",
+    ),
+    "O1 is not computed": (schedule.Config, "MEAN", "return ...", "return False", "tiles apart"),
+    "no live tile is marked": (
+        threshold, "threshold_kernel", "mark_tiles(tiles, ...)", "mark_tiles(TileList(places, 0, 0), ...)", "causal",
+    ),
+    "without gradients, the output is not divided by F": (
+        output, "output_kernel", "total /= ...", "total /= 1.0", "without gradients",
+    ),
+    "without a live map, the last tile is not listed": (
+        lists, "listed_tiles", "tl.where(valid, 1, 0)", "tl.where(valid & (candidate < end - 1), 1, 0)", "parts",
+    ),
+    "the maximum of a part lacks the tiles with a mask": (
+        scan, "maxima_of_tiles", "tiles.count", "tiles.split", "parts",
+    ),
+    "the maximum of a part that no row sees is -inf": (
+        scan, "maxima_of_tiles", "return ...", "return maximum", "parts",
+    ),
+    "sum u of a part is F": (
+        parts, "sums_kernel", "store_row(weight, queries.unit, queries.row, sizes, row_weight)",
+        "store_row(weight, queries.unit, queries.row, sizes, row_total)", "parts",
+    ),
+    "the output of a part is relative to the offset": (
+        parts, "output_at_kernel", "sums.weighted * ...", "sums.weighted", "parts",
+    ),
 }  # fmt: skip
 
 
@@ -70,11 +123,21 @@ def support_in_a_wide_block():
     return query, key, value
 
 
+def tiles_apart():
+    """Of three tiles of keys, the bound rules out the second."""
+    query, key, value = iid_inputs(1, 1, 192, 16, dtype=torch.float16)
+    query[..., 0] += 8.0
+    key[..., 0] += 3.0
+    key[:, :, 64:128, 0] -= 12.0
+    return query[:, :, :40], key, value
+
+
 def cases() -> dict[str, Case]:
     inputs = iid_inputs(1, 2, 70, 16, key_heads=2, dtype=torch.float32)
     return {
         "causal": Case(*inputs, is_causal=True),
         "topics": Case(*topic_inputs(1, 1, 128, 16, 4, dtype=torch.float32)),
+        "tiles apart": Case(*tiles_apart()),
         "wide block": Case(*support_in_a_wide_block()),
         "window": Case(*inputs, options={"window_size": (30, 5)}),
         "key mask": Case(*inputs, options={"key_mask": torch.arange(70).remainder(3)[None] > 0}),
@@ -95,7 +158,21 @@ def check_nan() -> None:
     assert output[0, 0, 4].isfinite().all()
 
 
-CHECKS["NaN"] = check_nan
+def check_without_gradients() -> None:
+    """A mean of 64 equal probabilities next to the middle of two float16. An offset is off by 2^-22 of the score: that
+    makes F 1 + 8e-5, and without the division by F the mean is on the other side."""
+    query, key, scale = inputs_with_scores(torch.full((1, 64), 20.0, dtype=torch.float16), 1.5)
+    value = torch.ones(1, 1, 64, 16, dtype=torch.float16)
+    value[:, :, :31] += 2.0**-10
+    assert (entmax_attention(query, key, value, scale=scale, impl="triton") == 1.0).all()
+
+
+def check_causal_parts() -> None:
+    inputs = iid_inputs(1, 2, 40, 16, key_length=100, key_heads=1)
+    check_parts(Case(*inputs, alpha=1.3, is_causal=True), "triton", (36, 95))
+
+
+CHECKS |= {"NaN": check_nan, "without gradients": check_without_gradients, "parts": check_causal_parts}
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -1,13 +1,16 @@
 """Deliberate faults in plain PyTorch must turn the checks red: a check that no fault can fail proves nothing."""
 
 import pytest
+from cases import Case
 from checks import check_everything
+from key_parts import check_parts
 from mutants import Mutant, changed_source, plant
 
-from flash_entmax import functional
-from flash_entmax.backends.torch import attention, tiles
+from flash_entmax.backends.torch import attention, gradient, parts, score, tiles
 from flash_entmax.core import threshold
 from flash_entmax.core.call import Problem
+from flash_entmax.operators import lowering
+from flash_entmax.testing import iid_inputs
 
 ONE_KEY = "torch.tensor([[1], [0], [0]], dtype=torch.int32)"  # of (start, stop, position)
 FAULTS = {
@@ -20,50 +23,62 @@ FAULTS = {
     "tiles with NaN are dropped": (attention, "survivors", "~(distance <= 0).all(2)", "(distance > 0).any(2)"),
     "a tile lives only if all its rows need it": (attention, "survivors", "return ...", "return (distance > 0).all(2)"),
     "the certificate is too small": (threshold, "certified_offset", "return ...", "return 0.7 * ..."),
-    "every row sees one key too many": (attention, "hide", "scope.stop", "scope.stop + 1"),
+    "every row sees one key too many": (score, "hide", "visibility.stop", "visibility.stop + 1"),
     "every causal limit is one too large": (Problem, "intervals", "position + 1", "position + 2"),
     "every causal limit is one too small": (Problem, "intervals", "position + 1", "position"),
     "the mask is aligned to the upper left": (Problem, "diagonal", "return ...", "return 0"),
     "one step only, as adasplash ships it": (threshold, "solve", "MAX_STEPS", "1"),
     "rows sum to 1 within 1e-3": (threshold, "tolerance", "return ...", "return 1e-3"),
-    "dQ lacks the scale": (attention, "differentiate", "dq * problem.scale", "dq"),
-    "dK is off by alpha - 1": (
-        attention, "differentiate", "dk * problem.scale", "dk * problem.scale * (problem.alpha - 1)",
-    ),
-    "dV is off by 1e-4": (attention, "differentiate", "p.mT @ ...", "(1 + 1e-4) * (p.mT @ ...)"),
-    "dK lacks a tile of queries": (attention, "attend", "problem.pack_live(...)", "problem.pack_live(...) & ~1"),
+    "dQ lacks the scale": (gradient, "gradients_of_heads", "dq * scale", "dq"),
+    "dK is off by alpha - 1": (gradient, "gradients_of_heads", "dk * scale", "dk * scale * (alpha - 1)"),
+    "dV is off by 1e-4": (gradient, "gradients_of_heads", "p.mT @ ...", "(1 + 1e-4) * (p.mT @ ...)"),
+    "dK lacks a tile of queries": (attention, "solve_heads", "problem.pack_live(...)", "problem.pack_live(...) & ~1"),
     "delta is left out": (
-        attention, "attention", "return ...", "return whole._replace(value_mean=torch.zeros_like(whole.value_mean))",
+        attention, "attention_forward", "return ...",
+        "return whole._replace(value_mean=torch.zeros_like(whole.value_mean))",
     ),
     "delta comes from the output, as for softmax": (
-        attention, "attention", "return ...", "return whole._replace(value_mean=whole.output.clone())",
+        attention, "attention_forward", "return ...", "return whole._replace(value_mean=whole.output.clone())",
     ),
     "the backward keeps tau in one float": (
-        attention, "distances", "return ...", "return z.sub_((maximum - offset).unsqueeze(-1)).clamp_min_(0)",
+        score, "distances", "return ...", "return z.sub_((maximum - offset).unsqueeze(-1)).clamp_min_(0)",
     ),
     "u is p in the output": (attention, "outputs", "support_weight(...)", "probability(...)"),
-    "u is p in the gradient": (attention, "differentiate", "support_weight(...)", "probability(...)"),
+    "u is p in the gradient": (gradient, "gradients_of_heads", "support_weight(...)", "probability(...)"),
     "only the first key head is read": (tiles.Group, "keys", "self.unit // problem.group", "0 * self.unit"),
     "windows start a key too early": (
-        functional, "intervals", "ops.intervals(...)", f"ops.intervals(...) - {ONE_KEY}",
+        lowering, "intervals_of", "intervals(...)", f"intervals(...) - {ONE_KEY}",
     ),
     "windows start a key too late": (
-        functional, "intervals", "ops.intervals(...)", f"ops.intervals(...) + {ONE_KEY}",
+        lowering, "intervals_of", "intervals(...)", f"intervals(...) + {ONE_KEY}",
     ),
-    "masks hide whole tiles only": (tiles.Scope, "mask", "torch.where(...)", "(kind > HIDDEN)[:, None, None]"),
-    "distances are one too long": (tiles.Scope, "separations", "return ...", "return ... + 1"),
+    "masks hide whole tiles only": (tiles.TileVisibility, "mask", "torch.where(...)", "(kind > HIDDEN)[:, None, None]"),
+    "distances are one too long": (tiles.TileVisibility, "separations", "return ...", "return ... + 1"),
     "every head has the alpha of the first": (
-        attention, "by_head", "modifiers.alpha.tolist()", "[modifiers.alpha[0].item()] * problem.heads",
+        score, "by_head", "score.alpha.tolist()", "[score.alpha[0].item()] * problem.heads",
     ),
     "every head has the scale of the first": (
-        attention, "by_head", "modifiers.scale.tolist()", "[modifiers.scale[0].item()] * problem.heads",
+        score, "by_head", "score.scale.tolist()", "[score.scale[0].item()] * problem.heads",
     ),
-    "the gradient of alpha is off by 1e-2": (attention, "differentiate", "of_alpha / ...", "1.01 * of_alpha / ..."),
+    "the gradient of alpha is off by 1e-2": (
+        gradient, "gradients_of_heads", "grad_alpha / ...", "1.01 * grad_alpha / ...",
+    ),
     "the gradient of scale is off by 1e-3": (
-        attention, "differentiate", "(dq * ...).sum(-1)", "1.001 * (dq * ...).sum(-1)",
+        gradient, "gradients_of_heads", "(dq * ...).sum(-1)", "1.001 * (dq * ...).sum(-1)",
     ),
     "the gradient of slopes is off by 1e-3": (
-        attention, "differentiate", "(ds * ...).sum(-1)", "1.001 * (ds * ...).sum(-1)",
+        gradient, "gradients_of_heads", "(ds * ...).sum(-1)", "1.001 * (ds * ...).sum(-1)",
+    ),
+}  # fmt: skip
+
+FAULTS_OF_PARTS = {
+    "the maximum of a part lacks its first keys": (parts, "row_maxima", "z.amax(-1)", "z[Ellipsis, 5:].amax(-1)"),
+    "the maximum of a part that no row sees is -inf": (parts, "row_maxima", "torch.where(...)", "z.amax(-1)"),
+    "F of a part adds up u": (parts, "sums_at", "probability(...)", "support_weight(...)"),
+    "sum u of a part adds up p": (parts, "sums_at", "support_weight(...)", "probability(...)"),
+    "the output of a part is weighted by u": (parts, "output_at", "probability(...)", "support_weight(...)"),
+    "parts of all heads read the first tiles of keys": (
+        parts, "groups_of_scores", "group.keys(problem)", "(0 * group.unit.unsqueeze(-1), 0 * group.key_tile)",
     ),
 }  # fmt: skip
 
@@ -77,6 +92,22 @@ def test_fault_is_seen(fault, monkeypatch, tmp_path):
     plant(Mutant(*FAULTS[fault]), monkeypatch, tmp_path)
     with pytest.raises(AssertionError):
         check_everything("torch", "cpu")
+
+
+def check_causal_parts() -> None:
+    inputs = iid_inputs(1, 2, 70, 16, key_length=150, key_heads=1)
+    check_parts(Case(*inputs, alpha=1.3, is_causal=True), "torch", (40, 140))
+
+
+def test_parts_pass_without_a_fault():
+    check_causal_parts()
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_PARTS)
+def test_fault_of_parts_is_seen(fault, monkeypatch, tmp_path):
+    plant(Mutant(*FAULTS_OF_PARTS[fault]), monkeypatch, tmp_path)
+    with pytest.raises(AssertionError):
+        check_causal_parts()
 
 
 def test_a_mutant_takes_the_place_of_every_import_until_it_is_undone(monkeypatch, tmp_path):

@@ -23,8 +23,8 @@ class Backend(Protocol):
     key heads, key length, value size). Rows are (batch, heads, query length), float32, or float64 for float64 inputs.
     `maximum` and `offset` are the threshold of each row: tau = maximum - offset in units of z, but a backend keeps its
     maximum in a unit of its own, which only its own functions read. `live` is the packed map of the tiles that may hold
-    support, Problem.live_shape int32. The sums over keys of `row_maxima`, `sums_at` and `output_at` may be taken of a
-    part of the keys: maxima of parts combine by max, everything else by addition.
+    support, Problem.live_shape int32. `row_maxima`, `sums_at` and `output_at` may be taken of a part of the keys. The
+    maxima of parts combine by max, over the parts in which a row sees a key. Everything else combines by addition.
     """
 
     def obstacle(self, dtype: dtype, device: device) -> str:

@@ -1,7 +1,8 @@
 """Stages over a part of the keys, each by itself: row maxima, F and sum u at an offset, the output at an offset.
 
-Maxima of several parts combine by max, everything else by addition: see docs/math.md. The keys of a part stand at
-positions of their own: the intervals of the problem count from its first key.
+Maxima of several parts combine by max, over the parts in which a row sees a key. Everything else combines by addition:
+see docs/math.md. The keys of a part stand at positions of their own: the intervals of the problem count from its first
+key.
 """
 
 import torch

@@ -14,7 +14,7 @@ from torch import Tensor
 from flash_entmax.backends import BACKENDS
 from flash_entmax.core.call import Problem, Support, VisibilityArgs
 from flash_entmax.core.threshold import newton_step
-from flash_entmax.core.visibility import filter_of_keys
+from flash_entmax.core.tile_filter import filter_of_keys
 from flash_entmax.operators import attention as ops
 from flash_entmax.testing import FLOOR, assert_within_budget
 
@@ -24,8 +24,8 @@ OFFSET_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e
 
 def problem_of(case: Case, impl: str) -> Problem:
     """The problem that the public call poses to the backend."""
-    query, key, value, _, *options = operator_arguments(case, impl)
-    return ops.unpack_arguments(query, key, value, options[: ops.TENSORS], options[ops.TENSORS :])[0]
+    query, _, value, _, *options = operator_arguments(case, impl)
+    return ops.unpack_arguments(query, value, options[: ops.TENSORS], options[ops.TENSORS :])[0]
 
 
 def part_of(case: Case, problem: Problem, impl: str, first: int, stop: int) -> Problem:

@@ -21,7 +21,7 @@ def toy_backend() -> ModuleType:
     toy.calls = Counter()
     for name in FUNCTIONS:
         setattr(toy, name, counted(name, toy.calls))
-    toy.is_default_for = lambda tensor: False
+    toy.is_default_for = lambda device: False
     return toy
 
 
@@ -106,7 +106,7 @@ each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 @each_call
 def test_an_obstacle_is_quoted_and_nothing_runs(toy, call):
-    toy.obstacle = lambda tensor: f"toys are broken for {tensor.dtype}"
+    toy.obstacle = lambda dtype, device: f"toys are broken for {dtype}"
     with pytest.raises(ValueError, match=r"impl='toy' cannot run here: toys are broken for torch\.float32"):
         call("toy")
     assert not toy.calls
@@ -116,10 +116,10 @@ def test_an_obstacle_is_quoted_and_nothing_runs(toy, call):
 def test_auto_takes_a_backend_that_is_a_default_and_has_no_obstacle(toy, call):
     call("auto")
     assert not toy.calls, "it is no default"
-    toy.is_default_for, toy.obstacle = (lambda tensor: True), (lambda tensor: "toys are broken")
+    toy.is_default_for, toy.obstacle = (lambda device: True), (lambda *_: "toys are broken")
     call("auto")
     assert not toy.calls, "it has an obstacle"
-    toy.obstacle = lambda tensor: ""
+    toy.obstacle = lambda *_: ""
     call("auto")
     assert toy.calls
 

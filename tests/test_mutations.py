@@ -7,9 +7,8 @@ from key_parts import check_parts
 from mutants import Mutant, changed_source, plant
 
 from flash_entmax.backends.torch import attention, gradient, parts, score, tiles
-from flash_entmax.core import threshold
+from flash_entmax.core import intervals, threshold
 from flash_entmax.core.call import Problem
-from flash_entmax.operators import lowering
 from flash_entmax.testing import iid_inputs
 
 ONE_KEY = "torch.tensor([[1], [0], [0]], dtype=torch.int32)"  # of (start, stop, position)
@@ -47,10 +46,10 @@ FAULTS = {
     "u is p in the gradient": (gradient, "gradients_of_heads", "support_weight(...)", "probability(...)"),
     "only the first key head is read": (tiles.Group, "keys", "self.unit // problem.group", "0 * self.unit"),
     "windows start a key too early": (
-        lowering, "intervals_of", "intervals(...)", f"intervals(...) - {ONE_KEY}",
+        intervals, "intervals_of_rows", "return ...", f"return ... - {ONE_KEY}",
     ),
     "windows start a key too late": (
-        lowering, "intervals_of", "intervals(...)", f"intervals(...) + {ONE_KEY}",
+        intervals, "intervals_of_rows", "return ...", f"return ... + {ONE_KEY}",
     ),
     "masks hide whole tiles only": (tiles.TileVisibility, "mask", "torch.where(...)", "(kind > HIDDEN)[:, None, None]"),
     "distances are one too long": (tiles.TileVisibility, "separations", "return ...", "return ... + 1"),

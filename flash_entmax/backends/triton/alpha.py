@@ -111,4 +111,4 @@ def mass_tolerance(exponent, MEAN: tl.constexpr):
     The step leaves an error of the order of (F - 1)^2, the division of F - 1. Above alpha = 1.5, u is steep at the
     threshold, and the tolerance is smaller.
     """
-    return tl.where(exponent < 2.0, 1e-5, 1e-3 if MEAN else 1e-4)
+    return tl.where(exponent < 2.0, 1e-5, 1e-3 if MEAN else 4e-4)

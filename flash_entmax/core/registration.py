@@ -130,11 +130,11 @@ def batch_into(operator, arguments: Sequence[int | None], results: Sequence[int]
         if any(index >= len(arguments) or arguments[index] is None for index in batched):
             return one_by_one(operator, info.batch_size, in_dims, values)
         first = values[0] if in_dims[0] is None else values[0].select(in_dims[0], 0)
-        extent = first.shape[arguments[0]]
+        size = first.shape[arguments[0]]
         folded = list(values)
         for index, dim in enumerate(arguments):
             if dim is not None and isinstance(values[index], Tensor):
-                folded[index] = fold(values[index], in_dims[index], dim, info.batch_size, extent)
+                folded[index] = fold(values[index], in_dims[index], dim, info.batch_size, size)
         outputs = operator(*folded)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         unfolded = tuple(
@@ -146,14 +146,14 @@ def batch_into(operator, arguments: Sequence[int | None], results: Sequence[int]
     torch.library.register_vmap(f"flash_entmax::{name_of(operator)}", rule, lib=_library)
 
 
-def fold(tensor: Tensor, in_dim: int | None, dim: int, samples: int, extent: int) -> Tensor:
-    """One sample after the other along dim, each with `extent` entries; an extent of 1 is repeated.
+def fold(tensor: Tensor, in_dim: int | None, dim: int, samples: int, size: int) -> Tensor:
+    """One sample after the other along dim, each with `size` entries; a single one is repeated.
 
     Contiguous, since kernels count the numbers of rows through.
     """
     tensor = tensor.unsqueeze(dim) if in_dim is None else tensor.movedim(in_dim, dim)
     shape = list(tensor.shape)
-    shape[dim], shape[dim + 1] = samples, extent
+    shape[dim], shape[dim + 1] = samples, size
     return tensor.expand(shape).flatten(dim, dim + 1).contiguous()
 
 

@@ -143,7 +143,7 @@ def solve(alpha: float, relative: Tensor, pending: Tensor, low: Tensor, high: Te
 
 
 def threshold_by_steps(z: Tensor, alpha: float, start: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
-    """Safeguarded steps from a start (default 1: all that a row can reach); also returns the passes over z it took."""
+    """Safeguarded steps from a start (default 1, the largest offset). Also returns how many passes over z they took."""
     maximum = row_maximum(z)
     relative = z - maximum.unsqueeze(-1)
     low = smallest_offset((z > -torch.inf).sum(-1).to(z.dtype), alpha)

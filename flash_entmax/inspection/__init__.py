@@ -280,11 +280,11 @@ class RecordedCall:
 
     def _visibility(self, batch: int, head: int) -> HeadVisibility:
         p, visibility = self.problem, self.problem.visibility
-        of_head = None
+        own_kinds = None
         if visibility.tile_kinds is not None:
             kinds = visibility.tile_kinds[..., :-1].expand(p.batch, -1, ceil_div(p.query_length, self._tile), -1)
-            of_head = kinds[batch, head if kinds.shape[1] > 1 else 0]
-        return HeadVisibility(self.intervals[batch].long(), of_head, visibility.tile_bits, self._tile)
+            own_kinds = kinds[batch, head if kinds.shape[1] > 1 else 0]
+        return HeadVisibility(self.intervals[batch].long(), own_kinds, visibility.tile_bits, self._tile)
 
 
 def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options) -> Tensor:
@@ -313,11 +313,11 @@ def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0,
 
 
 def check_place(batch: object, head: object, batches: int, heads: int) -> None:
-    for name, index, extent in (("batch", batch, batches), ("head", head, heads)):
+    for name, index, count in (("batch", batch, batches), ("head", head, heads)):
         if not isinstance(index, int) or isinstance(index, bool):
             raise TypeError(f"{name} must be an integer, got {said(index)}")
-        if not 0 <= index < extent:
-            raise IndexError(f"{name} must be from 0 to {extent - 1}, got {index}")
+        if not 0 <= index < count:
+            raise IndexError(f"{name} must be from 0 to {count - 1}, got {index}")
 
 
 def versions(*tensors: Tensor) -> tuple[int | None, ...]:

@@ -94,7 +94,7 @@ class TileVisibility(NamedTuple):
             slopes = slopes.masked_fill(infinite, 0.0).flatten()
         if kinds is not None:
             kinds = kinds[..., :-1].expand(problem.batch, problem.heads, ceil_div(problem.query_length, TILE), -1)
-        rows = (pad_rows(of_row, 0) for of_row in (start, stop, position))
+        rows = (pad_rows(numbers, 0) for numbers in (start, stop, position))
         return cls(*rows, slopes, kinds, problem.visibility.tile_bits, tile_rows(problem.key_length))
 
     def tiles(self, problem: Problem) -> Tensor:

@@ -4,8 +4,10 @@ Importing this package imports no Triton: the first call that needs a kernel doe
 """
 
 import os
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -39,11 +41,17 @@ def obstacle(tensor: Tensor) -> str:
             return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
     elif tensor.device.type != "cuda":
         return f"the kernels run on CUDA devices, got {tensor.device}"
-    elif not torch.version.hip and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    elif not torch.version.hip and capability(tensor.device) < (8, 0):
         return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(tensor.device)} has less"
     if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     return ""
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability. PyTorch asks the device each time."""
+    return torch.cuda.get_device_capability(device)
 
 
 def is_default_for(tensor: Tensor) -> bool:
@@ -53,7 +61,11 @@ def is_default_for(tensor: Tensor) -> bool:
 
 def __getattr__(name: str):
     """The other functions of a backend, each from the module that launches its kernels."""
-    home = HOMES.get(name)
-    if home is not None:
-        return getattr(import_module(f".{home}", __name__), name)
+    if name in HOMES:
+        return getattr(home_of(name), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def home_of(name: str) -> ModuleType:
+    return import_module(f".{HOMES[name]}", __name__)

@@ -53,7 +53,9 @@ def matrix(tensor: Tensor) -> Matrix:
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Inside, kernels are launched where the tensor is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def aligned(tensor: Tensor) -> Matrix:

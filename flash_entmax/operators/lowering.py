@@ -38,18 +38,11 @@ def lowered(
     if backend in backends.BACKENDS and (isinstance(score.alpha, Tensor) or score.alpha != 1.0):
         tile = backends.BACKENDS[backend].tile_size(query.dtype, max(query.shape[-1], value.shape[-1]))
         kinds, bits = filter_by_tiles(query, key_length, visibility, tile)
-    return Lowered(
-        backend,
-        tile,
-        score,
-        VisibilityArgs(
-            None if visibility.is_plain else intervals_of(query, key_length, visibility),
-            kinds,
-            bits,
-            visibility.is_causal_only,
-            visibility.max_span(key_length),
-        ),
-    )
+    is_plain = visibility.is_plain
+    intervals = None if is_plain else intervals_of(query, key_length, visibility)
+    is_causal = is_plain and visibility.window[1] == 0
+    span = visibility.max_span(key_length)
+    return Lowered(backend, tile, score, VisibilityArgs(intervals, kinds, bits, is_causal, span))
 
 
 def filter_by_tiles(

@@ -17,6 +17,7 @@ from triton.runtime import driver
 
 from .schedule import Config, Launch
 from .scratch import ALIGNMENT, Scratch
+from .tile import Matrix
 
 INTEGER_LIMIT = 2**31  # Triton compiles other code for integers from this one on
 OLDEST, NEWEST = (3, 6), (3, 9)  # versions of Triton whose CompiledKernel.run takes what `Direct` passes
@@ -82,14 +83,20 @@ class Signature:
     def addressed(self, arguments: tuple) -> tuple:
         result, bits, dtypes = [], 0, self.dtypes
         for argument in arguments:
-            if isinstance(argument, Tensor):
+            if type(argument) is Matrix:
+                data, *strides = argument
+                address = data.data_ptr()
+                dtypes.append(data.dtype)
+                bits |= address % ALIGNMENT | strides[0] | strides[1] | strides[2]
+                argument = address, *strides
+            elif isinstance(argument, Tensor):
                 dtypes.append(argument.dtype)
                 argument = argument.data_ptr()
                 bits |= argument % ALIGNMENT
-            elif isinstance(argument, tuple):
-                argument = self.addressed(argument)
             elif argument is None:
                 dtypes.append(None)
+            elif isinstance(argument, tuple):
+                argument = self.addressed(argument)
             elif isinstance(argument, int):
                 bits |= argument
             result.append(argument)

@@ -182,10 +182,12 @@ class Launches(NamedTuple):
         self, kernels: tuple, arguments: tuple, scratch: Scratch, device: torch.device
     ) -> tuple[Stage, list, list]:
         """(stage, arguments, scratch) of some kernels, both as its launches take them."""
-        plan, *shared = self
-        launch, (options, visibility, *arguments), arrays = plan.launcher.open(
-            kernels, (*shared, *arguments), scratch, device, plan.largest
-        )
+        plan, options, visibility = self
+        if options is not plan.options or visibility is not NO_MASKS:  # some of them are tensors
+            arguments = *arguments, options, visibility
+        launch, arguments, arrays = plan.launcher.open(kernels, arguments, scratch, device, plan.largest)
+        if options is not plan.options or visibility is not NO_MASKS:
+            *arguments, options, visibility = arguments
         return Stage(launch, plan, options, visibility), arguments, arrays
 
     def over_tiles_of_queries(

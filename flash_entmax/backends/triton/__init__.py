@@ -48,10 +48,12 @@ def obstacle(tensor: Tensor) -> str:
     return ""
 
 
-@cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability. PyTorch asks the device each time."""
-    return torch.cuda.get_device_capability(device)
+    """The compute capability. A compiler asks for itself: it does not trace caches."""
+    return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else kept_capability(device)
+
+
+kept_capability = cache(torch.cuda.get_device_capability)
 
 
 def is_default_for(tensor: Tensor) -> bool:

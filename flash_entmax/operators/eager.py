@@ -19,9 +19,10 @@ def is_eager(tensors: Sequence[Tensor | None]) -> bool:
     """Nobody but autograd has a say in a call with these tensors.
 
     That is: no compiler, tracer, transform of torch.func, dispatch or function mode, level of forward-mode derivatives
-    or profiler is active, and every tensor is plain.
+    or profiler is active; and the data of every tensor can be read as it lies: no subclass, no meta tensor, no negated
+    view, no zero without storage.
     """
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -29,12 +30,14 @@ def is_eager(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
-    ) and all(tensor is None or is_plain(tensor) for tensor in tensors)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Its data can be read as it lies: no subclass, no meta tensor, no negated view, no zero without storage."""
-    return type(tensor) in PLAIN and not (tensor.is_meta or tensor.is_neg() or torch._is_zerotensor(tensor))
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() or torch._is_zerotensor(tensor):
+            return False
+    return True
 
 
 def call_operator(

@@ -32,8 +32,8 @@ def operator(arguments: str, results: int) -> Callable:
 
 
 def function_of(operator) -> Callable:
-    """The function that computes an operator. It knows nothing of derivatives."""
-    return _functions[operator]
+    """The function that computes an operator, without derivatives. What is no operator of these is its own."""
+    return _functions.get(operator, operator)
 
 
 def fake(name: str) -> Callable:

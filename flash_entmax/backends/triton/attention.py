@@ -24,7 +24,8 @@ def attention_forward(
     """(output, value_mean, maximum, offset, live); see backends.Backend."""
     output = empty_stored_as(query, aligned_size(problem.value_size))
     value_mean = torch.empty_like(output) if needs_backward else output.new_empty(0)
-    maximum, offset = (query.new_empty(output.shape[:3], dtype=torch.float32) for _ in range(2))
+    rows = output.shape[:3] if needs_backward else (0,)
+    maximum, offset = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
     live_shape = problem.live_shape(schedule.tile_size(query.dtype, problem.widest)) if needs_backward else (0,)
     live = query.new_empty(live_shape, dtype=torch.int32)
     if problem.is_empty:
@@ -33,22 +34,25 @@ def attention_forward(
     else:
         with device_of(query):
             launches = Launches.of(problem, query, needs_backward)
-            inputs = aligned(query), aligned(key), aligned(value)
-            results = matrix(output), matrix(value_mean) if needs_backward else None, maximum, offset, live
-            forward_stages(launches, (*inputs, *results), query.device)
+            kept = (matrix(value_mean), maximum, offset, live) if needs_backward else (None, None, None, live)
+            arguments = aligned(query), aligned(key), aligned(value), matrix(output), *kept
+            forward_stages(launches, arguments, query.device)
     output = trimmed(output, problem.value_size)
-    if not needs_backward:
-        return output, value_mean, maximum.new_empty(0), offset.new_empty(0), live
-    return output, trimmed(value_mean, problem.value_size), maximum, offset, live
+    return output, trimmed(value_mean, problem.value_size) if needs_backward else value_mean, maximum, offset, live
 
 
 def forward_stages(launches: Launches, arguments: tuple, device: torch.device) -> None:
-    """Write the last five arguments: output, value_mean or None, maximum, offset, live."""
+    """Write the last five arguments: output; and value_mean, maximum, offset, live, which are for the backward.
+
+    Without a backward the first three of these are None.
+    """
     plan = launches.plan
     stage, arguments, scratch = launches.open(FORWARD, arguments, plan.forward_scratch, device)
     query, key, value, output, value_mean, maximum, offset, live = arguments
-    lists, sublists, maxima, counts, centre, *numbers = scratch
-    summary = Summary(Matrix(centre, *plan.centre_strides), *numbers)
+    lists, sublists, maxima, counts, centre, radius, error, largest, *rows = scratch
+    summary = Summary(Matrix(centre, *plan.centre_strides), radius, error, largest)
+    if maximum is None:
+        maximum, offset = rows
     stage.launch(summary_kernel, plan.blocks, schedule.summary_launch, key, summary, *plan.sizes)
     for chunk in plan.forward_chunks:
         stage.run(

@@ -109,12 +109,14 @@ class Plan:
 
     @cached_property
     def forward_scratch(self) -> Scratch:
-        """Lists and sublists of tiles, maxima, counts; then the summary of each block of keys."""
+        """Lists and sublists of tiles, maxima, counts; the summary of each block of keys; thresholds unless kept."""
         places = most_places(self.forward_chunks)
         programs = max(chunk.programs for chunk in self.forward_chunks)
         lists, counts = (torch.int32, places), (torch.int32, 2 * programs)
         centre, numbers = (self.outline.dtype, self.blocks * self.config.HEAD), (torch.float32, self.blocks)
-        return Scratch(lists, lists, (torch.float16, places * self.config.TILE), counts, centre, *(numbers,) * 3)
+        rows = (torch.float32, 0 if self.outline.needs_backward else self.units * self.outline.query_length)
+        maxima = (torch.float16, places * self.config.TILE)
+        return Scratch(lists, lists, maxima, counts, centre, numbers, numbers, numbers, rows, rows)
 
     @cached_property
     def backward_scratch(self) -> Scratch:

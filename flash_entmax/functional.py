@@ -10,6 +10,7 @@ from .core.modes import as_autocast
 from .core.tensors import is_jagged, longest_sequence
 from .core.visibility import UNLIMITED, Visibility
 from .operators.attention import attend
+from .operators.plain import plain_attention
 
 
 def entmax_attention(
@@ -90,6 +91,10 @@ def entmax_attention(
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
         ValueError: shapes, devices or options that do not fit or exclude each other.
     """
+    if return_support is False and alibi_slopes is query_positions is key_lengths is key_mask is block_mask is None:
+        output = plain_attention(query, key, value, alpha, scale, softcap, is_causal, window_size, impl)
+        if output is not None:
+            return output
     if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
         if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask)):
             refused = "query_positions, key_lengths, key_mask and block_mask"

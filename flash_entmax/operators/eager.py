@@ -46,9 +46,15 @@ def call_operator(
     """The operator's results, with these derivatives. `tensors` are those of its arguments, or None."""
     if not is_eager(tensors):
         return operator(*arguments)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return derivatives.apply(*arguments)
-    return function_of(operator)(*arguments)
+    is_recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return call_directly(operator, derivatives, is_recorded, *arguments)
+
+
+def call_directly(
+    operator: Callable, derivatives: type[torch.autograd.Function], is_recorded: bool, *arguments
+) -> tuple[Tensor, ...]:
+    """The operator's results, where the call is eager."""
+    return derivatives.apply(*arguments) if is_recorded else function_of(operator)(*arguments)
 
 
 def unrecorded(operator: Callable, tensors: Sequence[Tensor | None]) -> Callable:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flash_entmax import entmax_attention
 from flash_entmax.operators import attention as ops
+from flash_entmax.operators import plain
 from flash_entmax.operators.eager import is_eager
 from flash_entmax.operators.registration import function_of
 
@@ -75,6 +76,56 @@ TENSORS = {
 @pytest.mark.parametrize("kind", TENSORS)
 def test_a_call_with_another_kind_of_tensor_is_not(kind):
     assert not is_eager((x, TENSORS[kind]()))
+
+
+def heads(**options) -> torch.Tensor:
+    tensors = (torch.ones(1, 2, 5, 4) for _ in range(3))
+    return entmax_attention(*tensors, **options)
+
+
+def test_a_plain_call_is_checked_once_for_all_calls_like_it(monkeypatch):
+    calls = []
+    check_call = plain.check_call
+    monkeypatch.setattr(plain, "check_call", lambda *given: (calls.append(given), check_call(*given)))
+    monkeypatch.setattr(plain, "_kept", {})
+    for _ in range(3):
+        heads(softcap=7.0)
+    assert len(calls) == 1
+    heads(softcap=8.0)
+    heads(softcap=8.0, scale=0.5)
+    heads(softcap=8.0, is_causal=True)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ({"softcap": 0}, {"softcap": False}, "softcap"),
+        ({"alpha": 2}, {"alpha": True}, "alpha"),
+        ({"is_causal": True}, {"is_causal": 1}, "is_causal"),
+        ({"window_size": (-1, 0)}, {"window_size": (-1, False)}, "window_size"),
+        ({"is_causal": True}, {"is_causal": 1.0}, "is_causal"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_after_an_equal_one(right, wrong, message):
+    heads(**right)
+    heads(**right)
+    with pytest.raises(TypeError, match=message):
+        heads(**wrong)
+
+
+def test_autocast_is_seen_by_a_call_like_one_without_it():
+    assert heads().dtype == heads().dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert heads().dtype == torch.bfloat16
+
+
+def test_few_calls_are_kept(monkeypatch):
+    monkeypatch.setattr(plain, "_kept", {})
+    monkeypatch.setattr(plain, "MOST_KEPT", 3)
+    for softcap in range(1, 9):
+        heads(softcap=softcap)
+        assert 1 <= len(plain._kept) <= 3
 
 
 class Operators(TorchDispatchMode):

@@ -46,14 +46,14 @@ def all_options(heads: int, length: int, tile: int) -> tuple[ScoreOptions, Visib
 
 def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, everything: bool) -> None:
     driver.set_active(AbsentGpu(capability))
-    from flash_entmax.backends.triton import attention, parts
+    from flash_entmax.backends.triton import attention, launch, parts
     from flash_entmax.backends.triton.schedule import tile_size
 
     def compile_only(kernel, programs, setting, config, *arguments):
-        compiled = kernel.warmup(*arguments, grid=(1,), C=config, **setting.options, enable_fp_fusion=True)
+        compiled = kernel.warmup(*arguments, grid=(1,), C=config, **setting(config).options, enable_fp_fusion=True)
         print(kernel.fn.__name__, compiled.metadata.shared)
 
-    attention.launch = compile_only
+    launch.launch = compile_only
     query, key = torch.empty(1, 4, 256, head_size, dtype=dtype), torch.empty(1, 2, 256, head_size, dtype=dtype)
     score, visibility = ScoreOptions(alpha, 1.0), VisibilityArgs(None, None, None, True, 256)
     if everything:

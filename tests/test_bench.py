@@ -40,7 +40,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_files(finished):
-    names = {"speed.json", "speed.png", "refinement.json", "refinement.png", "cold_start.json"}
+    names = {"speed.json", "speed.png", "refinement.json", "refinement.png", "cold_start.json", "host.json"}
     assert {path.name for path in finished.iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in finished.glob("*.png"))
 
@@ -99,6 +99,7 @@ def test_reasons_of_those_that_cannot_run(finished):
         for name in ("flash-attention-2", "cudnn", "flex-attention", "adasplash"):
             assert result["competitors"][name] == {"why_not": "runs on NVIDIA GPUs, this run is on cpu"}
     assert "plain PyTorch" in read(finished / "cold_start.json")["results"]["why_not"]
+    assert "on a CPU" in read(finished / "host.json")["results"]["why_not"]
 
 
 def test_reasons_are_printed_once(capsys, tmp_path):

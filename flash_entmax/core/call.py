@@ -122,6 +122,14 @@ class Tangents(NamedTuple):
     alibi_slopes: Tensor | None = None
 
 
+def live_words(key_length: int, tile: int) -> int:
+    """The int32 words in which a tile of queries has one bit for each tile of keys.
+
+    There is one word more than the bits take: PyTorch compiles a dimension of one element by itself.
+    """
+    return ceil_div(ceil_div(key_length, tile), WORD_BITS) + 1
+
+
 @dataclass(frozen=True)
 class Problem:
     """One attention call as the backends take it: its sizes, and its options after they are checked and lowered."""
@@ -184,23 +192,16 @@ class Problem:
             stop = (position + 1).clamp(0, self.key_length)
         return torch.stack((torch.zeros_like(position), stop, position)).expand(self.batch, -1, -1)
 
-    def live_words(self, tile: int) -> int:
-        """The int32 words in which a tile of queries has one bit for each tile of keys.
-
-        There is one word more than the bits take: PyTorch compiles a dimension of one element by itself.
-        """
-        return ceil_div(ceil_div(self.key_length, tile), WORD_BITS) + 1
-
     def live_shape(self, tile: int) -> tuple[int, int, int]:
         """Shape of the packed map of live tiles: (batch, heads, query tiles * words)."""
-        return self.batch, self.heads, ceil_div(self.query_length, tile) * self.live_words(tile)
+        return self.batch, self.heads, ceil_div(self.query_length, tile) * live_words(self.key_length, tile)
 
     def pack_live(self, tiles: Tensor, tile: int) -> Tensor:
         """(batch, heads, query tiles, key tiles) bool -> the packed map."""
         words = pack_tiles(tiles)
-        return pad(words, (0, self.live_words(tile) - words.shape[-1])).flatten(2)
+        return pad(words, (0, live_words(self.key_length, tile) - words.shape[-1])).flatten(2)
 
     def unpack_live(self, live: Tensor, tile: int) -> Tensor:
         """The inverse of `pack_live`."""
-        rows = live.unflatten(-1, (ceil_div(self.query_length, tile), self.live_words(tile)))
+        rows = live.unflatten(-1, (ceil_div(self.query_length, tile), live_words(self.key_length, tile)))
         return unpack_tiles(rows, ceil_div(self.key_length, tile))

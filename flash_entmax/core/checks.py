@@ -45,14 +45,14 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_dtypes_and_devices(tensors: dict[str, Tensor]) -> None:
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    if len(set(dtypes.values())) > 1:
+    query, key, value = tensors.values()
+    if not query.dtype == key.dtype == value.dtype:
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         raise TypeError(f"query, key and value must have one dtype, got {_listed(dtypes)}")
-    accepted = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if dtypes["query"] not in accepted:
-        raise TypeError(f"query, key and value must be float16, bfloat16, float32 or float64, got {dtypes['query']}")
-    devices = {name: tensor.device for name, tensor in tensors.items()}
-    if len(set(devices.values())) > 1:
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"query, key and value must be float16, bfloat16, float32 or float64, got {query.dtype}")
+    if not query.device == key.device == value.device:
+        devices = {name: tensor.device for name, tensor in tensors.items()}
         raise ValueError(f"query, key and value must be on one device, got {_listed(devices)}")
 
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
@@ -15,7 +15,9 @@ def is_transformed() -> bool:
 
 def has_tangent(arguments: Sequence) -> bool:
     """Forward-mode derivatives go on where gradients are off, in ``no_grad`` and ``inference_mode``."""
-    return any(isinstance(argument, Tensor) and unpack_dual(argument).tangent is not None for argument in arguments)
+    if forward_ad._current_level < 0:  # no dual_level is open
+        return False
+    return any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in arguments)
 
 
 def is_recorded(arguments: Sequence) -> bool:

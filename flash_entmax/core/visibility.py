@@ -35,15 +35,15 @@ class Visibility:
     @property
     def window(self) -> tuple[int, int]:
         """(left, right) with causality as the window that ends at the query itself."""
-        left, right = (min(size, 2 * FURTHEST) for size in self.window_size)
-        return left, 0 if self.is_causal else right
+        left, right = self.window_size
+        return min(left, 2 * FURTHEST), 0 if self.is_causal else min(right, 2 * FURTHEST)
 
     @property
     def is_plain(self) -> bool:
         """There is no mask, or the causal one of the whole rectangle: no intervals are needed for it."""
         left, right = self.window
-        moved = (self.query_positions, self.key_lengths, self.cu_seq_q)
-        return left == UNLIMITED and right in (UNLIMITED, 0) and all(option is None for option in moved)
+        is_whole = self.query_positions is None and self.key_lengths is None and self.cu_seq_q is None
+        return left == UNLIMITED and right in (UNLIMITED, 0) and is_whole
 
     def max_span(self, key_length: int) -> int:
         """No 64 consecutive queries see more keys than this from the first to the last.

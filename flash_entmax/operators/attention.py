@@ -18,6 +18,7 @@ from ..core.call import Problem, ScoreOptions, Tangents, VisibilityArgs
 from ..core.modes import as_given
 from ..core.registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from ..core.tensors import ceil_div, empty_stored_as, row_dtype
+from .eager import unrecorded
 
 
 class OptionTensors(NamedTuple):
@@ -67,12 +68,12 @@ def flattened(score: ScoreOptions, visibility: VisibilityArgs, backend: str) -> 
 
 def unpack_arguments(query: Tensor, value: Tensor, tensors: tuple, numbers: tuple) -> tuple[Problem, str]:
     """The problem that an operator's arguments pose, and the name of the backend for it."""
-    tensors, numbers = OptionTensors(*tensors), OptionNumbers(*numbers)
-    alpha, scale = (numbers.alpha, numbers.scale) if tensors.alpha is None else (tensors.alpha, tensors.scale)
-    score = ScoreOptions(alpha, scale, numbers.softcap, tensors.alibi_slopes)
-    masks = tensors.intervals, tensors.tile_kinds, tensors.tile_bits
-    visibility = VisibilityArgs(*masks, numbers.is_causal, numbers.max_visible_span)
-    return Problem.of(query.shape, value.shape, score, visibility), numbers.backend
+    alphas, scales, slopes, *masks = tensors  # in the order of OptionTensors
+    alpha, scale, softcap, is_causal, span, backend = numbers  # in the order of OptionNumbers
+    if alphas is not None:
+        alpha, scale = alphas, scales
+    score = ScoreOptions(alpha, scale, softcap, slopes)
+    return Problem.of(query.shape, value.shape, score, VisibilityArgs(*masks, is_causal, span)), backend
 
 
 def tile_of(backend: str, query: Tensor, value: Tensor) -> int:
@@ -153,8 +154,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, needs_backward, *options):
+        compute = unrecorded(attention, (query, key, value, *options[:TENSORS]))
         with below_autograd():
-            results = attention(query, key, value, True, *options)
+            results = compute(query, key, value, True, *options)
         ctx.scalars = options[TENSORS:]
         ctx.save_for_backward(query, key, value, *results[1:], *options[:TENSORS])
         ctx.save_for_forward(query, key, value, *results[1:], *options[:TENSORS])
@@ -169,7 +171,8 @@ class Attention(torch.autograd.Function):
             return None, None, None, None, *absent
         saved = ctx.saved_tensors  # read once: a checkpoint gives them once
         needed = ctx.needs_input_grad[4:7]
-        *gradients, parameters = attention_backward(grad_output, *saved[:7], any(needed), *saved[7:], *ctx.scalars)
+        compute = unrecorded(attention_backward, (grad_output, *saved))
+        *gradients, parameters = compute(grad_output, *saved[:7], any(needed), *saved[7:], *ctx.scalars)
         if not any(needed):
             return *gradients, None, *absent
         grad_alpha, grad_scale, grad_slopes = parameters

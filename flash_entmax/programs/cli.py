@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     about = "run a model on a text, and show which tokens its heads attend to: a table, pictures and a page"
     add_inspect_options(commands.add_parser("inspect", help=about, description=about))
 
-    about = "compare time and memory with softmax and with other entmax attention; cold start; refinement steps"
+    about = "compare time and memory with softmax and other entmax attention; cold start; host time; refinement steps"
     add_bench_options(commands.add_parser("bench", help=about, description=about))
 
     about = "reproduce claims about models: train each arm at its learning rates and seeds; tables and pictures"
@@ -81,7 +81,7 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     add("--smallest", action="store_true", help="one short length: every part within seconds")
-    about = "any of speed, memory, roofline, cold-start, refinement (default: all; with --inputs the first three)"
+    about = "any of speed, memory, roofline, cold-start, host, refinement (default: all; with --inputs the first three)"
     add("--parts", nargs="+", metavar="PART", help=about)
     add("--only", nargs="+", metavar="NAME", help="competitors, as the results name them (default: all that run here)")
     grid = bench_parser.add_argument_group("cases", "each flag replaces its part of the default grid")

@@ -4,8 +4,10 @@ Importing this package imports no Triton: the first call that needs a kernel doe
 """
 
 import os
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -38,11 +40,19 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str:
             return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
     elif device.type != "cuda":
         return f"the kernels run on CUDA devices, got {device}"
-    elif not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+    elif not torch.version.hip and capability(device) < (8, 0):
         return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
     if not TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     return ""
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability. A compiler asks for itself: it does not trace caches."""
+    return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else kept_capability(device)
+
+
+kept_capability = cache(torch.cuda.get_device_capability)
 
 
 def is_default_for(device: torch.device) -> bool:
@@ -52,7 +62,11 @@ def is_default_for(device: torch.device) -> bool:
 
 def __getattr__(name: str):
     """The other functions of a backend, each from the module that launches its kernels."""
-    home = HOMES.get(name)
-    if home is not None:
-        return getattr(import_module(f".{home}", __name__), name)
+    if name in HOMES:
+        return getattr(home_of(name), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def home_of(name: str) -> ModuleType:
+    return import_module(f".{HOMES[name]}", __name__)

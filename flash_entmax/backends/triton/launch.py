@@ -1,8 +1,161 @@
-"""How a kernel is launched."""
+"""How kernels are launched: the first time through Triton's JIT, from then on directly.
+
+For every launch the JIT looks at every argument, to find out which of its compiled kernels it is for. That takes
+several times as long as the launch. A `Launcher` looks at the tensors of a whole stage once, and keeps what the JIT
+compiled for tensors like these. A direct launch takes their addresses.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from .schedule import Config, Launch
+from .scratch import ALIGNMENT, Scratch
+from .tile import Matrix
+
+INTEGER_LIMIT = 2**31  # Triton compiles other code for integers from this one on
+OLDEST, NEWEST = (3, 6), (3, 9)  # versions of Triton whose CompiledKernel.run takes what `Direct` passes
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+CAN_BE_DIRECT = OLDEST <= VERSION <= NEWEST and torch.version.cuda is not None and not knobs.runtime.interpret
+
+Setting = Callable[[Config], Launch]
 
 
-def launch(kernel, programs: int, setting: Launch, config: Config, *arguments) -> None:
-    """Run so many programs of a kernel, whose last argument is its Config."""
-    kernel[(programs,)](*arguments, C=config, **setting.options, enable_fp_fusion=True)
+def launch(kernel, programs: int, setting: Setting, config: Config, *arguments) -> CompiledKernel | None:
+    """Run so many programs of a kernel, whose last argument is its Config, through Triton's JIT."""
+    return kernel[(programs,)](*arguments, C=config, **setting(config).options, enable_fp_fusion=True)
+
+
+class Launcher:
+    """Launches the kernels of one Config.
+
+    `compiled` holds the kernels of each stage by what Triton compiles for: the device, and the dtypes of the tensors.
+    Everything else that it compiles for is the same in all direct launches, see `Signature.is_usual`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.compiled: dict[tuple, dict[int, CompiledKernel]] = {}
+
+    def open(
+        self, kernels: tuple, arguments: tuple, scratch: Scratch | None, device: torch.device, largest: int
+    ) -> tuple["Direct | ThroughTriton", tuple, list]:
+        """(what launches these kernels on the current device, its arguments, its scratch).
+
+        Arguments are tensors, None, numbers, and tuples of them; scratch is a list of tensors. A direct launch gets
+        addresses in place of tensors. `largest` bounds all other integers that the kernels will be launched with.
+        """
+        memory = None if scratch is None else scratch.allocate(device)
+        recorded = None
+        if CAN_BE_DIRECT and not is_watched():
+            signature = Signature(arguments)
+            if signature.is_usual and largest < INTEGER_LIMIT:
+                key = *map(id, kernels), device.index, *signature.dtypes
+                compiled = self.compiled.get(key)
+                if compiled is not None:
+                    addresses = [] if scratch is None else scratch.addresses(memory)
+                    direct = Direct(compiled, self.config, current_stream(device.index), (arguments, memory))
+                    return direct, signature.arguments, addresses
+                recorded = Recording(self.compiled, key, len(kernels))
+        tensors = [] if scratch is None else scratch.tensors(memory)
+        return ThroughTriton(self.config, recorded), arguments, tensors
+
+
+launcher_of = lru_cache(maxsize=1024)(Launcher)
+
+
+class Signature:
+    """Arguments with addresses in place of tensors, and all in them that Triton compiles for."""
+
+    __slots__ = ("arguments", "bits", "dtypes")
+
+    def __init__(self, arguments: tuple) -> None:
+        self.bits = 0  # of all addresses and integers, or-ed together
+        self.dtypes = []  # of all tensors; None for None
+        self.arguments = self.addressed(arguments)
+
+    def addressed(self, arguments: tuple) -> tuple:
+        result, bits, dtypes = [], 0, self.dtypes
+        for argument in arguments:
+            if type(argument) is Matrix:
+                data, *strides = argument
+                address = data.data_ptr()
+                dtypes.append(data.dtype)
+                bits |= address % ALIGNMENT | strides[0] | strides[1] | strides[2]
+                argument = address, *strides
+            elif isinstance(argument, Tensor):
+                dtypes.append(argument.dtype)
+                argument = argument.data_ptr()
+                bits |= argument % ALIGNMENT
+            elif argument is None:
+                dtypes.append(None)
+            elif isinstance(argument, tuple):
+                argument = self.addressed(argument)
+            elif isinstance(argument, int):
+                bits |= argument
+            result.append(argument)
+        self.bits |= bits
+        return tuple(result)
+
+    @property
+    def is_usual(self) -> bool:
+        """16 divides all addresses and integers, and these fit 32 bits."""
+        return self.bits % ALIGNMENT == 0 and self.bits < INTEGER_LIMIT
+
+
+class Direct:
+    """Launches compiled kernels, in the current stream. Holds the tensors whose addresses they get."""
+
+    __slots__ = ("compiled", "config", "held", "stream")
+
+    def __init__(self, compiled: dict[int, CompiledKernel], config: Config, stream: int, held: tuple) -> None:
+        self.compiled, self.config, self.stream, self.held = compiled, config, stream, held
+
+    def __call__(self, kernel, programs: int, setting: Setting, *arguments) -> None:
+        compiled = self.compiled[id(kernel)]  # the hash of a kernel itself takes a lock
+        function, metadata = compiled.function, compiled.packed_metadata
+        compiled.run(programs, 1, 1, self.stream, function, metadata, None, None, None, *arguments, self.config)
+
+
+class Recording:
+    """What was compiled for the kernels of a stage. It is published once it is complete."""
+
+    def __init__(self, published: dict[tuple, dict], key: tuple, kernels: int) -> None:
+        self.published, self.key, self.kernels = published, key, kernels
+        self.compiled: dict[int, CompiledKernel] = {}
+
+    def add(self, kernel, compiled: CompiledKernel) -> None:
+        self.compiled[id(kernel)] = compiled
+        if len(self.compiled) == self.kernels:
+            self.published[self.key] = self.compiled
+
+
+class ThroughTriton:
+    """Launches through Triton's JIT, and records what it compiles."""
+
+    def __init__(self, config: Config, recording: Recording | None) -> None:
+        self.config, self.recording = config, recording
+
+    def __call__(self, kernel, programs: int, setting: Setting, *arguments) -> None:
+        compiled = launch(kernel, programs, setting, self.config, *arguments)
+        if self.recording is not None:
+            self.recording.add(kernel, compiled)
+
+
+def is_watched() -> bool:
+    """Somebody is told of each launch, or wants kernels compiled in another way: a profiler, a sanitizer."""
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook, runtime.add_stages_inspection_hook):
+        if getattr(hook, "calls", hook):  # a chain of hooks, or the only one
+            return True
+    return bool(runtime.debug or knobs.compilation.instrumentation_mode)
+
+
+def current_stream(device: int) -> int:
+    return driver.active.get_current_stream(device)

@@ -14,8 +14,8 @@ from ...core.call import Problem
 from ...core.tensors import aligned_size
 from . import schedule
 from .alpha import probability
-from .attention import LISTED, Launches, new_lists
 from .output import output_at as output_of_tiles
+from .plan import Launches
 from .program import ChunkSizes, open_program
 from .queries import open_threshold
 from .scan import maxima_of_tiles
@@ -36,7 +36,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def row_maxima_kernel(
-    query, key, maximum, lists, score_options, visibility, heads, group, query_length, key_length, first_unit, units,
+    query, key, lists, maximum, score_options, visibility, heads, group, query_length, key_length, first_unit, units,
     first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """Each row's maximum of the scores over the keys that it sees; +inf where it sees none."""
@@ -49,7 +49,7 @@ def row_maxima_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def sums_kernel(
-    query, key, maximum, offset, total, weight, lists, score_options, visibility, heads, group, query_length,
+    query, key, maximum, offset, lists, total, weight, score_options, visibility, heads, group, query_length,
     key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """F and sum u of each row over the keys that it sees."""
@@ -64,7 +64,7 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def output_at_kernel(
-    query, key, value, maximum, offset, output, lists, score_options, visibility, heads, group, query_length,
+    query, key, value, maximum, offset, lists, output, score_options, visibility, heads, group, query_length,
     key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """sum p v of each row over the keys that it sees."""
@@ -83,7 +83,7 @@ def row_maxima(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
     """Each row's maximum of the scores; see backends.Backend."""
     maximum = query.new_full(query.shape[:3], torch.inf, dtype=torch.float32)
     if not problem.is_empty:
-        run_over_visible_tiles(row_maxima_kernel, problem, query, (aligned(query), aligned(key), maximum))
+        run_over_keys(row_maxima_kernel, problem, query, (aligned(query), aligned(key)), (maximum,))
     return maximum
 
 
@@ -91,8 +91,8 @@ def sums_at(problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offse
     """(F, sum u) of each row; see backends.Backend."""
     total, weight = torch.zeros_like(maximum), torch.zeros_like(maximum)
     if not problem.is_empty:
-        arguments = aligned(query), aligned(key), maximum, offset, total, weight
-        run_over_visible_tiles(sums_kernel, problem, query, arguments)
+        inputs = aligned(query), aligned(key), maximum, offset
+        run_over_keys(sums_kernel, problem, query, inputs, (total, weight))
     return total, weight
 
 
@@ -101,16 +101,12 @@ def output_at(problem: Problem, query: Tensor, key: Tensor, value: Tensor, maxim
     shape = *query.shape[:3], aligned_size(problem.value_size)
     output = maximum.new_zeros(shape)
     if not problem.is_empty:
-        arguments = aligned(query), aligned(key), aligned(value), maximum, offset, matrix(output)
-        run_over_visible_tiles(output_at_kernel, problem, query, arguments)
+        inputs = aligned(query), aligned(key), aligned(value), maximum, offset
+        run_over_keys(output_at_kernel, problem, query, inputs, (matrix(output),))
     return trimmed(output, problem.value_size)
 
 
-def run_over_visible_tiles(kernel, problem: Problem, query: Tensor, arguments: tuple) -> None:
-    """Launch a kernel whose lists hold all tiles of keys that some query of a tile sees."""
+def run_over_keys(kernel, problem: Problem, query: Tensor, inputs: tuple, results: tuple) -> None:
     with device_of(query):
         launches = Launches.of(problem, query, needs_backward=False)
-        parts = launches.query_chunks(LISTED)
-        lists = new_lists(parts, query.device)
-        for chunk in parts:
-            launches.run(kernel, chunk, schedule.output_launch(launches.config), *arguments, lists)
+        launches.over_tiles_of_queries(kernel, schedule.output_launch, inputs, results, query.device)

@@ -7,6 +7,7 @@ nothing.
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -79,27 +80,64 @@ def tile_size(dtype: torch.dtype, size: int) -> int:
     return tile if size <= 256 else tile // 2
 
 
-def config_of(problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False):
+class Outline(NamedTuple):
+    """A problem without its tensors, for inputs of one dtype."""
+
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    key_heads: int
+    query_length: int
+    key_length: int
+    head_size: int
+    value_size: int
+    alpha: float | None  # None where alpha and scale are tensors
+    scale: float | None
+    softcap: float
+    alibi: bool
+    causal: bool
+    intervals: bool
+    filtered: tuple[bool, bool, bool, bool]  # a filter by tiles hides keys; its tiles differ by batch, head, query
+    max_visible_span: int
+    needs_backward: bool
+    needs_parameters: bool
+
+    @classmethod
+    def of(
+        cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False
+    ) -> "Outline":
+        alpha, scale, softcap, slopes = problem.score
+        intervals, kinds, bits, causal, span = problem.visibility
+        if isinstance(alpha, torch.Tensor):
+            alpha = scale = None
+        filtered = NOT_FILTERED
+        if kinds is not None:
+            filtered = True, kinds.shape[0] > 1, kinds.shape[1] > 1, bits.shape[1] > 1
+        return cls(
+            dtype, problem.batch, problem.heads, problem.key_heads, problem.query_length, problem.key_length,
+            problem.head_size, problem.value_size, alpha, scale, softcap, slopes is not None, causal,
+            intervals is not None, filtered, span, needs_backward, needs_parameters,
+        )  # fmt: skip
+
+
+NOT_FILTERED = (False, False, False, False)
+
+
+def config_of(outline: Outline) -> Config:
     """The Config of a call. Equal calls get one object."""
-    score, visibility = problem.score, problem.visibility
-    kinds, bits = visibility.tile_kinds, visibility.tile_bits
-    differs = (False, False, False)
-    if kinds is not None:
-        differs = kinds.shape[0] > 1, kinds.shape[1] > 1, bits.shape[1] > 1
-    per_head = isinstance(score.alpha, torch.Tensor)
     return _config(
-        dtype,
-        problem.head_size,
-        problem.value_size,
-        0 if per_head else {2.0: 1, 1.5: 2}.get(score.alpha, 0),
-        visibility.is_causal and visibility.intervals is None,
-        visibility.intervals is not None,
-        (kinds is not None, *differs),
-        score.softcap > 0,
-        score.alibi_slopes is not None,
-        per_head,
-        needs_backward,
-        needs_parameters,
+        outline.dtype,
+        outline.head_size,
+        outline.value_size,
+        {2.0: 1, 1.5: 2}.get(outline.alpha, 0),
+        outline.causal and not outline.intervals,
+        outline.intervals,
+        outline.filtered,
+        outline.softcap > 0,
+        outline.alibi,
+        outline.alpha is None,
+        outline.needs_backward,
+        outline.needs_parameters,
     )
 
 
@@ -152,7 +190,8 @@ def _config(
     )
 
 
-SUMMARY = Launch(4, 1)
+def summary_launch(config: Config) -> Launch:
+    return Launch(4, 1)
 
 
 def registers(config: Config, programs: int) -> int | None:

@@ -45,15 +45,15 @@ class Sizes(NamedTuple):
 def matrix(tensor: Tensor) -> Matrix:
     """A dimension of one element gets stride 0, whatever stride a view left there."""
     batch, heads, length, _ = tensor.shape
-    strides = tensor.stride()
-    return Matrix(
-        tensor, strides[0] if batch > 1 else 0, strides[1] if heads > 1 else 0, strides[2] if length > 1 else 0
-    )
+    of_batch, of_heads, of_rows, _ = tensor.stride()
+    return Matrix(tensor, of_batch if batch > 1 else 0, of_heads if heads > 1 else 0, of_rows if length > 1 else 0)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Inside, kernels are launched where the tensor is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def aligned(tensor: Tensor) -> Matrix:
@@ -63,8 +63,9 @@ def aligned(tensor: Tensor) -> Matrix:
     memory asynchronously. docs/design.md says what went wrong with others.
     """
     size, m = tensor.shape[-1], matrix(tensor)
-    steps = size | m.batch_stride | m.head_stride | m.row_stride  # 16 divides this if it divides each of them
-    contiguous = tensor.stride(-1) == 1 and m.row_stride <= LONGEST_ROW
+    _, batch_stride, head_stride, row_stride = m
+    steps = size | batch_stride | head_stride | row_stride  # 16 divides this if it divides each of them
+    contiguous = tensor.stride(-1) == 1 and row_stride <= LONGEST_ROW
     if contiguous and steps % ROW_ALIGNMENT == 0 and tensor.data_ptr() % 16 == 0:
         return m
     copy = tensor.new_zeros(*tensor.shape[:-1], aligned_size(size))

@@ -1,4 +1,4 @@
-"""What `flash-entmax bench` does: compare time and memory with peers; measure cold start and refinement steps.
+"""What `flash-entmax bench` does: compare time and memory with peers; measure cold start, host time, refinement steps.
 
 Needs matplotlib and rich: pip install "flash-entmax[bench]".
 """
@@ -30,6 +30,8 @@ def run(settings: BenchSettings) -> bool:
     is_right = run_cases(console, settings) if settings.measures_cases else True
     if "cold-start" in settings.parts:
         run_cold_start(console, settings)
+    if "host" in settings.parts:
+        run_host(console, settings)
     if "refinement" in settings.parts:
         run_refinement(console, settings)
     console.print(f"\n{time.perf_counter() - start:.0f} s in all; results are in {settings.out}", soft_wrap=True)
@@ -72,6 +74,21 @@ def run_cold_start(console: "Console", settings: BenchSettings) -> None:
         content = {name: cold_start.measure(name) for name in cold_start.names_of(settings)}
         report.print_cold_start(console, content)
     write_json(settings.out / "cold_start.json", {"conditions": conditions_of(settings), "results": content})
+
+
+def run_host(console: "Console", settings: BenchSettings) -> None:
+    from . import host, report
+    from .conditions import conditions_of
+
+    if reason := host.why_not(settings):
+        console.print(f"\nhost time: not measured: {reason}", soft_wrap=True)
+        content = {"why_not": reason}
+    else:
+        content = host.measure(settings)
+        report.print_host(console, content)
+    timing = f"median of {host.CALLS} calls by the host's clock"
+    conditions = conditions_of(settings) | {"inputs": "randn, seed 0", "shape": host.SHAPE, "timing": timing}
+    write_json(settings.out / "host.json", {"conditions": conditions, "results": content})
 
 
 def run_refinement(console: "Console", settings: BenchSettings) -> None:

@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .conditions import conditions_of
+from .host import SHAPE
 from .refinement import TOLERANCE, WATCHED_STEPS
 from .roofline import FORMULA
 from .settings import NAMES, OURS, TITLES, BenchSettings
@@ -175,6 +176,24 @@ def print_cold_start(console: Console, content: dict) -> None:
         for later in entry["lengths"]:
             again = f"{later['length']:,} tokens: {later['kernels']} more kernels, {later['seconds']:.2f} s"
             console.print(f"    {again}", soft_wrap=True)
+
+
+def print_host(console: Console, content: dict) -> None:
+    """Microseconds by way to call and library; then what failed."""
+    names = tuple(next(iter(content.values())))
+    title = "\nhost time of a call, in microseconds: " + " x ".join(map(str, SHAPE))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("call", no_wrap=True)
+    for name in names:
+        table.add_column(TITLES[name], justify="right", no_wrap=True)
+    for way, entries in content.items():
+        times = (entries[name].get("microseconds") for name in names)
+        table.add_row(way, *("failed" if time is None else f"{time:,.0f}" for time in times))
+    console.print(table)
+    for way, entries in content.items():
+        for name, entry in entries.items():
+            if "failed" in entry:
+                console.print(f"  {TITLES[name]}, {way}: failed: {entry['failed']}", soft_wrap=True)
 
 
 def print_refinement(console: Console, content: dict) -> None:

@@ -19,7 +19,7 @@ from .cases import BenchCase
 
 ALPHA = 1.5
 CASE_PARTS = ("speed", "memory", "roofline")
-PARTS = (*CASE_PARTS, "cold-start", "refinement")
+PARTS = (*CASE_PARTS, "cold-start", "host", "refinement")
 OURS, ADASPLASH = "flash-entmax", "adasplash"
 TITLES = {
     OURS: "flash-entmax",

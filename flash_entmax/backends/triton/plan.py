@@ -1,0 +1,223 @@
+"""What a call launches: worked out once, and kept for all calls of the same sizes and options.
+
+Scratch is bounded. Maxima and lists exist for one chunk of heads and rows at a time, and the next chunk writes over
+them. What stays for the gradient is one bit for each tile.
+"""
+
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core.call import Problem, ScoreOptions, VisibilityArgs, live_words
+from ...core.tensors import ceil_div
+from . import schedule
+from .launch import Direct, Setting, ThroughTriton, launcher_of
+from .queries import KernelScoreOptions
+from .schedule import Outline
+from .scratch import Scratch
+from .visibility import KernelVisibility, bounds_kernel
+
+MAXIMA = 7 * 2**24  # maxima of 2 bytes in the scratch of one chunk: 224 MiB
+LISTED = 2**24  # listed tiles of 4 bytes in the scratch of one chunk: 64 MiB
+
+
+class Chunk(NamedTuple):
+    """Some units and, of each, some tiles, whose lists have `capacity` places each."""
+
+    first_unit: int
+    units: int
+    first_tile: int
+    tiles: int
+    capacity: int
+
+    @property
+    def programs(self) -> int:
+        return self.units * self.tiles
+
+    @property
+    def places(self) -> int:
+        return self.programs * self.capacity
+
+
+def chunks(units: int, tiles: int, capacity: int, limit: int, later: int | None = None) -> list[Chunk]:
+    """Split units x tiles so that no chunk has more than `limit` places. Whole units stay together while they fit.
+
+    Tile t sees at most t + 1 + later of the `capacity` tiles on the other side; without `later`, any of them.
+    """
+    if tiles * capacity <= limit:
+        parts = ceil_div(units, limit // max(1, tiles * capacity))
+        size = ceil_div(units, parts)
+        return [Chunk(unit, min(size, units - unit), 0, tiles, capacity) for unit in range(0, units, size)]
+    result = []
+    for unit in range(units):
+        last = tiles
+        while last > 0:  # from the end, where the lists are longest
+            seen = capacity if later is None else min(capacity, max(1, last + later))
+            count = min(last, max(1, limit // seen))
+            result.append(Chunk(unit, 1, last - count, count, seen))
+            last -= count
+    return result
+
+
+def most_places(parts: list[Chunk]) -> int:
+    """Places for the lists of the largest chunk."""
+    return max(chunk.places for chunk in parts)
+
+
+class Plan:
+    """What follows from an Outline: chunks, scratch, and the launcher of its Config."""
+
+    def __init__(self, outline: Outline) -> None:
+        self.outline = outline
+        self.config = config = schedule.config_of(outline)
+        self.launcher = launcher_of(config)
+        self.units = outline.batch * outline.heads
+        self.query_tiles = ceil_div(outline.query_length, config.TILE)
+        self.key_tiles = ceil_div(outline.key_length, config.TILE)
+        self.blocks = outline.batch * outline.key_heads * self.key_tiles
+        self.centre_strides = self.blocks // outline.batch * config.HEAD, self.key_tiles * config.HEAD, config.HEAD
+        self.group = outline.heads // outline.key_heads
+        self.sizes = outline.heads, self.group, outline.query_length, outline.key_length  # the kernels' Sizes
+        self.words = live_words(outline.key_length, config.TILE)
+        self.largest = max(self.units, outline.query_length, outline.key_length, self.centre_strides[0])
+        self.list_size = min(self.key_tiles, outline.max_visible_span // config.TILE + 2)  # of a tile of queries
+        self.options = None  # for all calls, where they are numbers
+        if outline.alpha is not None and not outline.alibi:
+            self.options = kernel_options(ScoreOptions(outline.alpha, outline.scale, outline.softcap))
+
+    def chunks_of_queries(self, limit: int) -> list[Chunk]:
+        """Chunks of tiles of queries, with lists of tiles of keys."""
+        later = None
+        if self.config.CAUSAL:
+            later = ceil_div(self.outline.key_length - self.outline.query_length, self.config.TILE)
+        return chunks(self.units, self.query_tiles, self.list_size, limit, later)
+
+    @cached_property
+    def forward_chunks(self) -> list[Chunk]:
+        return self.chunks_of_queries(MAXIMA // self.config.TILE)
+
+    @cached_property
+    def query_chunks(self) -> list[Chunk]:
+        return self.chunks_of_queries(LISTED)
+
+    @cached_property
+    def key_chunks(self) -> list[Chunk]:
+        """Chunks of tiles of keys, with lists of tiles of queries."""
+        return chunks(self.units // self.group, self.key_tiles, self.query_tiles, LISTED)
+
+    @cached_property
+    def forward_scratch(self) -> Scratch:
+        """Lists and sublists of tiles, maxima, counts; the summary of each block of keys; thresholds unless kept."""
+        places = most_places(self.forward_chunks)
+        programs = max(chunk.programs for chunk in self.forward_chunks)
+        lists, counts = (torch.int32, places), (torch.int32, 2 * programs)
+        centre, numbers = (self.outline.dtype, self.blocks * self.config.HEAD), (torch.float32, self.blocks)
+        rows = (torch.float32, 0 if self.outline.needs_backward else self.units * self.outline.query_length)
+        maxima = (torch.float16, places * self.config.TILE)
+        return Scratch(lists, lists, maxima, counts, centre, numbers, numbers, numbers, rows, rows)
+
+    @cached_property
+    def backward_scratch(self) -> Scratch:
+        """The pairs of numbers of each query; then lists, of tiles of keys first and of tiles of queries later."""
+        pairs = self.units * self.query_tiles * self.config.TILE * 4
+        places = max(most_places(self.query_chunks), most_places(self.key_chunks))
+        return Scratch((torch.float32, pairs), (torch.int32, places))
+
+    @cached_property
+    def list_scratch(self) -> Scratch:
+        """Lists of tiles of keys."""
+        return Scratch((torch.int32, most_places(self.query_chunks)))
+
+
+plan_of = lru_cache(maxsize=256)(Plan)
+
+
+def kernel_options(score: ScoreOptions) -> KernelScoreOptions:
+    """The options in the units of the kernels."""
+    alpha, scale, softcap, slopes = score
+    return KernelScoreOptions(
+        scale,
+        (alpha - 1.0) * scale,
+        1.0 / (alpha - 1.0),
+        softcap / scale if softcap else None,
+        None if slopes is None else (slopes / scale).contiguous(),
+    )
+
+
+class Stage(NamedTuple):
+    """Kernels that run over the tiles of a plan, with what all of them take. A direct launch takes addresses."""
+
+    launch: Direct | ThroughTriton
+    plan: Plan
+    options: KernelScoreOptions
+    visibility: KernelVisibility
+
+    def run(self, kernel, chunk: Chunk, setting: Setting, *arguments, words: bool = True) -> None:
+        """Launch a kernel with one program for each tile of the chunk; `words` if it reads or writes the live map."""
+        first_unit, units, first_tile, tiles, capacity = chunk
+        place = (units, first_tile, self.plan.words, capacity) if words else (units, first_tile, capacity)
+        self.launch(
+            kernel, units * tiles, setting, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit,
+            *place,
+        )  # fmt: skip
+
+
+class Launches(NamedTuple):
+    """What all launches of one call share. The problem is not empty."""
+
+    plan: Plan
+    options: KernelScoreOptions
+    visibility: KernelVisibility
+
+    @classmethod
+    def of(
+        cls, problem: Problem, query: Tensor, needs_backward: bool = True, needs_parameters: bool = False
+    ) -> "Launches":
+        plan = plan_of(Outline.of(problem, query.dtype, needs_backward, needs_parameters))
+        options = plan.options or kernel_options(problem.score)
+        visibility = kernel_visibility(problem.visibility, plan)
+        return cls(plan, options, visibility)
+
+    def open(
+        self, kernels: tuple, arguments: tuple, scratch: Scratch, device: torch.device
+    ) -> tuple[Stage, list, list]:
+        """(stage, arguments, scratch) of some kernels, both as its launches take them."""
+        plan, options, visibility = self
+        if options is not plan.options or visibility is not NO_MASKS:  # some of them are tensors
+            arguments = *arguments, options, visibility
+        launch, arguments, arrays = plan.launcher.open(kernels, arguments, scratch, device, plan.largest)
+        if options is not plan.options or visibility is not NO_MASKS:
+            *arguments, options, visibility = arguments
+        return Stage(launch, plan, options, visibility), arguments, arrays
+
+    def over_tiles_of_queries(
+        self, kernel, setting: Setting, inputs: tuple, results: tuple, device: torch.device
+    ) -> None:
+        """Launch one kernel over all tiles of queries, which takes lists of tiles between its inputs and results."""
+        plan = self.plan
+        stage, arguments, (lists,) = self.open((kernel,), (*inputs, *results), plan.list_scratch, device)
+        inputs, results = arguments[: len(inputs)], arguments[len(inputs) :]
+        for chunk in plan.query_chunks:
+            stage.run(kernel, chunk, setting, *inputs, lists, *results)
+
+
+def kernel_visibility(visibility: VisibilityArgs, plan: Plan) -> KernelVisibility:
+    """The problem's masks, and the bounds of the intervals of each tile of queries."""
+    intervals, kinds, bits, *_ = visibility
+    masks = {}
+    if kinds is not None:
+        masks |= {"tile_kinds": kinds, "tile_bits": bits}
+    if intervals is not None:
+        bounds = intervals.new_empty(plan.outline.batch, plan.query_tiles, 4)
+        masks |= {"intervals": intervals, "bounds": bounds}
+        launch, arguments, _ = plan.launcher.open(
+            (bounds_kernel,), (intervals, bounds), None, intervals.device, plan.largest
+        )
+        programs = plan.outline.batch * plan.query_tiles
+        launch(bounds_kernel, programs, schedule.summary_launch, *arguments, plan.outline.query_length, plan.list_size)
+    return KernelVisibility(**masks) if masks else NO_MASKS
+
+
+NO_MASKS = KernelVisibility()

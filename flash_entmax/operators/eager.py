@@ -1,0 +1,62 @@
+"""Calls that need no dispatcher: what computes an operator is called directly.
+
+PyTorch's dispatcher finds out who has a say in a call: autograd, torch.func, a compiler, a mode. As a rule only
+autograd has one, and finding this out takes longer than a short call itself.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..core.registration import function_of
+
+PLAIN = Tensor, torch.nn.Parameter
+
+
+def is_eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Nobody but autograd has a say in a call with these tensors.
+
+    That is: no compiler, tracer, transform of torch.func, dispatch or function mode, level of forward-mode derivatives
+    or profiler is active; and the data of every tensor can be read as it lies: no subclass, no meta tensor, no negated
+    view, no zero without storage.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() or torch._is_zerotensor(tensor):
+            return False
+    return True
+
+
+def call_operator(
+    operator: Callable, derivatives: type[torch.autograd.Function], tensors: Sequence[Tensor | None], *arguments
+) -> tuple[Tensor, ...]:
+    """The operator's results, with these derivatives. `tensors` are those of its arguments, or None."""
+    if not is_eager(tensors):
+        return operator(*arguments)
+    is_recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return call_directly(operator, derivatives, is_recorded, *arguments)
+
+
+def call_directly(
+    operator: Callable, derivatives: type[torch.autograd.Function], is_recorded: bool, *arguments
+) -> tuple[Tensor, ...]:
+    """The operator's results, where the call is eager."""
+    return derivatives.apply(*arguments) if is_recorded else function_of(operator)(*arguments)
+
+
+def unrecorded(operator: Callable, tensors: Sequence[Tensor | None]) -> Callable:
+    """What to call for an operator whose derivatives are not asked for. A second derivative finds the operator."""
+    return operator if torch.is_grad_enabled() or not is_eager(tensors) else function_of(operator)

@@ -91,7 +91,9 @@ def entmax_attention(
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
         ValueError: shapes, devices or options that do not fit or exclude each other.
     """
-    if return_support is False and alibi_slopes is query_positions is key_lengths is key_mask is block_mask is None:
+    has_tensors = isinstance(alpha, Tensor) or isinstance(scale, Tensor) or alibi_slopes is not None
+    is_masked = not (query_positions is key_lengths is key_mask is block_mask is None)
+    if return_support is False and not has_tensors and not is_masked:
         output = plain_attention(query, key, value, alpha, scale, softcap, is_causal, window_size, impl)
         if output is not None:
             return output

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import choose
 from ..core.call import ScoreOptions
 from ..core.checks import check_call
 from ..core.visibility import Visibility
-from .attention import Attention, OptionNumbers, OptionTensors, attention, packed_arguments
+from . import attention as operators
+from .attention import OptionTensors
 from .eager import call_directly, is_eager
-from .lowering import lowered
 
-NUMBERS = {bool, int, float, str, type(None)}
+NUMBERS = {bool, int, float, type(None)}
 NO_TENSORS = OptionTensors(None, None, None, None, None, None)
 MOST_KEPT = 4096
-_kept: dict[tuple, OptionNumbers | None] = {}  # by all that checks and lowering look at
+_kept: dict[tuple, tuple | None] = {}  # by all that checks and lowering look at
 
 
 def plain_attention(
@@ -23,7 +24,7 @@ def plain_attention(
     window_size: tuple[int, int], impl: str,
 ) -> Tensor | None:  # fmt: skip
     """The output of a plain call; None if the call is of another kind."""
-    tensors, options = (query, key, value), (alpha, scale, softcap, is_causal, window_size, impl)
+    tensors, options = (query, key, value), (alpha, scale, softcap, is_causal, window_size)
     signature = signature_of(tensors, options)
     if signature is None:
         return None
@@ -32,18 +33,20 @@ def plain_attention(
         if len(_kept) >= MOST_KEPT:
             _kept.clear()
         numbers = _kept[signature] = checked_numbers(*tensors, *options)
-    if numbers is None:
+    backend = choose(query, impl, others=("reference",))
+    if numbers is None or backend == "reference":
         return None
     needs_backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return call_directly(attention, Attention, needs_backward, *tensors, needs_backward, *NO_TENSORS, *numbers)[0]
+    arguments = *tensors, needs_backward, *NO_TENSORS, *numbers, backend
+    return call_directly(operators.attention, operators.Attention, needs_backward, *arguments)[0]
 
 
 def signature_of(tensors: Sequence[Tensor], options: tuple) -> tuple | None:
     """Shapes, dtypes, devices and options, with the types of these: True is no 1. None if there is more to look at."""
-    *options, window_size, impl = options
+    *options, window_size = options
     if not is_eager(tensors) or type(window_size) is not tuple:
         return None
-    options = *options, *window_size, impl
+    options = *options, *window_size
     kinds = tuple(map(type, options))
     if not NUMBERS.issuperset(kinds):
         return None
@@ -58,12 +61,13 @@ def signature_of(tensors: Sequence[Tensor], options: tuple) -> tuple | None:
 
 def checked_numbers(
     query: Tensor, key: Tensor, value: Tensor, alpha: float, scale: float | None, softcap: float, is_causal: bool,
-    window_size: tuple[int, int], impl: str,
-) -> OptionNumbers | None:  # fmt: skip
-    """The operator's numbers for a call. None where it takes tensors beside them, or no operator computes the call."""
+    window_size: tuple[int, int],
+) -> tuple | None:  # fmt: skip
+    """OptionNumbers but for the backend. None where there are tensors beside them, or where the call is softmax."""
     score, visibility = ScoreOptions(alpha, scale, softcap), Visibility(is_causal, window_size)
     check_call(query, key, value, score, visibility)
-    if not visibility.is_plain:
+    score = score.lowered(query)
+    if not visibility.is_plain or score.alpha == 1.0:
         return None
-    call = lowered(query, key, value, score, visibility, impl)
-    return packed_arguments(call)[1] if call.tile else None
+    key_length = key.shape[2]
+    return score.alpha, score.scale, score.softcap, visibility.window[1] == 0, visibility.max_span(key_length)

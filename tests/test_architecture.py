@@ -39,7 +39,7 @@ FURTHER = {"programs.benchmarks": {"testing"}}  # inputs and error measures are 
 KERNEL_WORDS = {
     "tile", "alpha", "visibility", "queries", "keys", "score", "sums", "lists", "program", "row_solve",
 }  # fmt: skip
-LAUNCHING = {"__init__", "attention", "launch", "parts", "rows", "schedule"}
+LAUNCHING = {"__init__", "attention", "launch", "parts", "plan", "rows", "schedule", "scratch"}
 STAGES_TOGETHER = {"threshold": {"bound", "scan", "certify"}}  # one kernel takes its rows through all of them
 
 

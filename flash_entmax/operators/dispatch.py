@@ -8,7 +8,7 @@ from ..core.modes import as_given, is_recorded
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
 from . import attention as operators
-from .eager import call_operator
+from .eager import recorded
 
 
 def attend(
@@ -23,10 +23,8 @@ def attend(
     tile = BACKENDS[backend].tile_size(query.dtype, max(query.shape[-1], value.shape[-1]))
     tensors, numbers = operators.flattened(score, visibility.lowered(query, key.shape[2], tile), backend)
     needs_backward = return_support or is_recorded((query, key, value, *tensors[:3]))
-    output, _, maximum, offset, live = call_operator(
-        operators.attention, operators.Attention, (query, key, value, *tensors), query, key, value, needs_backward,
-        *tensors, *numbers,
-    )  # fmt: skip
+    call = recorded(operators.attention, operators.Attention, (query, key, value, *tensors))
+    output, _, maximum, offset, live = call(query, key, value, needs_backward, *tensors, *numbers)
     if not return_support:
         return output
     detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *tensors))

@@ -40,21 +40,15 @@ def is_eager(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
-def call_operator(
-    operator: Callable, derivatives: type[torch.autograd.Function], tensors: Sequence[Tensor | None], *arguments
-) -> tuple[Tensor, ...]:
-    """The operator's results, with these derivatives. `tensors` are those of its arguments, or None."""
+def recorded(
+    operator: Callable, derivatives: type[torch.autograd.Function], tensors: Sequence[Tensor | None]
+) -> Callable:
+    """What to call for an operator with these derivatives. `tensors` are those of its arguments, or None."""
     if not is_eager(tensors):
-        return operator(*arguments)
-    is_recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return call_directly(operator, derivatives, is_recorded, *arguments)
-
-
-def call_directly(
-    operator: Callable, derivatives: type[torch.autograd.Function], is_recorded: bool, *arguments
-) -> tuple[Tensor, ...]:
-    """The operator's results, where the call is eager."""
-    return derivatives.apply(*arguments) if is_recorded else function_of(operator)(*arguments)
+        return operator
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return derivatives.apply
+    return function_of(operator)
 
 
 def unrecorded(operator: Callable, tensors: Sequence[Tensor | None]) -> Callable:

@@ -1,5 +1,7 @@
 """The stages in order, on a GPU: threshold and output; then the gradient over the tiles that were live."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,14 +10,76 @@ from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import Summary, summary_kernel
 from .gradient import gradient_key_value_kernel, gradient_query_kernel
+from .launch import Direct, Setting, ThroughTriton
 from .output import output_kernel, support_kernel
-from .plan import Launches
+from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of
+from .queries import KernelScoreOptions
+from .schedule import Outline
+from .scratch import Scratch
 from .tangent import Directions, tangent_kernel
 from .threshold import threshold_kernel
 from .tile import Matrix, aligned, device_of, matrix, trimmed
+from .visibility import KernelVisibility
 
 FORWARD = summary_kernel, threshold_kernel, output_kernel
 BACKWARD = gradient_query_kernel, gradient_key_value_kernel
+
+
+class Stage(NamedTuple):
+    """Kernels that run over the tiles of a plan, with what all of them take. A direct launch takes addresses."""
+
+    launch: Direct | ThroughTriton
+    plan: Plan
+    options: KernelScoreOptions
+    visibility: KernelVisibility
+
+    def run(self, kernel, chunk: Chunk, setting: Setting, *arguments, words: bool = True) -> None:
+        """Launch a kernel with one program for each tile of the chunk; `words` if it reads or writes the live map."""
+        first_unit, units, first_tile, tiles, capacity = chunk
+        place = (units, first_tile, self.plan.words, capacity) if words else (units, first_tile, capacity)
+        self.launch(
+            kernel, units * tiles, setting, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit,
+            *place,
+        )  # fmt: skip
+
+
+class Launches(NamedTuple):
+    """What all launches of one call share. The problem is not empty."""
+
+    plan: Plan
+    options: KernelScoreOptions
+    visibility: KernelVisibility
+
+    @classmethod
+    def of(
+        cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False
+    ) -> "Launches":
+        plan = plan_of(Outline.of(problem, dtype, needs_backward, needs_parameters))
+        options = plan.options or kernel_options(problem.score)
+        visibility = kernel_visibility(problem.visibility, plan)
+        return cls(plan, options, visibility)
+
+    def open(
+        self, kernels: tuple, arguments: tuple, scratch: Scratch, device: torch.device
+    ) -> tuple[Stage, list, list]:
+        """(stage, arguments, scratch) of some kernels, both as its launches take them."""
+        plan, options, visibility = self
+        if options is not plan.options or visibility is not NO_MASKS:  # some of them are tensors
+            arguments = *arguments, options, visibility
+        launch, arguments, arrays = plan.launcher.open(kernels, arguments, scratch, device, plan.largest)
+        if options is not plan.options or visibility is not NO_MASKS:
+            *arguments, options, visibility = arguments
+        return Stage(launch, plan, options, visibility), arguments, arrays
+
+    def over_tiles_of_queries(
+        self, kernel, setting: Setting, inputs: tuple, results: tuple, device: torch.device
+    ) -> None:
+        """Launch one kernel over all tiles of queries, which takes lists of tiles between its inputs and results."""
+        plan = self.plan
+        stage, arguments, (lists,) = self.open((kernel,), (*inputs, *results), plan.list_scratch, device)
+        inputs, results = arguments[: len(inputs)], arguments[len(inputs) :]
+        for chunk in plan.query_chunks:
+            stage.run(kernel, chunk, setting, *inputs, lists, *results)
 
 
 def attention_forward(
@@ -33,7 +97,7 @@ def attention_forward(
             tensor.fill_(number)
     else:
         with device_of(query):
-            launches = Launches.of(problem, query, needs_backward)
+            launches = Launches.of(problem, query.dtype, needs_backward)
             kept = (matrix(value_mean), maximum, offset, live) if needs_backward else (None, None, None, live)
             arguments = aligned(query), aligned(key), aligned(value), matrix(output), *kept
             forward_stages(launches, arguments, query.device)
@@ -75,7 +139,7 @@ def attention_backward(
         return *(empty_stored_as(tensor, tensor.shape[-1]).zero_() for tensor in (query, key, value)), nothing
     sizes = query.shape[-1], key.shape[-1], value.shape[-1]
     with device_of(query):
-        launches = Launches.of(problem, query, needs_parameters=needs_parameters)
+        launches = Launches.of(problem, query.dtype, needs_parameters=needs_parameters)
         gradients = [matrix(empty_stored_as(tensor, aligned_size(tensor.shape[-1]))) for tensor in (query, key, value)]
         inputs = aligned(query), aligned(key), aligned(value), aligned(value_mean), aligned(grad_output)
         selected = matrix(torch.empty_like(inputs[-1].data)) if problem.may_hide_all_keys else None
@@ -120,7 +184,7 @@ def attention_tangent(
         return trimmed(result.zero_(), problem.value_size)
     with device_of(query):
         directions = directions_of(tangents, (query, key, value), maximum)
-        launches = Launches.of(problem, query, needs_parameters=directions.alpha is not None)
+        launches = Launches.of(problem, query.dtype, needs_parameters=directions.alpha is not None)
         inputs = aligned(query), aligned(key), aligned(value), directions, maximum, offset, live
         launches.over_tiles_of_queries(tangent_kernel, schedule.tangent_launch, inputs, (matrix(result),), query.device)
     return trimmed(result, problem.value_size)
@@ -147,7 +211,7 @@ def attention_support(
     if problem.is_empty:
         return maximum.clone(), size, marks
     with device_of(query):
-        launches = Launches.of(problem, query)
+        launches = Launches.of(problem, query.dtype)
         inputs = aligned(query), aligned(key), maximum, offset, live
         launches.over_tiles_of_queries(support_kernel, schedule.threshold_launch, inputs, (size, marks), query.device)
     z_scale = problem.z_scale

@@ -14,8 +14,8 @@ from ...core.call import Problem
 from ...core.tensors import aligned_size
 from . import schedule
 from .alpha import probability
+from .attention import Launches
 from .output import output_at as output_of_tiles
-from .plan import Launches
 from .program import ChunkSizes, open_program
 from .queries import open_threshold
 from .scan import maxima_of_tiles
@@ -108,5 +108,5 @@ def output_at(problem: Problem, query: Tensor, key: Tensor, value: Tensor, maxim
 
 def run_over_keys(kernel, problem: Problem, query: Tensor, inputs: tuple, results: tuple) -> None:
     with device_of(query):
-        launches = Launches.of(problem, query, needs_backward=False)
+        launches = Launches.of(problem, query.dtype, needs_backward=False)
         launches.over_tiles_of_queries(kernel, schedule.output_launch, inputs, results, query.device)

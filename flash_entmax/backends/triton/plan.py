@@ -8,12 +8,11 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from ...core.call import Problem, ScoreOptions, VisibilityArgs, live_words
+from ...core.call import ScoreOptions, VisibilityArgs, live_words
 from ...core.tensors import ceil_div
 from . import schedule
-from .launch import Direct, Setting, ThroughTriton, launcher_of
+from .launch import launcher_of
 from .queries import KernelScoreOptions
 from .schedule import Outline
 from .scratch import Scratch
@@ -144,63 +143,6 @@ def kernel_options(score: ScoreOptions) -> KernelScoreOptions:
         softcap / scale if softcap else None,
         None if slopes is None else (slopes / scale).contiguous(),
     )
-
-
-class Stage(NamedTuple):
-    """Kernels that run over the tiles of a plan, with what all of them take. A direct launch takes addresses."""
-
-    launch: Direct | ThroughTriton
-    plan: Plan
-    options: KernelScoreOptions
-    visibility: KernelVisibility
-
-    def run(self, kernel, chunk: Chunk, setting: Setting, *arguments, words: bool = True) -> None:
-        """Launch a kernel with one program for each tile of the chunk; `words` if it reads or writes the live map."""
-        first_unit, units, first_tile, tiles, capacity = chunk
-        place = (units, first_tile, self.plan.words, capacity) if words else (units, first_tile, capacity)
-        self.launch(
-            kernel, units * tiles, setting, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit,
-            *place,
-        )  # fmt: skip
-
-
-class Launches(NamedTuple):
-    """What all launches of one call share. The problem is not empty."""
-
-    plan: Plan
-    options: KernelScoreOptions
-    visibility: KernelVisibility
-
-    @classmethod
-    def of(
-        cls, problem: Problem, query: Tensor, needs_backward: bool = True, needs_parameters: bool = False
-    ) -> "Launches":
-        plan = plan_of(Outline.of(problem, query.dtype, needs_backward, needs_parameters))
-        options = plan.options or kernel_options(problem.score)
-        visibility = kernel_visibility(problem.visibility, plan)
-        return cls(plan, options, visibility)
-
-    def open(
-        self, kernels: tuple, arguments: tuple, scratch: Scratch, device: torch.device
-    ) -> tuple[Stage, list, list]:
-        """(stage, arguments, scratch) of some kernels, both as its launches take them."""
-        plan, options, visibility = self
-        if options is not plan.options or visibility is not NO_MASKS:  # some of them are tensors
-            arguments = *arguments, options, visibility
-        launch, arguments, arrays = plan.launcher.open(kernels, arguments, scratch, device, plan.largest)
-        if options is not plan.options or visibility is not NO_MASKS:
-            *arguments, options, visibility = arguments
-        return Stage(launch, plan, options, visibility), arguments, arrays
-
-    def over_tiles_of_queries(
-        self, kernel, setting: Setting, inputs: tuple, results: tuple, device: torch.device
-    ) -> None:
-        """Launch one kernel over all tiles of queries, which takes lists of tiles between its inputs and results."""
-        plan = self.plan
-        stage, arguments, (lists,) = self.open((kernel,), (*inputs, *results), plan.list_scratch, device)
-        inputs, results = arguments[: len(inputs)], arguments[len(inputs) :]
-        for chunk in plan.query_chunks:
-            stage.run(kernel, chunk, setting, *inputs, lists, *results)
 
 
 def kernel_visibility(visibility: VisibilityArgs, plan: Plan) -> KernelVisibility:

@@ -4,9 +4,10 @@ import sys
 
 from .activations import entmax, entmax15, sparsemax
 from .backends import Impl
-from .core.call import Support
+from .core.call import KeySummary, Support
 from .functional import entmax_attention, entmax_attention_varlen
 from .losses import entmax15_loss, entmax_loss, linear_entmax_loss, sparsemax_loss
+from .operators.dispatch import summarise_keys
 from .operators.flops import register_flop_formulas
 
 if "torch.utils.flop_counter" in sys.modules:
@@ -15,6 +16,7 @@ if "torch.utils.flop_counter" in sys.modules:
 __version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = [
     "Impl",
+    "KeySummary",
     "Support",
     "__version__",
     "entmax",
@@ -27,4 +29,5 @@ __all__ = [
     "register_flop_formulas",
     "sparsemax",
     "sparsemax_loss",
+    "summarise_keys",
 ]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .backends import Impl
-from .core.call import ScoreOptions, Support
+from .core.call import KeySummary, ScoreOptions, Support
 from .core.checks import check_flag, checked_inputs, refuse_nested
 from .core.intervals import UNLIMITED
 from .core.tensors import is_jagged, longest_sequence
@@ -27,6 +27,7 @@ def entmax_attention(
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     block_mask=None,
+    key_summary: KeySummary | None = None,
     impl: Impl = "auto",
     return_support: bool = False,
 ) -> Tensor | tuple[Tensor, Support]:
@@ -74,6 +75,9 @@ def entmax_attention(
             evaluated by PyTorch. What comes of it is kept until another one is set, or a tensor, number or function
             that it reads is another or is written to; if it reads anything else (an object's attributes, inference
             tensors), it is evaluated by each call. Not inside ``torch.compile``.
+        key_summary: what :func:`flash_entmax.summarise_keys` returned for these keys. Calls that share their keys then
+            read all of them once less. A summary of other keys gives wrong results. Plain PyTorch, the specification
+            and softmax have no use for it, and give the same result.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton where it can run, else torch.
             An explicit choice never falls back.
@@ -91,14 +95,14 @@ def entmax_attention(
         ValueError: shapes, devices or options that do not fit or exclude each other.
     """
     if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
-        if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask)):
-            refused = "query_positions, key_lengths, key_mask and block_mask"
+        if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask, key_summary)):
+            refused = "query_positions, key_lengths, key_mask, block_mask and key_summary"
             raise ValueError(f"{refused} are for tensors of one length, not for nested ones")
         score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
         return jagged_attention(query, key, value, score, is_causal, window_size, impl, return_support)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
-    return checked_attention(query, key, value, score, visibility, impl, return_support)
+    return checked_attention(query, key, value, score, visibility, impl, return_support, key_summary)
 
 
 def entmax_attention_varlen(
@@ -191,9 +195,9 @@ def jagged_attention(
 
 def checked_attention(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: Impl,
-    return_support: bool,
+    return_support: bool, summary: KeySummary | None = None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
-    return attend(*inputs, score, visibility, impl, return_support)
+    return attend(*inputs, score, visibility, impl, return_support, summary)

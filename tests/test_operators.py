@@ -6,7 +6,7 @@ from cases import Case, make_case
 from checks import operator_arguments
 from torch.utils.checkpoint import checkpoint
 
-from flash_entmax import entmax_attention
+from flash_entmax import entmax_attention, summarise_keys
 from flash_entmax.operators import attention as ops
 from flash_entmax.testing import iid_inputs, topic_inputs
 
@@ -60,6 +60,7 @@ def test_opcheck_attention(backend, alpha):
 def test_opcheck_with_every_argument(backend):
     length, key_length = backend.sizes((20, 40), (70, 130), (150, 300))
     case = make_case(backend, length=length, key_length=key_length, **every_option(backend, length, key_length))
+    case.options["key_summary"] = summarise_keys(case.key, impl=backend.impl)
     arguments = arguments_of(case, backend)
     assert not any(argument is None for argument in arguments)
     torch.library.opcheck(ops.attention, arguments)

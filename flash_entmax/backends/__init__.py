@@ -9,7 +9,7 @@ from typing import Literal, Protocol, get_args
 
 from torch import Tensor, device, dtype
 
-from ..core.call import Problem, Tangents
+from ..core.call import KeySummary, Problem, Tangents
 from ..core.loss import LossOptions
 
 BackendName = Literal["triton", "torch"]  # "auto" takes the first that is a default for the device and has no obstacle
@@ -36,12 +36,15 @@ class Backend(Protocol):
     def tile_size(self, dtype: dtype, size: int) -> int:
         """Queries and keys of one tile of the live map, for the larger head size of keys and values."""
 
+    def summarise(self, key: Tensor, value_size: int) -> KeySummary:
+        """The summary of blocks of keys, for calls whose values have this head size."""
+
     def attention_forward(
         self, problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(output, value_mean, maximum, offset, live).
 
-        value_mean is O1 = sum u v / sum u, in the shape and dtype of the output. Without `needs_backward` all but the
+        `problem.summary` is that of these keys, or None: then a backend that needs one makes it. value_mean is O1 = sum u v / sum u, in the shape and dtype of the output. Without `needs_backward` all but the
         output have no element.
         """
 

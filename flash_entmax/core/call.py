@@ -111,6 +111,22 @@ class VisibilityArgs(NamedTuple):
     max_visible_span: int
 
 
+class KeySummary(NamedTuple):
+    """What a bound on blocks of keys reads. A block is the keys of one tile.
+
+    Attributes:
+        centre: (batch, key heads, blocks, head size), close to the mean of each block, in the dtype of the keys.
+        radius: (batch, key heads, blocks) float32, at least the largest distance of a key of the block to the centre.
+        error: of this shape, at least the distance of the block's mean to the centre.
+        largest: of this shape, the largest |component| of the block; not finite if a component is not.
+    """
+
+    centre: Tensor
+    radius: Tensor
+    error: Tensor
+    largest: Tensor
+
+
 class Tangents(NamedTuple):
     """The direction that a forward-mode derivative is taken in: one tensor like each input, None where it is 0."""
 
@@ -143,13 +159,21 @@ class Problem:
     value_size: int
     score: ScoreOptions
     visibility: VisibilityArgs
+    summary: KeySummary | None = None
 
     @classmethod
-    def of(cls, query: torch.Size, value: torch.Size, score: ScoreOptions, visibility: VisibilityArgs) -> "Problem":
+    def of(
+        cls,
+        query: torch.Size,
+        value: torch.Size,
+        score: ScoreOptions,
+        visibility: VisibilityArgs,
+        summary: KeySummary | None = None,
+    ) -> "Problem":
         """For a query and a value of these shapes."""
         batch, heads, query_length, head_size = query
         _, key_heads, key_length, value_size = value
-        return cls(batch, heads, key_heads, query_length, key_length, head_size, value_size, score, visibility)
+        return cls(batch, heads, key_heads, query_length, key_length, head_size, value_size, score, visibility, summary)
 
     @property
     def group(self) -> int:

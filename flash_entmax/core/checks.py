@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .call import MAX_HEAD_SIZE, ScoreOptions
+from .call import MAX_HEAD_SIZE, KeySummary, ScoreOptions
 from .intervals import FURTHEST, UNLIMITED
 from .modes import as_autocast
 from .tensors import ceil_div
@@ -101,6 +101,24 @@ def check_score_options(query: Tensor, score: ScoreOptions) -> None:
         z_scale = (alpha - 1.0) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if not 1e-30 <= z_scale <= 1e30:
             raise ValueError(f"(alpha - 1) * scale must be from 1e-30 to 1e30, got alpha {alpha} and scale {scale}")
+
+
+def check_key_summary(summary: object, key: Tensor, tile: int) -> None:
+    """A summary of these keys, in blocks of `tile` keys."""
+    if not isinstance(summary, KeySummary):
+        raise TypeError(f"key_summary must be what summarise_keys returns, got {type(summary).__name__}")
+    blocks = *key.shape[:2], ceil_div(key.shape[2], tile)
+    shapes = [tuple(tensor.shape) for tensor in summary]
+    if shapes != [(*blocks, key.shape[3]), blocks, blocks, blocks]:
+        raise ValueError(
+            f"key_summary must be of these keys, in blocks of {tile}: a centre of shape {(*blocks, key.shape[3])}, got "
+            f"{shapes[0]}"
+        )
+    if summary.centre.dtype != key.dtype or summary.centre.device != key.device:
+        got = f"{summary.centre.dtype} on {summary.centre.device}"
+        raise ValueError(
+            f"key_summary must have the dtype and device of the keys, {key.dtype} on {key.device}, got {got}"
+        )
 
 
 def check_softcap(softcap: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..core.call import Problem, ScoreOptions, Tangents, VisibilityArgs
+from ..core.call import KeySummary, Problem, ScoreOptions, Tangents, VisibilityArgs
 from ..core.modes import as_given
 from ..core.registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from ..core.tensors import ceil_div, empty_stored_as, row_dtype
@@ -22,7 +22,7 @@ from .eager import unrecorded
 
 
 class OptionTensors(NamedTuple):
-    """The options of a call that are tensors, or None; see ScoreOptions and VisibilityArgs."""
+    """The options of a call that are tensors, or None; see ScoreOptions, VisibilityArgs and KeySummary."""
 
     alpha: Tensor | None
     scale: Tensor | None
@@ -30,6 +30,10 @@ class OptionTensors(NamedTuple):
     intervals: Tensor | None
     tile_kinds: Tensor | None
     tile_bits: Tensor | None
+    centre: Tensor | None = None
+    radius: Tensor | None = None
+    error: Tensor | None = None
+    largest: Tensor | None = None
 
 
 class OptionNumbers(NamedTuple):
@@ -50,30 +54,37 @@ _TENSORS = ", ".join(f"Tensor? {name}_tensor" for name in OptionTensors._fields)
 _NUMBERS = "float alpha, float scale, float softcap, bool is_causal, SymInt max_visible_span, str backend"
 _TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
 _INPUTS_BATCH, _STATE_BATCH = (0, 0, 0), (0, 0, 0)
-_TENSORS_BATCH = OptionTensors(alpha=None, scale=None, alibi_slopes=0, intervals=0, tile_kinds=0, tile_bits=None)
+_TENSORS_BATCH = OptionTensors(
+    alpha=None, scale=None, alibi_slopes=0, intervals=0, tile_kinds=0, tile_bits=None, centre=0, radius=0, error=0,
+    largest=0,
+)  # fmt: skip
 _TANGENTS_BATCH = Tangents(query=0, key=0, value=0, alpha=None, scale=None, alibi_slopes=0)
 TENSORS, NUMBERS, TANGENTS = (len(names._fields) for names in (OptionTensors, OptionNumbers, Tangents))
 
 
-def flattened(score: ScoreOptions, visibility: VisibilityArgs, backend: str) -> tuple[OptionTensors, OptionNumbers]:
+def flattened(
+    score: ScoreOptions, visibility: VisibilityArgs, summary: KeySummary | None, backend: str
+) -> tuple[OptionTensors, OptionNumbers]:
     """The options in the order of the operators' arguments."""
     alpha, scale, softcap, slopes = score
     intervals, kinds, bits, is_causal, span = visibility
     learned, numbers = (None, None), (alpha, scale)
     if isinstance(alpha, Tensor):
         learned, numbers = (alpha, scale), (1.5, 1.0)
-    tensors = OptionTensors(*learned, slopes, intervals, kinds, bits)
+    tensors = OptionTensors(*learned, slopes, intervals, kinds, bits, *(summary or ()))
     return tensors, OptionNumbers(*numbers, softcap, is_causal, span, backend)
 
 
 def unpack_arguments(query: Tensor, value: Tensor, tensors: tuple, numbers: tuple) -> tuple[Problem, str]:
     """The problem that an operator's arguments pose, and the name of the backend for it."""
-    alphas, scales, slopes, *masks = tensors  # in the order of OptionTensors
+    alphas, scales, slopes, *masks = tensors[:6]  # in the order of OptionTensors
+    summary = None if tensors[6] is None else KeySummary(*tensors[6:])
     alpha, scale, softcap, is_causal, span, backend = numbers  # in the order of OptionNumbers
     if alphas is not None:
         alpha, scale = alphas, scales
     score = ScoreOptions(alpha, scale, softcap, slopes)
-    return Problem.of(query.shape, value.shape, score, VisibilityArgs(*masks, is_causal, span)), backend
+    visibility = VisibilityArgs(*masks, is_causal, span)
+    return Problem.of(query.shape, value.shape, score, visibility, summary), backend
 
 
 def tile_of(backend: str, query: Tensor, value: Tensor) -> int:

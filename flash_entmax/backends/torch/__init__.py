@@ -6,7 +6,7 @@ from .attention import attention_forward, attention_support
 from .gradient import attention_backward, attention_tangent
 from .parts import output_at, row_maxima, sums_at
 from .rows import entmax, entmax_backward, loss, loss_backward
-from .tiles import TILE
+from .tiles import TILE, summarise
 
 __all__ = [
     "attention_backward",
@@ -21,6 +21,7 @@ __all__ = [
     "obstacle",
     "output_at",
     "row_maxima",
+    "summarise",
     "sums_at",
     "tile_size",
 ]

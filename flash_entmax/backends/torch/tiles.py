@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...core.call import Problem
-from ...core.tensors import ceil_div, unpack_tiles
+from ...core.call import KeySummary, Problem
+from ...core.tensors import ceil_div, row_dtype, unpack_tiles
 from ...core.tile_filter import FIRST_PARTIAL, HIDDEN, WHOLE
 
 TILE = 64
@@ -161,6 +161,25 @@ def unpadded(tiles: Tensor, like: Tensor) -> Tensor:
 def tiles_of_keys(tiles: Tensor, keys: tuple[Tensor, Tensor], used: Tensor) -> Tensor:
     """(n, m width, dim) of a (units, key tiles, width, dim) tensor; zeros in the unused tiles, whatever is there."""
     return tiles[keys].masked_fill_(~used[:, :, None, None], 0.0).flatten(1, 2)
+
+
+def summarise(key: Tensor, value_size: int) -> KeySummary:
+    """The summary of blocks of keys; see backends.Backend. The stages here do not read it."""
+    batch, heads, length, _ = key.shape
+    blocks = key.to(row_dtype(key)).split(TILE, 2) if length else ()
+    parts = []
+    for block in blocks:
+        mean = block.mean(2)
+        centre = mean.to(key.dtype)
+        away = (block - centre.to(block.dtype).unsqueeze(2)).norm(dim=-1).amax(-1)
+        missed = (mean - centre.to(mean.dtype)).norm(dim=-1)
+        parts.append((centre, away, missed, block.abs().flatten(2).amax(-1)))
+    if not parts:
+        nothing = key.new_empty(batch, heads, 0, dtype=torch.float32)
+        return KeySummary(key.new_empty(batch, heads, 0, key.shape[3]), nothing, nothing, nothing)
+    centre, *numbers = (torch.stack(part, 2) for part in zip(*parts, strict=True))
+    rounded = (number.float() * (1 + 2.0**-10) for number in numbers[:2])  # as much as the kernels allow for rounding
+    return KeySummary(centre, *rounded, numbers[2].float())
 
 
 def by_tile(z: Tensor, group: Group) -> Tensor:

@@ -15,6 +15,7 @@ from .schedule import tile_size as tile_size
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
 HOMES = {
+    "summarise": "attention",
     "attention_forward": "attention",
     "attention_backward": "attention",
     "attention_tangent": "attention",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.call import Problem, Tangents
+from ...core.call import KeySummary, Problem, ScoreOptions, Tangents, VisibilityArgs
 from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import Summary, summary_kernel
@@ -60,7 +60,7 @@ class Launches(NamedTuple):
         return cls(plan, options, visibility)
 
     def open(
-        self, kernels: tuple, arguments: tuple, scratch: Scratch, device: torch.device
+        self, kernels: tuple, arguments: tuple, scratch: Scratch | None, device: torch.device
     ) -> tuple[Stage, list, list]:
         """(stage, arguments, scratch) of some kernels, both as its launches take them."""
         plan, options, visibility = self
@@ -82,6 +82,26 @@ class Launches(NamedTuple):
             stage.run(kernel, chunk, setting, *inputs, lists, *results)
 
 
+def summarise(key: Tensor, value_size: int) -> KeySummary:
+    """The summary of blocks of keys; see backends.Backend."""
+    batch, key_heads, length, size = key.shape
+    blocks = ceil_div(length, schedule.tile_size(key.dtype, max(size, value_size)))
+    centre = key.new_empty(batch, key_heads, blocks, aligned_size(size))
+    numbers = [key.new_empty(batch, key_heads, blocks, dtype=torch.float32) for _ in range(3)]
+    if centre.numel():
+        unmasked = VisibilityArgs(None, None, None, False, length)
+        value = torch.Size((batch, key_heads, length, value_size))
+        problem = Problem.of(key.shape, value, ScoreOptions(1.5, 1.0), unmasked)
+        with device_of(key):
+            launches = Launches.of(problem, key.dtype)
+            arguments = aligned(key), Summary(matrix(centre), *numbers)
+            stage, arguments, _ = launches.open((summary_kernel,), arguments, None, key.device)
+            stage.launch(
+                summary_kernel, launches.plan.blocks, schedule.summary_launch, *arguments, *launches.plan.sizes
+            )  # fmt: skip
+    return KeySummary(trimmed(centre, size), *numbers)
+
+
 def attention_forward(
     problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool
 ) -> tuple[Tensor, ...]:
@@ -99,7 +119,11 @@ def attention_forward(
         with device_of(query):
             launches = Launches.of(problem, query.dtype, needs_backward)
             kept = (matrix(value_mean), maximum, offset, live) if needs_backward else (None, None, None, live)
-            arguments = aligned(query), aligned(key), aligned(value), matrix(output), *kept
+            summary = None
+            if problem.summary is not None:
+                centre, *numbers = problem.summary
+                summary = Summary(aligned(centre), *numbers)
+            arguments = aligned(query), aligned(key), aligned(value), summary, matrix(output), *kept
             forward_stages(launches, arguments, query.device)
     output = trimmed(output, problem.value_size)
     return output, trimmed(value_mean, problem.value_size) if needs_backward else value_mean, maximum, offset, live
@@ -108,16 +132,19 @@ def attention_forward(
 def forward_stages(launches: Launches, arguments: tuple, device: torch.device) -> None:
     """Write the last five arguments: output; and value_mean, maximum, offset, live, which are for the backward.
 
-    Without a backward the first three of these are None.
+    Without a backward, value_mean, maximum and offset are None. The fourth argument is the summary of the keys. Where
+    it is None, it is made.
     """
     plan = launches.plan
-    stage, arguments, scratch = launches.open(FORWARD, arguments, plan.forward_scratch, device)
-    query, key, value, output, value_mean, maximum, offset, live = arguments
+    kernels = FORWARD if arguments[3] is None else FORWARD[1:]
+    stage, arguments, scratch = launches.open(kernels, arguments, plan.forward_scratch, device)
+    query, key, value, summary, output, value_mean, maximum, offset, live = arguments
     lists, sublists, maxima, counts, centre, radius, error, largest, *rows = scratch
-    summary = Summary(Matrix(centre, *plan.centre_strides), radius, error, largest)
     if maximum is None:
         maximum, offset = rows
-    stage.launch(summary_kernel, plan.blocks, schedule.summary_launch, key, summary, *plan.sizes)
+    if summary is None:
+        summary = Summary(Matrix(centre, *plan.centre_strides), radius, error, largest)
+        stage.launch(summary_kernel, plan.blocks, schedule.summary_launch, key, summary, *plan.sizes)
     for chunk in plan.forward_chunks:
         stage.run(
             threshold_kernel, chunk, schedule.threshold_launch, query, key, summary, maxima, maximum, offset, live,

@@ -44,8 +44,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(output, value_mean, maximum, offset, live).
 
-        `problem.summary` is that of these keys, or None: then a backend that needs one makes it. value_mean is O1 = sum u v / sum u, in the shape and dtype of the output. Without `needs_backward` all but the
-        output have no element.
+        `problem.summary` is that of these keys. Where it is None, a backend that needs one makes it. value_mean is
+        O1 = sum u v / sum u, in the shape and dtype of the output. Without `needs_backward` all but the output have no
+        element.
         """
 
     def attention_backward(

@@ -96,6 +96,21 @@ def test_scratch_is_bounded():
         assert scratch <= results + rows + 256 * MIB
 
 
+@pytest.mark.parametrize("options", [{}, {"window_size": (300, 0), "softcap": 20.0}], ids=["plain", "masked"])
+def test_direct_launches_give_the_bits_of_those_through_triton(options, monkeypatch):
+    from flash_entmax.backends.triton import launch
+
+    inputs = topic_inputs(1, 4, 2048, 64, 4, key_heads=2, dtype=torch.bfloat16, device="cuda")
+    case = Case(*inputs, is_causal=True, options=options)
+    grad_output = case.grad_output()
+    run(case, "triton", grad_output)
+    assert launch.CAN_BE_DIRECT
+    direct = run(case, "triton", grad_output)
+    monkeypatch.setattr(launch, "CAN_BE_DIRECT", False)
+    through_triton = run(case, "triton", grad_output)
+    assert all(torch.equal(*pair) for pair in zip(direct.tensors, through_triton.tensors, strict=True))
+
+
 def test_a_new_length_compiles_nothing():
     from flash_entmax.backends.triton import bound, gradient, output, threshold
 

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from conftest import HAS_CUDA
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -138,6 +139,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.skipif(HAS_CUDA, reason="as if there were a GPU; test_cuda.py launches on one")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_direct_launches_have_the_arguments_of_those_through_triton(name, compiled, monkeypatch):
     plan.plan_of.cache_clear()

@@ -5,9 +5,8 @@ import sys
 from .activations import entmax, entmax15, sparsemax
 from .backends import Impl
 from .core.call import KeySummary, Support
-from .functional import entmax_attention, entmax_attention_varlen
+from .functional import entmax_attention, entmax_attention_varlen, summarise_keys
 from .losses import entmax15_loss, entmax_loss, linear_entmax_loss, sparsemax_loss
-from .operators.dispatch import summarise_keys
 from .operators.flops import register_flop_formulas
 
 if "torch.utils.flop_counter" in sys.modules:

@@ -5,12 +5,10 @@ from torch import Tensor
 
 from .backends import Impl, choose
 from .core.call import ALPHAS
-from .core.checks import refuse_nested, typed
+from .core.checks import DTYPES, refuse_nested, typed
 from .core.modes import as_given
 from .core.tensors import clamped, is_jagged, row_dtype
 from .operators import rows as row_ops
-
-DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl = "auto") -> Tensor:

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from .backends import Impl
+from .backends import Impl, choose
 from .core.call import KeySummary, ScoreOptions, Support
-from .core.checks import check_flag, checked_inputs, refuse_nested
+from .core.checks import check_flag, check_keys, checked_inputs, refuse_nested
 from .core.intervals import UNLIMITED
+from .core.modes import as_autocast
 from .core.tensors import is_jagged, longest_sequence
 from .core.visibility import Visibility
+from .operators.attention import summarise
 from .operators.dispatch import attend
 
 
@@ -79,8 +81,8 @@ def entmax_attention(
             read all of them once less. A summary of other keys gives wrong results. Plain PyTorch, the specification
             and softmax have no use for it, and give the same result.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
-            device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton where it can run, else torch.
-            An explicit choice never falls back.
+            device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton on CUDA where it can run, else
+            torch. An explicit choice never falls back.
         return_support: also return a :class:`Support`: the threshold and support size of each row, the live tiles.
 
     Returns:
@@ -94,13 +96,12 @@ def entmax_attention(
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
         ValueError: shapes, devices or options that do not fit or exclude each other.
     """
+    score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
         if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask, key_summary)):
             refused = "query_positions, key_lengths, key_mask, block_mask and key_summary"
             raise ValueError(f"{refused} are for tensors of one length, not for nested ones")
-        score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
         return jagged_attention(query, key, value, score, is_causal, window_size, impl, return_support)
-    score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
     return checked_attention(query, key, value, score, visibility, impl, return_support, key_summary)
 
@@ -201,3 +202,27 @@ def checked_attention(
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
     return attend(*inputs, score, visibility, impl, return_support, summary)
+
+
+def summarise_keys(key: Tensor, *, value_size: int | None = None, impl: Impl = "auto") -> KeySummary:
+    """The summary of blocks of keys that ``entmax_attention(key_summary=...)`` takes.
+
+    Many calls that attend to the same keys, as in generation, need to read all of them for their summary only once.
+
+    Args:
+        key: (batch, key heads, key length, head size); float16, bfloat16, float32 or float64.
+        value_size: head size of the values of those calls; default that of the keys.
+        impl: as for :func:`flash_entmax.entmax_attention`, and the same as that of those calls.
+
+    Returns:
+        A :class:`KeySummary`, in the dtype of autocast where that is on. It is right for these keys as they are now:
+        where they change, make another one.
+
+    Raises:
+        TypeError, ValueError: a key of another kind, and sizes or ``impl`` out of range.
+    """
+    (key,) = as_autocast(key)
+    check_keys(key, value_size)
+    value_size = key.shape[-1] if value_size is None else value_size
+    backend = choose(key.dtype, key.device, impl)
+    return KeySummary(*summarise(key.detach(), value_size, backend))

@@ -1,9 +1,11 @@
 """A plain call reaches what computes it directly; whoever has a say in a call finds the operator."""
 
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
+from conftest import HAS_CUDA
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -153,3 +155,17 @@ def test_a_plain_call_passes_the_dispatcher_by(monkeypatch):
             entmax_attention(*inputs, impl="torch")
     finally:
         library._destroy()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_batches_of_gradients_find_the_operator(impl):
+    """autograd's own batching, which is older than torch.func, hides in plain tensors."""
+    if impl == "triton" and (HAS_CUDA or not find_spec("triton")):
+        pytest.skip("needs Triton's interpreter")
+    inputs = [torch.randn(1, 1, 6, 4, requires_grad=True) for _ in range(3)]
+    output = entmax_attention(*inputs, impl=impl)
+    vectors = torch.randn(3, *output.shape)
+    batched = torch.autograd.grad(output, inputs, vectors, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(output, inputs, vector, retain_graph=True) for vector in vectors]
+    for together, *apart in zip(batched, *single, strict=True):
+        torch.testing.assert_close(together, torch.stack(apart))

@@ -19,13 +19,13 @@ if HAS_CUDA or not find_spec("triton"):
 
 from flash_entmax.backends.triton import (
     alpha,
-    attention,
     bound,
     certify,
     keys,
     lists,
     output,
     parts,
+    plan,
     queries,
     scan,
     schedule,
@@ -48,7 +48,7 @@ FAULTS = {
     ),
     "a listed tile is dropped": (lists, "close_list", "front + back", "front + back - 1", "causal"),
     "a live tile is dropped": (certify, "shorten", "depth", "depth - 0.3", "causal"),
-    "blocks of keys are taken for points": (bound, "summary_kernel", "tl.max(length, 0)", "0.0", "wide block"),
+    "blocks of keys are taken for points": (bound, "summary_kernel", "tl.max(distance, 0)", "0.0", "wide block"),
     "the bound on blocks ignores ALiBi": (
         bound, "block_alibi_penalty", "return ...", "return 0.0", "far keys",
     ),
@@ -74,7 +74,7 @@ FAULTS = {
         certify, "sublist", "return ...", "return TileList(places, 0, 0)", "crowd",
     ),
     "gradients lack the scale": (
-        attention.Launches, "of", "KernelScoreOptions(scale, ...)", "KernelScoreOptions(1.0, ...)", "causal",
+        plan, "kernel_options", "KernelScoreOptions(scale, ...)", "KernelScoreOptions(1.0, ...)", "causal",
     ),
     "two tiles side by side are one tile": (keys, "open_listed_keys", "... + 1", "...", "tiles apart"),
     "the second of two tiles is read next to the first": (
@@ -91,7 +91,7 @@ FAULTS = {
         lists, "listed_tiles", "tl.where(valid, 1, 0)", "tl.where(valid & (candidate < end - 1), 1, 0)", "parts",
     ),
     "the maximum of a part lacks the tiles with a mask": (
-        scan, "maxima_of_tiles", "tiles.count", "tiles.split", "parts",
+        scan, "add_maximum", "return ...", "return maximum if MASKED else ...", "parts",
     ),
     "the maximum of a part that no row sees is -inf": (
         scan, "maxima_of_tiles", "return ...", "return maximum", "parts",
@@ -204,6 +204,15 @@ def test_every_distribution_without_a_fault():
     check_row_sums(torch.cat(rows), 1.5, "triton")
 
 
+@pytest.fixture
+def no_plans():
+    """Plans keep what a fault would change."""
+    plan.plan_of.cache_clear()
+    yield
+    plan.plan_of.cache_clear()
+
+
+@pytest.mark.usefixtures("no_plans")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_kernel_fault_is_seen(fault, monkeypatch, tmp_path):
     *mutant, check = FAULTS[fault]

@@ -84,7 +84,8 @@ def test_the_operator_gets_it(backend):
     summary = summarise_keys(case.key, impl=backend.impl)
     with torch.no_grad(), Arguments() as mode:
         entmax_attention(case.query, case.key, case.value, key_summary=summary, impl=backend.impl)
-    assert all(any(part is given for given in mode.found) for part in summary)
+    given = {tensor.data_ptr() for tensor in mode.found if isinstance(tensor, torch.Tensor)}
+    assert {part.data_ptr() for part in summary} <= given
 
 
 def test_what_it_may_not_be(backend):
@@ -93,12 +94,64 @@ def test_what_it_may_not_be(backend):
     inputs = case.query, case.key, case.value
     with pytest.raises(TypeError, match="key_summary must be what summarise_keys returns, got tuple"):
         entmax_attention(*inputs, key_summary=tuple(summary), impl=backend.impl)
-    with pytest.raises(ValueError, match="key_summary must be of these keys"):
+    with pytest.raises(ValueError, match=r"key_summary\.centre must be of these keys"):
         entmax_attention(
             case.query, case.key[:, :, :-64], case.value[:, :, :-64], key_summary=summary, impl=backend.impl
         )
-    with pytest.raises(ValueError, match="key_summary must have the dtype"):
-        entmax_attention(*inputs, key_summary=summary._replace(centre=summary.centre.double()), impl=backend.impl)
+    wrong = {
+        "centre": (summary.centre.double(), TypeError, "must be torch.float32, got torch.float64"),
+        "radius": (summary.radius.half(), TypeError, "must be torch.float32, got torch.float16"),
+        "error": (None, TypeError, "must be a torch.Tensor, got NoneType"),
+        "largest": (summary.largest.to("meta"), ValueError, "must be on the device of the keys"),
+    }
+    for name, (tensor, error, message) in wrong.items():
+        with pytest.raises(error, match=f"key_summary.{name} {message}"):
+            entmax_attention(*inputs, key_summary=summary._replace(**{name: tensor}), impl=backend.impl)
+
+
+@pytest.mark.parametrize("options", [{"impl": "reference"}, {"alpha": 1.0}])
+def test_it_is_checked_where_nothing_reads_it(options):
+    inputs = iid_inputs(1, 1, 10, 4)
+    with pytest.raises(TypeError, match="key_summary must be what summarise_keys returns, got str"):
+        entmax_attention(*inputs, key_summary="anything", **options)
+    summary = summarise_keys(inputs[1], impl="torch")
+    expected = entmax_attention(*inputs, **options)
+    assert torch.equal(entmax_attention(*inputs, key_summary=summary, **options), expected)
+
+
+def test_slices_of_a_longer_summary_are_read_right(backend):
+    """As a cache keeps them: heads of more, blocks of more, or numbers side by side."""
+    query, key, value = topic_inputs(2, 2, backend.sizes(96, 200, 500), 16, 3, device=backend.device)
+    summary = summarise_keys(key, impl=backend.impl)
+    expected = entmax_attention(query[:, 1:], key[:, 1:], value[:, 1:], impl=backend.impl)
+    together = torch.stack(summary[1:], -1).unbind(-1)
+    for given in (summary, KeySummary(summary.centre, *together)):
+        own = KeySummary(*(tensor[:, 1:] for tensor in given))
+        actual = entmax_attention(query[:, 1:], key[:, 1:], value[:, 1:], key_summary=own, impl=backend.impl)
+        assert torch.equal(actual, expected)
+
+
+def test_autocast_makes_one_of_its_dtype():
+    query, key, value = iid_inputs(1, 1, 10, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        summary = summarise_keys(key, impl="torch")
+        output = entmax_attention(query, key, value, key_summary=summary, impl="torch")
+    assert summary.centre.dtype == output.dtype == torch.bfloat16
+
+
+def test_compiled_and_traced(backend):
+    key = iid_inputs(1, 2, 70, 16, dtype=torch.float32, device=backend.device)[1]
+    compiled = torch.compile(summarise_keys, fullgraph=True, backend="eager")
+    expected = summarise_keys(key, impl=backend.impl)
+    assert all(torch.equal(*pair) for pair in zip(compiled(key, impl=backend.impl), expected, strict=True))
+    mapped = torch.vmap(lambda own: tuple(summarise_keys(own.unsqueeze(0), impl=backend.impl)))(key)
+    assert all(torch.equal(own.squeeze(0), whole) for own, whole in zip(mapped, expected, strict=True))
+
+
+@pytest.mark.parametrize(("key", "message"), [(torch.zeros(3, 4), "key must have shape"), ("k", "key must be a torch")])
+def test_keys_that_are_refused(key, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        summarise_keys(key)
 
 
 @pytest.mark.parametrize(

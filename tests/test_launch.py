@@ -115,7 +115,7 @@ def test_debugging_goes_through_triton(compiled, monkeypatch):
 def test_addresses_stand_where_tensors_stood():
     arguments = x, (None, x[16:], 0.5), Matrix(x[32:], 0, 16, 32), 7
     address = x.data_ptr()
-    signature = Signature(arguments)
+    signature = Signature(arguments, CPU)
     assert signature.arguments == (address, (None, address + 64, 0.5), (address + 128, 0, 16, 32), 7)
     assert signature.dtypes == [torch.float32, None, torch.float32, torch.float32]
 

@@ -5,6 +5,7 @@ import torch
 from cases import Case, make_case
 from key_parts import Parts, check_parts
 
+from flash_entmax.backends import BACKENDS
 from flash_entmax.testing import topic_inputs
 
 PAIR = torch.tensor([0.4, 0.8])
@@ -39,6 +40,18 @@ def test_parts_of_a_key_mask(backend):
     case = case_of(backend, "causal")
     case.options["key_mask"] = (torch.arange(case.key.shape[2], device=backend.device) % 3 > 0)[None]
     check_parts(case, backend.impl, (37,))
+
+
+def test_tiles_that_a_mask_hides_whole_are_not_read(backend):
+    """Their keys would win every row. The tile before is seen in part: its bits might be read for theirs."""
+    case = case_of(backend, "causal")
+    tile = BACKENDS[backend.impl].tile_size(case.key.dtype, case.key.shape[3])
+    place = torch.arange(case.key.shape[2], device=backend.device)
+    hidden = (place >= tile) & (place < 2 * tile)
+    assert hidden.any()
+    case.key[:, :, hidden] *= 50.0
+    case.options["key_mask"] = (~hidden & (place != 3))[None]
+    check_parts(case, backend.impl, (2 * tile,) if len(place) > 2 * tile else (tile // 2,))
 
 
 @pytest.mark.parametrize("name", ["causal", "alpha by head, softcap"])

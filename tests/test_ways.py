@@ -25,7 +25,7 @@ if not find_spec("triton"):
 
 TOOLS = {
     "aligned", "as_autocast", "as_given", "below_autograd", "device_of", "empty_stored_as", "has_tangent", "is_eager",
-    "is_plain", "is_recorded", "is_transformed", "matrix", "recorded", "row_dtype", "trimmed", "unrecorded",
+    "is_plain", "is_recorded", "is_transformed", "matrix", "recorded", "row_dtype", "tile_of", "trimmed", "unrecorded",
     "<genexpr>", "<listcomp>",
 }  # fmt: skip
 

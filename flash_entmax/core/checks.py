@@ -11,6 +11,8 @@ from .modes import as_autocast
 from .tensors import ceil_div
 from .visibility import Visibility
 
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
 
 def checked_inputs(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility
@@ -49,7 +51,7 @@ def _check_dtypes_and_devices(tensors: dict[str, Tensor]) -> None:
     if not query.dtype == key.dtype == value.dtype:
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         raise TypeError(f"query, key and value must have one dtype, got {_listed(dtypes)}")
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if query.dtype not in DTYPES:
         raise TypeError(f"query, key and value must be float16, bfloat16, float32 or float64, got {query.dtype}")
     if not query.device == key.device == value.device:
         devices = {name: tensor.device for name, tensor in tensors.items()}
@@ -103,22 +105,41 @@ def check_score_options(query: Tensor, score: ScoreOptions) -> None:
             raise ValueError(f"(alpha - 1) * scale must be from 1e-30 to 1e30, got alpha {alpha} and scale {scale}")
 
 
-def check_key_summary(summary: object, key: Tensor, tile: int) -> None:
-    """A summary of these keys, in blocks of `tile` keys."""
+def check_keys(key: Tensor, value_size: object) -> None:
+    """Keys by themselves, and the head size of values, or None."""
+    if not isinstance(key, Tensor):
+        raise TypeError(f"key must be a torch.Tensor, got {type(key).__name__}")
+    refuse_nested("key", key)
+    if key.dim() != 4 or not 1 <= key.shape[3] <= MAX_HEAD_SIZE:
+        wanted = f"(batch, key heads, key length, head size), with a head size from 1 to {MAX_HEAD_SIZE}"
+        raise ValueError(f"key must have shape {wanted}, got {tuple(key.shape)}")
+    if key.dtype not in DTYPES:
+        raise TypeError(f"key must be float16, bfloat16, float32 or float64, got {key.dtype}")
+    if value_size is not None and not _is_int(value_size):
+        raise TypeError(f"value_size must be an integer or None, got {typed(value_size)}")
+    if value_size is not None and not 1 <= value_size <= MAX_HEAD_SIZE:
+        raise ValueError(f"value_size must be from 1 to {MAX_HEAD_SIZE}, got {value_size}")
+
+
+def check_key_summary(summary: object, key: Tensor, tile: int | None) -> None:
+    """A summary of these keys, in blocks of `tile` keys, or of any size where no tile is known."""
     if not isinstance(summary, KeySummary):
         raise TypeError(f"key_summary must be what summarise_keys returns, got {type(summary).__name__}")
-    blocks = *key.shape[:2], ceil_div(key.shape[2], tile)
-    shapes = [tuple(tensor.shape) for tensor in summary]
-    if shapes != [(*blocks, key.shape[3]), blocks, blocks, blocks]:
-        raise ValueError(
-            f"key_summary must be of these keys, in blocks of {tile}: a centre of shape {(*blocks, key.shape[3])}, got "
-            f"{shapes[0]}"
-        )
-    if summary.centre.dtype != key.dtype or summary.centre.device != key.device:
-        got = f"{summary.centre.dtype} on {summary.centre.device}"
-        raise ValueError(
-            f"key_summary must have the dtype and device of the keys, {key.dtype} on {key.device}, got {got}"
-        )
+    count = summary.radius.shape[-1] if tile is None and isinstance(summary.radius, Tensor) else 0
+    if tile is not None:
+        count = ceil_div(key.shape[2], tile)
+    blocks = *key.shape[:2], count
+    for name, tensor in summary._asdict().items():
+        shape, dtype = ((*blocks, key.shape[3]), key.dtype) if name == "centre" else (blocks, torch.float32)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"key_summary.{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != shape:
+            keys = f"these keys, in blocks of {tile}" if tile else "these keys"
+            raise ValueError(f"key_summary.{name} must be of {keys}: of shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"key_summary.{name} must be {dtype}, got {tensor.dtype}")
+        if tensor.device != key.device:
+            raise ValueError(f"key_summary.{name} must be on the device of the keys, {key.device}, got {tensor.device}")
 
 
 def check_softcap(softcap: object) -> None:

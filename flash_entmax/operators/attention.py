@@ -4,6 +4,7 @@
     flash_entmax::attention_backward  -> grad_query, grad_key, grad_value, grad_parameters
     flash_entmax::attention_tangent   -> the output's derivative along tangents of the inputs
     flash_entmax::attention_support   -> maximum in units of z, support size of each row, map of live tiles
+    flash_entmax::summarise           -> the four tensors of a KeySummary
 
 backends.Backend says what these are.
 """
@@ -160,6 +161,19 @@ def _(query, key, value, *rest):
     return torch.empty_like(maximum), size, query.new_empty(*query.shape[:2], query_tiles, key_tiles, dtype=torch.bool)
 
 
+@operator("Tensor key, int value_size, str backend", results=4)
+def summarise(key, value_size, backend):
+    return tuple(BACKENDS[backend].summarise(key, value_size))
+
+
+@fake("summarise")
+def _(key, value_size, backend):
+    batch, heads, length, size = key.shape
+    blocks = ceil_div(length, BACKENDS[backend].tile_size(key.dtype, max(size, value_size)))
+    numbers = (key.new_empty(batch, heads, blocks, dtype=torch.float32) for _ in range(3))
+    return key.new_empty(batch, heads, blocks, size), *numbers
+
+
 class Attention(torch.autograd.Function):
     """The derivatives of flash_entmax::attention's output by query, key, value, alpha, scale and ALiBi slopes."""
 
@@ -210,3 +224,4 @@ batch_into(attention, (*_INPUTS_BATCH, None, *_TENSORS_BATCH), (0,) * 5)
 batch_into(attention_backward, (0, *_INPUTS_BATCH, 0, *_STATE_BATCH, None, *_TENSORS_BATCH), (0, 0, 0, 1))
 batch_into(attention_tangent, (*_INPUTS_BATCH, 0, *_STATE_BATCH, *_TANGENTS_BATCH, *_TENSORS_BATCH), (0,))
 batch_into(attention_support, (*_INPUTS_BATCH, *_TENSORS_BATCH, *_STATE_BATCH), (0, 0, 0))
+batch_into(summarise, (0,), (0, 0, 0, 0))

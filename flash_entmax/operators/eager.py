@@ -20,7 +20,7 @@ def is_eager(tensors: Sequence[Tensor | None]) -> bool:
 
     That is: no compiler, tracer, transform of torch.func, dispatch or function mode, level of forward-mode derivatives
     or profiler is active; and the data of every tensor can be read as it lies: no subclass, no meta tensor, no negated
-    view, no zero without storage.
+    view, no zero without storage, no tensor that autograd batches or that a compiler wraps.
     """
     if (
         torch.compiler.is_compiling()
@@ -36,6 +36,8 @@ def is_eager(tensors: Sequence[Tensor | None]) -> bool:
         if tensor is None:
             continue
         if type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() or torch._is_zerotensor(tensor):
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._is_functional_tensor(tensor):
             return False
     return True
 

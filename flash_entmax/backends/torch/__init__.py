@@ -28,7 +28,7 @@ __all__ = [
 
 
 def obstacle(dtype: dtype, device: device) -> str:
-    """None: it takes every tensor."""
+    """Always empty: it takes every tensor."""
     return ""
 
 

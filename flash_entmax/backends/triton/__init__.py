@@ -6,6 +6,7 @@ Importing this package imports no Triton: the first call that needs a kernel doe
 import os
 from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -14,6 +15,19 @@ import torch
 from .schedule import tile_size as tile_size
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
+OLDEST = 3, 6  # version of Triton that compiles all kernels
+
+
+def installed_version() -> tuple[int, int] | None:
+    """None where Triton is not installed under its own name, as for ROCm."""
+    try:
+        major, minor, *_ = version("triton").split(".")
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+VERSION = installed_version()
 HOMES = {
     "summarise": "attention",
     "attention_forward": "attention",
@@ -41,6 +55,8 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str:
             return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
     elif device.type != "cuda":
         return f"the kernels run on CUDA devices, got {device}"
+    elif VERSION is not None and VERSION < OLDEST:
+        return f"the kernels need Triton {'.'.join(map(str, OLDEST))}, got {'.'.join(map(str, VERSION))}"
     elif not torch.version.hip and capability(device) < (8, 0):
         return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
     if not TRITON_IS_INSTALLED:

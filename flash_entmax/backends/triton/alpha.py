@@ -1,7 +1,7 @@
 """The only kernel file that knows alpha: probabilities, their weights, and the steps towards the threshold.
 
 POWER is 1 / (alpha - 1) where that is 1 (sparsemax) or 2 (entmax-1.5); 0 stands for any other alpha, whose exponent
-1 / (alpha - 1) is then a run-time number. docs/math.md derives the steps; threshold.py has them in PyTorch.
+1 / (alpha - 1) is then a run-time number. docs/math.md derives the steps; core/threshold.py has them in PyTorch.
 """
 
 import triton

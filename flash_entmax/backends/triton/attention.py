@@ -8,9 +8,9 @@ from torch import Tensor
 from ...core.call import KeySummary, Problem, ScoreOptions, Tangents, VisibilityArgs
 from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
-from .bound import Summary, summary_kernel
+from .bound import KernelKeySummary, summary_kernel
 from .gradient import gradient_key_value_kernel, gradient_query_kernel
-from .launch import Direct, Setting, ThroughTriton
+from .launch import Direct, SettingsRule, ThroughTriton
 from .output import output_kernel, support_kernel
 from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of
 from .queries import KernelScoreOptions
@@ -25,25 +25,25 @@ FORWARD = summary_kernel, threshold_kernel, output_kernel
 BACKWARD = gradient_query_kernel, gradient_key_value_kernel
 
 
-class Stage(NamedTuple):
-    """Kernels that run over the tiles of a plan, with what all of them take. A direct launch takes addresses."""
+class OpenedKernels(NamedTuple):
+    """Kernels that run over the tiles of a plan, and what all of them take: addresses, where launches are direct."""
 
     launch: Direct | ThroughTriton
     plan: Plan
     options: KernelScoreOptions
     visibility: KernelVisibility
 
-    def run(self, kernel, chunk: Chunk, setting: Setting, *arguments, words: bool = True) -> None:
-        """Launch a kernel with one program for each tile of the chunk; `words` if it reads or writes the live map."""
+    def run(self, kernel, chunk: Chunk, rule: SettingsRule, *arguments, uses_live_map: bool = True) -> None:
+        """Launch a kernel with one program for each tile of the chunk; `uses_live_map` if it reads or writes that."""
         first_unit, units, first_tile, tiles, capacity = chunk
-        place = (units, first_tile, self.plan.words, capacity) if words else (units, first_tile, capacity)
+        place = (units, first_tile, self.plan.words, capacity) if uses_live_map else (units, first_tile, capacity)
         self.launch(
-            kernel, units * tiles, setting, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit,
+            kernel, units * tiles, rule, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit,
             *place,
         )  # fmt: skip
 
 
-class Launches(NamedTuple):
+class CallLaunches(NamedTuple):
     """What all launches of one call share. The problem is not empty."""
 
     plan: Plan
@@ -53,7 +53,7 @@ class Launches(NamedTuple):
     @classmethod
     def of(
         cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False
-    ) -> "Launches":
+    ) -> "CallLaunches":
         plan = plan_of(Outline.of(problem, dtype, needs_backward, needs_parameters))
         options = plan.options or kernel_options(problem.score)
         visibility = kernel_visibility(problem.visibility, plan)
@@ -61,25 +61,25 @@ class Launches(NamedTuple):
 
     def open(
         self, kernels: tuple, arguments: tuple, scratch: Scratch | None, device: torch.device
-    ) -> tuple[Stage, list, list]:
-        """(stage, arguments, scratch) of some kernels, both as its launches take them."""
+    ) -> tuple[OpenedKernels, list, list]:
+        """(opened, arguments, scratch) of some kernels, both as its launches take them."""
         plan, options, visibility = self
         if options is not plan.options or visibility is not NO_MASKS:  # some of them are tensors
             arguments = *arguments, options, visibility
         launch, arguments, arrays = plan.launcher.open(kernels, arguments, scratch, device, plan.largest)
         if options is not plan.options or visibility is not NO_MASKS:
             *arguments, options, visibility = arguments
-        return Stage(launch, plan, options, visibility), arguments, arrays
+        return OpenedKernels(launch, plan, options, visibility), arguments, arrays
 
     def over_tiles_of_queries(
-        self, kernel, setting: Setting, inputs: tuple, results: tuple, device: torch.device
+        self, kernel, rule: SettingsRule, inputs: tuple, results: tuple, device: torch.device
     ) -> None:
         """Launch one kernel over all tiles of queries, which takes lists of tiles between its inputs and results."""
         plan = self.plan
-        stage, arguments, (lists,) = self.open((kernel,), (*inputs, *results), plan.list_scratch, device)
+        opened, arguments, (lists,) = self.open((kernel,), (*inputs, *results), plan.list_scratch, device)
         inputs, results = arguments[: len(inputs)], arguments[len(inputs) :]
         for chunk in plan.query_chunks:
-            stage.run(kernel, chunk, setting, *inputs, lists, *results)
+            opened.run(kernel, chunk, rule, *inputs, lists, *results)
 
 
 def summarise(key: Tensor, value_size: int) -> KeySummary:
@@ -93,11 +93,11 @@ def summarise(key: Tensor, value_size: int) -> KeySummary:
         value = torch.Size((batch, key_heads, length, value_size))
         problem = Problem.of(key.shape, value, ScoreOptions(1.5, 1.0), unmasked)
         with device_of(key):
-            launches = Launches.of(problem, key.dtype)
-            arguments = aligned(key), Summary(matrix(centre), *numbers)
-            stage, arguments, _ = launches.open((summary_kernel,), arguments, None, key.device)
-            stage.launch(
-                summary_kernel, launches.plan.blocks, schedule.summary_launch, *arguments, *launches.plan.sizes
+            launches = CallLaunches.of(problem, key.dtype)
+            arguments = aligned(key), KernelKeySummary(matrix(centre), *numbers)
+            opened, arguments, _ = launches.open((summary_kernel,), arguments, None, key.device)
+            opened.launch(
+                summary_kernel, launches.plan.blocks, schedule.summary_settings, *arguments, *launches.plan.sizes
             )  # fmt: skip
     return KeySummary(trimmed(centre, size), *numbers)
 
@@ -117,42 +117,40 @@ def attention_forward(
             tensor.fill_(number)
     else:
         with device_of(query):
-            launches = Launches.of(problem, query.dtype, needs_backward)
+            launches = CallLaunches.of(problem, query.dtype, needs_backward)
             kept = (matrix(value_mean), maximum, offset, live) if needs_backward else (None, None, None, live)
-            summary = None
+            kernels, summary = FORWARD, None
             if problem.summary is not None:
-                centre, *numbers = problem.summary
-                summary = Summary(aligned(centre), *numbers)
+                kernels, (centre, *numbers) = FORWARD[1:], problem.summary
+                summary = KernelKeySummary(aligned(centre), *(number.contiguous() for number in numbers))
             arguments = aligned(query), aligned(key), aligned(value), summary, matrix(output), *kept
-            forward_stages(launches, arguments, query.device)
+            forward_stages(launches, kernels, arguments, query.device)
     output = trimmed(output, problem.value_size)
     return output, trimmed(value_mean, problem.value_size) if needs_backward else value_mean, maximum, offset, live
 
 
-def forward_stages(launches: Launches, arguments: tuple, device: torch.device) -> None:
+def forward_stages(launches: CallLaunches, kernels: tuple, arguments: tuple, device: torch.device) -> None:
     """Write the last five arguments: output; and value_mean, maximum, offset, live, which are for the backward.
 
-    Without a backward, value_mean, maximum and offset are None. The fourth argument is the summary of the keys. Where
-    it is None, it is made.
+    Without a backward, value_mean, maximum and offset are None. Without a summary of the keys, one is made.
     """
     plan = launches.plan
-    kernels = FORWARD if arguments[3] is None else FORWARD[1:]
-    stage, arguments, scratch = launches.open(kernels, arguments, plan.forward_scratch, device)
+    opened, arguments, scratch = launches.open(kernels, arguments, plan.forward_scratch, device)
     query, key, value, summary, output, value_mean, maximum, offset, live = arguments
     lists, sublists, maxima, counts, centre, radius, error, largest, *rows = scratch
     if maximum is None:
         maximum, offset = rows
     if summary is None:
-        summary = Summary(Matrix(centre, *plan.centre_strides), radius, error, largest)
-        stage.launch(summary_kernel, plan.blocks, schedule.summary_launch, key, summary, *plan.sizes)
+        summary = KernelKeySummary(Matrix(centre, *plan.centre_strides), radius, error, largest)
+        opened.launch(summary_kernel, plan.blocks, schedule.summary_settings, key, summary, *plan.sizes)
     for chunk in plan.forward_chunks:
-        stage.run(
-            threshold_kernel, chunk, schedule.threshold_launch, query, key, summary, maxima, maximum, offset, live,
+        opened.run(
+            threshold_kernel, chunk, schedule.threshold_settings, query, key, summary, maxima, maximum, offset, live,
             lists, sublists, counts,
         )  # fmt: skip
-        stage.run(
-            output_kernel, chunk, schedule.output_launch, query, key, value, maximum, offset, lists, counts, output,
-            value_mean, words=False,
+        opened.run(
+            output_kernel, chunk, schedule.output_settings, query, key, value, maximum, offset, lists, counts, output,
+            value_mean, uses_live_map=False,
         )  # fmt: skip
 
 
@@ -166,37 +164,37 @@ def attention_backward(
         return *(empty_stored_as(tensor, tensor.shape[-1]).zero_() for tensor in (query, key, value)), nothing
     sizes = query.shape[-1], key.shape[-1], value.shape[-1]
     with device_of(query):
-        launches = Launches.of(problem, query.dtype, needs_parameters=needs_parameters)
+        launches = CallLaunches.of(problem, query.dtype, needs_parameters=needs_parameters)
         gradients = [matrix(empty_stored_as(tensor, aligned_size(tensor.shape[-1]))) for tensor in (query, key, value)]
         inputs = aligned(query), aligned(key), aligned(value), aligned(value_mean), aligned(grad_output)
         selected = matrix(torch.empty_like(inputs[-1].data)) if problem.may_hide_all_keys else None
-        shares = None
+        parameter_parts = None
         if needs_parameters:
-            shares = maximum.new_empty(problem.batch, problem.heads, launches.plan.query_tiles, 3)
-        backward_stages(launches, (*inputs, selected, *gradients, maximum, offset, live, shares), query.device)
+            parameter_parts = maximum.new_empty(problem.batch, problem.heads, launches.plan.query_tiles, 3)
+        backward_stages(launches, (*inputs, selected, *gradients, maximum, offset, live, parameter_parts), query.device)
     gradients = (trimmed(gradient.data, size) for gradient, size in zip(gradients, sizes, strict=True))
     if not needs_parameters:
         return *gradients, maximum.new_empty(0, problem.batch, problem.heads)
-    return *gradients, shares.sum(2).permute(2, 0, 1).contiguous()
+    return *gradients, parameter_parts.sum(2).permute(2, 0, 1).contiguous()
 
 
-def backward_stages(launches: Launches, arguments: tuple, device: torch.device) -> None:
+def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.device) -> None:
     """Write the gradients, and the parameters' gradients by tile of queries.
 
     dQ comes first, with the pairs of numbers of each query that dK and dV need.
     """
     plan = launches.plan
-    stage, arguments, (pairs, lists) = launches.open(BACKWARD, arguments, plan.backward_scratch, device)
-    query, key, value, value_mean, grad_output, selected, *gradients, maximum, offset, live, shares = arguments
+    opened, arguments, (pairs, lists) = launches.open(BACKWARD, arguments, plan.backward_scratch, device)
+    query, key, value, value_mean, grad_output, selected, *gradients, maximum, offset, live, parameter_parts = arguments
     grad_query, grad_key, grad_value = gradients
     for chunk in plan.query_chunks:
-        stage.run(
-            gradient_query_kernel, chunk, schedule.gradient_launch, query, key, value, value_mean, grad_output,
-            selected, maximum, offset, pairs, live, lists, grad_query, shares,
+        opened.run(
+            gradient_query_kernel, chunk, schedule.gradient_settings, query, key, value, value_mean, grad_output,
+            selected, maximum, offset, pairs, live, lists, grad_query, parameter_parts,
         )  # fmt: skip
     for chunk in plan.key_chunks:
-        stage.run(
-            gradient_key_value_kernel, chunk, schedule.gradient_launch, query, key, value, selected or grad_output,
+        opened.run(
+            gradient_key_value_kernel, chunk, schedule.gradient_settings, query, key, value, selected or grad_output,
             pairs, live, lists, grad_key, grad_value,
         )  # fmt: skip
 
@@ -211,9 +209,11 @@ def attention_tangent(
         return trimmed(result.zero_(), problem.value_size)
     with device_of(query):
         directions = directions_of(tangents, (query, key, value), maximum)
-        launches = Launches.of(problem, query.dtype, needs_parameters=directions.alpha is not None)
+        launches = CallLaunches.of(problem, query.dtype, needs_parameters=directions.alpha is not None)
         inputs = aligned(query), aligned(key), aligned(value), directions, maximum, offset, live
-        launches.over_tiles_of_queries(tangent_kernel, schedule.tangent_launch, inputs, (matrix(result),), query.device)
+        launches.over_tiles_of_queries(
+            tangent_kernel, schedule.tangent_settings, inputs, (matrix(result),), query.device
+        )
     return trimmed(result, problem.value_size)
 
 
@@ -238,8 +238,8 @@ def attention_support(
     if problem.is_empty:
         return maximum.clone(), size, marks
     with device_of(query):
-        launches = Launches.of(problem, query.dtype)
+        launches = CallLaunches.of(problem, query.dtype)
         inputs = aligned(query), aligned(key), maximum, offset, live
-        launches.over_tiles_of_queries(support_kernel, schedule.threshold_launch, inputs, (size, marks), query.device)
+        launches.over_tiles_of_queries(support_kernel, schedule.threshold_settings, inputs, (size, marks), query.device)
     z_scale = problem.z_scale
     return maximum * (z_scale.view(-1, 1) if isinstance(z_scale, Tensor) else z_scale), size, marks

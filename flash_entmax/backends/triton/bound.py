@@ -27,9 +27,8 @@ BLOCKS = tl.constexpr(64)  # blocks of keys that one step looks at
 NORM_ROUNDING = tl.constexpr(1.0 + 2.0**-10)  # what float32 sums, and 16 bits, may take from a length
 
 
-class Summary(NamedTuple):
-    """Of each block of keys: its centre (batch, key heads, blocks, head size), radius, error of the centre, and largest
-    |component|; the last three are (batch, key heads, blocks) float32, contiguous."""
+class KernelKeySummary(NamedTuple):
+    """core.call.KeySummary as a launch takes it. The numbers are contiguous."""
 
     centre: Matrix
     radius: Tensor
@@ -51,13 +50,13 @@ def summary_kernel(key, summary, heads, group, query_length, key_length, C: tl.c
     mean = tl.sum(k, 0) / tl.minimum(key_length - first, TILE)
     rounded = mean.to(summary.centre.data.dtype.element_ty)
     column = tl.arange(0, C.HEAD_PADDED)
-    row = head_of(summary.centre, unit // key_heads, unit % key_heads)
-    tl.store(row.data + tl.cast(block, tl.int64) * row.row_stride + column, rounded, mask=column < C.HEAD)
+    centre = head_of(summary.centre, unit // key_heads, unit % key_heads)
+    tl.store(centre.data + tl.cast(block, tl.int64) * centre.row_stride + column, rounded, mask=column < C.HEAD)
     away = k - rounded.to(tl.float32)[None, :]
-    length = tl.where(inside, norm(away, 1), 0.0)
+    distance = tl.where(inside, norm(away, 1), 0.0)
     missed = mean - rounded.to(tl.float32)
     index = tl.program_id(0)
-    tl.store(summary.radius + index, tl.max(length, 0) * NORM_ROUNDING)
+    tl.store(summary.radius + index, tl.max(distance, 0) * NORM_ROUNDING)
     tl.store(summary.error + index, tl.max(norm(missed[None, :], 1), 0) * NORM_ROUNDING)
     # Not finite if any component of the block is not: a sum sees what a maximum overlooks.
     tl.store(summary.largest + index, tl.max(tl.max(tl.abs(k), 1), 0) + 0.0 * tl.sum(tl.sum(k, 0), 0))
@@ -70,7 +69,7 @@ def bound_tiles(places, capacity, queries, summary, C: tl.constexpr):
     TILE: tl.constexpr = C.TILE
     options, sizes, visibility = queries.options, queries.sizes, queries.visibility
     unit, tile = queries.unit, queries.tile
-    length = norm(queries.q.to(tl.float32), 1) * NORM_ROUNDING
+    query_norm = norm(queries.q.to(tl.float32), 1) * NORM_ROUNDING
     begin, end = seen_tiles(unit, tile, sizes, visibility, C)
     blocks = (sizes.key_length + TILE - 1) // TILE
     group = sizes.group
@@ -84,7 +83,7 @@ def bound_tiles(places, capacity, queries, summary, C: tl.constexpr):
         block = first + tl.arange(0, BLOCKS)
         score = centre_scores(queries.q, centre, first, blocks, C)
         error = tl.load(summary.error + first_block + block, mask=block < end, other=0.0)
-        lowest, _ = apply_softcap(score - length[:, None] * error[None, :], options.softcap, C)
+        lowest, _ = apply_softcap(score - query_norm[:, None] * error[None, :], options.softcap, C)
         if C.ALIBI:
             lowest -= block_alibi_penalty(queries, block, True, C)
         _, whole = seen_blocks(queries, block, end, C)
@@ -101,7 +100,7 @@ def bound_tiles(places, capacity, queries, summary, C: tl.constexpr):
         block = first + tl.arange(0, BLOCKS)
         radius = tl.load(summary.radius + first_block + block, mask=block < end, other=0.0)
         score = centre_scores(queries.q, centre, first, blocks, C)
-        highest, _ = apply_softcap(score + length[:, None] * radius[None, :], options.softcap, C)
+        highest, _ = apply_softcap(score + query_norm[:, None] * radius[None, :], options.softcap, C)
         if C.ALIBI:
             highest -= block_alibi_penalty(queries, block, False, C)
         some, _ = seen_blocks(queries, block, end, C)

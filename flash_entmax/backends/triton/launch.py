@@ -1,7 +1,7 @@
 """How kernels are launched: the first time through Triton's JIT, from then on directly.
 
 For every launch the JIT looks at every argument, to find out which of its compiled kernels it is for. That takes
-several times as long as the launch. A `Launcher` looks at the tensors of a whole stage once, and keeps what the JIT
+several times as long as the launch. A `Launcher` looks at the tensors of several launches once, and keeps what the JIT
 compiled for tensors like these. A direct launch takes their addresses.
 """
 
@@ -15,7 +15,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from .schedule import Config, Launch
+from .schedule import Config, LaunchSettings
 from .scratch import ALIGNMENT, Scratch
 from .tile import Matrix
 
@@ -24,19 +24,19 @@ OLDEST, NEWEST = (3, 6), (3, 9)  # versions of Triton whose CompiledKernel.run t
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 CAN_BE_DIRECT = OLDEST <= VERSION <= NEWEST and torch.version.cuda is not None and not knobs.runtime.interpret
 
-Setting = Callable[[Config], Launch]
+SettingsRule = Callable[[Config], LaunchSettings]
 
 
-def launch(kernel, programs: int, setting: Setting, config: Config, *arguments) -> CompiledKernel | None:
+def launch(kernel, programs: int, rule: SettingsRule, config: Config, *arguments) -> CompiledKernel | None:
     """Run so many programs of a kernel, whose last argument is its Config, through Triton's JIT."""
-    return kernel[(programs,)](*arguments, C=config, **setting(config).options, enable_fp_fusion=True)
+    return kernel[(programs,)](*arguments, C=config, **rule(config).options, enable_fp_fusion=True)
 
 
 class Launcher:
     """Launches the kernels of one Config.
 
-    `compiled` holds the kernels of each stage by what Triton compiles for: the device, and the dtypes of the tensors.
-    Everything else that it compiles for is the same in all direct launches, see `Signature.is_usual`.
+    `compiled` holds kernels that are launched together, by what Triton compiles for: the device, and the dtypes of the
+    tensors. Everything else that it compiles for is the same in all direct launches, see `Signature.is_usual`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -53,8 +53,8 @@ class Launcher:
         """
         memory = None if scratch is None else scratch.allocate(device)
         recorded = None
-        if CAN_BE_DIRECT and not is_watched():
-            signature = Signature(arguments)
+        if CAN_BE_DIRECT and not is_watched(kernels):
+            signature = Signature(arguments, device)
             if signature.is_usual and largest < INTEGER_LIMIT:
                 key = *map(id, kernels), device.index, *signature.dtypes
                 compiled = self.compiled.get(key)
@@ -71,28 +71,30 @@ launcher_of = lru_cache(maxsize=1024)(Launcher)
 
 
 class Signature:
-    """Arguments with addresses in place of tensors, and all in them that Triton compiles for."""
+    """Arguments with addresses in place of tensors, and all in them that Triton compiles for or refuses."""
 
-    __slots__ = ("arguments", "bits", "dtypes")
+    __slots__ = ("arguments", "bits", "device", "dtypes")
 
-    def __init__(self, arguments: tuple) -> None:
-        self.bits = 0  # of all addresses and integers, or-ed together
+    def __init__(self, arguments: tuple, device: torch.device) -> None:
+        self.device = device.index if device.type == "cuda" else -1  # as Tensor.get_device has it
+        self.bits = 0  # of all addresses and integers, or-ed together; 1 for a tensor on another device
         self.dtypes = []  # of all tensors; None for None
         self.arguments = self.addressed(arguments)
 
     def addressed(self, arguments: tuple) -> tuple:
-        result, bits, dtypes = [], 0, self.dtypes
+        result, bits, dtypes, device = [], 0, self.dtypes, self.device
         for argument in arguments:
             if type(argument) is Matrix:
                 data, *strides = argument
                 address = data.data_ptr()
                 dtypes.append(data.dtype)
-                bits |= address % ALIGNMENT | strides[0] | strides[1] | strides[2]
+                bits |= address % ALIGNMENT | strides[0] | strides[1] | strides[2] | (data.get_device() != device)
                 argument = address, *strides
             elif isinstance(argument, Tensor):
                 dtypes.append(argument.dtype)
-                argument = argument.data_ptr()
-                bits |= argument % ALIGNMENT
+                address = argument.data_ptr()
+                bits |= address % ALIGNMENT | (argument.get_device() != device)
+                argument = address
             elif argument is None:
                 dtypes.append(None)
             elif isinstance(argument, tuple):
@@ -105,7 +107,7 @@ class Signature:
 
     @property
     def is_usual(self) -> bool:
-        """16 divides all addresses and integers, and these fit 32 bits."""
+        """16 divides all addresses and integers, these fit 32 bits, and all tensors are on the device."""
         return self.bits % ALIGNMENT == 0 and self.bits < INTEGER_LIMIT
 
 
@@ -117,20 +119,22 @@ class Direct:
     def __init__(self, compiled: dict[int, CompiledKernel], config: Config, stream: int, held: tuple) -> None:
         self.compiled, self.config, self.stream, self.held = compiled, config, stream, held
 
-    def __call__(self, kernel, programs: int, setting: Setting, *arguments) -> None:
+    def __call__(self, kernel, programs: int, rule: SettingsRule, *arguments) -> None:
         compiled = self.compiled[id(kernel)]  # the hash of a kernel itself takes a lock
         function, metadata = compiled.function, compiled.packed_metadata
         compiled.run(programs, 1, 1, self.stream, function, metadata, None, None, None, *arguments, self.config)
 
 
 class Recording:
-    """What was compiled for the kernels of a stage. It is published once it is complete."""
+    """What was compiled for kernels that are launched together. It is published once it is complete."""
 
     def __init__(self, published: dict[tuple, dict], key: tuple, kernels: int) -> None:
         self.published, self.key, self.kernels = published, key, kernels
         self.compiled: dict[int, CompiledKernel] = {}
 
-    def add(self, kernel, compiled: CompiledKernel) -> None:
+    def add(self, kernel, compiled: CompiledKernel | None) -> None:
+        if compiled is None:  # somebody who was told of it has compiled it otherwise
+            return
         self.compiled[id(kernel)] = compiled
         if len(self.compiled) == self.kernels:
             self.published[self.key] = self.compiled
@@ -142,15 +146,17 @@ class ThroughTriton:
     def __init__(self, config: Config, recording: Recording | None) -> None:
         self.config, self.recording = config, recording
 
-    def __call__(self, kernel, programs: int, setting: Setting, *arguments) -> None:
-        compiled = launch(kernel, programs, setting, self.config, *arguments)
+    def __call__(self, kernel, programs: int, rule: SettingsRule, *arguments) -> None:
+        compiled = launch(kernel, programs, rule, self.config, *arguments)
         if self.recording is not None:
             self.recording.add(kernel, compiled)
 
 
-def is_watched() -> bool:
+def is_watched(kernels: tuple) -> bool:
     """Somebody is told of each launch, or wants kernels compiled in another way: a profiler, a sanitizer."""
     runtime = knobs.runtime
+    if any(getattr(kernel, "pre_run_hooks", ()) for kernel in kernels):
+        return True
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook, runtime.add_stages_inspection_hook):
         if getattr(hook, "calls", hook):  # a chain of hooks, or the only one
             return True

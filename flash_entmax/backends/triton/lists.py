@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tile import WORD
-from .visibility import are_whole, bounds_of, seen_tiles
+from .visibility import HIDDEN, are_whole, bounds_of, kinds_of, seen_tiles
 
 SPAN = tl.constexpr(128)
 
@@ -100,6 +100,8 @@ def listed_tiles(
         else:
             row, column = tile, candidate
         if live is None:
+            if C.FILTERED:
+                valid = valid & (kinds_of(unit, row, column, sizes, visibility, C) != HIDDEN)
             alive = tl.where(valid, 1, 0)
         else:
             word = tl.load(unit_words + tl.cast(row, tl.int64) * words + column // WORD, mask=valid, other=0)

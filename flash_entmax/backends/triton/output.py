@@ -65,8 +65,8 @@ def output_kernel(
     index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
     tiles = TileList(places, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1))
     queries = open_queries(query_head(query, unit, sizes), unit, tile, options, sizes, visibility, C)
-    stored = open_threshold(maximum, offset, queries)
-    row_maximum, row_offset = stored.maximum, stored.offset
+    start = open_threshold(maximum, offset, queries)
+    row_maximum, row_offset = start.maximum, start.offset
 
     key, value = key_head(key, unit, sizes), key_head(value, unit, sizes)
     # Triton tells by identity what a loop carries: none of these names may start as another's value.
@@ -74,7 +74,7 @@ def output_kernel(
     mean = tl.zeros((TILE, VALUE_PADDED), tl.float32)
     mass = tl.zeros((TILE,), tl.float32)
     weight = tl.zeros((TILE,), tl.float32)
-    power = tl.zeros((TILE,), tl.float32)
+    largest_probability = tl.zeros((TILE,), tl.float32)
     accepted = mass_tolerance(exponent, C.MEAN)
     passes = 0
     unfinished = 1
@@ -82,8 +82,8 @@ def output_kernel(
         threshold = Threshold(row_maximum, row_offset, options.z_scale / row_offset)
         sums = output_at(queries, threshold, tiles, key, value, C)
         total, mean = sums.weighted, sums.mean
-        power = probability(row_offset, exponent, C.POWER)
-        mass = tl.sum(sums.mass[0], 1) * power
+        largest_probability = probability(row_offset, exponent, C.POWER)
+        mass = tl.sum(sums.mass[0], 1) * largest_probability
         weight = tl.sum(sums.weight[0], 1)
         stepped = newton_step(row_offset, mass, weight * support_weight(row_offset, exponent, C.POWER), exponent)
         falls = (mass > 1.0) & (stepped < row_offset)
@@ -92,7 +92,7 @@ def output_kernel(
         passes += 1
 
     first = tile * TILE
-    total *= power[:, None]  # p = offset^r x^r
+    total *= largest_probability[:, None]  # p = offset^r x^r
     if C.MEAN:
         # The last step of tau, on the output itself: dO / d offset = r sum u v, so the step (1 - sum p) / (r sum u)
         # adds (1 - sum p) O1. Without it, long crowded rows feel the last bit of the offset.

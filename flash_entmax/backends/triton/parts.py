@@ -14,7 +14,7 @@ from ...core.call import Problem
 from ...core.tensors import aligned_size
 from . import schedule
 from .alpha import probability
-from .attention import Launches
+from .attention import CallLaunches
 from .output import output_at as output_of_tiles
 from .program import ChunkSizes, open_program
 from .queries import open_threshold
@@ -89,7 +89,8 @@ def row_maxima(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
 
 def sums_at(problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """(F, sum u) of each row; see backends.Backend."""
-    total, weight = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    maximum, offset = maximum.contiguous(), offset.contiguous()
+    total, weight = (maximum.new_zeros(maximum.shape) for _ in range(2))
     if not problem.is_empty:
         inputs = aligned(query), aligned(key), maximum, offset
         run_over_keys(sums_kernel, problem, query, inputs, (total, weight))
@@ -99,6 +100,7 @@ def sums_at(problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offse
 def output_at(problem: Problem, query: Tensor, key: Tensor, value: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
     """sum p v; see backends.Backend."""
     shape = *query.shape[:3], aligned_size(problem.value_size)
+    maximum, offset = maximum.contiguous(), offset.contiguous()
     output = maximum.new_zeros(shape)
     if not problem.is_empty:
         inputs = aligned(query), aligned(key), aligned(value), maximum, offset
@@ -108,5 +110,5 @@ def output_at(problem: Problem, query: Tensor, key: Tensor, value: Tensor, maxim
 
 def run_over_keys(kernel, problem: Problem, query: Tensor, inputs: tuple, results: tuple) -> None:
     with device_of(query):
-        launches = Launches.of(problem, query.dtype, needs_backward=False)
-        launches.over_tiles_of_queries(kernel, schedule.output_launch, inputs, results, query.device)
+        launches = CallLaunches.of(problem, query.dtype, needs_backward=False)
+        launches.over_tiles_of_queries(kernel, schedule.output_settings, inputs, results, query.device)

@@ -158,7 +158,9 @@ def kernel_visibility(visibility: VisibilityArgs, plan: Plan) -> KernelVisibilit
             (bounds_kernel,), (intervals, bounds), None, intervals.device, plan.largest
         )
         programs = plan.outline.batch * plan.query_tiles
-        launch(bounds_kernel, programs, schedule.summary_launch, *arguments, plan.outline.query_length, plan.list_size)
+        launch(
+            bounds_kernel, programs, schedule.summary_settings, *arguments, plan.outline.query_length, plan.list_size
+        )
     return KernelVisibility(**masks) if masks else NO_MASKS
 
 

@@ -5,11 +5,16 @@ A difference that 16 bits cannot hold becomes inf. +inf certifies nothing and ki
 threshold.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .keys import open_keys, open_listed_keys
+from .lists import walk
+from .queries import Queries
 from .score import scores, tile_maxima
+from .tile import Matrix
 
 ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum: twice the rounding of its 11 bits
 
@@ -43,17 +48,24 @@ def scan_tiles(queries, key, maximum_bound, tiles, column, C: tl.constexpr):
     return tl.where(sees, maximum, float("inf")), bound_gap, ROUNDING * (1.0 + tl.abs(bound_gap))
 
 
+class MaximaContext(NamedTuple):
+    """What each tile of keys is looked at with."""
+
+    queries: Queries
+    key: Matrix
+
+
 @triton.jit
 def maxima_of_tiles(queries, key, tiles, C: tl.constexpr):
     """Each row's maximum of the scores over the listed tiles; +inf where it sees none of their keys."""
     TILE: tl.constexpr = C.TILE
     maximum = tl.full((TILE,), float("-inf"), tl.float32)
-    for place in range(tiles.split):
-        keys = open_keys(key, tl.load(tiles.tiles + place), queries.sizes, False, C)
-        score, _ = scores(queries, keys, False, C)
-        maximum = tl.maximum(maximum, tl.max(score, 1), propagate_nan=tl.PropagateNan.ALL)
-    for place in range(tiles.split, tiles.count):
-        keys = open_keys(key, tl.load(tiles.tiles + place), queries.sizes, True, C)
-        score, _ = scores(queries, keys, True, C)
-        maximum = tl.maximum(maximum, tl.max(score, 1), propagate_nan=tl.PropagateNan.ALL)
+    maximum = walk(add_maximum, maximum, MaximaContext(queries, key), tiles, C)
     return tl.where(maximum == float("-inf"), float("inf"), maximum)
+
+
+@triton.jit
+def add_maximum(maximum, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
+    keys = open_keys(context.key, key_tile, context.queries.sizes, MASKED, C)
+    score, _ = scores(context.queries, keys, MASKED, C)
+    return tl.maximum(maximum, tl.max(score, 1), propagate_nan=tl.PropagateNan.ALL)

@@ -1,6 +1,6 @@
 """Tile sizes and launch settings, as explicit rules of dtype and head size. Nothing is tuned at run time.
 
-A setting may depend on the dtype, the head sizes and the device. It never depends on a length, so a new length compiles
+A rule may depend on the dtype, the head sizes and the device. It never depends on a length, so a new length compiles
 nothing.
 """
 
@@ -53,7 +53,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchSettings:
     """Warps per program, stages of the software pipeline, and the most registers that a thread may take."""
 
     warps: int
@@ -190,8 +190,8 @@ def _config(
     )
 
 
-def summary_launch(config: Config) -> Launch:
-    return Launch(4, 1)
+def summary_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4, 1)
 
 
 def registers(config: Config, programs: int) -> int | None:
@@ -199,28 +199,32 @@ def registers(config: Config, programs: int) -> int | None:
     return None if config.COMPENSATED else 65536 // (128 * programs) // 8 * 8
 
 
-def threshold_launch(config: Config) -> Launch:
+def threshold_settings(config: Config) -> LaunchSettings:
     if config.HEAD_PADDED <= 64:
-        return Launch(4, 3, registers(config, 4))
-    return Launch(4, 2, registers(config, 3)) if config.HEAD_PADDED <= 128 else Launch(4, 2)
+        return LaunchSettings(4, 3, registers(config, 4))
+    return LaunchSettings(4, 2, registers(config, 3)) if config.HEAD_PADDED <= 128 else LaunchSettings(4, 2)
 
 
-def output_launch(config: Config) -> Launch:
-    return Launch(4, 3, registers(config, 3)) if is_narrow(config) else wide_launch(config)
+def output_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4, 3, registers(config, 3)) if is_narrow(config) else wide_settings(config)
 
 
-def gradient_launch(config: Config) -> Launch:
-    return Launch(4, 2, registers(config, 3)) if is_narrow(config) else wide_launch(config)
+def gradient_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4, 2, registers(config, 3)) if is_narrow(config) else wide_settings(config)
 
 
-def tangent_launch(config: Config) -> Launch:
-    return Launch(4, 2) if is_narrow(config) else Launch(8, 1)
+def tangent_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4, 2) if is_narrow(config) else LaunchSettings(8, 1)
 
 
 def is_narrow(config: Config) -> bool:
     return max(config.HEAD_PADDED, config.VALUE_PADDED) <= 64
 
 
-def wide_launch(config: Config) -> Launch:
+def wide_settings(config: Config) -> LaunchSettings:
     """Heads over 128 double the accumulators: twice the warps share them, and one stage fits the shared memory."""
-    return Launch(4, 2) if max(config.HEAD_PADDED, config.VALUE_PADDED) <= WIDEST_PIPELINED else Launch(8, 1)
+    return (
+        LaunchSettings(4, 2)
+        if max(config.HEAD_PADDED, config.VALUE_PADDED) <= WIDEST_PIPELINED
+        else LaunchSettings(8, 1)
+    )

@@ -74,9 +74,9 @@ def apply_softcap(score, softcap, C: tl.constexpr):
     """(softcap tanh(score / softcap), its derivative); without a softcap, the score itself and 1."""
     softcap_slope = 1.0
     if C.SOFTCAP:
-        share = tanh(score * (1.0 / softcap), C.COMPENSATED)
-        score = share * softcap
-        softcap_slope = 1.0 - share * share
+        ratio = tanh(score * (1.0 / softcap), C.COMPENSATED)
+        score = ratio * softcap
+        softcap_slope = 1.0 - ratio * ratio
     return score, softcap_slope
 
 
@@ -101,8 +101,9 @@ def alibi_penalty(distance, alibi_slope):
 def distance_to_threshold(score, maximum, scale, offset):
     """d = [scale (score - maximum) + offset]_+; NaN stays NaN.
 
-    With z_scale and the offset it is [z - tau]_+. With z_scale / offset and 1 it is relative to the offset: its powers
-    then neither underflow nor overflow in 16 bits. The subtraction comes first, since it is exact where it matters.
+    With z_scale and the offset it is [z - tau]_+. With z_scale / offset and 1 it is relative to the offset: none of its
+    powers overflows in 16 bits, and one that underflows is negligible beside the largest. The subtraction comes first,
+    since it is exact where it matters.
     """
     return tl.maximum((score - maximum) * scale + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
 

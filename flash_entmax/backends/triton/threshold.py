@@ -1,8 +1,8 @@
 """The threshold of each row, and the tiles that hold support: bound, scan, certify, solve, one after the other.
 
-One program takes one tile of queries through all four. The row's offset, tau = z_scale * maximum - offset in units of
-z, is at or above the true one whenever the list of tiles gets shorter. So every list holds all support, and a sublist
-of the solve holds all support of the rows that it is for.
+One program takes one tile of queries through all four. tau = z_scale * maximum - offset, in units of z. Whenever a list
+gets shorter, the offset is at or above the true one. So every list holds all support, and a sublist of the solve holds
+all support of the rows that it is for.
 """
 
 from typing import NamedTuple

@@ -51,8 +51,8 @@ class QuerySums(NamedTuple):
     dq: Tensor
     weight: Tensor  # sum u
     ds: Tensor  # sum u (dP - delta)
-    share: Tensor  # sum s with s = p (1 - ln d)
-    share_dp: Tensor  # sum s (dP - delta)
+    share: Tensor  # sum e with e = p (1 - ln d)
+    share_dp: Tensor  # sum e (dP - delta)
     alibi_slope: Tensor
 
 
@@ -92,8 +92,8 @@ def gradient_query_kernel(
     dq = sums.dq * (u_of_offset * options.scale)[:, None]
     store_tile(query_head(grad_query, unit, sizes), first, query_length, dq, TILE, C.HEAD, HEAD_PADDED)
     if C.NEEDS_PARAMETERS:
-        # d alpha = r^2 sum_j s_j (dP_j - delta), and sum_j u_j (dP_j - delta) = 0 but for what 16 bits took from delta.
-        # With s_j - u_j sum s / sum u in place of s_j, that rounding cancels.
+        # d alpha = r^2 sum_j e_j (dP_j - delta), and sum_j u_j (dP_j - delta) = 0 but for what 16 bits took from delta.
+        # With e_j - u_j sum e / sum u in place of e_j, that rounding cancels.
         grad_alpha = sums.share_dp - sums.ds * sums.share / tl.where(sums.weight == 0, 1.0, sums.weight)
         grad_alpha *= probability(row_offset, exponent, C.POWER) * exponent * exponent
         grad_scale = tl.sum(dq * queries.q.to(tl.float32), 1) / options.scale  # sum_j dS_j (q . k_j) = q . dQ / scale
@@ -133,14 +133,14 @@ def add_to_query(sums, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr)
     dq = tl.dot((ds * softcap_slope).to(k.dtype), k, sums.dq, input_precision=C.PRECISION)
     weight, sum_ds, share, share_dp, alibi_slope = sums.weight, sums.ds, sums.share, sums.share_dp, sums.alibi_slope
     if C.NEEDS_PARAMETERS:
-        s = p * share_logarithm(x, threshold.offset, C.FAST_LOG2)
+        e = p * share_logarithm(x, threshold.offset, C.FAST_LOG2)
         if C.ALIBI:
             distance = tl.abs(queries.position[:, None] - (keys.first + keys.column)[None, :])
             alibi_slope -= tl.sum(ds * distance.to(tl.float32), 1)
         weight += tl.sum(u, 1)
         sum_ds += tl.sum(ds, 1)
-        share += tl.sum(s, 1)
-        share_dp += tl.sum(s * dp, 1)
+        share += tl.sum(e, 1)
+        share_dp += tl.sum(e * dp, 1)
     return QuerySums(dq, weight, sum_ds, share, share_dp, alibi_slope)
 
 

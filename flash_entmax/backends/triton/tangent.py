@@ -135,6 +135,6 @@ def changes(context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
         ds -= context.alibi_slope * distance.to(tl.float32)
     t = tl.where(u == 0, 0.0, u * ds)  # a hidden key's score may change by anything
     if C.NEEDS_PARAMETERS:
-        s = p * share_logarithm(x, threshold.offset, C.FAST_LOG2)
-        t += context.alpha * threshold.offset[:, None] * s
+        e = p * share_logarithm(x, threshold.offset, C.FAST_LOG2)
+        t += context.alpha * threshold.offset[:, None] * e
     return p, u, t

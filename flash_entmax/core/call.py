@@ -59,9 +59,8 @@ class ScoreOptions(NamedTuple):
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None
 
-    @property
     def is_softmax(self) -> bool:
-        """alpha is the number 1."""
+        """alpha is the number 1. (No property: torch 2.8 cannot trace those of named tuples.)"""
         return not isinstance(self.alpha, Tensor) and self.alpha == 1.0
 
     def lowered(self, query: torch.Size, dtype: torch.dtype, device: torch.device) -> "ScoreOptions":
@@ -74,7 +73,7 @@ class ScoreOptions(NamedTuple):
         scale = head_size**-0.5 if scale is None else scale
         if isinstance(alpha, Tensor) or isinstance(scale, Tensor):
             like = heads, dtype, device
-            alpha = 1.0 if self.is_softmax else expanded(alpha, ALPHAS, *like)
+            alpha = 1.0 if self.is_softmax() else expanded(alpha, ALPHAS, *like)
             scale = expanded(scale, SCALES, *like)
         else:
             alpha, scale = float(alpha), float(scale)

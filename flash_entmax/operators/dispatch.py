@@ -19,7 +19,7 @@ def attend(
     """A call that is checked."""
     backend = choose(query.dtype, query.device, impl, others=("reference",))
     score = score.lowered(query.shape, row_dtype(query), query.device)
-    has_tiles = backend in BACKENDS and not score.is_softmax
+    has_tiles = backend in BACKENDS and not score.is_softmax()
     tile = attention_operators.tile_of(backend, query, value) if has_tiles else None
     if summary is not None:
         check_key_summary(summary, key, tile)
@@ -29,7 +29,7 @@ def attend(
     tensors, numbers = attention_operators.flattened(
         score, visibility.lowered(query, key.shape[2], tile), summary, backend
     )
-    needs_backward = return_support or is_recorded((query, key, value, *tensors[:3]))
+    needs_backward = return_support or is_recorded((query, key, value, score.alpha, score.scale, score.alibi_slopes))
     call = recorded(attention_operators.attention, attention_operators.Attention, (query, key, value, *tensors))
     output, _, maximum, offset, live = call(query, key, value, needs_backward, *tensors, *numbers)
     if not return_support:

@@ -95,14 +95,14 @@ def check_parts(case: Case, impl: str, edges: tuple[int, ...]) -> None:
     tolerance = 1e-12 if maximum.dtype == torch.float64 else 1e-5
     whole = parts.backend.row_maxima(parts.problem, query, key)
     torch.testing.assert_close(maximum, whole, rtol=tolerance, atol=tolerance)
-    _, _, forward, _, live = parts.backend.attention_forward(parts.problem, query, key, value, True)
+    _, _, forward, _, *reach = parts.backend.attention_forward(parts.problem, query, key, value, True)
     torch.testing.assert_close(maximum, forward, rtol=tolerance, atol=tolerance)
 
     offset = parts.offset(maximum)
     shipped = attend(case, impl, return_support=True)[1]
     torch.testing.assert_close(offset, shipped.offset, rtol=0, atol=OFFSET_TOLERANCE[case.query.dtype])
     output, exact = attend(case.in_float64(), "reference", return_support=True)
-    z_maximum, size, tiles = parts.backend.attention_support(parts.problem, query, key, maximum, offset, live)
+    z_maximum, size, tiles = parts.backend.attention_support(parts.problem, query, key, maximum, offset, *reach)
     check_support(case, Support(z_maximum, offset, size, tiles, shipped.tile_shape), exact)
 
     ours, grad_output = parts.output(maximum, offset), case.grad_output()

@@ -22,9 +22,10 @@ class Backend(Protocol):
     Shapes: query (batch, heads, query length, head size), key (batch, key heads, key length, head size), value (batch,
     key heads, key length, value size). Rows are (batch, heads, query length), float32, or float64 for float64 inputs.
     `maximum` and `offset` are the threshold of each row: tau = maximum - offset in units of z, but a backend keeps its
-    maximum in a unit of its own, which only its own functions read. `live` is the packed map of the tiles that may hold
-    support, Problem.live_shape int32. `row_maxima`, `sums_at` and `output_at` may be taken of a part of the keys. The
-    maxima of parts combine by max, over the parts in which a row sees a key. Everything else combines by addition.
+    maximum in a unit of its own, which only its own functions read. `reached_keys` says which keys each tile of queries
+    may reach, and `reaching_queries` which queries may reach each tile of keys. Both are int32, in a form of the
+    backend's own. `row_maxima`, `sums_at` and `output_at` may be taken of a part of the keys. The maxima of parts
+    combine by max, over the parts in which a row sees a key. Everything else combines by addition.
     """
 
     def obstacle(self, dtype: dtype, device: device) -> str:
@@ -36,13 +37,19 @@ class Backend(Protocol):
     def tile_size(self, dtype: dtype, size: int) -> int:
         """Queries and keys of one tile of the live map, for the larger head size of keys and values."""
 
+    def reach_shapes(self, problem: Problem, dtype: dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of `reached_keys` and `reaching_queries`. The first dimension is the batch."""
+
+    def reached_tiles(self, problem: Problem, dtype: dtype, reached_keys: Tensor) -> Tensor:
+        """(batch, heads, query tiles, key tiles) bool: a query of the tile may reach a key of it."""
+
     def summarise(self, key: Tensor, value_size: int) -> KeySummary:
         """The summary of blocks of keys, for calls whose values have this head size."""
 
     def attention_forward(
         self, problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(output, value_mean, maximum, offset, live).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(output, value_mean, maximum, offset, reached_keys, reaching_queries).
 
         `problem.summary` is that of these keys. Where it is None, a backend that needs one makes it. value_mean is
         O1 = sum u v / sum u, in the shape and dtype of the output. Without `needs_backward` all but the output have no
@@ -51,20 +58,21 @@ class Backend(Protocol):
 
     def attention_backward(
         self, problem: Problem, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor,
-        maximum: Tensor, offset: Tensor, live: Tensor, needs_parameters: bool,
+        maximum: Tensor, offset: Tensor, reached_keys: Tensor, reaching_queries: Tensor, needs_parameters: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """(grad_query, grad_key, grad_value, grad_parameters); the last is (3, batch, heads): of alpha, scale and ALiBi
         slopes, and has no element without `needs_parameters`."""
 
     def attention_tangent(
         self, problem: Problem, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, maximum: Tensor,
-        offset: Tensor, live: Tensor, tangents: Tangents,
+        offset: Tensor, reached_keys: Tensor, reaching_queries: Tensor, tangents: Tangents,
     ) -> Tensor:  # fmt: skip
         """The output's derivative along the tangents, in the shape and dtype of the output."""
 
     def attention_support(
-        self, problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, reached_keys: Tensor,
+        reaching_queries: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(maximum in units of z, support size of each row in int32, exact map of live tiles in bool)."""
 
     def row_maxima(self, problem: Problem, query: Tensor, key: Tensor) -> Tensor:

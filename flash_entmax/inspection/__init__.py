@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..backends import BACKENDS
 from ..core.call import Support
 from ..core.checks import check_flag, said
 from ..core.tensors import ceil_div, row_dtype
@@ -96,7 +97,8 @@ class RecordedCall:
         self.problem, self.impl = ops.unpack_arguments(query, value, self._tensors, self._numbers)
         self._inputs: tuple[Tensor, Tensor] | None = (query, key)
         self._versions = versions(query, key)
-        self._maximum, self._offset, self._live = (tensor.detach() for tensor in results[2:5])
+        self._state = tuple(tensor.detach() for tensor in results[2:])
+        self._maximum, self._offset, self._reached_keys, _ = self._state
         self._tile = ops.tile_of(self.impl, query, value)
 
     def __repr__(self) -> str:
@@ -136,8 +138,7 @@ class RecordedCall:
         """Maximum, offset, size (batch, heads, query length) and live tiles, as ``return_support=True`` gives them."""
         query, key = self.inputs
         value = key.new_empty(()).expand(*key.shape[:3], self.problem.value_size)  # the operator reads its shape only
-        results = self._maximum, self._offset, self._live
-        maximum, size, tiles = ops.attention_support(query, key, value, *self._tensors, *results, *self._numbers)
+        maximum, size, tiles = ops.attention_support(query, key, value, *self._tensors, *self._state, *self._numbers)
         return Support(maximum, self._offset, size, tiles, (self._tile, self._tile))
 
     @property
@@ -275,8 +276,12 @@ class RecordedCall:
             softcap,
             0.0 if slopes is None else slopes[batch, head].item(),
             self._visibility(batch, head),
-            p.unpack_live(self._live, self._tile)[batch, head],
+            self._reached_tiles[batch, head],
         )
+
+    @cached_property
+    def _reached_tiles(self) -> Tensor:
+        return BACKENDS[self.impl].reached_tiles(self.problem, self.dtype, self._reached_keys)
 
     def _visibility(self, batch: int, head: int) -> HeadVisibility:
         p, visibility = self.problem, self.problem.visibility

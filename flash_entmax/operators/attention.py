@@ -1,6 +1,6 @@
 """Operators of attention: schemas, shapes for tracing, autograd and torch.vmap. The backends compute them.
 
-    flash_entmax::attention           -> output, value_mean, maximum, offset, live
+    flash_entmax::attention           -> output, value_mean, maximum, offset, reached_keys, reaching_queries
     flash_entmax::attention_backward  -> grad_query, grad_key, grad_value, grad_parameters
     flash_entmax::attention_tangent   -> the output's derivative along tangents of the inputs
     flash_entmax::attention_support   -> maximum in units of z, support size of each row, map of live tiles
@@ -50,17 +50,19 @@ class OptionNumbers(NamedTuple):
 
 # Arguments in schemas, and the dimension of the batch for torch.vmap in them and in results.
 _INPUTS = "Tensor query, Tensor key, Tensor value"
-_STATE = "Tensor maximum, Tensor offset, Tensor live"
+_STATE = "Tensor maximum, Tensor offset, Tensor reached_keys, Tensor reaching_queries"
 _TENSORS = ", ".join(f"Tensor? {name}_tensor" for name in OptionTensors._fields)
 _NUMBERS = "float alpha, float scale, float softcap, bool is_causal, SymInt max_visible_span, str backend"
 _TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
-_INPUTS_BATCH, _STATE_BATCH = (0, 0, 0), (0, 0, 0)
+_INPUTS_BATCH, _STATE_BATCH = (0, 0, 0), (0, 0, 0, 0)
 _TENSORS_BATCH = OptionTensors(
     alpha=None, scale=None, alibi_slopes=0, intervals=0, tile_kinds=0, tile_bits=None, centre=0, radius=0, error=0,
     largest=0,
 )  # fmt: skip
 _TANGENTS_BATCH = Tangents(query=0, key=0, value=0, alpha=None, scale=None, alibi_slopes=0)
 TENSORS, NUMBERS, TANGENTS = (len(names._fields) for names in (OptionTensors, OptionNumbers, Tangents))
+STATE = len(_STATE_BATCH)
+SAVED = 4 + STATE  # query, key, value, value_mean and the state
 
 
 def flattened(
@@ -93,7 +95,7 @@ def tile_of(backend: str, query: Tensor, value: Tensor) -> int:
     return BACKENDS[backend].tile_size(query.dtype, max(query.shape[-1], value.shape[-1]))
 
 
-@operator(f"{_INPUTS}, bool needs_backward, {_TENSORS}, {_NUMBERS}", results=5)
+@operator(f"{_INPUTS}, bool needs_backward, {_TENSORS}, {_NUMBERS}", results=6)
 def attention(query, key, value, needs_backward, *options):
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
     with as_given(query):
@@ -105,38 +107,39 @@ def _(query, key, value, needs_backward, *options):
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
     output = empty_stored_as(query, problem.value_size)
     row = query.new_empty(problem.batch, problem.heads, problem.query_length, dtype=row_dtype(query))
-    live = query.new_empty(problem.live_shape(tile_of(backend, query, value)), dtype=torch.int32)
+    shapes = BACKENDS[backend].reach_shapes(problem, query.dtype)
+    reach = [query.new_empty(shape if needs_backward else (0,), dtype=torch.int32) for shape in shapes]
     if not needs_backward:
-        return output, output.new_empty(0), row.new_empty(0), row.new_empty(0), live.new_empty(0)
-    return output, torch.empty_like(output), row, torch.empty_like(row), live
+        return output, output.new_empty(0), row.new_empty(0), row.new_empty(0), *reach
+    return output, torch.empty_like(output), row, torch.empty_like(row), *reach
 
 
 @operator(
     f"Tensor grad_output, {_INPUTS}, Tensor value_mean, {_STATE}, bool needs_parameters, {_TENSORS}, {_NUMBERS}",
     results=4,
 )
-def attention_backward(
-    grad_output, query, key, value, value_mean, maximum, offset, live, needs_parameters, *options
-):  # fmt: skip
+def attention_backward(grad_output, query, key, value, value_mean, *rest):
+    state, needs_parameters, options = rest[:STATE], rest[STATE], rest[STATE + 1 :]
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
-    tensors = grad_output, query, key, value, value_mean, maximum, offset, live
+    tensors = grad_output, query, key, value, value_mean, *state
     with as_given(query):
         return BACKENDS[backend].attention_backward(problem, *tensors, needs_parameters)
 
 
 @fake("attention_backward")
-def _(grad_output, query, key, value, value_mean, maximum, offset, live, needs_parameters, *_):
+def _(grad_output, query, key, value, value_mean, maximum, *rest):
+    needs_parameters = rest[STATE - 1]
     grad_parameters = maximum.new_empty(3 if needs_parameters else 0, *maximum.shape[:2])
     return *(empty_stored_as(tensor, tensor.shape[-1]) for tensor in (query, key, value)), grad_parameters
 
 
 @operator(f"{_INPUTS}, Tensor value_mean, {_STATE}, {_TANGENTS}, {_TENSORS}, {_NUMBERS}", results=1)
-def attention_tangent(query, key, value, value_mean, maximum, offset, live, *rest):
-    tangents, options = Tangents(*rest[:TANGENTS]), rest[TANGENTS:]
+def attention_tangent(query, key, value, value_mean, *rest):
+    state, tangents, options = rest[:STATE], rest[STATE : STATE + TANGENTS], rest[STATE + TANGENTS :]
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
-    tensors = query, key, value, value_mean, maximum, offset, live
+    tensors = query, key, value, value_mean, *state
     with as_given(query):
-        return BACKENDS[backend].attention_tangent(problem, *tensors, tangents)
+        return BACKENDS[backend].attention_tangent(problem, *tensors, Tangents(*tangents))
 
 
 @fake("attention_tangent")
@@ -146,10 +149,10 @@ def _(query, key, value, value_mean, *_):
 
 @operator(f"{_INPUTS}, {_TENSORS}, {_STATE}, {_NUMBERS}", results=3)
 def attention_support(query, key, value, *rest):
-    tensors, (maximum, offset, live), numbers = rest[:TENSORS], rest[TENSORS:-NUMBERS], rest[-NUMBERS:]
+    tensors, state, numbers = rest[:TENSORS], rest[TENSORS:-NUMBERS], rest[-NUMBERS:]
     problem, backend = unpack_arguments(query, value, tensors, numbers)
     with as_given(query):
-        return BACKENDS[backend].attention_support(problem, query, key, maximum, offset, live)
+        return BACKENDS[backend].attention_support(problem, query, key, *state)
 
 
 @fake("attention_support")
@@ -197,7 +200,7 @@ class Attention(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: a checkpoint gives them once
         needed = ctx.needs_input_grad[4:7]
         compute = unrecorded(attention_backward, (grad_output, *saved))
-        *gradients, parameters = compute(grad_output, *saved[:7], any(needed), *saved[7:], *ctx.scalars)
+        *gradients, parameters = compute(grad_output, *saved[:SAVED], any(needed), *saved[SAVED:], *ctx.scalars)
         if not any(needed):
             return *gradients, None, *absent
         grad_alpha, grad_scale, grad_slopes = parameters
@@ -212,15 +215,15 @@ class Attention(torch.autograd.Function):
             if own is not None and own.dtype != tensor.dtype:
                 raise TypeError(f"tangents must have the dtype of their tensors, {tensor.dtype}, got {own.dtype}")
         own_tangents = Tangents(*tangents[:3], *tangents[4:7])
-        tangent = attention_tangent(*saved[:7], *own_tangents, *saved[7:], *ctx.scalars)
-        return tangent, None, None, None, None
+        tangent = attention_tangent(*saved[:SAVED], *own_tangents, *saved[SAVED:], *ctx.scalars)
+        return tangent, *(None,) * (1 + STATE)
 
 
 differentiate(attention, Attention)
 refuse_second_derivative(attention_backward)
 refuse_second_derivative(attention_tangent)
 
-batch_into(attention, (*_INPUTS_BATCH, None, *_TENSORS_BATCH), (0,) * 5)
+batch_into(attention, (*_INPUTS_BATCH, None, *_TENSORS_BATCH), (0,) * 6)
 batch_into(attention_backward, (0, *_INPUTS_BATCH, 0, *_STATE_BATCH, None, *_TENSORS_BATCH), (0, 0, 0, 1))
 batch_into(attention_tangent, (*_INPUTS_BATCH, 0, *_STATE_BATCH, *_TANGENTS_BATCH, *_TENSORS_BATCH), (0,))
 batch_into(attention_support, (*_INPUTS_BATCH, *_TENSORS_BATCH, *_STATE_BATCH), (0, 0, 0))

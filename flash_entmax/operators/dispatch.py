@@ -31,12 +31,12 @@ def attend(
     )
     needs_backward = return_support or is_recorded((query, key, value, score.alpha, score.scale, score.alibi_slopes))
     call = recorded(attention_operators.attention, attention_operators.Attention, (query, key, value, *tensors))
-    output, _, maximum, offset, live = call(query, key, value, needs_backward, *tensors, *numbers)
+    output, _, *state = call(query, key, value, needs_backward, *tensors, *numbers)
     if not return_support:
         return output
     detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *tensors))
-    maximum, size, marks = attention_operators.attention_support(*detached, maximum, offset, live, *numbers)
-    return output, Support(maximum, offset, size, marks, (tile, tile))
+    maximum, size, marks = attention_operators.attention_support(*detached, *state, *numbers)
+    return output, Support(maximum, state[1], size, marks, (tile, tile))
 
 
 def attend_without_tiles(

@@ -2,7 +2,7 @@
 
 from torch import device, dtype
 
-from .attention import attention_forward, attention_support
+from .attention import attention_forward, attention_support, reach_shapes, reached_tiles
 from .gradient import attention_backward, attention_tangent
 from .parts import output_at, row_maxima, sums_at
 from .rows import entmax, entmax_backward, loss, loss_backward
@@ -20,6 +20,8 @@ __all__ = [
     "loss_backward",
     "obstacle",
     "output_at",
+    "reach_shapes",
+    "reached_tiles",
     "row_maxima",
     "summarise",
     "sums_at",

@@ -26,7 +26,8 @@ class Solution(NamedTuple):
     value_mean: Tensor
     maximum: Tensor
     offset: Tensor
-    live: Tensor
+    reached_keys: Tensor
+    reaching_queries: Tensor
 
 
 class GroupSolution(NamedTuple):
@@ -39,16 +40,27 @@ class GroupSolution(NamedTuple):
     live: Tensor
 
 
+def reach_shapes(problem: Problem, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The packed map of live tiles, by which both gradients go; see backends.Backend."""
+    return problem.live_shape(TILE), (problem.batch, problem.heads, 0)
+
+
+def reached_tiles(problem: Problem, dtype: torch.dtype, reached_keys: Tensor) -> Tensor:
+    """The map of live tiles; see backends.Backend."""
+    return problem.unpack_live(reached_keys, TILE)
+
+
 def attention_forward(problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool) -> Solution:
-    """(output, value_mean, maximum, offset, live); see backends.Backend."""
+    """(output, value_mean, maximum, offset, reached_keys, reaching_queries); see backends.Backend."""
     output, value_mean = (empty_stored_as(query, problem.value_size) for _ in range(2))
     maximum, offset = (query.new_empty(query.shape[:3], dtype=row_dtype(query)) for _ in range(2))
-    whole = Solution(output, value_mean, maximum, offset, query.new_empty(problem.live_shape(TILE), dtype=torch.int32))
+    reach = (query.new_empty(shape, dtype=torch.int32) for shape in reach_shapes(problem, query.dtype))
+    whole = Solution(output, value_mean, maximum, offset, *reach)
     if not needs_backward:
         whole = Solution(output, *(tensor.new_empty(0) for tensor in whole[1:]))
     for part, own, shared in by_head(problem):
         pieces = solve_heads(part, query[:, own], key[:, shared], value[:, shared], needs_backward)
-        for result, piece in zip(whole, pieces, strict=True):
+        for result, piece in zip(whole[:5], pieces, strict=True):
             if piece is not None:
                 result[:, own] = piece
     return whole
@@ -123,11 +135,12 @@ def outputs(alpha: float, relative: Tensor, offset: Tensor, v: Tensor) -> tuple[
 
 
 def attention_support(
-    problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, reached_keys: Tensor,
+    reaching_queries: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(maximum in units of z, support size, exact map of live tiles); see backends.Backend."""
     size = torch.empty_like(maximum, dtype=torch.int32)
-    marks = problem.unpack_live(live, TILE)
+    marks = reached_tiles(problem, query.dtype, reached_keys)
     for part, own, shared in by_head(problem):
         own_rows = (tensor[:, own] for tensor in (query, maximum, offset, marks))
         size[:, own], marks[:, own] = count_support(part, key[:, shared], *own_rows)

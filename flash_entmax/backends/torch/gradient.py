@@ -21,14 +21,14 @@ class Gradients(NamedTuple):
 
 def attention_backward(
     problem: Problem, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor,
-    maximum: Tensor, offset: Tensor, live: Tensor, needs_parameters: bool,
+    maximum: Tensor, offset: Tensor, reached_keys: Tensor, reaching_queries: Tensor, needs_parameters: bool,
 ) -> Gradients:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_parameters); see backends.Backend. Sums run in one order."""
     grad_query, grad_key, grad_value = (empty_stored_as(tensor, tensor.shape[-1]) for tensor in (query, key, value))
     grad_key, grad_value = (torch.zeros_like(tensor, dtype=offset.dtype) for tensor in (grad_key, grad_value))
     grad_parameters = offset.new_empty(3 if needs_parameters else 0, *query.shape[:2])
     for part, own, shared in by_head(problem):
-        own_rows = (tensor[:, own] for tensor in (grad_output, query, value_mean, maximum, offset, live))
+        own_rows = (tensor[:, own] for tensor in (grad_output, query, value_mean, maximum, offset, reached_keys))
         pieces = gradients_of_heads(part, key[:, shared], value[:, shared], *own_rows, needs_parameters)
         grad_query[:, own] = pieces.query
         grad_key[:, shared] += pieces.key
@@ -81,7 +81,7 @@ def gradients_of_heads(
 
 def attention_tangent(
     problem: Problem, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, maximum: Tensor, offset: Tensor,
-    live: Tensor, tangents: Tangents,
+    reached_keys: Tensor, reaching_queries: Tensor, tangents: Tangents,
 ) -> Tensor:  # fmt: skip
     """The output's derivative along the tangents; see backends.Backend."""
 
@@ -97,7 +97,7 @@ def attention_tangent(
             *(None if number is None else number[own].item() for number in (tangents.alpha, tangents.scale)),
             part_of(tangents.alibi_slopes, own),
         )
-        own_rows = (tensor[:, own] for tensor in (query, value_mean, maximum, offset, live))
+        own_rows = (tensor[:, own] for tensor in (query, value_mean, maximum, offset, reached_keys))
         result[:, own] = tangent_of_heads(part, key[:, shared], value[:, shared], *own_rows, own_tangents)
     return result
 

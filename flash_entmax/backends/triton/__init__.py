@@ -29,6 +29,8 @@ def installed_version() -> tuple[int, int] | None:
 
 VERSION = installed_version()
 HOMES = {
+    "reach_shapes": "attention",
+    "reached_tiles": "attention",
     "summarise": "attention",
     "attention_forward": "attention",
     "attention_backward": "attention",

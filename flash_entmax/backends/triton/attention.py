@@ -102,6 +102,14 @@ def summarise(key: Tensor, value_size: int) -> KeySummary:
     return KeySummary(trimmed(centre, size), *numbers)
 
 
+def reach_shapes(problem: Problem, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return problem.live_shape(schedule.tile_size(dtype, problem.widest)), (problem.batch, problem.heads, 0)
+
+
+def reached_tiles(problem: Problem, dtype: torch.dtype, reached_keys: Tensor) -> Tensor:
+    return problem.unpack_live(reached_keys, schedule.tile_size(dtype, problem.widest))
+
+
 def attention_forward(
     problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool
 ) -> tuple[Tensor, ...]:
@@ -126,7 +134,14 @@ def attention_forward(
             arguments = aligned(query), aligned(key), aligned(value), summary, matrix(output), *kept
             forward_stages(launches, kernels, arguments, query.device)
     output = trimmed(output, problem.value_size)
-    return output, trimmed(value_mean, problem.value_size) if needs_backward else value_mean, maximum, offset, live
+    return (
+        output,
+        trimmed(value_mean, problem.value_size) if needs_backward else value_mean,
+        maximum,
+        offset,
+        live,
+        (live.new_empty(problem.batch, problem.heads, 0) if needs_backward else live.new_empty(0)),
+    )
 
 
 def forward_stages(launches: CallLaunches, kernels: tuple, arguments: tuple, device: torch.device) -> None:
@@ -156,7 +171,7 @@ def forward_stages(launches: CallLaunches, kernels: tuple, arguments: tuple, dev
 
 def attention_backward(
     problem: Problem, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor,
-    maximum: Tensor, offset: Tensor, live: Tensor, needs_parameters: bool,
+    maximum: Tensor, offset: Tensor, live: Tensor, reaching_queries: Tensor, needs_parameters: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_parameters); see backends.Backend."""
     if problem.is_empty:
@@ -201,7 +216,7 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
 
 def attention_tangent(
     problem: Problem, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, maximum: Tensor, offset: Tensor,
-    live: Tensor, tangents: Tangents,
+    live: Tensor, reaching_queries: Tensor, tangents: Tangents,
 ) -> Tensor:  # fmt: skip
     """The output's derivative along the tangents."""
     result = empty_stored_as(query, aligned_size(problem.value_size))
@@ -228,7 +243,13 @@ def directions_of(tangents: Tangents, tensors: tuple[Tensor, ...], maximum: Tens
 
 
 def attention_support(
-    problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    maximum: Tensor,
+    offset: Tensor,
+    live: Tensor,
+    reaching_queries: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(maximum in units of z, support size, exact map of live tiles)."""
     size = torch.zeros(maximum.shape, dtype=torch.int32, device=query.device)

@@ -46,7 +46,7 @@ def all_options(heads: int, length: int, tile: int) -> tuple[ScoreOptions, Visib
 
 def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, everything: bool) -> None:
     driver.set_active(AbsentGpu(capability))
-    from flash_entmax.backends.triton import attention, launch, parts
+    from flash_entmax.backends.triton import attention, launch, parts, plan, schedule
     from flash_entmax.backends.triton.schedule import tile_size
 
     def compile_only(kernel, programs, setting, config, *arguments):
@@ -60,6 +60,13 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
         score, visibility = all_options(4, 256, tile_size(dtype, head_size))
     problem = Problem.of(query.shape, key.shape, score, visibility)
     output, *saved = attention.attention_forward(problem, query, key, key, True)
+    attention.attention_backward(problem, output, query, key, key, *saved, everything)
+    plan.FEWEST_SHARED = 0  # as for more tokens
+    plan.plan_of.cache_clear()
+    attention.attention_backward(problem, output, query, key, key, *saved, everything)
+    schedule.reach_limits = lambda *_: (64, 0)  # as for very many tokens
+    schedule._config.cache_clear()
+    plan.plan_of.cache_clear()
     attention.attention_backward(problem, output, query, key, key, *saved, everything)
     attention.attention_support(problem, query, key, *saved[1:])
     numbers = (torch.ones(4), torch.ones(4), torch.ones(1, 4)) if everything else (None, None, None)

@@ -29,8 +29,8 @@ def installed_version() -> tuple[int, int] | None:
 
 VERSION = installed_version()
 HOMES = {
-    "reach_shapes": "attention",
-    "reached_tiles": "attention",
+    "reach_shapes": "reach",
+    "reached_tiles": "reach",
     "summarise": "attention",
     "attention_forward": "attention",
     "attention_backward": "attention",

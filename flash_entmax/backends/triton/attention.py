@@ -1,4 +1,4 @@
-"""The stages in order, on a GPU: threshold and output; then the gradient over the tiles that were live."""
+"""The stages in order, on a GPU: threshold and output; then the gradient over what they have listed."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,11 @@ from .launch import Direct, SettingsRule, ThroughTriton
 from .output import output_kernel, support_kernel
 from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of
 from .queries import KernelScoreOptions
+from .reach import reach_shapes
+from .reaching import reaching_kernel
 from .schedule import Outline
 from .scratch import Scratch
+from .share import add_parts_kernel, count_kernel, share_kernel
 from .tangent import Directions, tangent_kernel
 from .threshold import threshold_kernel
 from .tile import Matrix, aligned, device_of, matrix, trimmed
@@ -23,6 +26,8 @@ from .visibility import KernelVisibility
 
 FORWARD = summary_kernel, threshold_kernel, output_kernel
 BACKWARD = gradient_query_kernel, gradient_key_value_kernel
+BACKWARD_SHARED = *BACKWARD, count_kernel, share_kernel, add_parts_kernel
+BACKWARD_REMADE = *BACKWARD, reaching_kernel
 
 
 class OpenedKernels(NamedTuple):
@@ -33,13 +38,13 @@ class OpenedKernels(NamedTuple):
     options: KernelScoreOptions
     visibility: KernelVisibility
 
-    def run(self, kernel, chunk: Chunk, rule: SettingsRule, *arguments, uses_live_map: bool = True) -> None:
-        """Launch a kernel with one program for each tile of the chunk; `uses_live_map` if it reads or writes that."""
+    def run(self, kernel, chunk: Chunk, rule: SettingsRule, *arguments, slots: int | None = None) -> None:
+        """Launch a kernel with one program for each tile of the chunk, and for each slot of its units."""
         first_unit, units, first_tile, tiles, capacity = chunk
-        place = (units, first_tile, self.plan.words, capacity) if uses_live_map else (units, first_tile, capacity)
+        numbers = (first_unit, units, first_tile, capacity) + (() if slots is None else (slots,))
         self.launch(
-            kernel, units * tiles, rule, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit,
-            *place,
+            kernel, units * (tiles + (slots or 0)), rule, *arguments, self.options, self.visibility, *self.plan.sizes,
+            *numbers,
         )  # fmt: skip
 
 
@@ -102,76 +107,65 @@ def summarise(key: Tensor, value_size: int) -> KeySummary:
     return KeySummary(trimmed(centre, size), *numbers)
 
 
-def reach_shapes(problem: Problem, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return problem.live_shape(schedule.tile_size(dtype, problem.widest)), (problem.batch, problem.heads, 0)
-
-
-def reached_tiles(problem: Problem, dtype: torch.dtype, reached_keys: Tensor) -> Tensor:
-    return problem.unpack_live(reached_keys, schedule.tile_size(dtype, problem.widest))
-
-
 def attention_forward(
     problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool
 ) -> tuple[Tensor, ...]:
-    """(output, value_mean, maximum, offset, live); see backends.Backend."""
+    """(output, value_mean, maximum, offset, reached_keys, reaching_queries); see backends.Backend."""
     output = empty_stored_as(query, aligned_size(problem.value_size))
     value_mean = torch.empty_like(output) if needs_backward else output.new_empty(0)
     rows = output.shape[:3] if needs_backward else (0,)
     maximum, offset = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    live_shape = problem.live_shape(schedule.tile_size(query.dtype, problem.widest)) if needs_backward else (0,)
-    live = query.new_empty(live_shape, dtype=torch.int32)
+    shapes = reach_shapes(problem, query.dtype) if needs_backward else ((0,), (0,))
+    reached_keys = query.new_empty(shapes[0], dtype=torch.int32)
+    reaching_queries = query.new_zeros(shapes[1], dtype=torch.int32)
     if problem.is_empty:
-        for tensor, number in ((output, 0), (value_mean, 0), (maximum, torch.inf), (offset, 1), (live, 0)):
+        for tensor, number in ((output, 0), (value_mean, 0), (maximum, torch.inf), (offset, 1), (reached_keys, 0)):
             tensor.fill_(number)
     else:
         with device_of(query):
             launches = CallLaunches.of(problem, query.dtype, needs_backward)
-            kept = (matrix(value_mean), maximum, offset, live) if needs_backward else (None, None, None, live)
+            kept = (matrix(value_mean), maximum, offset, reached_keys) if needs_backward else (None,) * 4
             kernels, summary = FORWARD, None
             if problem.summary is not None:
                 kernels, (centre, *numbers) = FORWARD[1:], problem.summary
                 summary = KernelKeySummary(aligned(centre), *(number.contiguous() for number in numbers))
-            arguments = aligned(query), aligned(key), aligned(value), summary, matrix(output), *kept
+            arguments = aligned(query), aligned(key), aligned(value), summary, matrix(output), *kept, reaching_queries
             forward_stages(launches, kernels, arguments, query.device)
     output = trimmed(output, problem.value_size)
-    return (
-        output,
-        trimmed(value_mean, problem.value_size) if needs_backward else value_mean,
-        maximum,
-        offset,
-        live,
-        (live.new_empty(problem.batch, problem.heads, 0) if needs_backward else live.new_empty(0)),
-    )
+    if needs_backward:
+        value_mean = trimmed(value_mean, problem.value_size)
+    return output, value_mean, maximum, offset, reached_keys, reaching_queries
 
 
 def forward_stages(launches: CallLaunches, kernels: tuple, arguments: tuple, device: torch.device) -> None:
-    """Write the last five arguments: output; and value_mean, maximum, offset, live, which are for the backward.
+    """Write the last six arguments: output; and value_mean, maximum, offset and what is reached, for the backward.
 
-    Without a backward, value_mean, maximum and offset are None. Without a summary of the keys, one is made.
+    Without a backward, value_mean, maximum, offset and reached_keys are None. Without a summary of the keys, one is
+    made.
     """
     plan = launches.plan
     opened, arguments, scratch = launches.open(kernels, arguments, plan.forward_scratch, device)
-    query, key, value, summary, output, value_mean, maximum, offset, live = arguments
-    lists, sublists, maxima, counts, centre, radius, error, largest, *rows = scratch
+    query, key, value, summary, output, value_mean, maximum, offset, reached_keys, reaching_queries = arguments
+    lists, sublists, maxima, flags, counts, centre, radius, error, largest, *kept = scratch
     if maximum is None:
-        maximum, offset = rows
+        maximum, offset, reached_keys = kept
     if summary is None:
         summary = KernelKeySummary(Matrix(centre, *plan.centre_strides), radius, error, largest)
         opened.launch(summary_kernel, plan.blocks, schedule.summary_settings, key, summary, *plan.sizes)
     for chunk in plan.forward_chunks:
         opened.run(
-            threshold_kernel, chunk, schedule.threshold_settings, query, key, summary, maxima, maximum, offset, live,
-            lists, sublists, counts,
+            threshold_kernel, chunk, schedule.threshold_settings, query, key, summary, maxima, maximum, offset,
+            reached_keys, reaching_queries, lists, sublists, flags, counts,
         )  # fmt: skip
         opened.run(
-            output_kernel, chunk, schedule.output_settings, query, key, value, maximum, offset, lists, counts, output,
-            value_mean, uses_live_map=False,
+            output_kernel, chunk, schedule.output_settings, query, key, value, maximum, offset, reached_keys, sublists,
+            counts, output, value_mean,
         )  # fmt: skip
 
 
 def attention_backward(
     problem: Problem, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor,
-    maximum: Tensor, offset: Tensor, live: Tensor, reaching_queries: Tensor, needs_parameters: bool,
+    maximum: Tensor, offset: Tensor, reached_keys: Tensor, reaching_queries: Tensor, needs_parameters: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_parameters); see backends.Backend."""
     if problem.is_empty:
@@ -186,7 +180,8 @@ def attention_backward(
         parameter_parts = None
         if needs_parameters:
             parameter_parts = maximum.new_empty(problem.batch, problem.heads, launches.plan.query_tiles, 3)
-        backward_stages(launches, (*inputs, selected, *gradients, maximum, offset, live, parameter_parts), query.device)
+        state = maximum, offset, reached_keys, reaching_queries
+        backward_stages(launches, (*inputs, selected, *gradients, *state, parameter_parts), query.device)
     gradients = (trimmed(gradient.data, size) for gradient, size in zip(gradients, sizes, strict=True))
     if not needs_parameters:
         return *gradients, maximum.new_empty(0, problem.batch, problem.heads)
@@ -199,24 +194,46 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
     dQ comes first, with the pairs of numbers of each query that dK and dV need.
     """
     plan = launches.plan
-    opened, arguments, (pairs, lists) = launches.open(BACKWARD, arguments, plan.backward_scratch, device)
-    query, key, value, value_mean, grad_output, selected, *gradients, maximum, offset, live, parameter_parts = arguments
+    kernels = BACKWARD_SHARED if plan.slots else BACKWARD_REMADE if plan.remade_words else BACKWARD
+    opened, arguments, scratch = launches.open(kernels, arguments, plan.backward_scratch, device)
+    pairs, lists, words, counts, shares, parts = scratch
+    query, key, value, value_mean, grad_output, selected, *gradients = arguments[:9]
+    maximum, offset, reached_keys, reaching_queries, parameter_parts = arguments[9:]
     grad_query, grad_key, grad_value = gradients
     for chunk in plan.query_chunks:
         opened.run(
             gradient_query_kernel, chunk, schedule.gradient_settings, query, key, value, value_mean, grad_output,
-            selected, maximum, offset, pairs, live, lists, grad_query, parameter_parts,
+            selected, maximum, offset, pairs, reached_keys, lists, grad_query, parameter_parts,
         )  # fmt: skip
+    if plan.slots:
+        units, slots = plan.units // plan.group, plan.slots
+        setting, programs = schedule.summary_settings, units * plan.key_tiles
+        opened.launch(count_kernel, programs, setting, reaching_queries, counts, *plan.sizes)
+        opened.launch(share_kernel, units, setting, counts, shares, plan.outline.key_length, slots)
+    else:
+        shares, parts = None, None
     for chunk in plan.key_chunks:
+        if plan.remade_words:
+            heads = chunk._replace(first_unit=chunk.first_unit * plan.group, units=chunk.units * plan.group)
+            opened.run(
+                reaching_kernel, heads._replace(capacity=plan.query_capacity), schedule.threshold_settings, query, key,
+                maximum, offset, reached_keys, lists, words,
+            )  # fmt: skip
         opened.run(
-            gradient_key_value_kernel, chunk, schedule.gradient_settings, query, key, value, selected or grad_output,
-            pairs, live, lists, grad_key, grad_value,
+            gradient_key_value_kernel, chunk._replace(capacity=plan.query_capacity), schedule.gradient_settings, query,
+            key, value, selected or grad_output, pairs, words if plan.remade_words else reaching_queries, shares, parts,
+            lists, grad_key, grad_value, slots=plan.slots,
         )  # fmt: skip
+        if plan.slots:
+            opened.launch(
+                add_parts_kernel, chunk.units * plan.slots, schedule.summary_settings, shares, parts, grad_key,
+                grad_value, opened.options, *plan.sizes, chunk.first_unit, chunk.units, plan.slots,
+            )  # fmt: skip
 
 
 def attention_tangent(
     problem: Problem, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, maximum: Tensor, offset: Tensor,
-    live: Tensor, reaching_queries: Tensor, tangents: Tangents,
+    reached_keys: Tensor, reaching_queries: Tensor, tangents: Tangents,
 ) -> Tensor:  # fmt: skip
     """The output's derivative along the tangents."""
     result = empty_stored_as(query, aligned_size(problem.value_size))
@@ -225,7 +242,7 @@ def attention_tangent(
     with device_of(query):
         directions = directions_of(tangents, (query, key, value), maximum)
         launches = CallLaunches.of(problem, query.dtype, needs_parameters=directions.alpha is not None)
-        inputs = aligned(query), aligned(key), aligned(value), directions, maximum, offset, live
+        inputs = aligned(query), aligned(key), aligned(value), directions, maximum, offset, reached_keys
         launches.over_tiles_of_queries(
             tangent_kernel, schedule.tangent_settings, inputs, (matrix(result),), query.device
         )
@@ -243,24 +260,21 @@ def directions_of(tangents: Tangents, tensors: tuple[Tensor, ...], maximum: Tens
 
 
 def attention_support(
-    problem: Problem,
-    query: Tensor,
-    key: Tensor,
-    maximum: Tensor,
-    offset: Tensor,
-    live: Tensor,
+    problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, reached_keys: Tensor,
     reaching_queries: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(maximum in units of z, support size, exact map of live tiles)."""
     size = torch.zeros(maximum.shape, dtype=torch.int32, device=query.device)
     tile = schedule.tile_size(query.dtype, problem.widest)
-    grid = (ceil_div(length, tile) for length in (problem.query_length, problem.key_length))
+    grid = [ceil_div(length, tile) for length in (problem.query_length, problem.key_length)]
     marks = torch.zeros(problem.batch, problem.heads, *grid, dtype=torch.bool, device=query.device)
+    keys = torch.zeros(problem.batch, problem.heads, grid[0], dtype=torch.int32, device=query.device)
     if problem.is_empty:
         return maximum.clone(), size, marks
     with device_of(query):
         launches = CallLaunches.of(problem, query.dtype)
-        inputs = aligned(query), aligned(key), maximum, offset, live
-        launches.over_tiles_of_queries(support_kernel, schedule.threshold_settings, inputs, (size, marks), query.device)
+        inputs = aligned(query), aligned(key), maximum, offset, reached_keys
+        results = size, marks, keys
+        launches.over_tiles_of_queries(support_kernel, schedule.threshold_settings, inputs, results, query.device)
     z_scale = problem.z_scale
     return maximum * (z_scale.view(-1, 1) if isinstance(z_scale, Tensor) else z_scale), size, marks

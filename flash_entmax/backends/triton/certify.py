@@ -40,42 +40,68 @@ def load_maxima(column, first, count, C: tl.constexpr):
 
 @triton.jit
 def tiles_above(tiles, column, first, depth, C: tl.constexpr):
-    """(tiles, maxima, alive) of some places of the list.
+    """(numbers, maxima, reaching, alive) of some places of the list.
 
-    A tile is alive if a row's stored maximum is above -depth, or NaN.
+    A row reaches a tile if its stored maximum is above -depth, or NaN. A tile is alive if a row reaches it.
     """
     place = first + tl.arange(0, PLACES)
-    tile = tl.load(tiles.tiles + place, mask=place < tiles.count, other=0)
+    number = tl.load(tiles.tiles + place, mask=place < tiles.count, other=0)
     maxima = load_maxima(column, first, tiles.count, C)
-    alive = tl.where(place < tiles.count, tl.max(tl.where(maxima + depth[:, None] <= 0, 0, 1), 0), 0)
-    return tile, maxima, alive
+    reaching = tl.where((maxima + depth[:, None] <= 0) | (place >= tiles.count)[None, :], 0, 1)
+    return number, maxima, reaching, tl.max(reaching, 0)
 
 
 @triton.jit
 def shorten(tiles, column, depth, C: tl.constexpr):
-    """The list of the tiles that are alive at this depth, in place. Their maxima move along."""
+    """(the list of the tiles that are alive at this depth, in place, with their maxima; how many pairs of a row and a
+    tile that it reaches)."""
     count = 0
     split = 0
+    pairs = 0
     for first in range(0, tiles.count, PLACES):
-        tile, maxima, alive = tiles_above(tiles, column, first, depth, C)
+        number, maxima, reaching, alive = tiles_above(tiles, column, first, depth, C)
         tl.debug_barrier()  # all have read this span before it is written over
         target = tl.cast(count + tl.cumsum(alive, 0) - 1, tl.int64) * C.TILE
         tl.store(column[:, None] + target[None, :], maxima.to(tl.float16), mask=(alive > 0)[None, :])
-        count = append(tiles.tiles, count, tile, alive)
+        count = append(tiles.tiles, count, number, alive)
         split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
+        pairs += tl.sum(tl.sum(reaching, 1), 0)
     tl.debug_barrier()
-    return TileList(tiles.tiles, split, count)
+    return TileList(tiles.tiles, split, count), pairs
 
 
 @triton.jit
 def sublist(places, tiles, column, depth, C: tl.constexpr):
-    """The list that `shorten` would leave, at other places. Nothing else is written."""
+    """The list of the whole tiles that `shorten` would leave, at other places. Nothing else is written."""
     count = 0
     split = 0
     tl.debug_barrier()  # all are done with what was listed in these places before
     for first in range(0, tiles.count, PLACES):
-        tile, _, alive = tiles_above(tiles, column, first, depth, C)
-        count = append(places, count, tile, alive)
+        number, _, _, alive = tiles_above(tiles, column, first, depth, C)
+        alive = tl.where(number >= 0, alive, 0)
+        count = append(places, count, number, alive)
         split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
     tl.debug_barrier()
     return TileList(places, split, count)
+
+
+@triton.jit
+def whole_tiles(places, tiles):
+    """The list of the tiles that are not listed by single keys, at other places."""
+    count = 0
+    split = 0
+    tl.debug_barrier()  # all are done with what was listed in these places before
+    for first in range(0, tiles.count, PLACES):
+        place = first + tl.arange(0, PLACES)
+        number = tl.load(tiles.tiles + place, mask=place < tiles.count, other=-1)
+        whole = tl.where(number >= 0, 1, 0)
+        count = append(places, count, number, whole)
+        split += tl.sum(tl.where(place < tiles.split, whole, 0), 0)
+    tl.debug_barrier()
+    return TileList(places, split, count)
+
+
+@triton.jit
+def tile_of(number):
+    """The tile of a number in a list: ~tile where single keys are listed in its place."""
+    return tl.where(number < 0, ~number, number)

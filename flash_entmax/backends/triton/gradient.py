@@ -1,8 +1,8 @@
-"""The gradient over the live tiles: dS = u (dP - delta) with dP = dO V^T and delta = dO . O1.
+"""The gradient over the listed keys and queries: dS = u (dP - delta) with dP = dO V^T and delta = dO . O1.
 
-dQ = scale dS K walks each tile of queries. dK = scale dS^T Q and dV = P^T dO walk the transposed lists. There are no
-atomics: every number is added in one order, so that repeated runs agree bit for bit. The gradients of alpha, scale and
-ALiBi slopes come with dQ where they are needed.
+dQ = scale dS K walks the keys of each tile of queries. dK = scale dS^T Q and dV = P^T dO walk the queries of each tile
+of keys. There are no atomics: every number is added in one order, so that repeated runs agree bit for bit. The
+gradients of alpha, scale and ALiBi slopes come with dQ where they are needed.
 
 Between the two, what dK and dV need of each query is stored in pairs, (maximum, offset) and (-delta, -delta): every
 thread that needs a part of a narrower load would repeat it.
@@ -16,18 +16,22 @@ from torch import Tensor
 
 from .alpha import probability, probability_and_weight, share_logarithm, support_weight
 from .keys import Keys, open_keys
-from .lists import list_place, listed_tiles, walk
+from .lists import walk
 from .program import ChunkSizes, open_program
 from .queries import KernelScoreOptions, Queries, Threshold, open_options, open_queries, open_threshold
+from .reach import row_quota, word_row
+from .reaching import first_reaching_tile, list_queries
 from .score import distance_to_threshold, relative_distance, transposed_scores
+from .share import part_pointers, share_of, store_gradients
 from .tile import (
     UNSPECIALIZED,
     Matrix,
     Sizes,
     head_of,
     key_head,
-    load_keys,
+    load_block,
     load_tile,
+    open_tile,
     query_head,
     store_tile,
 )
@@ -35,7 +39,7 @@ from .visibility import KernelVisibility
 
 
 class QueryContext(NamedTuple):
-    """What each tile of keys is added to dQ with."""
+    """What each block of keys is added to dQ with."""
 
     queries: Queries
     threshold: Threshold
@@ -58,9 +62,9 @@ class QuerySums(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_query_kernel(
-    query, key, value, value_mean, grad_output, selected, maximum, offset, row_pairs, live, lists, grad_query,
-    grad_parameters, score_options, visibility, heads, group, query_length, key_length, first_unit, units, first_tile,
-    words, capacity, C: tl.constexpr,
+    query, key, value, value_mean, grad_output, selected, maximum, offset, row_pairs, reached_keys, lists,
+    grad_query, grad_parameters, score_options, visibility, heads, group, query_length, key_length, first_unit, units,
+    first_tile, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """dQ, and for the other gradients the pairs of numbers of each query.
 
@@ -70,8 +74,8 @@ def gradient_query_kernel(
     TILE: tl.constexpr = C.TILE
     HEAD_PADDED: tl.constexpr = C.HEAD_PADDED
     sizes = Sizes(heads, group, query_length, key_length)
-    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
-    queries, tiles = open_program(query, live, lists, score_options, visibility, sizes, chunk, C)
+    chunk = ChunkSizes(first_unit, units, first_tile, capacity)
+    queries, blocks = open_program(query, reached_keys, lists, score_options, visibility, sizes, chunk, C)
     unit, tile, options, exponent = queries.unit, queries.tile, queries.options, queries.options.exponent
     threshold = open_threshold(maximum, offset, queries)
     row_offset = threshold.offset
@@ -87,7 +91,7 @@ def gradient_query_kernel(
     context = QueryContext(queries, threshold, do, delta, key_head(key, unit, sizes), key_head(value, unit, sizes))
     dq = tl.zeros((TILE, HEAD_PADDED), tl.float32)
     nothing = tl.zeros((TILE,), tl.float32)
-    sums = walk(add_to_query, QuerySums(dq, nothing, nothing, nothing, nothing, nothing), context, tiles, C)
+    sums = walk(add_to_query, QuerySums(dq, nothing, nothing, nothing, nothing, nothing), context, blocks, C)
     u_of_offset = support_weight(row_offset, exponent, C.POWER)
     dq = sums.dq * (u_of_offset * options.scale)[:, None]
     store_tile(query_head(grad_query, unit, sizes), first, query_length, dq, TILE, C.HEAD, HEAD_PADDED)
@@ -104,32 +108,33 @@ def gradient_query_kernel(
 
 
 @triton.jit
-def row_pair_pointers(row_pairs, unit, tile, sizes, C: tl.constexpr):
-    """The first number of each query's first pair; that of its second pair is 2 TILE further on."""
-    tiles = (sizes.query_length + C.TILE - 1) // C.TILE
-    return row_pairs + (tl.cast(unit, tl.int64) * tiles + tile) * (C.TILE * 4) + tl.arange(0, C.TILE) * 2
+def row_pair_pointers(row_pairs, unit, row, sizes, C: tl.constexpr):
+    """The first number of each query's first pair, and of its second pair."""
+    rows = (sizes.query_length + C.TILE - 1) // C.TILE * C.TILE
+    first = row_pairs + tl.cast(unit, tl.int64) * rows * 4 + row * 2
+    return first, first + rows * 2
 
 
 @triton.jit
 def store_row_pairs(row_pairs, queries, threshold, delta, C: tl.constexpr):
-    pointers = row_pair_pointers(row_pairs, queries.unit, queries.tile, queries.sizes, C)
-    tl.store(pointers, threshold.maximum)
-    tl.store(pointers + 1, threshold.offset)
-    tl.store(pointers + 2 * C.TILE, -delta)
-    tl.store(pointers + 2 * C.TILE + 1, -delta)
+    first, second = row_pair_pointers(row_pairs, queries.unit, queries.row, queries.sizes, C)
+    tl.store(first, threshold.maximum)
+    tl.store(first + 1, threshold.offset)
+    tl.store(second, -delta)
+    tl.store(second + 1, -delta)
 
 
 @triton.jit
-def add_to_query(sums, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
-    """dQ and the parameters' sums, by one tile of keys."""
+def add_to_query(sums, context, block, MASKED: tl.constexpr, C: tl.constexpr):
+    """dQ and the parameters' sums, by one block of keys."""
     queries, threshold, do = context.queries, context.threshold, context.do
-    keys = open_keys(context.key, key_tile, queries.sizes, MASKED, C)
+    keys = open_keys(context.key, block, queries.sizes, MASKED, C)
     x, softcap_slope = relative_distance(queries, threshold, keys, MASKED, C)
-    v = load_keys(context.value, key_tile, queries.sizes, MASKED, C.TILE, C.VALUE, C.VALUE_PADDED)
+    v = load_block(context.value, block, queries.sizes.key_length, MASKED, C.VALUE, C.VALUE_PADDED)
     dp = tl.dot(do, tl.trans(v), input_precision=C.PRECISION) - context.delta[:, None]
     p, u = probability_and_weight(x, queries.options.exponent, C.POWER, C.FAST_LOG2)
     ds = u * dp
-    k = load_keys(context.key, key_tile, queries.sizes, MASKED, C.TILE, C.HEAD, C.HEAD_PADDED)
+    k = load_block(context.key, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
     dq = tl.dot((ds * softcap_slope).to(k.dtype), k, sums.dq, input_precision=C.PRECISION)
     weight, sum_ds, share, share_dp, alibi_slope = sums.weight, sums.ds, sums.share, sums.share_dp, sums.alibi_slope
     if C.NEEDS_PARAMETERS:
@@ -145,7 +150,7 @@ def add_to_query(sums, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr)
 
 
 class KeyContext(NamedTuple):
-    """What each tile of queries is added to dK and dV with: matrices of one query head, and a tile of keys."""
+    """What each block of queries is added to dK and dV with: matrices of one query head, and a tile of keys."""
 
     keys: Keys
     v: Tensor
@@ -160,58 +165,77 @@ class KeyContext(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_key_value_kernel(
-    query, key, value, grad_output, row_pairs, live, lists, grad_key, grad_value, score_options, visibility, heads,
-    group, query_length, key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    query, key, value, grad_output, row_pairs, words, shares, parts, lists, grad_key, grad_value, score_options,
+    visibility, heads, group, query_length, key_length, first_unit, units, first_tile, capacity, slots,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys: the sum over the query heads of the group and over their live tiles of queries.
+    """dK and dV of one tile of keys: the sum over the query heads of the group and over the queries that reach it.
 
-    Here a unit is a key head of a batch row.
+    Here a unit is a key head of a batch row. The first programs of each unit are for its slots. Where the forward pass
+    kept no words, they are those of this launch.
     """
     TILE: tl.constexpr = C.TILE
     HEAD_PADDED: tl.constexpr = C.HEAD_PADDED
     VALUE_PADDED: tl.constexpr = C.VALUE_PADDED
     sizes = Sizes(heads, group, query_length, key_length)
-    unit = first_unit + tl.program_id(0) % units
-    tile = first_tile + tl.program_id(0) // units
-    _, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
-    key_heads = heads // group
-    batch, head = unit // key_heads, unit % key_heads
-    first = tile * TILE
-    keys = open_keys(head_of(key, batch, head), tile, sizes, True, C)
-    v = load_tile(head_of(value, batch, head), first, key_length, TILE, C.VALUE, VALUE_PADDED)
+    query_tiles = (query_length + TILE - 1) // TILE
+    unit, number = first_unit + tl.program_id(0) % units, tl.program_id(0) // units
+    tile, part, count = first_tile + number - slots, 0, 1
+    tiles = tl.num_programs(0) // units - slots
+    if shares is not None:
+        slot = tl.where(number < slots, number, -1)
+        tile, part, count = share_of(shares, unit, slot, tile, slots, sizes, C)
+    if tile >= 0:
+        places = lists + tl.cast(tl.program_id(0), tl.int64) * (2 * capacity + row_quota(query_length, C))
+        key_heads = heads // group
+        batch, head = unit // key_heads, unit % key_heads
+        first = tile * TILE
+        block = open_tile(tile, C)
+        keys = open_keys(head_of(key, batch, head), block, sizes, True, C)
+        v = load_tile(head_of(value, batch, head), first, key_length, TILE, C.VALUE, VALUE_PADDED)
 
-    state = tl.zeros((TILE, HEAD_PADDED), tl.float32), tl.zeros((TILE, VALUE_PADDED), tl.float32)
-    for member in range(group):
-        query_unit = batch * heads + head * group + member
-        tiles = listed_tiles(places, capacity, live, query_unit, tile, words, sizes, visibility, True, C)
-        context = KeyContext(
-            keys, v, query_head(query, query_unit, sizes), query_head(grad_output, query_unit, sizes), row_pairs,
-            query_unit, open_options(score_options, query_unit, sizes, C), sizes, visibility,
-        )  # fmt: skip
-        state = walk(add_to_key_and_value, state, context, tiles, C)
-    dk, dv = state
-    if not C.PER_HEAD:
-        dk *= score_options.scale
-    store_tile(head_of(grad_key, batch, head), first, key_length, dk, TILE, C.HEAD, HEAD_PADDED)
-    store_tile(head_of(grad_value, batch, head), first, key_length, dv, TILE, C.VALUE, VALUE_PADDED)
+        # A part takes its share of the tiles of queries that may see the keys, of one query head after the other.
+        skipped = first_reaching_tile(tile, sizes, C)
+        seeing = query_tiles - skipped
+        low, high = part * seeing * group // count, (part + 1) * seeing * group // count
+        state = tl.zeros((TILE, HEAD_PADDED), tl.float32), tl.zeros((TILE, VALUE_PADDED), tl.float32)
+        for member in range(group):
+            query_unit = batch * heads + head * group + member
+            begin = skipped + tl.minimum(tl.maximum(low - member * seeing, 0), seeing)
+            end = skipped + tl.minimum(tl.maximum(high - member * seeing, 0), seeing)
+            row = words + word_row(query_unit, tile, first_unit * group, first_tile, tiles, sizes, C) * C.WORDS
+            blocks = list_queries(places, capacity, row, query_unit, tile, begin, end, sizes, visibility, C)
+            context = KeyContext(
+                keys, v, query_head(query, query_unit, sizes), query_head(grad_output, query_unit, sizes), row_pairs,
+                query_unit, open_options(score_options, query_unit, sizes, C), sizes, visibility,
+            )  # fmt: skip
+            state = walk(add_to_key_and_value, state, context, blocks, C)
+        dk, dv = state
+        if shares is None:
+            store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)
+        elif count == 1:  # noqa: SIM114 (the first is a branch of the compiler)
+            store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)
+        else:
+            tl.store(part_pointers(parts, tl.program_id(0), HEAD_PADDED, 0, C), dk)
+            tl.store(part_pointers(parts, tl.program_id(0), VALUE_PADDED, TILE * HEAD_PADDED, C), dv)
 
 
 @triton.jit
-def add_to_key_and_value(state, context, query_tile, MASKED: tl.constexpr, C: tl.constexpr):
-    """dK and dV, by one tile of queries. Keys are the rows here, so that P^T and dS^T come out ready to multiply."""
+def add_to_key_and_value(state, context, block, MASKED: tl.constexpr, C: tl.constexpr):
+    """dK and dV, by a block of queries. Keys are the rows here, so that P^T and dS^T come out ready to multiply."""
     TILE: tl.constexpr = C.TILE
     unit, options, sizes = context.unit, context.options, context.sizes
     dk, dv = state
-    queries = open_queries(context.query, unit, query_tile, options, sizes, context.visibility, C)
-    do = load_tile(context.grad_output, query_tile * TILE, sizes.query_length, TILE, C.VALUE, C.VALUE_PADDED)
-    pairs = row_pair_pointers(context.row_pairs, unit, query_tile, sizes, C)[:, None] + tl.arange(0, 2)[None, :]
-    maximum, offset = tl.split(tl.load(pairs))
+    queries = open_queries(context.query, unit, block, options, sizes, context.visibility, MASKED, C)
+    do = load_block(context.grad_output, block, sizes.query_length, MASKED, C.VALUE, C.VALUE_PADDED)
+    thresholds, deltas = row_pair_pointers(context.row_pairs, unit, queries.row, sizes, C)
+    maximum, offset = tl.split(tl.load(thresholds[:, None] + tl.arange(0, 2)[None, :]))
 
     score, softcap_slope = transposed_scores(queries, context.keys, MASKED, C)
     d = distance_to_threshold(score, maximum[None, :], options.z_scale, offset[None, :])
     p, u = probability_and_weight(d, options.exponent, C.POWER, C.FAST_LOG2)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=C.PRECISION)
-    negative_delta, _ = tl.split(tl.load(pairs + 2 * TILE))
+    negative_delta, _ = tl.split(tl.load(deltas[:, None] + tl.arange(0, 2)[None, :]))
     start = tl.broadcast_to(negative_delta[None, :], (TILE, TILE))  # the product starts from -delta
     dp = tl.dot(context.v, tl.trans(do), start, input_precision=C.PRECISION)
     ds = u * dp * softcap_slope

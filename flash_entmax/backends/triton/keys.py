@@ -1,4 +1,4 @@
-"""Some keys of one head, the mirror of a tile of queries."""
+"""Some keys of one head, the mirror of some queries."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import load_columns, load_keys, load_whole_tile, tile_pointers
+from .tile import load_block, load_columns, load_whole_tile, tile_pointers
 
 
 class Keys(NamedTuple):
-    """Keys and their places: key number n of the head is at n = first + column."""
+    """Keys and their places: key number n of the head is at n = first + column. Single keys have no tile: -1."""
 
     tile: int
     first: int
@@ -19,10 +19,10 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def open_keys(key, tile, sizes, MASKED: tl.constexpr, C: tl.constexpr):
-    """A tile of the keys of a head's matrix."""
-    k = load_keys(key, tile, sizes, MASKED, C.TILE, C.HEAD, C.HEAD_PADDED)
-    return Keys(tile, tile * C.TILE, tl.arange(0, C.TILE), k)
+def open_keys(key, block, sizes, MASKED: tl.constexpr, C: tl.constexpr):
+    """A block of the keys of a head's matrix."""
+    k = load_block(key, block, sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
+    return Keys(block.tile, block.first, block.column, k)
 
 
 @triton.jit

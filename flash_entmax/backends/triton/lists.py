@@ -1,6 +1,7 @@
-"""Compact lists of live tiles: the stages append to them, the gradient makes them again from the packed map.
+"""Compact lists of what a tile is multiplied with: whole tiles, and single rows that are gathered from other tiles.
 
-Tiles that need no mask stand at the front of a list, the others behind them.
+Tiles that need no mask stand at the front of a list of tiles, the others behind them. Single rows come from tiles that
+need no mask. All are rows of keys for a tile of queries, and rows of queries for a tile of keys.
 """
 
 from typing import NamedTuple
@@ -9,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import WORD
-from .visibility import HIDDEN, are_whole, bounds_of, kinds_of, seen_tiles
+from .tile import WORD, open_rows, open_tile
+from .visibility import HIDDEN, are_whole, kinds_of, seen_tiles
 
 SPAN = tl.constexpr(128)
 
@@ -23,6 +24,14 @@ class TileList(NamedTuple):
     count: int
 
 
+class BlockList(NamedTuple):
+    """Whole tiles, and the numbers of single rows: so many blocks of as many rows as a tile has."""
+
+    whole: TileList
+    rows: Tensor
+    row_blocks: int
+
+
 @triton.jit
 def list_place(lists, unit, tile, units, first_unit, first_tile, capacity):
     """(index, places): the index of a tile's list among those of its chunk, and the list's first place."""
@@ -31,12 +40,15 @@ def list_place(lists, unit, tile, units, first_unit, first_tile, capacity):
 
 
 @triton.jit
-def walk(body: tl.constexpr, state, context, tiles, C: tl.constexpr):
-    """Fold `body` over a list of tiles. Only the tiles that need a mask get one."""
+def walk(body: tl.constexpr, state, context, blocks, C: tl.constexpr):
+    """Fold `body` over a list of blocks. Only the tiles that need a mask get one."""
+    tiles, rows = blocks.whole, blocks.rows
     for n in range(tiles.split):
-        state = body(state, context, tl.load(tiles.tiles + n), False, C)
+        state = body(state, context, open_tile(tl.load(tiles.tiles + n), C), False, C)
+    for n in range(blocks.row_blocks):
+        state = body(state, context, open_rows(rows + n * C.TILE, C), False, C)
     for n in range(tiles.split, tiles.count):
-        state = body(state, context, tl.load(tiles.tiles + n), True, C)
+        state = body(state, context, open_tile(tl.load(tiles.tiles + n), C), True, C)
     return state
 
 
@@ -72,41 +84,22 @@ def close_list(places, capacity, counts):
 
 
 @triton.jit
-def listed_tiles(
-    places, capacity, live, unit, tile, words, sizes, visibility, TRANSPOSED: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    """The list of live tiles: of keys for a tile of queries, or (TRANSPOSED) of queries for a tile of keys.
-
-    Without a map of live tiles, all that are seen are listed.
-    """
-    query_tiles = (sizes.query_length + C.TILE - 1) // C.TILE
-    if live is not None:
-        unit_words = live + tl.cast(unit, tl.int64) * query_tiles * words
-    if TRANSPOSED:
-        begin, end = 0, query_tiles
-    else:
-        begin, end = seen_tiles(unit, tile, sizes, visibility, C)
-    tl.debug_barrier()  # all are done with what was listed in these places before
+def listed_tiles(places, capacity, words, unit, tile, sizes, visibility, C: tl.constexpr):
+    """The list of the tiles of keys whose bits are set in a tile's row of a map, or of all that some query sees."""
+    begin, end = seen_tiles(unit, tile, sizes, visibility, C)
     front = 0
     back = 0
     for first in range(begin, end, SPAN):
         candidate = first + tl.arange(0, SPAN)
         valid = candidate < end
-        if TRANSPOSED:
-            row, column = candidate, tile
-            if C.INTERVALS:  # words far apart are read only where there may be a bit
-                bounds = bounds_of(unit, row, sizes, visibility, C)
-                valid = valid & (tl.load(bounds) <= tile) & (tile < tl.load(bounds + 1))
-        else:
-            row, column = tile, candidate
-        if live is None:
+        if words is None:
             if C.FILTERED:
-                valid = valid & (kinds_of(unit, row, column, sizes, visibility, C) != HIDDEN)
+                valid = valid & (kinds_of(unit, tile, candidate, sizes, visibility, C) != HIDDEN)
             alive = tl.where(valid, 1, 0)
         else:
-            word = tl.load(unit_words + tl.cast(row, tl.int64) * words + column // WORD, mask=valid, other=0)
-            alive = (word >> (column % WORD)) & 1
-        whole = are_whole(unit, row, column, sizes, visibility, C)
+            word = tl.load(words + candidate // WORD, mask=valid, other=0)
+            alive = (word >> (candidate % WORD)) & 1
+        whole = are_whole(unit, tile, candidate, sizes, visibility, C)
         counts = append_tiles(places, capacity, (front, back), candidate, alive, whole)
         front, back = counts
     return close_list(places, capacity, (front, back))

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .alpha import mass_tolerance, newton_step, probability, probability_and_weight, support_weight
 from .keys import open_keys
-from .lists import TileList, list_place, walk
+from .lists import BlockList, TileList, list_place, walk
 from .program import ChunkSizes, open_program
 from .queries import Queries, Threshold, open_options, open_queries, open_threshold
+from .reach import open_record, record_index
 from .score import relative_distance
 from .tile import (
     UNSPECIALIZED,
@@ -19,8 +20,9 @@ from .tile import (
     add_compensated,
     heaviest_first,
     key_head,
-    load_keys,
+    load_block,
     no_sums,
+    open_tile,
     query_head,
     store_row,
     store_tile,
@@ -31,7 +33,7 @@ MAX_PASSES = tl.constexpr(40)
 
 
 class OutputContext(NamedTuple):
-    """What each tile of keys is added with."""
+    """What each block of keys is added with."""
 
     queries: Queries
     threshold: Threshold
@@ -51,8 +53,8 @@ class OutputSums(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def output_kernel(
-    query, key, value, maximum, offset, lists, counts, output, value_mean, score_options, visibility, heads, group,
-    query_length, key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
+    query, key, value, maximum, offset, reached_keys, lists, counts, output, value_mean, score_options, visibility,
+    heads, group, query_length, key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """O, and O1 where a backward may follow. In rare tiles a row's F is above the tolerance: these take a step and
     another pass."""
@@ -63,8 +65,11 @@ def output_kernel(
     options = open_options(score_options, unit, sizes, C)
     exponent = options.exponent
     index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
-    tiles = TileList(places, tl.load(counts + 2 * index), tl.load(counts + 2 * index + 1))
-    queries = open_queries(query_head(query, unit, sizes), unit, tile, options, sizes, visibility, C)
+    whole = TileList(places, tl.load(counts + 4 * index), tl.load(counts + 4 * index + 1))
+    record = open_record(reached_keys, record_index(index, unit, tile, sizes, C), sizes, C)
+    blocks = BlockList(whole, record.rows, tl.load(counts + 4 * index + 2))
+    block = open_tile(tile, C)
+    queries = open_queries(query_head(query, unit, sizes), unit, block, options, sizes, visibility, True, C)
     start = open_threshold(maximum, offset, queries)
     row_maximum, row_offset = start.maximum, start.offset
 
@@ -80,7 +85,7 @@ def output_kernel(
     unfinished = 1
     while (unfinished > 0) & (passes < MAX_PASSES):
         threshold = Threshold(row_maximum, row_offset, options.z_scale / row_offset)
-        sums = output_at(queries, threshold, tiles, key, value, C)
+        sums = output_at(queries, threshold, blocks, key, value, C)
         total, mean = sums.weighted, sums.mean
         largest_probability = probability(row_offset, exponent, C.POWER)
         mass = tl.sum(sums.mass[0], 1) * largest_probability
@@ -107,8 +112,8 @@ def output_kernel(
 
 
 @triton.jit
-def output_at(queries, threshold, tiles, key, value, C: tl.constexpr):
-    """OutputSums over the listed tiles of keys, at the threshold's maximum and offset.
+def output_at(queries, threshold, blocks, key, value, C: tl.constexpr):
+    """OutputSums over the listed keys, at the threshold's maximum and offset.
 
     They are sums over keys: those of several parts add up to those of all keys.
     """
@@ -116,15 +121,15 @@ def output_at(queries, threshold, tiles, key, value, C: tl.constexpr):
     VALUE_PADDED: tl.constexpr = C.VALUE_PADDED
     context = OutputContext(queries, threshold, key, value)
     nothing = tl.zeros((TILE, VALUE_PADDED), tl.float32)
-    return walk(add_output, OutputSums(nothing, nothing, nothing, no_sums(C), no_sums(C)), context, tiles, C)
+    return walk(add_output, OutputSums(nothing, nothing, nothing, no_sums(C), no_sums(C)), context, blocks, C)
 
 
 @triton.jit
-def add_output(sums, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
+def add_output(sums, context, block, MASKED: tl.constexpr, C: tl.constexpr):
     queries = context.queries
-    keys = open_keys(context.key, key_tile, queries.sizes, MASKED, C)
+    keys = open_keys(context.key, block, queries.sizes, MASKED, C)
     x, _ = relative_distance(queries, context.threshold, keys, MASKED, C)
-    v = load_keys(context.value, key_tile, queries.sizes, MASKED, C.TILE, C.VALUE, C.VALUE_PADDED)
+    v = load_block(context.value, block, queries.sizes.key_length, MASKED, C.VALUE, C.VALUE_PADDED)
     p, u = probability_and_weight(x, queries.options.exponent, C.POWER, C.FAST_LOG2)
     weighted, error = sums.weighted, sums.error
     if C.COMPENSATED:
@@ -138,7 +143,7 @@ def add_output(sums, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
 
 
 class SupportContext(NamedTuple):
-    """What each tile of keys is counted with."""
+    """What each block of keys is counted with: marks of the row of tiles."""
 
     queries: Queries
     threshold: Threshold
@@ -148,27 +153,33 @@ class SupportContext(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def support_kernel(
-    query, key, maximum, offset, live, lists, size, marks, score_options, visibility, heads, group, query_length,
-    key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    query, key, maximum, offset, reached_keys, lists, size, marks, reached, score_options, visibility, heads, group,
+    query_length, key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
 ):  # fmt: skip
-    """Support size of each row, and a mark on each tile that holds a positive probability."""
+    """Support size of each row, a mark on each tile that holds a positive probability, and how many keys of each tile
+    of queries do."""
     TILE: tl.constexpr = C.TILE
     sizes = Sizes(heads, group, query_length, key_length)
-    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
-    queries, tiles = open_program(query, live, lists, score_options, visibility, sizes, chunk, C)
+    chunk = ChunkSizes(first_unit, units, first_tile, capacity)
+    queries, blocks = open_program(query, reached_keys, lists, score_options, visibility, sizes, chunk, C)
     threshold = open_threshold(maximum, offset, queries)
 
     query_tiles = (query_length + TILE - 1) // TILE
-    row_marks = marks + (tl.cast(queries.unit, tl.int64) * query_tiles + queries.tile) * tl.cdiv(key_length, TILE)
+    index = tl.cast(queries.unit, tl.int64) * query_tiles + queries.tile
+    row_marks = marks + index * tl.cdiv(key_length, TILE)
     context = SupportContext(queries, threshold, key_head(key, queries.unit, sizes), row_marks)
-    count = walk(count_tile, tl.zeros((TILE,), tl.int32), context, tiles, C)
+    count, keys = walk(count_block, (tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)), context, blocks, C)
     store_row(size, queries.unit, queries.row, sizes, count)
+    tl.store(reached + index, tl.sum(keys, 0))
 
 
 @triton.jit
-def count_tile(count, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
-    keys = open_keys(context.key, key_tile, context.queries.sizes, MASKED, C)
+def count_block(state, context, block, MASKED: tl.constexpr, C: tl.constexpr):
+    """Of each query, how many keys it reaches; of each place in a block, how many keys were reached there."""
+    count, reached = state
+    keys = open_keys(context.key, block, context.queries.sizes, MASKED, C)
     x, _ = relative_distance(context.queries, context.threshold, keys, MASKED, C)
-    positive = tl.sum(tl.where(x > 0, 1, 0), 1)
-    tl.store(context.row_marks + key_tile, tl.max(positive, 0) > 0)
-    return count + positive
+    positive = tl.where(x > 0, 1, 0)
+    is_reached = tl.max(positive, 0)
+    tl.store(context.row_marks + (block.first + block.column) // C.TILE, is_reached > 0, mask=is_reached > 0)
+    return count + tl.sum(positive, 1), reached + is_reached

@@ -15,11 +15,11 @@ from ...core.tensors import aligned_size
 from . import schedule
 from .alpha import probability
 from .attention import CallLaunches
-from .output import output_at as output_of_tiles
+from .output import output_at as output_of_blocks
 from .program import ChunkSizes, open_program
 from .queries import open_threshold
-from .scan import maxima_of_tiles
-from .sums import sums_at as sums_of_tiles
+from .scan import maxima_of_blocks
+from .sums import sums_at as sums_of_blocks
 from .tile import (
     UNSPECIALIZED,
     Sizes,
@@ -37,27 +37,27 @@ from .tile import (
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def row_maxima_kernel(
     query, key, lists, maximum, score_options, visibility, heads, group, query_length, key_length, first_unit, units,
-    first_tile, words, capacity, C: tl.constexpr,
+    first_tile, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """Each row's maximum of the scores over the keys that it sees; +inf where it sees none."""
     sizes = Sizes(heads, group, query_length, key_length)
-    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
-    queries, tiles = open_program(query, None, lists, score_options, visibility, sizes, chunk, C)
-    row_maximum = maxima_of_tiles(queries, key_head(key, queries.unit, sizes), tiles, C)
+    chunk = ChunkSizes(first_unit, units, first_tile, capacity)
+    queries, blocks = open_program(query, None, lists, score_options, visibility, sizes, chunk, C)
+    row_maximum = maxima_of_blocks(queries, key_head(key, queries.unit, sizes), blocks, C)
     store_row(maximum, queries.unit, queries.row, sizes, row_maximum)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def sums_kernel(
     query, key, maximum, offset, lists, total, weight, score_options, visibility, heads, group, query_length,
-    key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """F and sum u of each row over the keys that it sees."""
     sizes = Sizes(heads, group, query_length, key_length)
-    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
-    queries, tiles = open_program(query, None, lists, score_options, visibility, sizes, chunk, C)
+    chunk = ChunkSizes(first_unit, units, first_tile, capacity)
+    queries, blocks = open_program(query, None, lists, score_options, visibility, sizes, chunk, C)
     threshold = open_threshold(maximum, offset, queries)
-    row_total, row_weight = sums_of_tiles(queries, threshold, tiles, key_head(key, queries.unit, sizes), C)
+    row_total, row_weight = sums_of_blocks(queries, threshold, blocks, key_head(key, queries.unit, sizes), C)
     store_row(total, queries.unit, queries.row, sizes, row_total)
     store_row(weight, queries.unit, queries.row, sizes, row_weight)
 
@@ -65,15 +65,15 @@ def sums_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def output_at_kernel(
     query, key, value, maximum, offset, lists, output, score_options, visibility, heads, group, query_length,
-    key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """sum p v of each row over the keys that it sees."""
     sizes = Sizes(heads, group, query_length, key_length)
-    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
-    queries, tiles = open_program(query, None, lists, score_options, visibility, sizes, chunk, C)
+    chunk = ChunkSizes(first_unit, units, first_tile, capacity)
+    queries, blocks = open_program(query, None, lists, score_options, visibility, sizes, chunk, C)
     threshold = open_threshold(maximum, offset, queries)
     key, value = key_head(key, queries.unit, sizes), key_head(value, queries.unit, sizes)
-    sums = output_of_tiles(queries, threshold, tiles, key, value, C)
+    sums = output_of_blocks(queries, threshold, blocks, key, value, C)
     total = sums.weighted * probability(threshold.offset, queries.options.exponent, C.POWER)[:, None]
     head = query_head(output, queries.unit, sizes)
     store_tile(head, queries.tile * C.TILE, query_length, total, C.TILE, C.VALUE, C.VALUE_PADDED)

@@ -1,7 +1,7 @@
 """What a call launches: worked out once, and kept for all calls of the same sizes and options.
 
 Scratch is bounded. Maxima and lists exist for one chunk of heads and rows at a time, and the next chunk writes over
-them. What stays for the gradient is one bit for each tile.
+them. reach.py says what stays for the gradient.
 """
 
 from functools import cached_property, lru_cache
@@ -9,17 +9,21 @@ from typing import NamedTuple
 
 import torch
 
-from ...core.call import ScoreOptions, VisibilityArgs, live_words
+from ...core.call import ScoreOptions, VisibilityArgs
 from ...core.tensors import ceil_div
 from . import schedule
 from .launch import launcher_of
 from .queries import KernelScoreOptions
+from .reach import record_size
 from .schedule import Outline
 from .scratch import Scratch
 from .visibility import KernelVisibility, bounds_kernel
 
-MAXIMA = 7 * 2**24  # maxima of 2 bytes in the scratch of one chunk: 224 MiB
-LISTED = 2**24  # listed tiles of 4 bytes in the scratch of one chunk: 64 MiB
+MAXIMA = 2**26  # maxima of 2 bytes, and flags of 1 byte, in the scratch of one chunk: 192 MiB
+LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
+REACHING = 2**25  # listed queries and tiles of queries, and words, likewise: 128 MiB
+MOST_SLOTS = 64  # of a key head, see share.py
+FEWEST_SHARED = 32  # tiles of queries of a group of heads: with fewer, no tile of keys is split
 
 
 class Chunk(NamedTuple):
@@ -79,7 +83,6 @@ class Plan:
         self.centre_strides = self.blocks // outline.batch * config.HEAD, self.key_tiles * config.HEAD, config.HEAD
         self.group = outline.heads // outline.key_heads
         self.sizes = outline.heads, self.group, outline.query_length, outline.key_length  # the kernels' Sizes
-        self.words = live_words(outline.key_length, config.TILE)
         self.largest = max(self.units, outline.query_length, outline.key_length, self.centre_strides[0])
         self.list_size = min(self.key_tiles, outline.max_visible_span // config.TILE + 2)  # of a tile of queries
         self.options = None  # for all calls, where they are numbers
@@ -103,26 +106,68 @@ class Plan:
 
     @cached_property
     def key_chunks(self) -> list[Chunk]:
-        """Chunks of tiles of keys, with lists of tiles of queries."""
-        return chunks(self.units // self.group, self.key_tiles, self.query_tiles, LISTED)
+        """Chunks of tiles of keys, with lists of queries, and their words where none are stored."""
+        return chunks(self.units // self.group, self.key_tiles, self.query_places + self.remade_words, REACHING)
+
+    @cached_property
+    def query_places(self) -> int:
+        """Places of a list of queries: for tiles, twice, and for single queries."""
+        rows = ceil_div(self.outline.query_length, 2 * self.config.TILE) * self.config.TILE
+        return 2 * self.query_capacity + min(self.config.QUOTA, rows)
+
+    @property
+    def query_capacity(self) -> int:
+        """Places for tiles of queries. Single queries start at a multiple of 16 bytes."""
+        return ceil_div(self.query_tiles, 4) * 4
+
+    @cached_property
+    def remade_words(self) -> int:
+        """Words of one tile of keys that the backward computes: none where they are stored."""
+        is_stored = self.key_tiles <= self.config.STORED_TILES
+        return 0 if is_stored else self.group * self.query_tiles * self.config.WORDS
+
+    @cached_property
+    def slots(self) -> int:
+        """Programs of each key head for parts of tiles of keys, see share.py."""
+        if self.remade_words or self.group * self.query_tiles < FEWEST_SHARED:
+            return 0
+        return min(MOST_SLOTS, ceil_div(self.key_tiles, 2))
 
     @cached_property
     def forward_scratch(self) -> Scratch:
-        """Lists and sublists of tiles, maxima, counts; the summary of each block of keys; thresholds unless kept."""
+        """Lists and sublists of tiles, maxima, flags of keys, counts; the summary of each block of keys; thresholds and
+        records unless kept."""
         places = most_places(self.forward_chunks)
         programs = max(chunk.programs for chunk in self.forward_chunks)
-        lists, counts = (torch.int32, places), (torch.int32, 2 * programs)
+        lists, counts = (torch.int32, places), (torch.int32, 4 * programs)
+        flags = (torch.int8, places * self.config.TILE)
         centre, numbers = (self.outline.dtype, self.blocks * self.config.HEAD), (torch.float32, self.blocks)
         rows = (torch.float32, 0 if self.outline.needs_backward else self.units * self.outline.query_length)
         maxima = (torch.float16, places * self.config.TILE)
-        return Scratch(lists, lists, maxima, counts, centre, numbers, numbers, numbers, rows, rows)
+        size = record_size(self.outline.key_length, self.config.TILE, self.config.QUOTA)
+        records = (torch.int32, 0 if self.outline.needs_backward else programs * size)
+        return Scratch(lists, lists, maxima, flags, counts, centre, numbers, numbers, numbers, rows, rows, records)
 
     @cached_property
     def backward_scratch(self) -> Scratch:
-        """The pairs of numbers of each query; then lists, of tiles of keys first and of tiles of queries later."""
-        pairs = self.units * self.query_tiles * self.config.TILE * 4
-        places = max(most_places(self.query_chunks), most_places(self.key_chunks))
-        return Scratch((torch.float32, pairs), (torch.int32, places))
+        """The pairs of numbers of each query; lists, of keys first and of queries later; words that are computed again;
+        how the work is shared out: counts, plans, sums of parts."""
+        config, key_units = self.config, self.units // self.group
+        pairs = self.units * self.query_tiles * config.TILE * 4
+        programs = max(chunk.programs for chunk in self.key_chunks)
+        units = max(chunk.units for chunk in self.key_chunks)
+        places = max(most_places(self.query_chunks), (programs + units * self.slots) * self.query_places)
+        counts, shares = (key_units * count if self.slots else 0 for count in (self.key_tiles, self.share_size))
+        parts = units * self.slots * config.TILE * (config.HEAD_PADDED + config.VALUE_PADDED)
+        return Scratch(
+            (torch.float32, pairs), (torch.int32, places), (torch.int32, programs * self.remade_words),
+            (torch.int32, counts), (torch.int32, shares), (torch.float32, parts),
+        )  # fmt: skip
+
+    @property
+    def share_size(self) -> int:
+        """Numbers of the plan of one key head, see share.py."""
+        return self.slots + 2 * self.key_tiles
 
     @cached_property
     def list_scratch(self) -> Scratch:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import Sizes, load_row, load_tile
+from .tile import Sizes, load_block, load_row
 from .visibility import KernelVisibility, visible_interval
 
 
@@ -25,7 +25,7 @@ class KernelScoreOptions(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """A tile of queries of one head, which keys each of them sees (start <= key < stop), and what their scores take."""
+    """Some queries of one head, which keys each of them sees (start <= key < stop), and what their scores take."""
 
     unit: int
     tile: int
@@ -70,12 +70,12 @@ def number_of_head(number, unit, sizes, C: tl.constexpr):
 
 
 @triton.jit
-def open_queries(query, unit, tile, options, sizes, visibility, C: tl.constexpr):
-    """A tile of the queries of a head's matrix, with the options of that head."""
-    row = tile * C.TILE + tl.arange(0, C.TILE)
+def open_queries(query, unit, block, options, sizes, visibility, MASKED: tl.constexpr, C: tl.constexpr):
+    """A block of the queries of a head's matrix, with the options of that head."""
+    row = block.first + block.column
     start, stop, position = visible_interval(row, unit, sizes, visibility, C)
-    q = load_tile(query, tile * C.TILE, sizes.query_length, C.TILE, C.HEAD, C.HEAD_PADDED)
-    return Queries(unit, tile, row, start, stop, position, q, options, sizes, visibility)
+    q = load_block(query, block, sizes.query_length, MASKED, C.HEAD, C.HEAD_PADDED)
+    return Queries(unit, block.tile, row, start, stop, position, q, options, sizes, visibility)
 
 
 @triton.jit

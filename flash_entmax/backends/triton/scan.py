@@ -14,7 +14,7 @@ from .keys import open_keys, open_listed_keys
 from .lists import walk
 from .queries import Queries
 from .score import scores, tile_maxima
-from .tile import Matrix
+from .tile import Matrix, open_tile
 
 ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum: twice the rounding of its 11 bits
 
@@ -37,7 +37,7 @@ def scan_tiles(queries, key, maximum_bound, tiles, column, C: tl.constexpr):
         tl.store(pointers, ((maxima - maximum_bound[:, None]) * z_scale).to(tl.float16))
         maximum = tl.maximum(maximum, tl.max(maxima, 1))
     for place in range(unmasked, tiles.count):
-        keys = open_keys(key, tl.load(tiles.tiles + place), queries.sizes, True, C)
+        keys = open_keys(key, open_tile(tl.load(tiles.tiles + place), C), queries.sizes, True, C)
         score, _ = scores(queries, keys, True, C)
         maxima = tl.max(score, 1)
         tl.store(column + tl.cast(place, tl.int64) * TILE, ((maxima - maximum_bound) * z_scale).to(tl.float16))
@@ -49,23 +49,23 @@ def scan_tiles(queries, key, maximum_bound, tiles, column, C: tl.constexpr):
 
 
 class MaximaContext(NamedTuple):
-    """What each tile of keys is looked at with."""
+    """What each block of keys is looked at with."""
 
     queries: Queries
     key: Matrix
 
 
 @triton.jit
-def maxima_of_tiles(queries, key, tiles, C: tl.constexpr):
-    """Each row's maximum of the scores over the listed tiles; +inf where it sees none of their keys."""
+def maxima_of_blocks(queries, key, blocks, C: tl.constexpr):
+    """Each row's maximum of the scores over the listed keys; +inf where it sees none of them."""
     TILE: tl.constexpr = C.TILE
     maximum = tl.full((TILE,), float("-inf"), tl.float32)
-    maximum = walk(add_maximum, maximum, MaximaContext(queries, key), tiles, C)
+    maximum = walk(add_maximum, maximum, MaximaContext(queries, key), blocks, C)
     return tl.where(maximum == float("-inf"), float("inf"), maximum)
 
 
 @triton.jit
-def add_maximum(maximum, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
-    keys = open_keys(context.key, key_tile, context.queries.sizes, MASKED, C)
+def add_maximum(maximum, context, block, MASKED: tl.constexpr, C: tl.constexpr):
+    keys = open_keys(context.key, block, context.queries.sizes, MASKED, C)
     score, _ = scores(context.queries, keys, MASKED, C)
     return tl.maximum(maximum, tl.max(score, 1), propagate_nan=tl.PropagateNan.ALL)

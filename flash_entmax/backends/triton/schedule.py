@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 
 from ...core.call import Problem
-from ...core.tensors import aligned_size
+from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
+KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
+OTHER_BYTES = 24  # of these: maximum and offset, and the two pairs of the backward
 WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared memory
 
 
@@ -43,8 +45,25 @@ class Config:
     SOFTCAP: bool
     ALIBI: bool
     PER_HEAD: bool  # each query head has its own alpha and scale
+    QUOTA: int  # single keys that a list holds at most, a multiple of TILE
+    STORED_TILES: int  # up to so many tiles of keys, the forward pass stores which queries reach each of them
     NEEDS_BACKWARD: bool  # the forward pass stores what the backward reads
     NEEDS_PARAMETERS: bool  # the gradients of alpha, scale and ALiBi slopes, or their tangents, are asked for
+
+    @property
+    def WORDS(self) -> int:  # noqa: N802
+        """Words of one bit for each row of a tile."""
+        return words_per_tile(self.TILE)
+
+    @property
+    def BITS(self) -> int:  # noqa: N802
+        """Bits of such a word."""
+        return self.TILE // self.WORDS
+
+    @property
+    def WHOLE_FROM(self) -> int:  # noqa: N802
+        """A tile of which so many rows are reached is listed whole."""
+        return self.TILE // 2
 
     @property
     def MEAN(self) -> bool:  # noqa: N802
@@ -78,6 +97,18 @@ def tile_size(dtype: torch.dtype, size: int) -> int:
     """
     tile = 32 if dtype == torch.float32 else 64
     return tile if size <= 256 else tile // 2
+
+
+def words_per_tile(tile: int) -> int:
+    return ceil_div(tile, WORD_BITS)
+
+
+def reach_limits(dtype: torch.dtype, value_size: int, tile: int) -> tuple[int, int]:
+    """(QUOTA, STORED_TILES): all that is kept of a query, O1 included, takes KEPT_BYTES, where O1 leaves room."""
+    mean = aligned_size(value_size) * dtype.itemsize
+    words = max(32, 128 * 128 // max(mean, 128))  # bytes: one bit for each tile of keys
+    quota = max(64, KEPT_BYTES - OTHER_BYTES - mean - words)
+    return quota * tile // 4 // tile * tile, words * tile // (4 * words_per_tile(tile))
 
 
 class Outline(NamedTuple):
@@ -163,6 +194,7 @@ def _config(
         # Where loads are not asynchronous, Triton 3.6 may multiply wrongly by values narrower than the keys.
         head_padded = value_padded = max(head_padded, value_padded)
     is_single = dtype == torch.float32
+    quota, stored_tiles = reach_limits(dtype, value_size, tile)
     return Config(
         TILE=tile,
         HEAD=head,
@@ -185,6 +217,8 @@ def _config(
         SOFTCAP=softcap,
         ALIBI=alibi,
         PER_HEAD=per_head,
+        QUOTA=quota,
+        STORED_TILES=stored_tiles,
         NEEDS_BACKWARD=needs_backward,
         NEEDS_PARAMETERS=needs_parameters,
     )

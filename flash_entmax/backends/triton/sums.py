@@ -9,22 +9,27 @@ import triton.language as tl
 from .alpha import probability, probability_and_weight, support_weight
 from .keys import open_keys, open_listed_keys
 from .score import distance_to_threshold, scores
-from .tile import no_sums, sum_keys
+from .tile import no_sums, open_rows, open_tile, sum_keys
 
 
 @triton.jit
-def sums_at(queries, threshold, tiles, key, C: tl.constexpr):
-    """(F, sum u) of each query over the listed tiles of keys, with the threshold's maximum and offset."""
+def sums_at(queries, threshold, blocks, key, C: tl.constexpr):
+    """(F, sum u) of each query over the listed keys, with the threshold's maximum and offset."""
     exponent, relative_scale = queries.options.exponent, threshold.relative_scale
     intercept = 1.0 - threshold.maximum * relative_scale
     total, weight = no_sums(C), no_sums(C)
+    tiles = blocks.whole
     unmasked = tiles.split // C.TILES_PER_STEP * C.TILES_PER_STEP
     for place in range(0, unmasked, C.TILES_PER_STEP):
         keys = open_listed_keys(key, tiles, place, C)
         score, _ = scores(queries, keys, False, C)
         total, weight = accumulate(total, weight, score, threshold, intercept, exponent, C)
+    for n in range(blocks.row_blocks):
+        keys = open_keys(key, open_rows(blocks.rows + n * C.TILE, C), queries.sizes, False, C)
+        score, _ = scores(queries, keys, False, C)
+        total, weight = accumulate(total, weight, score, threshold, intercept, exponent, C)
     for place in range(unmasked, tiles.count):
-        keys = open_keys(key, tl.load(tiles.tiles + place), queries.sizes, True, C)
+        keys = open_keys(key, open_tile(tl.load(tiles.tiles + place), C), queries.sizes, True, C)
         score, _ = scores(queries, keys, True, C)
         total, weight = accumulate(total, weight, score, threshold, intercept, exponent, C)
     total = tl.sum(total[0], 1) * probability(threshold.offset, exponent, C.POWER)

@@ -21,7 +21,7 @@ from .tile import (
     Matrix,
     Sizes,
     key_head,
-    load_keys,
+    load_block,
     load_tile,
     query_head,
     store_tile,
@@ -40,7 +40,7 @@ class Directions(NamedTuple):
 
 
 class TangentContext(NamedTuple):
-    """What each tile of keys is added with. `mean` is sum t / sum u; the last three are tangents of one head."""
+    """What each block of keys is added with. `mean` is sum t / sum u; the last three are tangents of one head."""
 
     queries: Queries
     threshold: Threshold
@@ -57,15 +57,15 @@ class TangentContext(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def tangent_kernel(
-    query, key, value, directions, maximum, offset, live, lists, result, score_options, visibility, heads, group,
-    query_length, key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    query, key, value, directions, maximum, offset, reached_keys, lists, result, score_options, visibility, heads,
+    group, query_length, key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
 ):  # fmt: skip
     """dO of one tile of queries."""
     TILE: tl.constexpr = C.TILE
     VALUE_PADDED: tl.constexpr = C.VALUE_PADDED
     sizes = Sizes(heads, group, query_length, key_length)
-    chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
-    queries, tiles = open_program(query, live, lists, score_options, visibility, sizes, chunk, C)
+    chunk = ChunkSizes(first_unit, units, first_tile, capacity)
+    queries, blocks = open_program(query, reached_keys, lists, score_options, visibility, sizes, chunk, C)
     unit, tile, exponent = queries.unit, queries.tile, queries.options.exponent
     threshold = open_threshold(maximum, offset, queries)
     first = tile * TILE
@@ -82,49 +82,49 @@ def tangent_kernel(
     context = TangentContext(
         queries, threshold, dq, key, key_tangent, value, value_tangent, nothing, d_alpha, d_scale, d_slope
     )
-    change, weight = walk(add_sums, (nothing, nothing), context, tiles, C)
+    change, weight = walk(add_sums, (nothing, nothing), context, blocks, C)
     mean = change / tl.where(weight == 0, 1.0, weight)
     context = TangentContext(
         queries, threshold, dq, key, key_tangent, value, value_tangent, mean, d_alpha, d_scale, d_slope
     )
     none = tl.zeros((TILE, VALUE_PADDED), tl.float32)
-    by_weights, by_values = walk(add_products, (none, none), context, tiles, C)
+    by_weights, by_values = walk(add_products, (none, none), context, blocks, C)
     total = by_weights * support_weight(threshold.offset, exponent, C.POWER)[:, None]
     total += by_values * probability(threshold.offset, exponent, C.POWER)[:, None]
     store_tile(query_head(result, unit, sizes), first, query_length, total, TILE, C.VALUE, VALUE_PADDED)
 
 
 @triton.jit
-def add_sums(state, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
+def add_sums(state, context, block, MASKED: tl.constexpr, C: tl.constexpr):
     """sum t and sum u, both over offset^(r - 1)."""
     change, weight = state
-    _, u, t = changes(context, key_tile, MASKED, C)
+    _, u, t = changes(context, block, MASKED, C)
     return change + tl.sum(t, 1), weight + tl.sum(u, 1)
 
 
 @triton.jit
-def add_products(state, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
+def add_products(state, context, block, MASKED: tl.constexpr, C: tl.constexpr):
     """sum dp v and sum p dv."""
     sizes = context.queries.sizes
     by_weights, by_values = state
-    p, u, t = changes(context, key_tile, MASKED, C)
-    v = load_keys(context.value, key_tile, sizes, MASKED, C.TILE, C.VALUE, C.VALUE_PADDED)
+    p, u, t = changes(context, block, MASKED, C)
+    v = load_block(context.value, block, sizes.key_length, MASKED, C.VALUE, C.VALUE_PADDED)
     dp = t - u * context.mean[:, None]
     by_weights = tl.dot(dp.to(v.dtype), v, by_weights, input_precision=C.PRECISION)
-    dv = load_keys(context.value_tangent, key_tile, sizes, MASKED, C.TILE, C.VALUE, C.VALUE_PADDED)
+    dv = load_block(context.value_tangent, block, sizes.key_length, MASKED, C.VALUE, C.VALUE_PADDED)
     by_values = tl.dot(p.to(dv.dtype), dv, by_values, input_precision=C.PRECISION)
     return by_weights, by_values
 
 
 @triton.jit
-def changes(context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
+def changes(context, block, MASKED: tl.constexpr, C: tl.constexpr):
     """(p / offset^r, u / offset^(r - 1), t / offset^(r - 1)) of one tile of keys."""
     queries, threshold = context.queries, context.threshold
-    keys = open_keys(context.key, key_tile, queries.sizes, MASKED, C)
+    keys = open_keys(context.key, block, queries.sizes, MASKED, C)
     x, softcap_slope = relative_distance(queries, threshold, keys, MASKED, C)
     p, u = probability_and_weight(x, queries.options.exponent, C.POWER, C.FAST_LOG2)
-    k = load_keys(context.key, key_tile, queries.sizes, MASKED, C.TILE, C.HEAD, C.HEAD_PADDED)
-    dk = load_keys(context.key_tangent, key_tile, queries.sizes, MASKED, C.TILE, C.HEAD, C.HEAD_PADDED)
+    k = load_block(context.key, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
+    dk = load_block(context.key_tangent, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
     ds = tl.dot(context.dq, tl.trans(k), input_precision=C.PRECISION)
     ds = tl.dot(queries.q, tl.trans(dk), ds, input_precision=C.PRECISION) * queries.options.scale
     if C.NEEDS_PARAMETERS:

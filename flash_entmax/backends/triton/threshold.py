@@ -1,6 +1,6 @@
-"""The threshold of each row, and the tiles that hold support: bound, scan, certify, solve, one after the other.
+"""The threshold of each row, and the keys that hold support: bound, scan, certify, mark, solve, one after the other.
 
-One program takes one tile of queries through all four. tau = z_scale * maximum - offset, in units of z. Whenever a list
+One program takes one tile of queries through all five. tau = z_scale * maximum - offset, in units of z. Whenever a list
 gets shorter, the offset is at or above the true one. So every list holds all support, and a sublist of the solve holds
 all support of the rows that it is for.
 """
@@ -13,17 +13,16 @@ from torch import Tensor
 
 from .alpha import is_settled, newton_step
 from .bound import bound_tiles
-from .certify import PLACES, certify_offset, shorten, sublist
-from .lists import TileList, list_place
+from .certify import PLACES, certify_offset, shorten, sublist, tile_of, whole_tiles
+from .lists import BlockList, TileList, list_place
+from .mark import SAFETY, list_keys, lowest_reaching_score, mark_keys, store_reaching_queries, tiles_to_mark
 from .queries import Threshold, open_options, open_queries
+from .reach import are_stored, open_record, record_index
 from .scan import scan_tiles
 from .sums import sums_at
-from .tile import UNSPECIALIZED, WORD, Sizes, heaviest_first, key_head, query_head, store_row
+from .tile import UNSPECIALIZED, WORD, Sizes, heaviest_first, key_head, open_tile, query_head, store_row
 
 MAX_STEPS = tl.constexpr(40)
-# Of the offset: 2^-20 for the rounding of z_scale / offset in relative distances, 2^-21 for the processor's logarithm.
-# What the solve's plain sums lose is within what the storage error of a maximum has to spare.
-SAFETY = tl.constexpr(1.0 + 2.0**-18)
 
 
 class StoredMaxima(NamedTuple):
@@ -37,18 +36,21 @@ class StoredMaxima(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def threshold_kernel(
-    query, key, summary, maxima, maximum, offset, live, lists, sublists, counts, score_options, visibility, heads,
-    group, query_length, key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
+    query, key, summary, maxima, maximum, offset, reached_keys, reaching_queries, lists, sublists, flags, counts,
+    score_options, visibility, heads, group, query_length, key_length, first_unit, units, first_tile, capacity,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """Stores each row's `maximum` (of the scores; +inf where no key is visible) and `offset`, the list of the tiles
-    that may hold support, and their bits in `live`."""
+    """Stores each row's `maximum` (of the scores; +inf where no key is visible) and `offset`, and the lists of what may
+    hold support: whole tiles in `sublists`, single keys in a record; for the backward, the rest of what it reads."""
     TILE: tl.constexpr = C.TILE
     sizes = Sizes(heads, group, query_length, key_length)
     unit, tile = heaviest_first(units, first_unit, first_tile)
     options = open_options(score_options, unit, sizes, C)
-    queries = open_queries(query_head(query, unit, sizes), unit, tile, options, sizes, visibility, C)
+    block = open_tile(tile, C)
+    queries = open_queries(query_head(query, unit, sizes), unit, block, options, sizes, visibility, True, C)
     index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
-    column = maxima + tl.cast(index, tl.int64) * capacity * TILE + tl.arange(0, TILE)
+    first_place = tl.cast(index, tl.int64) * capacity
+    column = maxima + first_place * TILE + tl.arange(0, TILE)
 
     tiles, maximum_bound, score_error = bound_tiles(places, capacity, queries, summary, C)
 
@@ -57,36 +59,52 @@ def threshold_kernel(
     tl.debug_barrier()  # the maxima are there for all
 
     # An allowance of 1 or more, or NaN (a number of the head is not finite), certifies nothing: the offset stays at 1,
-    # its largest value, and every tile survives.
+    # its largest value, every tile survives, and stays whole.
     allowance = score_error + storage_error
     allowance_or_nan = tl.where(allowance < 1.0, allowance, float("nan"))
     certified = certify_offset(column, tiles.count, bound_gap, options.exponent, C) + allowance
     row_offset = tl.where(allowance < 1.0, certified, 1.0)
     margin = bound_gap + allowance_or_nan
-    tiles = shorten(tiles, column, margin + row_offset, C)
+    tiles, pairs = shorten(tiles, column, margin + row_offset, C)
 
-    stored = StoredMaxima(column, margin, sublists + tl.cast(index, tl.int64) * capacity)
-    row_offset = solve(queries, row_maximum, row_offset, tiles, stored, key, C)
-    tiles = shorten(tiles, column, margin + row_offset * SAFETY, C)
+    record = open_record(reached_keys, record_index(index, unit, tile, sizes, C), sizes, C)
+    is_certain = tl.min(tl.where((allowance < 1.0) | (row_maximum == float("inf")), 1, 0), 0) > 0
+    marked = tiles_to_mark(tiles, pairs, is_certain, C)
+    lowest = lowest_reaching_score(row_maximum, row_offset, score_error, options.z_scale)
+    flags += first_place * TILE
+    mark_keys(queries, key, tiles, marked, lowest, flags, C)
+    row_blocks = list_keys(record, tiles, marked, flags, C)
+
+    stored = StoredMaxima(column, margin, sublists + first_place)
+    blocks = BlockList(whole_tiles(stored.spare_places, tiles), record.rows, row_blocks)
+    row_offset = solve(queries, row_maximum, row_offset, tiles, blocks, stored, key, C)
+    depth = margin + row_offset * SAFETY
+    tiles, _ = shorten(tiles, column, depth, C)
+    whole = whole_tiles(stored.spare_places, tiles)
 
     store_row(maximum, unit, queries.row, sizes, row_maximum)
     store_row(offset, unit, queries.row, sizes, tl.where(row_maximum < float("inf"), row_offset, 1.0))
-    tl.store(counts + 2 * index, tiles.split)
-    tl.store(counts + 2 * index + 1, tiles.count)
+    tl.store(counts + 4 * index, whole.split)
+    tl.store(counts + 4 * index + 1, whole.count)
+    tl.store(counts + 4 * index + 2, row_blocks)
     if C.NEEDS_BACKWARD:
-        query_tiles = (query_length + TILE - 1) // TILE
-        mark_tiles(tiles, live + (tl.cast(unit, tl.int64) * query_tiles + tile) * words, words)
+        words = (key_length + TILE * WORD - 1) // (TILE * WORD) + 1
+        mark_tiles(tiles, record.live, words)
+        mark_tiles(whole, record.whole, words)
+        tl.store(record.row_blocks, row_blocks)
+        if are_stored(key_length, C):
+            store_reaching_queries(reaching_queries, tiles, column, depth, queries, C)
 
 
 @triton.jit
-def solve(queries, maximum, offset, tiles, stored, key, C: tl.constexpr):
+def solve(queries, maximum, offset, tiles, blocks, stored, key, C: tl.constexpr):
     """Newton's steps until the last one has settled every row of the tile.
 
-    The first step is over all listed tiles. Each further one is over the tiles that hold support of rows that are not
-    settled. A step ends at or above the true offset, so any of them may be the last.
+    The first step is over all listed keys. Each further one is over the single keys, and the whole tiles that hold
+    support of rows that are not settled. A step ends at or above the true offset, so any of them may be the last.
     """
     z_scale, exponent = queries.options.z_scale, queries.options.exponent
-    places, split, count = tiles.tiles, tiles.split, tiles.count
+    places, split, count = blocks.whole
     # The offset of the pass before, and its sum u: before the first pass, nothing is known of how sum u falls.
     # Triton 3.6 finds what a loop carries by place, and miscounts after a name that only the condition reads: that
     # name comes last.
@@ -97,7 +115,8 @@ def solve(queries, maximum, offset, tiles, stored, key, C: tl.constexpr):
     unfinished = tiles.count
     while (unfinished > 0) & (passes < MAX_STEPS):
         threshold = Threshold(maximum, offset, z_scale / offset)
-        total, weight = sums_at(queries, threshold, TileList(places, split, count), key, C)
+        listed = BlockList(TileList(places, split, count), blocks.rows, blocks.row_blocks)
+        total, weight = sums_at(queries, threshold, listed, key, C)
         stepped = newton_step(offset, total, weight, exponent)
         falls = (unsettled > 0) & (total > 1.0) & (stepped < offset)
         weight_fall_rate = (last_weight - weight) / (last_offset - offset)
@@ -120,13 +139,13 @@ def solve(queries, maximum, offset, tiles, stored, key, C: tl.constexpr):
 
 @triton.jit
 def mark_tiles(tiles, row_words, words):
-    """Write a row of words of the map: the bits of the listed tiles, and no others."""
+    """Write a row of words of a map: the bits of the listed tiles, and no others."""
     for first in range(0, words, PLACES):
         word = first + tl.arange(0, PLACES)
         tl.store(row_words + word, tl.zeros((PLACES,), tl.int32), mask=word < words)
     tl.debug_barrier()
     for first in range(0, tiles.count, PLACES):
         place = first + tl.arange(0, PLACES)
-        tile = tl.load(tiles.tiles + place, mask=place < tiles.count, other=0)
+        tile = tile_of(tl.load(tiles.tiles + place, mask=place < tiles.count, other=0))
         bit = tl.full((PLACES,), 1, tl.int32) << (tile % WORD)
         tl.atomic_or(row_words + tile // WORD, bit, mask=place < tiles.count, sem="relaxed")

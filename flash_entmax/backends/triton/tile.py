@@ -19,8 +19,7 @@ LONGEST_ROW = 2**24  # elements from row to row, so that offsets inside a tile f
 
 # Names of kernel arguments whose values Triton must not compile into a kernel.
 UNSPECIALIZED = (
-    "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile",
-    "words", "capacity",
+    "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile", "capacity", "slots",
 )  # fmt: skip
 
 
@@ -31,6 +30,14 @@ class Matrix(NamedTuple):
     batch_stride: int
     head_stride: int
     row_stride: int
+
+
+class Block(NamedTuple):
+    """Rows of a head that are multiplied at once, at first + column: a tile, or single rows, which have no tile: -1."""
+
+    tile: int
+    first: int
+    column: Tensor
 
 
 class Sizes(NamedTuple):
@@ -156,13 +163,30 @@ def load_columns(pointers, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_keys(m, tile, sizes, MASKED: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """A tile of keys or values. A tile that needs no mask has no row past the last key."""
+def open_tile(tile, C: tl.constexpr):
+    """A tile as a block. Its columns are constants of the compiled loop."""
+    return Block(tile, tile * C.TILE, tl.arange(0, C.TILE))
+
+
+@triton.jit
+def open_rows(places, C: tl.constexpr):
+    """The rows whose numbers stand at some places. Their offsets in memory may need 64 bits."""
+    return Block(-1, 0, tl.load(places + tl.arange(0, C.TILE)).to(tl.int64))
+
+
+@triton.jit
+def load_block(m, block, rows, MASKED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """The rows of a block of a head's matrix. Without a mask, none of them is past the last of its `rows`."""
+    inside = block.column[:, None] * m.row_stride + tl.arange(0, PADDED)[None, :]
+    pointers = m.data + tl.cast(block.first, tl.int64) * m.row_stride + inside
     if MASKED:
-        keys = load_tile(m, tile * TILE, sizes.key_length, TILE, SIZE, PADDED)
+        mask = (block.column < rows - block.first)[:, None]
+        if SIZE != PADDED:
+            mask = mask & (tl.arange(0, PADDED) < SIZE)[None, :]
+        loaded = tl.load(pointers, mask=mask, other=0.0)
     else:
-        keys = load_whole_tile(m, tile * TILE, TILE, SIZE, PADDED)
-    return keys
+        loaded = load_columns(pointers, SIZE, PADDED)
+    return loaded
 
 
 @triton.jit

@@ -1,0 +1,107 @@
+"""What the forward pass keeps for the gradient: the keys that each tile of queries may reach, and the other way round.
+
+`reached_keys` has one record of int32 numbers for each tile of queries:
+
+    a bit for each tile of keys: some query may reach a key of it        live_words
+    a bit for each tile of keys: it is listed whole                      live_words
+    how many blocks of single keys are listed                            1, and up to 3 that are unused
+    the single keys                                                      key_quota
+
+`reaching_queries` has a word of one bit for each query, for every tile of keys and every tile of queries. Beyond
+Config.STORED_TILES tiles of keys it is empty, and the backward computes it again, some tiles of keys at a time.
+
+Together with the output's mean and the numbers of each row this is at most 512 bytes for each query of a head of 128
+numbers in 16 bits, whatever the length.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.call import Problem, live_words
+from ...core.tensors import ceil_div, unpack_tiles
+from . import schedule
+from .tile import WORD
+
+
+class Record(NamedTuple):
+    """Pointers to the parts of one record, and how many single keys it holds at most."""
+
+    live: Tensor
+    whole: Tensor
+    row_blocks: Tensor
+    rows: Tensor
+    quota: int
+
+
+def reach_shapes(problem: Problem, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of `reached_keys` and `reaching_queries`; see backends.Backend. Lengths may be symbols."""
+    tile = schedule.tile_size(dtype, problem.widest)
+    quota, stored_tiles = schedule.reach_limits(dtype, problem.value_size, tile)
+    query_tiles, key_tiles = ceil_div(problem.query_length, tile), ceil_div(problem.key_length, tile)
+    record = record_size(problem.key_length, tile, quota)
+    words = query_tiles * key_tiles * schedule.words_per_tile(tile)
+    is_stored = torch.sym_min(1, stored_tiles // torch.sym_max(1, key_tiles))
+    batch, heads = problem.batch, problem.heads
+    return (batch, heads, query_tiles * record), (batch, heads, words * is_stored)
+
+
+def record_size(key_length: int, tile: int, quota: int) -> int:
+    return header_size(live_words(key_length, tile)) + torch.sym_min(quota, tile * ceil_div(key_length, 2 * tile))
+
+
+def header_size(words: int) -> int:
+    """The single keys start at a multiple of 16 bytes."""
+    return ceil_div(2 * words + 1, 4) * 4
+
+
+def reached_tiles(problem: Problem, dtype: torch.dtype, reached_keys: Tensor) -> Tensor:
+    """(batch, heads, query tiles, key tiles) bool: see backends.Backend."""
+    tile = schedule.tile_size(dtype, problem.widest)
+    records = reached_keys.unflatten(-1, (ceil_div(problem.query_length, tile), -1))
+    return unpack_tiles(records[..., : live_words(problem.key_length, tile)], ceil_div(problem.key_length, tile))
+
+
+@triton.jit
+def open_record(records, index, sizes, C: tl.constexpr):
+    """The record at some index. `live_words`, `header_size` and `record_size` say where its parts are."""
+    key_tiles = (sizes.key_length + C.TILE - 1) // C.TILE
+    words = (key_tiles + WORD - 1) // WORD + 1
+    header = (2 * words + 1 + 3) // 4 * 4
+    quota = row_quota(sizes.key_length, C)
+    live = records + tl.cast(index, tl.int64) * (header + quota)
+    return Record(live, live + words, live + 2 * words, live + header, quota)
+
+
+@triton.jit
+def record_index(index, unit, tile, sizes, C: tl.constexpr):
+    """Records are kept for the backward, or for one chunk only."""
+    if C.NEEDS_BACKWARD:
+        index = unit * ((sizes.query_length + C.TILE - 1) // C.TILE) + tile
+    return index
+
+
+@triton.jit
+def row_quota(length, C: tl.constexpr):
+    """Single rows that a list may hold. A tile that has as many as half of its rows is listed whole."""
+    return tl.minimum(C.QUOTA, (length + 2 * C.TILE - 1) // (2 * C.TILE) * C.TILE)
+
+
+@triton.jit
+def are_stored(key_length, C: tl.constexpr):
+    """Whether the forward pass keeps `reaching_queries`."""
+    return (key_length + C.TILE - 1) // C.TILE <= C.STORED_TILES
+
+
+@triton.jit
+def word_row(unit, tile, first_unit, first_tile, tiles, sizes, C: tl.constexpr):
+    """Where the words of a tile of keys start: among all words, or among those of one launch for so many tiles."""
+    query_tiles = (sizes.query_length + C.TILE - 1) // C.TILE
+    key_tiles = (sizes.key_length + C.TILE - 1) // C.TILE
+    index = tl.cast(unit, tl.int64) * key_tiles + tile
+    if are_stored(sizes.key_length, C) == 0:
+        index = tl.cast(unit - first_unit, tl.int64) * tiles + tile - first_tile
+    return index * query_tiles

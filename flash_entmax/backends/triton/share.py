@@ -1,0 +1,132 @@
+"""How the work on dK and dV is shared out: a tile of keys that very many queries reach gets several programs.
+
+Trained models attend to their first token from everywhere. One program for that tile would still run when all others
+are done. Its queries are split into parts of as many tiles, each for a program of its own, and the parts are added in
+one order. A program that is a part has a slot. Each key head has so many slots, whatever the data.
+
+The plan of one key head, in int32: the tile of each slot, or -1; the first slot of each tile; the parts of each tile, 0
+where one program does all.
+"""
+
+import triton
+import triton.language as tl
+
+from .reaching import first_reaching_tile
+from .tile import UNSPECIALIZED, Sizes, head_of, store_tile
+
+SPAN = tl.constexpr(128)
+SLOTS = tl.constexpr(64)  # places for slots that one step looks at: there are no more
+FEWEST = tl.constexpr(512)  # queries of a part
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def count_kernel(words, counts, heads, group, query_length, key_length, C: tl.constexpr):
+    """How many queries may reach one tile of keys, over the query heads of its key head."""
+    WORDS: tl.constexpr = C.WORDS
+    sizes = Sizes(heads, group, query_length, key_length)
+    key_tiles = (key_length + C.TILE - 1) // C.TILE
+    query_tiles = (query_length + C.TILE - 1) // C.TILE
+    unit, tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
+    begin = first_reaching_tile(tile, sizes, C) * WORDS
+    total = tl.zeros((SPAN,), tl.int32)
+    for member in range(group):
+        query_unit = unit * group + member  # heads of one batch row and key head follow each other
+        row = words + (tl.cast(query_unit, tl.int64) * key_tiles + tile) * query_tiles * WORDS
+        for first in range(begin, query_tiles * WORDS, SPAN):
+            place = first + tl.arange(0, SPAN)
+            total += population(tl.load(row + place, mask=place < query_tiles * WORDS, other=0))
+    tl.store(counts + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def population(word):
+    """How many bits are set: of pairs of bits, of fours, of bytes, and the sum of the bytes."""
+    pairs = word - ((word >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    byte_counts = (fours + (fours >> 4)) & 0x0F0F0F0F
+    sums = byte_counts + (byte_counts >> 8)
+    return (sums + (sums >> 16)) & 0x3F
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def share_kernel(counts, shares, key_length, slots, C: tl.constexpr):
+    """The plan of one key head. Tiles with more than twice the mean of queries are split while slots last."""
+    tiles = (key_length + C.TILE - 1) // C.TILE
+    counts += tl.program_id(0) * tiles
+    slot_tile = shares + tl.program_id(0) * (slots + 2 * tiles)
+    slot = tl.arange(0, SLOTS)
+    tl.store(slot_tile + slot, tl.full((SLOTS,), -1, tl.int32), mask=slot < slots)
+    total = tl.zeros((SPAN,), tl.int64)
+    for first in range(0, tiles, SPAN):
+        tile = first + tl.arange(0, SPAN)
+        total += tl.load(counts + tile, mask=tile < tiles, other=0)
+    most = tl.maximum(2 * tl.sum(total, 0) // tiles, FEWEST).to(tl.int32)
+    tl.debug_barrier()
+    used = 0
+    for first in range(0, tiles, SPAN):
+        tile = first + tl.arange(0, SPAN)
+        count = tl.load(counts + tile, mask=tile < tiles, other=0)
+        parts = tl.where(count > most, (count + most - 1) // most, 0)
+        last = used + tl.cumsum(parts, 0)
+        used = tl.max(last, 0)
+        parts = tl.where(last <= slots, parts, 0)
+        tl.store(slot_tile + slots + tile, last - parts, mask=tile < tiles)
+        tl.store(slot_tile + slots + tiles + tile, parts, mask=tile < tiles)
+        for part in range(tl.max(parts, 0)):
+            tl.store(slot_tile + last - parts + part, tile, mask=part < parts)
+
+
+@triton.jit
+def share_of(shares, unit, slot, tile, slots, sizes, C: tl.constexpr):
+    """(tile, part, parts) of a program that has a slot, or a tile (slot -1). Without any work, its tile is -1."""
+    tiles = (sizes.key_length + C.TILE - 1) // C.TILE
+    slot_tile = shares + unit * (slots + 2 * tiles)
+    has_slot = slot >= 0
+    tile = tl.load(slot_tile + slot, mask=has_slot, other=tile)
+    exists = tile >= 0
+    first_slot = tl.load(slot_tile + slots + tile, mask=exists, other=0)
+    parts = tl.load(slot_tile + slots + tiles + tile, mask=exists, other=0)
+    tile = tl.where(has_slot | (parts == 0), tile, -1)
+    return tile, tl.where(has_slot, slot - first_slot, 0), tl.maximum(parts, 1)
+
+
+@triton.jit
+def part_pointers(parts, index, SIZE: tl.constexpr, START: tl.constexpr, C: tl.constexpr):
+    """(TILE, SIZE) pointers to the sums of the part at some index: dK starts at 0, dV behind it."""
+    first = parts + tl.cast(index, tl.int64) * (C.TILE * (C.HEAD_PADDED + C.VALUE_PADDED)) + START
+    return first + tl.arange(0, C.TILE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def add_parts_kernel(
+    shares, parts, grad_key, grad_value, score_options, heads, group, query_length, key_length, first_unit, units,
+    slots, C: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile that was split, by the program of its first slot."""
+    TILE: tl.constexpr = C.TILE
+    HEAD_PADDED: tl.constexpr = C.HEAD_PADDED
+    VALUE_PADDED: tl.constexpr = C.VALUE_PADDED
+    sizes = Sizes(heads, group, query_length, key_length)
+    index = tl.program_id(0)
+    unit, slot = first_unit + index % units, index // units
+    tile, part, count = share_of(shares, unit, slot, -1, slots, sizes, C)
+    if (part == 0) & (tile >= 0):
+        dk = tl.zeros((TILE, HEAD_PADDED), tl.float32)
+        dv = tl.zeros((TILE, VALUE_PADDED), tl.float32)
+        for number in range(count):
+            place = index + number * units
+            dk += tl.load(part_pointers(parts, place, HEAD_PADDED, 0, C))
+            dv += tl.load(part_pointers(parts, place, VALUE_PADDED, TILE * HEAD_PADDED, C))
+        store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)
+
+
+@triton.jit
+def store_gradients(grad_key, grad_value, dk, dv, unit, tile, scale, sizes, C: tl.constexpr):
+    """Write dK and dV of one tile of keys. Heads of their own scales have it in dK already."""
+    if not C.PER_HEAD:
+        dk *= scale
+    key_heads = sizes.heads // sizes.group
+    batch, head = unit // key_heads, unit % key_heads
+    first = tile * C.TILE
+    store_tile(head_of(grad_key, batch, head), first, sizes.key_length, dk, C.TILE, C.HEAD, C.HEAD_PADDED)
+    store_tile(head_of(grad_value, batch, head), first, sizes.key_length, dv, C.TILE, C.VALUE, C.VALUE_PADDED)

@@ -211,9 +211,9 @@ def gradient_key_value_kernel(
             )  # fmt: skip
             state = walk(add_to_key_and_value, state, context, blocks, C)
         dk, dv = state
-        if shares is None:
+        if shares is None:  # noqa: SIM114 (a branch of the compiler)
             store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)
-        elif count == 1:  # noqa: SIM114 (the first is a branch of the compiler)
+        elif count == 1:
             store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)
         else:
             tl.store(part_pointers(parts, tl.program_id(0), HEAD_PADDED, 0, C), dk)

@@ -146,12 +146,19 @@ class SupportContext(NamedTuple):
     row_marks: Tensor
 
 
+class SupportCounts(NamedTuple):
+    """How many keys each row attends to, and how many all rows together."""
+
+    size: Tensor
+    keys: Tensor
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def support_kernel(
-    query, key, maximum, offset, live, lists, size, marks, score_options, visibility, heads, group, query_length,
+    query, key, maximum, offset, live, lists, size, marks, keys, score_options, visibility, heads, group, query_length,
     key_length, first_unit, units, first_tile, words, capacity, C: tl.constexpr,
 ):  # fmt: skip
-    """Support size of each row, and a mark on each tile that holds a positive probability."""
+    """Support size of each row, a mark on each tile that holds a positive probability, and the keys of all rows."""
     TILE: tl.constexpr = C.TILE
     sizes = Sizes(heads, group, query_length, key_length)
     chunk = ChunkSizes(first_unit, units, first_tile, words, capacity)
@@ -159,16 +166,20 @@ def support_kernel(
     threshold = open_threshold(maximum, offset, queries)
 
     query_tiles = (query_length + TILE - 1) // TILE
-    row_marks = marks + (tl.cast(queries.unit, tl.int64) * query_tiles + queries.tile) * tl.cdiv(key_length, TILE)
+    index = tl.cast(queries.unit, tl.int64) * query_tiles + queries.tile
+    row_marks = marks + index * tl.cdiv(key_length, TILE)
     context = SupportContext(queries, threshold, key_head(key, queries.unit, sizes), row_marks)
-    count = walk(count_tile, tl.zeros((TILE,), tl.int32), context, tiles, C)
-    store_row(size, queries.unit, queries.row, sizes, count)
+    nothing = SupportCounts(tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32))
+    counts = walk(count_tile, nothing, context, tiles, C)
+    store_row(size, queries.unit, queries.row, sizes, counts.size)
+    tl.store(keys + index, tl.sum(counts.keys, 0))
 
 
 @triton.jit
-def count_tile(count, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
+def count_tile(counts, context, key_tile, MASKED: tl.constexpr, C: tl.constexpr):
     keys = open_keys(context.key, key_tile, context.queries.sizes, MASKED, C)
     x, _ = relative_distance(context.queries, context.threshold, keys, MASKED, C)
-    positive = tl.sum(tl.where(x > 0, 1, 0), 1)
-    tl.store(context.row_marks + key_tile, tl.max(positive, 0) > 0)
-    return count + positive
+    positive = tl.where(x > 0, 1, 0)
+    reached = tl.max(positive, 0)
+    tl.store(context.row_marks + key_tile, tl.max(reached, 0) > 0)
+    return SupportCounts(counts.size + tl.sum(positive, 1), counts.keys + reached)

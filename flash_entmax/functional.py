@@ -165,8 +165,7 @@ def entmax_attention_varlen(
     output = output.squeeze(0).transpose(0, 1)
     if not return_support:
         return output
-    numbers = (tensor.squeeze(0) for tensor in support[:4])
-    return output, Support(*numbers, support.tile_shape)
+    return output, Support(*(field.squeeze(0) if isinstance(field, Tensor) else field for field in support))
 
 
 def jagged_attention(

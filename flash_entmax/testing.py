@@ -14,9 +14,21 @@ TOPIC_BLOCK = 64
 TOPIC_SCORE = 30.0
 SCORE_DEVIATION = 0.6
 WIDE = 16.0
+KEY_TILE = 64
+GROUPS = 8
+KEY_DEVIATION = 0.4
+SINK_SCORE = 1.2  # above the other keys: three deviations, and less than what leaves the sink alone
+
+# (tiles of queries,), the group of each; (groups, keys), 0 or how strongly a group attends to a key, around 1
+KeyPlan = tuple[Tensor, Tensor]
 
 # A few roundings of the dtype, as a share of the largest number that enters the result.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def _orthonormal(plan: Generator, dim: int, count: int) -> Tensor:
+    """(count, dim) random directions."""
+    return torch.linalg.qr(torch.randn(dim, count, generator=plan, dtype=torch.float32)).Q.mT.contiguous()
 
 
 def topic_inputs(
@@ -48,8 +60,7 @@ def topic_inputs(
     if not 1 <= topics <= seen:
         raise ValueError(f"topics must be from 1 to {seen}, to have orthonormal directions, got {topics}")
     plan = Generator().manual_seed(seed)
-    directions = torch.linalg.qr(torch.randn(seen, topics, generator=plan, dtype=torch.float32)).Q.mT.contiguous()
-    directions = torch.nn.functional.pad(directions, (0, dim - seen))
+    directions = torch.nn.functional.pad(_orthonormal(plan, seen, topics), (0, dim - seen))
     blocks = -(-length // TOPIC_BLOCK)
     topic = torch.randint(topics, (batch, key_heads, blocks), generator=plan)
     topic = topic.repeat_interleave(TOPIC_BLOCK, dim=-1)[..., :length].to(device)
@@ -71,6 +82,139 @@ def topic_inputs(
     if wide_blocks:
         key[..., seen:] = WIDE * normal(key[..., seen:].shape)
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _groups_in_turn(length: int, groups: int) -> Tensor:
+    """(tiles of queries,): the group of each."""
+    return torch.arange(-(-length // KEY_TILE)) % groups
+
+
+def _scattered_keys(plan: Generator, groups: int, length: int, density: float) -> KeyPlan:
+    """Keys drawn for each group on its own, and the first key of each tile for the group of its queries."""
+    certain = 1 / (KEY_TILE * groups)
+    if not certain <= density <= 1:
+        raise ValueError(f"density must be from 1 / {KEY_TILE * groups} to 1 with {groups} groups, got {density}")
+    group = _groups_in_turn(length, groups)
+    drawn = torch.rand(groups, length, generator=plan) < (density - certain) / (1 - certain)
+    drawn[group, KEY_TILE * torch.arange(len(group))] = True
+    return group, drawn.float()
+
+
+def _stripes(plan: Generator, groups: int, length: int, density: float) -> KeyPlan:
+    """The same keys for all queries, among them the first."""
+    if not 0 <= density <= 1:
+        raise ValueError(f"density must be from 0 to 1, got {density}")
+    others = 1 + torch.randperm(max(0, length - 1), generator=plan)[: max(0, round(density * length) - 1)]
+    strength = torch.zeros(length)
+    strength[:1], strength[others] = 1.0, 1.0
+    return _groups_in_turn(length, groups), strength.expand(groups, -1)
+
+
+def _sink(plan: Generator, groups: int, length: int, density: float) -> KeyPlan:
+    """Scattered keys, and the first key above them for all queries."""
+    group, strength = _scattered_keys(plan, groups, length, density)
+    strength[:, :1] = 1 + SINK_SCORE / TOPIC_SCORE
+    return group, strength
+
+
+def _one_key_in_every_tile(plan: Generator, groups: int, length: int) -> KeyPlan:
+    """For each group one key of each tile: the first one in the tile of its own queries, elsewhere any."""
+    group = _groups_in_turn(length, groups)
+    tile = torch.arange(len(group))
+    first = KEY_TILE * tile.unsqueeze(-1)
+    place = torch.randint(KEY_TILE, (len(group), groups), generator=plan) % (length - first)
+    place[tile, group] = 0
+    return group, torch.zeros(groups, length).scatter_(1, (first + place).mT, 1.0)
+
+
+def _all_keys_of_one_tile(plan: Generator, groups: int, length: int) -> KeyPlan:
+    """Each group has a tile of keys, the first group the first tile. Queries are of a group whose tile they see."""
+    tile = torch.arange(-(-length // KEY_TILE))
+    own = torch.randint(max(1, len(tile)), (groups,), generator=plan)
+    own[0] = 0
+    seen = own <= tile.unsqueeze(-1)
+    group = torch.rand(len(tile), groups, generator=plan).masked_fill(~seen, -1.0).argmax(-1)
+    return group, (torch.arange(length) // KEY_TILE == own.unsqueeze(-1)).float()
+
+
+PATTERNS_WITH_DENSITY: dict[str, Callable[[Generator, int, int, float], KeyPlan]] = {
+    "scattered keys": _scattered_keys,
+    "stripes": _stripes,
+    "sink": _sink,
+}
+PATTERNS_BY_TILE: dict[str, Callable[[Generator, int, int], KeyPlan]] = {
+    "one key in every tile": _one_key_in_every_tile,
+    "all keys of one tile": _all_keys_of_one_tile,
+}
+KEY_PATTERNS = (*PATTERNS_WITH_DENSITY, *PATTERNS_BY_TILE)
+
+
+def _key_plan_of(
+    pattern: str, density: float | None, plan: Generator, groups: int, length: int
+) -> Callable[[], KeyPlan]:
+    """What draws one plan after another of a pattern."""
+    if pattern in PATTERNS_WITH_DENSITY:
+        return partial(PATTERNS_WITH_DENSITY[pattern], plan, groups, length, 0.05 if density is None else density)
+    if pattern not in PATTERNS_BY_TILE:
+        raise ValueError(f"pattern must be one of {', '.join(map(repr, KEY_PATTERNS))}, got {pattern!r}")
+    if density is not None:
+        raise ValueError(f"density must be None with the pattern {pattern!r}, which has its own, got {density}")
+    return partial(PATTERNS_BY_TILE[pattern], plan, groups, length)
+
+
+def key_sparse_inputs(
+    pattern: str,
+    batch: int,
+    heads: int,
+    length: int,
+    dim: int,
+    *,
+    density: float | None = None,
+    key_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of which 64 queries attend together to few keys, at the default scale, causal or not.
+
+    `pattern` is one of KEY_PATTERNS. Keys to which a tile of 64 queries attends lie
+
+    - "scattered keys": anywhere; they are the share `density` (0.05 if None) of all keys. Nearly all tiles are live.
+    - "stripes": anywhere, but the same for all queries; they are the share `density`.
+    - "sink": anywhere, as scattered keys, and every single query attends to the first key.
+    - "one key in every tile": one in each tile of keys that the queries see. All tiles are live.
+    - "all keys of one tile": all in one tile, which is the only one that is live.
+
+    Each tile of queries is of one of at most GROUPS groups, which have orthonormal directions. A query is
+    c * direction + noise. A key is c * (the directions of the groups that attend to it) + noise. Noise is orthogonal to
+    the directions, and c^2 / sqrt(dim) = 30. Scores are 30 + N(0, 0.4^2) at a key of the group, and N(0, 0.4^2) at
+    others. A query attends to some of the keys of its group. The queries of a tile attend to nearly all of them, up to
+    some 2,000. With a head size of 1 there is no noise, and each query attends to all. Each query sees a key of its
+    group in a causal call. All query heads of a key head have its groups.
+    """
+    key_heads = heads if key_heads is None else key_heads
+    groups = min(GROUPS, max(1, dim // 2))
+    plan = Generator().manual_seed(seed)
+    directions = _orthonormal(plan, dim, groups).to(device)
+    make = _key_plan_of(pattern, density, plan, groups, length)
+    plans = (make() for _ in range(batch * key_heads))
+    group, strength = (
+        torch.stack(parts).unflatten(0, (batch, key_heads)).to(device) for parts in zip(*plans, strict=True)
+    )
+    group = group.repeat_interleave(KEY_TILE, dim=-1)[..., :length]
+
+    generator = Generator(device=device).manual_seed(seed + 1)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
+
+    def noise(count: int) -> Tensor:
+        white = normal(batch, count, length, dim) * KEY_DEVIATION**0.5
+        return white - (white @ directions.mT) @ directions
+
+    centre = (TOPIC_SCORE * dim**0.5) ** 0.5
+    query = (centre * directions[group]).repeat_interleave(heads // key_heads, dim=1) + noise(heads)
+    is_sink = strength.amax(-2).unsqueeze(-1) > 1  # has no noise, so that no query misses it
+    key = centre * (strength.mT @ directions) + noise(key_heads).masked_fill(is_sink, 0.0)
+    return query.to(dtype), key.to(dtype), normal(batch, key_heads, length, dim).to(dtype)
 
 
 def iid_inputs(

@@ -146,7 +146,7 @@ def attend_with_support(case: Case, impl: str) -> tuple[Tensor, Support]:
     """The public call; the support has a batch dimension in any case."""
     output, support = attend(case, impl, return_support=True)
     if case.is_packed:
-        support = Support(*(tensor.unsqueeze(0) for tensor in support[:4]), support.tile_shape)
+        support = Support(*(field.unsqueeze(0) if isinstance(field, Tensor) else field for field in support))
     return output, support
 
 

@@ -87,6 +87,12 @@ def check_support(case: Case, support: Support, exact: Support) -> None:
     assert support.tiles.dtype == torch.bool
     assert not (any_in_tiles(surely, support.tile_shape) & ~support.tiles).any(), "a tile that holds support is missing"
     assert not (support.tiles & ~any_in_tiles(possibly, support.tile_shape)).any(), "a tile without support is marked"
+    for counted in (support, exact):
+        one_key = counted.tile_shape[0], 1
+        fewest, most = (any_in_tiles(marks, one_key).sum(-1) for marks in (surely, possibly))
+        assert counted.keys.dtype == torch.int32
+        assert (fewest <= counted.keys).all(), "a key that a query of the tile attends to is not counted"
+        assert (counted.keys <= most).all(), "a key is counted twice, or without a query that attends to it"
     has_key = exact.maximum < torch.inf
     assert torch.equal(support.maximum < torch.inf, has_key)
     tau, exact_tau = (s.maximum.double() - s.offset.double() for s in (support, exact))

@@ -102,8 +102,8 @@ def check_parts(case: Case, impl: str, edges: tuple[int, ...]) -> None:
     shipped = attend(case, impl, return_support=True)[1]
     torch.testing.assert_close(offset, shipped.offset, rtol=0, atol=OFFSET_TOLERANCE[case.query.dtype])
     output, exact = attend(case.in_float64(), "reference", return_support=True)
-    z_maximum, size, tiles = parts.backend.attention_support(parts.problem, query, key, maximum, offset, *reach)
-    check_support(case, Support(z_maximum, offset, size, tiles, shipped.tile_shape), exact)
+    z_maximum, size, tiles, keys = parts.backend.attention_support(parts.problem, query, key, maximum, offset, *reach)
+    check_support(case, Support(z_maximum, offset, size, tiles, shipped.tile_shape, keys), exact)
 
     ours, grad_output = parts.output(maximum, offset), case.grad_output()
     assert ours.dtype == maximum.dtype

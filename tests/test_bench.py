@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flash_entmax import entmax_attention, inspection
 from flash_entmax.core.threshold import threshold_by_sort
 from flash_entmax.programs.benchmarks import cold_start, competitors, gate, measure, refinement, roofline, speed
 from flash_entmax.programs.benchmarks.cases import BenchCase
@@ -58,6 +59,7 @@ def test_speed_results(finished):
     results = read(finished / "speed.json")["results"]
     assert [result["topics"] for result in results] == [1, 4]
     assert results[0]["block_sparsity"] == 0 < results[1]["block_sparsity"]
+    assert 0 < results[1]["key_density"] < results[0]["key_density"] <= 1
     for result in results:
         assert tuple(result["competitors"]) == NAMES
         for name in ("flash-entmax", "sdpa", "dense-entmax"):
@@ -187,7 +189,7 @@ def test_support_that_fails_leaves_the_competitors(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(speed, "entmax_attention", fails)
     assert bench("--out", str(tmp_path), "--parts", "speed", "roofline", "--topics", "1", "--only", "sdpa") == 0
     result = read(tmp_path / "speed.json")["results"][0]
-    assert result["block_sparsity"] is None
+    assert result["block_sparsity"] is result["key_density"] is None
     assert result["support_failed"] == "RuntimeError: out of memory"
     assert "step_ms" in result["competitors"]["sdpa"]
     assert "support not measured: RuntimeError: out of memory" in capsys.readouterr().out
@@ -199,6 +201,25 @@ def test_block_sparsity_counts_visible_tiles():
     tiles[..., 0] = True
     support = SimpleNamespace(tiles=tiles, tile_shape=(64, 32), size=torch.ones(1, 2, 130))
     assert speed.block_sparsity(support) == pytest.approx(1 - 3 / 11)
+
+
+def test_key_density_counts_visible_keys():
+    """130 tokens, tiles of 64 queries: they see 64, 128 and 130 keys; the heads reach 1 + 2 + 3 and 4 + 5 + 6."""
+    keys = torch.tensor([[[1, 2, 3], [4, 5, 6]]], dtype=torch.int32)
+    tiles = torch.zeros(1, 2, 3, 5, dtype=torch.bool)
+    support = SimpleNamespace(tiles=tiles, keys=keys, tile_shape=(64, 32), size=torch.ones(1, 2, 130))
+    assert speed.key_density(support) == pytest.approx(21 / (2 * 322))
+
+
+def test_densities_are_those_of_a_recorded_call():
+    settings = settings_for(**CPU)
+    inputs = speed.inputs_of(SMALL_CASE, settings)
+    with inspection.record() as calls:
+        entmax_attention(*inputs, is_causal=True)
+    facts = speed.facts_of(SMALL_CASE, inputs)
+    assert facts["block_sparsity"] == pytest.approx(calls[0].block_sparsity.mean().item())
+    assert facts["key_density"] == pytest.approx(calls[0].key_density.mean().item())
+    assert 0 < facts["key_density"] < 1 - facts["block_sparsity"]
 
 
 def test_a_cold_start_that_fails_is_reported(monkeypatch):
@@ -237,6 +258,9 @@ def test_write_json_replaces(tmp_path):
         (["--groups", "3"], "--groups must divide the 2 heads at length 256, got 3"),
         (["--only", "cudnn", "fa9"], "got 'fa9'"),
         (["--parts", "sped"], "got 'sped'"),
+        (["--copies", "10"], "--copies 10 is for the heads of captured inputs: it needs --inputs FILE"),
+        (["--copies", "0"], "--copies must be at least 1, got 0"),
+        (["--side-by-side"], "--side-by-side is for the heads of captured inputs: it needs --inputs FILE"),
         (["--parts", "roofline"], "--parts roofline: roofline compares with the measured time"),
     ],
 )
@@ -339,9 +363,10 @@ def test_roofline():
     """2 heads of 4, 8 tokens: a product has 2 * 8^2 * 4 = 512 flop, at 512 flop/s one second."""
     case = BenchCase(length=8, head_size=4, heads=2, key_heads=1, topics=1)
     assert roofline.product_flop(case) == 512
-    assert roofline.floor(case, 0.0, 512.0) == (1000.0, 1000.0)
-    assert roofline.floor(case, 1.0, 512.0) == (4000.0, 11000.0)
-    assert roofline.floor(case, 0.5, 1024.0) == (1250.0, 3000.0)
+    assert roofline.floor(case, 0.0, 0.0, 512.0) == (1000.0, 1000.0)
+    assert roofline.floor(case, 1.0, 0.0, 512.0) == (2000.0, 2000.0)
+    assert roofline.floor(case, 1.0, 1.0, 512.0) == (5000.0, 12000.0)
+    assert roofline.floor(case, 0.5, 0.25, 1024.0) == (1125.0, 2000.0)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

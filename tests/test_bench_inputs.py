@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_bench import CPU, bench, read
 
+from flash_entmax import entmax_attention
 from flash_entmax.programs.benchmarks import gate, speed
 from flash_entmax.programs.benchmarks.settings import settings_for
 from flash_entmax.programs.errors import CommandError
@@ -49,19 +50,24 @@ def test_captured_inputs(tmp_path, capsys):
     assert [result["inputs"] for result in content["results"]] == ["layer2", "layer10", "wide"]
     first, _, last = content["results"]
     source = {"file": path, "name": "layer2", "label": "layer2", "source": "a toy model on zeros"}
+    source |= {"copies": 1, "side_by_side": False}
     assert first["captured"] == source
     places = [(r["batch"], r["heads"], r["key_heads"], r["length"], r["head_size"]) for r in (first, last)]
     assert places == [(1, 4, 2, 100, 16), (2, 2, 2, 100, 16)]
     for result in content["results"]:
         assert 0 <= result["block_sparsity"] < 1
+        assert 0 < result["key_density"] <= 1 - result["block_sparsity"] + 1e-9
         assert result["roofline"]["step_ms"] > 0
         for name in ("flash-entmax", "sdpa", "dense-entmax"):
             assert result["competitors"][name]["step_ms"] > 0
             assert set(result["competitors"][name]["errors"]) == set(gate.QUANTITIES)
     printed = capsys.readouterr().out
     assert "a toy model on zeros" in printed
-    assert "layer10, 100 x 4/2 x 16, block sparsity" in printed
-    assert "wide, 2 x 100 x 2 x 16, block sparsity" in printed
+    assert "layer10, 100 x 4/2 x 16, live tiles" in printed
+    assert "wide, 2 x 100 x 2 x 16, live tiles" in printed
+    densities = f"{1 - last['block_sparsity']:.2f}, keys reached {last['key_density']:.3f}"
+    assert f"wide, 2 x 100 x 2 x 16, live tiles {densities}: " in printed
+    assert "grouped heads: softmax takes them by enable_gqa" in printed
 
 
 def test_captured_tensors_are_those_of_the_file(tmp_path):
@@ -72,6 +78,77 @@ def test_captured_tensors_are_those_of_the_file(tmp_path):
         assert tensor.dtype == torch.float32
         assert tensor.requires_grad
         assert torch.equal(tensor, stored[f"layer0.{role}"].float())
+
+
+def probabilities(query, key, value):
+    """(batch, heads, length, length), by the reference in float64."""
+    query, key = query.double(), key.double()
+    value = torch.eye(key.shape[2], dtype=torch.float64).expand(*key.shape[:3], -1)
+    return entmax_attention(query, key, value, is_causal=True, impl="reference")
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (6, 2)])
+def test_copies_of_captured_heads(heads, key_heads, tmp_path):
+    """Each head attends as before, as often as it was copied."""
+    path = write_captured(tmp_path / "toy.safetensors", layer0=shapes_of(heads, key_heads))
+    once, thrice = (settings_for(**CPU, inputs=[Path(path)], copies=copies) for copies in (None, 3))
+    (case,) = thrice.cases
+    assert (case.heads, case.key_heads, case.head_size) == (3 * heads, 3 * key_heads, 16)
+    assert case.inputs == "layer0 x 3"
+    assert str(case.captured).endswith("(3 copies of each head)")
+    inputs = [tensor.detach() for tensor in speed.inputs_of(case, thrice)]
+    assert all(tensor.is_contiguous() for tensor in inputs)
+    one = probabilities(*(tensor.detach() for tensor in speed.inputs_of(once.cases[0], once)))
+    expected = one.unflatten(1, (key_heads, -1)).repeat_interleave(3, 1).flatten(1, 2)
+    torch.testing.assert_close(probabilities(*inputs), expected)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
+def test_two_captured_heads_side_by_side(heads, key_heads, tmp_path):
+    """At the default scale a score of the pair is the mean of the two heads' scores, for each query head of a key."""
+    path = write_captured(tmp_path / "toy.safetensors", layer0=shapes_of(heads, key_heads))
+    single, paired = (settings_for(**CPU, inputs=[Path(path)], side_by_side=pairs) for pairs in (False, True))
+    (case,) = paired.cases
+    assert (case.heads, case.key_heads, case.head_size) == (heads // 2, key_heads // 2, 32)
+    query, key, value = (tensor.detach() for tensor in speed.inputs_of(single.cases[0], single))
+    group = heads // key_heads
+    scores = 16**-0.5 * query @ key.repeat_interleave(group, 1).mT
+    first, second = scores.unflatten(1, (-1, 2, group)).unbind(2)
+    query, key, joined = (tensor.detach() for tensor in speed.inputs_of(case, paired))
+    pairs = 32**-0.5 * query @ key.repeat_interleave(group, 1).mT
+    torch.testing.assert_close(pairs, ((first + second) / 2).flatten(1, 2))
+    assert torch.equal(joined, torch.cat((value[:, ::2], value[:, 1::2]), -1))
+
+
+def test_a_head_beside_itself_keeps_its_support(tmp_path):
+    path = write_captured(tmp_path / "toy.safetensors", layer0=shapes_of(6, 3))
+    once, twice = (
+        settings_for(**CPU, inputs=[Path(path)], copies=copies, side_by_side=copies > 1) for copies in (1, 2)
+    )
+    one, two = (probabilities(*(t.detach() for t in speed.inputs_of(s.cases[0], s))) for s in (once, twice))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+
+
+def test_a_run_on_copies_side_by_side(tmp_path, capsys):
+    path = write_captured(tmp_path / "toy.safetensors", "a toy model", layer0=shapes_of(3, 1))
+    out = tmp_path / "out"
+    options = "--copies", "2", "--side-by-side", "--out", str(out), "--only", "flash-entmax", "sdpa"
+    assert bench("--inputs", path, *options) == 0
+    (result,) = read(out / "speed.json")["results"]
+    assert (result["heads"], result["key_heads"], result["head_size"]) == (3, 1, 32)
+    assert result["competitors"]["flash-entmax"]["step_ms"] > 0
+    printed = capsys.readouterr().out
+    assert "a toy model (2 copies of each head) (two heads side by side" in printed
+    assert "layer0 x 2 side by side" in printed
+
+
+@pytest.mark.parametrize(
+    ("shapes", "got"), [(shapes_of(3, 3), "3 of 16"), (shapes_of(2, 2, length=4, dim=300), "2 of")]
+)
+def test_heads_that_do_not_go_side_by_side(shapes, got, tmp_path):
+    path = write_captured(tmp_path / "toy.safetensors", x=shapes)
+    with pytest.raises(CommandError, match=f"--side-by-side needs an even number of key heads.*got {got}"):
+        settings_for(**CPU, inputs=[Path(path)], side_by_side=True)
 
 
 def test_captured_beside_topics(tmp_path, capsys):

@@ -40,7 +40,7 @@ def attention(impl):
     for options in options_of_attention().values():
         yield from step(lambda *leaves: entmax_attention(*leaves, impl=impl, **options))  # noqa: B023
     support = entmax_attention(*inputs(), impl=impl, return_support=True)[1]
-    yield from (*support[:4], support.tau)
+    yield from (*support[:4], support.keys, support.tau)
 
 
 def inputs():
@@ -110,6 +110,7 @@ def inspected(impl):
     call = calls[0]
     rows = call.rows(1, 1)
     yield from (call.tau, call.keys_per_query, call.block_sparsity, call.block_sparsity_by_position, call.visible_tiles)
+    yield call.key_density
     yield from (torch.tensor(call.visible_per_query, dtype=torch.float64), rows.crow_indices(), rows.col_indices())
     yield rows.values()
     no_query, key = (torch.zeros(1, 1, length, 4, dtype=FLOAT32) for length in (0, 3))

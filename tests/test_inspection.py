@@ -113,6 +113,7 @@ def test_against_the_reference(backend, name):
 def check_numbers(call: inspection.RecordedCall, case: Case, exact: torch.Tensor) -> None:
     tile = call.support.tile_shape
     assert torch.equal(call.live_tiles, any_in_tiles(exact, tile))
+    assert torch.equal(call.support.keys, any_in_tiles(exact, (tile[0], 1)).sum(-1))
     visible, _ = reference.visible_mask(case.problem, case.visibility, case.query.device)
     visible = any_in_tiles(visible.expand_as(exact), tile)
     assert torch.equal(call.visible_tiles, visible)
@@ -136,6 +137,11 @@ def check_keys_together(call: inspection.RecordedCall, case: Case, exact: torch.
     assert call.key_sparsity.tolist() == pytest.approx((1 - live.sum((0, 2)).double() / seen.sum((0, 2))).tolist())
     means = [live[:, head][seen[:, head] > 0].double().mean().item() for head in range(live.shape[1])]
     assert call.keys_per_64_queries.tolist() == pytest.approx(means)
+    own = call.support.tile_shape[0], 1
+    live, seen = (any_in_tiles(marks, own).sum((0, 2, 3)).double() for marks in (exact, visible.expand_as(exact)))
+    assert call.key_density.tolist() == pytest.approx((live / seen).tolist(), nan_ok=True)
+    if own == (64, 1):
+        assert call.key_density.tolist() == pytest.approx((1 - call.key_sparsity).tolist(), nan_ok=True)
 
 
 def test_tau_is_in_units_of_z(backend):
@@ -277,6 +283,7 @@ def test_released_inputs():
         model(x)
     assert torch.equal(calls[1].support.size, kept[1].support.size)
     assert torch.equal(calls[1].block_sparsity, kept[1].block_sparsity)
+    assert torch.equal(calls[1].key_density, kept[1].key_density)
     with pytest.raises(RuntimeError, match=r"query and key of 'layers.1.attention' were released"):
         calls[1].rows()
 

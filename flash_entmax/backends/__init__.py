@@ -72,8 +72,9 @@ class Backend(Protocol):
     def attention_support(
         self, problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, reached_keys: Tensor,
         reaching_queries: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """(maximum in units of z, support size of each row in int32, exact map of live tiles in bool)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """(maximum in units of z, support size of each row in int32, exact map of live tiles in bool, keys of each tile
+        of queries in int32). Support says what these are."""
 
     def row_maxima(self, problem: Problem, query: Tensor, key: Tensor) -> Tensor:
         """Each row's maximum over the keys; +inf where it sees none."""

@@ -159,5 +159,7 @@ def support_of(probability: Tensor, maximum: Tensor, offset: Tensor, tile: int) 
     rows, keys = live.shape[-2:]
     padded = live.new_zeros(*live.shape[:-2], rows + -rows % tile, keys + -keys % tile)
     padded[..., :rows, :keys] = live
-    tiles = padded.unflatten(-1, (-1, tile)).unflatten(-3, (-1, tile)).any(-1).any(-2)
-    return Support(maximum.detach(), offset.detach(), live.sum(-1, dtype=torch.int32), tiles, (tile, tile))
+    by_tile_of_queries = padded.unflatten(-2, (-1, tile)).any(-2)
+    tiles = by_tile_of_queries.unflatten(-1, (-1, tile)).any(-1)
+    size, union = (marks.sum(-1, dtype=torch.int32) for marks in (live, by_tile_of_queries))
+    return Support(maximum.detach(), offset.detach(), size, tiles, (tile, tile), union)

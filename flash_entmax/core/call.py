@@ -27,6 +27,8 @@ class Support(NamedTuple):
         tiles: (batch, heads, query tiles, key tiles) bool, True where the tile holds a positive probability.
         tile_shape: (queries, keys) of one tile of ``tiles``. The shape of ``tiles`` depends on the lengths by division,
             so an exported program of a ``Support`` is for lengths of as many tiles.
+        keys: (batch, heads, query tiles) int32, the number of keys to which at least one query of the tile attends. It
+            is the size of the union of their supports: a key counts once, however many queries attend to it.
     """
 
     maximum: Tensor
@@ -34,6 +36,7 @@ class Support(NamedTuple):
     size: Tensor
     tiles: Tensor
     tile_shape: tuple[int, int]
+    keys: Tensor
 
     @property
     def tau(self) -> Tensor:

@@ -135,11 +135,12 @@ class RecordedCall:
 
     @cached_property
     def support(self) -> Support:
-        """Maximum, offset, size (batch, heads, query length) and live tiles, as ``return_support=True`` gives them."""
+        """Maximum, offset, size, live tiles and keys of tiles, as ``return_support=True`` gives them."""
         query, key = self.inputs
         value = key.new_empty(()).expand(*key.shape[:3], self.problem.value_size)  # the operator reads its shape only
-        maximum, size, tiles = ops.attention_support(query, key, value, *self._tensors, *self._state, *self._numbers)
-        return Support(maximum, self._offset, size, tiles, (self._tile, self._tile))
+        arguments = query, key, value, *self._tensors, *self._state, *self._numbers
+        maximum, size, tiles, keys = ops.attention_support(*arguments)
+        return Support(maximum, self._offset, size, tiles, (self._tile, self._tile), keys)
 
     @property
     def tau(self) -> Tensor:
@@ -178,6 +179,17 @@ class RecordedCall:
         return 1 - share(self.live_tiles.sum((0, 1, 3)), self.visible_tiles.sum((0, 1, 3)))
 
     @property
+    def key_density(self) -> Tensor:
+        """(heads,) float64: of the keys that a tile of queries sees, the share to which one of its queries attends.
+
+        Keys are counted over all tiles of queries of the batch, by the call itself: in its precision, and by its own
+        tile, ``support.tile_shape[0]`` queries. ``1 - key_sparsity`` is the same share for 64 queries on every device,
+        by the supports of ``rows``. At a tile of 64 queries the two differ by the keys whose score is within rounding
+        of the threshold.
+        """
+        return share(self.support.keys.sum((0, 2)), self._visible_keys(self._tile).sum((0, 2)))
+
+    @property
     def keys_per_query(self) -> Tensor:
         """(heads,) float64: the mean support size of the queries that see a key."""
         return share(self.support.size.sum((0, 2)), (self.support.maximum < torch.inf).sum((0, 2)))
@@ -198,12 +210,17 @@ class RecordedCall:
     @cached_property
     def visible_keys(self) -> Tensor:
         """(batch, heads, ceil(query length / 64)) int64: how many keys at least one of 64 consecutive queries sees."""
+        return self._visible_keys(QUERIES)
+
+    def _visible_keys(self, queries: int) -> Tensor:
+        """The same of each group of `queries` consecutive queries, one tile or several."""
         p, kinds = self.problem, self._tensors.tile_kinds
-        shape = p.batch, p.heads, ceil_div(p.query_length, QUERIES)
+        shape = p.batch, p.heads, ceil_div(p.query_length, queries)
         if kinds is None:
-            return union_sizes(self.intervals.long(), QUERIES).unsqueeze(1).expand(shape)
+            return union_sizes(self.intervals.long(), queries).unsqueeze(1).expand(shape)
         counts = [
-            [self._visibility(batch, head).visible_keys() for head in range(kinds.shape[1])] for batch in range(p.batch)
+            [self._visibility(batch, head).visible_keys(queries) for head in range(kinds.shape[1])]
+            for batch in range(p.batch)
         ]
         return torch.tensor(counts, device=kinds.device).view(p.batch, kinds.shape[1], -1).expand(shape)
 
@@ -216,7 +233,8 @@ class RecordedCall:
     def key_sparsity(self) -> Tensor:
         """(heads,) float64: of the keys that 64 consecutive queries see, the share that none of them attends to.
 
-        It is the ``block_sparsity`` of tiles of 64 queries and one key.
+        It is the ``block_sparsity`` of tiles of 64 queries and one key. ``key_density`` says how its complement
+        differs.
         """
         return 1 - share(self.live_keys.sum((0, 2)), self.visible_keys.sum((0, 2)))
 

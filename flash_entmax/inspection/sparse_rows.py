@@ -45,9 +45,9 @@ class HeadVisibility(NamedTuple):
         seen = torch.where((kind >= FIRST_PARTIAL)[:, None, None], bits, (kind == WHOLE)[:, None, None])
         return seen.transpose(0, 1).flatten(1)
 
-    def visible_keys(self) -> list[int]:
-        """How many keys each group of QUERIES queries sees together, through a mask by tiles."""
-        kinds, tiles_together = self.tile_kinds, QUERIES // self.tile
+    def visible_keys(self, queries: int) -> list[int]:
+        """How many keys each group of `queries` queries sees together, through a mask by tiles."""
+        kinds, tiles_together = self.tile_kinds, queries // self.tile
         counts = []
         for rows in torch.arange(kinds.shape[0]).split(tiles_together):
             seen = torch.zeros(kinds.shape[1] * self.tile, dtype=torch.bool, device=kinds.device)

@@ -3,7 +3,7 @@
     flash_entmax::attention           -> output, value_mean, maximum, offset, reached_keys, reaching_queries
     flash_entmax::attention_backward  -> grad_query, grad_key, grad_value, grad_parameters
     flash_entmax::attention_tangent   -> the output's derivative along tangents of the inputs
-    flash_entmax::attention_support   -> maximum in units of z, support size of each row, map of live tiles
+    flash_entmax::attention_support   -> maximum in units of z, support size of each row, live tiles, keys of each tile
     flash_entmax::summarise           -> the four tensors of a KeySummary
 
 backends.Backend says what these are.
@@ -147,7 +147,7 @@ def _(query, key, value, value_mean, *_):
     return torch.empty_like(value_mean)
 
 
-@operator(f"{_INPUTS}, {_TENSORS}, {_STATE}, {_NUMBERS}", results=3)
+@operator(f"{_INPUTS}, {_TENSORS}, {_STATE}, {_NUMBERS}", results=4)
 def attention_support(query, key, value, *rest):
     tensors, state, numbers = rest[:TENSORS], rest[TENSORS:-NUMBERS], rest[-NUMBERS:]
     problem, backend = unpack_arguments(query, value, tensors, numbers)
@@ -161,7 +161,8 @@ def _(query, key, value, *rest):
     tile = tile_of(rest[-1], query, value)
     query_tiles, key_tiles = (ceil_div(tensor.shape[2], tile) for tensor in (query, key))
     size = torch.empty_like(maximum, dtype=torch.int32)
-    return torch.empty_like(maximum), size, query.new_empty(*query.shape[:2], query_tiles, key_tiles, dtype=torch.bool)
+    marks = query.new_empty(*query.shape[:2], query_tiles, key_tiles, dtype=torch.bool)
+    return torch.empty_like(maximum), size, marks, query.new_empty(marks.shape[:3], dtype=torch.int32)
 
 
 @operator("Tensor key, int value_size, str backend", results=4)
@@ -226,5 +227,5 @@ refuse_second_derivative(attention_tangent)
 batch_into(attention, (*_INPUTS_BATCH, None, *_TENSORS_BATCH), (0,) * 6)
 batch_into(attention_backward, (0, *_INPUTS_BATCH, 0, *_STATE_BATCH, None, *_TENSORS_BATCH), (0, 0, 0, 1))
 batch_into(attention_tangent, (*_INPUTS_BATCH, 0, *_STATE_BATCH, *_TANGENTS_BATCH, *_TENSORS_BATCH), (0,))
-batch_into(attention_support, (*_INPUTS_BATCH, *_TENSORS_BATCH, *_STATE_BATCH), (0, 0, 0))
+batch_into(attention_support, (*_INPUTS_BATCH, *_TENSORS_BATCH, *_STATE_BATCH), (0, 0, 0, 0))
 batch_into(summarise, (0,), (0, 0, 0, 0))

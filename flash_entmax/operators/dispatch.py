@@ -35,8 +35,8 @@ def attend(
     if not return_support:
         return output
     detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *tensors))
-    maximum, size, marks = attention_operators.attention_support(*detached, *state, *numbers)
-    return output, Support(maximum, state[1], size, marks, (tile, tile))
+    maximum, size, marks, keys = attention_operators.attention_support(*detached, *state, *numbers)
+    return output, Support(maximum, state[1], size, marks, (tile, tile), keys)
 
 
 def attend_without_tiles(

@@ -93,6 +93,9 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--wide-blocks", action="store_true", help=about)
     about = "inputs of a trained model instead of the default grid: safetensors of NAME.query, NAME.key and NAME.value"
     grid.add_argument("--inputs", nargs="+", type=Path, metavar="FILE", help=about)
+    grid.add_argument("--copies", type=int, metavar="N", help="with --inputs: each head N times (default: once)")
+    about = "with --inputs: two heads as one of twice the size, whose scores are the mean of theirs"
+    grid.add_argument("--side-by-side", action="store_true", help=about)
 
 
 def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
@@ -221,6 +224,8 @@ def bench(options: argparse.Namespace) -> int:
         groups=options.groups,
         wide_blocks=options.wide_blocks,
         inputs=options.inputs,
+        copies=options.copies,
+        side_by_side=options.side_by_side,
         only=options.only,
         parts=options.parts,
         smallest=options.smallest,

@@ -137,29 +137,32 @@ def outputs(alpha: float, relative: Tensor, offset: Tensor, v: Tensor) -> tuple[
 def attention_support(
     problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, reached_keys: Tensor,
     reaching_queries: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(maximum in units of z, support size, exact map of live tiles); see backends.Backend."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(maximum in units of z, support size, exact map of live tiles, keys of each tile); see backends.Backend."""
     size = torch.empty_like(maximum, dtype=torch.int32)
     marks = reached_tiles(problem, query.dtype, reached_keys)
+    keys = torch.empty(marks.shape[:3], dtype=torch.int32, device=marks.device)
     for part, own, shared in by_head(problem):
         own_rows = (tensor[:, own] for tensor in (query, maximum, offset, marks))
-        size[:, own], marks[:, own] = count_support(part, key[:, shared], *own_rows)
-    return maximum.clone(), size, marks
+        size[:, own], marks[:, own], keys[:, own] = count_support(part, key[:, shared], *own_rows)
+    return maximum.clone(), size, marks, keys
 
 
 def count_support(
     problem: Problem, key: Tensor, query: Tensor, maximum: Tensor, offset: Tensor, live: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sizes and live tiles with one alpha and scale."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes, live tiles, and how many keys each tile of queries attends to, with one alpha and scale."""
     visibility = TileVisibility.of(problem, query.device)
     q, k = tiles_of(query), tiles_of(key)
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
     size, marks = torch.zeros_like(offset, dtype=torch.int32), live.flatten(0, 1).clone()
+    union = torch.zeros_like(size[:, :, 0])
     for group in groups(marks):
         rows = group.rows
         keys = tiles_of_keys(k, group.keys(problem), group.used)
         z, _ = scores(problem, visibility, products(problem, q[rows], keys), group)
         positive = distances(z, maximum[rows], offset[rows]) > 0
         size[rows] = positive.sum(-1, dtype=torch.int32)
+        union[rows] = positive.any(1).sum(-1, dtype=torch.int32)
         marks[group.tiles] = by_tile(positive, group).any(-1).any(1)
-    return unpadded(size, query), marks.unflatten(0, query.shape[:2])
+    return unpadded(size, query), *(counts.unflatten(0, query.shape[:2]) for counts in (marks, union))

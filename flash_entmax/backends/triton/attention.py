@@ -262,19 +262,19 @@ def directions_of(tangents: Tangents, tensors: tuple[Tensor, ...], maximum: Tens
 def attention_support(
     problem: Problem, query: Tensor, key: Tensor, maximum: Tensor, offset: Tensor, reached_keys: Tensor,
     reaching_queries: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(maximum in units of z, support size, exact map of live tiles)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(maximum in units of z, support size, exact map of live tiles, keys of each tile of queries)."""
     size = torch.zeros(maximum.shape, dtype=torch.int32, device=query.device)
     tile = schedule.tile_size(query.dtype, problem.widest)
-    grid = [ceil_div(length, tile) for length in (problem.query_length, problem.key_length)]
+    grid = (ceil_div(length, tile) for length in (problem.query_length, problem.key_length))
     marks = torch.zeros(problem.batch, problem.heads, *grid, dtype=torch.bool, device=query.device)
-    keys = torch.zeros(problem.batch, problem.heads, grid[0], dtype=torch.int32, device=query.device)
+    keys = torch.zeros(marks.shape[:3], dtype=torch.int32, device=query.device)
     if problem.is_empty:
-        return maximum.clone(), size, marks
+        return maximum.clone(), size, marks, keys
     with device_of(query):
         launches = CallLaunches.of(problem, query.dtype)
         inputs = aligned(query), aligned(key), maximum, offset, reached_keys
         results = size, marks, keys
         launches.over_tiles_of_queries(support_kernel, schedule.threshold_settings, inputs, results, query.device)
     z_scale = problem.z_scale
-    return maximum * (z_scale.view(-1, 1) if isinstance(z_scale, Tensor) else z_scale), size, marks
+    return maximum * (z_scale.view(-1, 1) if isinstance(z_scale, Tensor) else z_scale), size, marks, keys

@@ -5,15 +5,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Captured:
-    """Where the inputs of a case are stored; ``source`` says which model they were captured from."""
+    """Where the inputs of a case are stored, and how its heads come from them.
+
+    Attributes:
+        source: which model they were captured from.
+        copies: how often each head comes.
+        side_by_side: two heads next to each other are one head of twice the size.
+    """
 
     file: str
     name: str
     label: str
     source: str
+    copies: int = 1
+    side_by_side: bool = False
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.source}" if self.source else self.file
+        place = f"{self.file}: {self.source}" if self.source else self.file
+        copied = f" ({self.copies} copies of each head)" if self.copies > 1 else ""
+        joined = " (two heads side by side, their queries times 2^-1/2, so that a score is the mean of two)"
+        return place + copied + (joined if self.side_by_side else "")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,10 @@ from .measure import timing_method
 from .settings import ALPHA, BenchSettings
 
 PEERS = ("adasplash", "entmax")
+GROUPED_HEADS = (
+    "softmax takes them by enable_gqa; where a backend refuses, a note says that the timed call repeats keys and "
+    "values; dense entmax repeats them"
+)
 
 
 def conditions_of(settings: BenchSettings) -> dict[str, object]:
@@ -34,6 +38,7 @@ def conditions_of(settings: BenchSettings) -> dict[str, object]:
         "causal": True,
         "alpha": ALPHA,
         "inputs": inputs_of(settings),
+        "grouped_heads": GROUPED_HEADS if any(case.group > 1 for case in settings.cases) else None,
         "timing": timing_method(settings),
         "clocks": "not changed",
     }

@@ -17,7 +17,10 @@ def print_conditions(console: Console, settings: BenchSettings) -> None:
     console.print(f"{facts['device']}, {versions}, {facts['dtype']}, causal, alpha {facts['alpha']}")
     console.print(f"times: {facts['timing']}; clocks {facts['clocks']}", soft_wrap=True)
     if settings.measures_cases:
-        console.print(f"{len(settings.cases)} cases; inputs: {facts['inputs']}\n", soft_wrap=True)
+        console.print(f"{len(settings.cases)} cases; inputs: {facts['inputs']}", soft_wrap=True)
+        if facts["grouped_heads"]:
+            console.print(f"grouped heads: {facts['grouped_heads']}", soft_wrap=True)
+        console.print()
 
 
 class Lines:
@@ -44,7 +47,14 @@ class Lines:
 
 def place(result: dict) -> str:
     label = f"{result['inputs']}, " if result["captured"] else ""
-    return f"{label}{tokens(result)} x {heads(result)}, block sparsity {known(result['block_sparsity'], '.2f')}"
+    live, reached = densities(result)
+    return f"{label}{tokens(result)} x {heads(result)}, live tiles {live}, keys reached {reached}"
+
+
+def densities(result: dict) -> tuple[str, str]:
+    """The share of the visible tiles that are live, and that of the visible keys that a tile of queries reaches."""
+    sparsity = result["block_sparsity"]
+    return known(None if sparsity is None else 1 - sparsity, ".2f"), known(result["key_density"], ".3f")
 
 
 def known(value: float | None, form: str) -> str:
@@ -105,12 +115,11 @@ def print_cases(console: Console, title: str, columns: list[str], rows: list[tup
     table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD)
     if named:
         table.add_column("inputs", no_wrap=True)
-    for column in ("length", "heads x size", "block\nsparsity", "keys per\nquery", *columns):
+    for column in ("length", "heads x size", "live\ntiles", "keys\nreached", "keys per\nquery", *columns):
         table.add_column(column, justify="right", no_wrap=True)
     for result, cells in rows:
-        sparsity, size = known(result["block_sparsity"], ".2f"), known(result["support_size"], ".0f")
-        label = [result["inputs"]] if named else []
-        table.add_row(*label, tokens(result), heads(result), sparsity, size, *cells)
+        size, label = known(result["support_size"], ".0f"), [result["inputs"]] if named else []
+        table.add_row(*label, tokens(result), heads(result), *densities(result), size, *cells)
     console.print(table)
 
 
@@ -160,7 +169,7 @@ def print_roofline(console: Console, results: list[dict], conditions: dict) -> N
             rows.append((result, [f"{milliseconds(floor)} ms", f"{milliseconds(step)} ms", attained]))
     rate = conditions["matrix_flop_per_second"] / 1e12
     title = f"how near to the floor that {rate:,.3g} Tflop/s of matrix products allow"
-    print_cases(console, title, ["floor", "step", "reached"], rows)
+    print_cases(console, title, ["floor", "step", "attained"], rows)
     console.print(FORMULA, soft_wrap=True)
 
 

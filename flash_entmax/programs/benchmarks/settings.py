@@ -127,6 +127,8 @@ def settings_for(
     parts: Sequence[str] | None = None,
     wide_blocks: bool = False,
     inputs: Sequence[Path] | None = None,
+    copies: int | None = None,
+    side_by_side: bool = False,
     smallest: bool = False,
     command: str = "flash-entmax bench",
 ) -> BenchSettings:
@@ -141,6 +143,10 @@ def settings_for(
     check_numbers("--head-sizes", head_sizes, MAX_HEAD_SIZE)
     check_numbers("--topics", topics)
     check_numbers("--groups", groups)
+    check_numbers("--copies", None if copies is None else [copies])
+    if not inputs and (copies is not None or side_by_side):
+        flag = "--side-by-side" if copies is None else f"--copies {copies}"
+        raise CommandError(f"{flag} is for the heads of captured inputs: it needs --inputs FILE")
     check_words("--only", only, NAMES)
     check_words("--parts", parts, PARTS)
     parts = tuple(parts or (CASE_PARTS if inputs else PARTS))
@@ -152,7 +158,7 @@ def settings_for(
     if not inputs or any((lengths, head_sizes, topics, groups, wide_blocks)):
         grid_cases = cases_of(grid, lengths, head_sizes, topics, groups)
         cases += [replace(case, wide_blocks=wide_blocks) for case in dict.fromkeys(grid_cases)]
-    cases += captured_cases(inputs or ())
+    cases += captured_cases(inputs or (), 1 if copies is None else copies, side_by_side)
     return BenchSettings(torch.device(device), out, tuple(cases), parts, tuple(only or ()), grid, command)
 
 

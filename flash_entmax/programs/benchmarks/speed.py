@@ -41,7 +41,7 @@ def measure_case(case: BenchCase, settings: BenchSettings, ready: dict[str, Read
         result["competitors"][competitor.name] = entry
     ours = result["competitors"].get(OURS, {})
     if rate is not None and "step_ms" in ours and result["block_sparsity"] is not None:
-        floor = roofline.floor(case, 1 - result["block_sparsity"], rate)
+        floor = roofline.floor(case, 1 - result["block_sparsity"], result["key_density"], rate)
         result["roofline"] = floor._asdict() | {"attained": floor.step_ms / ours["step_ms"]}
     return result
 
@@ -70,12 +70,14 @@ def topics_of(case: BenchCase, settings: BenchSettings) -> tuple[Tensor, ...]:
 
 def facts_of(case: BenchCase, inputs: tuple[Tensor, ...]) -> dict:
     """The case, and the sparsity of its inputs; None if measuring it failed."""
-    facts = asdict(case) | {"inputs": case.inputs, "block_sparsity": None, "support_size": None}
+    facts = asdict(case) | {"inputs": case.inputs}
+    facts |= {"block_sparsity": None, "key_density": None, "support_size": None}
     try:
         query, key, value = (tensor.detach() for tensor in inputs)
         support = entmax_attention(query, key, value, alpha=ALPHA, is_causal=True, return_support=True)[1]
         return facts | {
             "block_sparsity": block_sparsity(support),
+            "key_density": key_density(support),
             "support_size": support.size.double().mean().item(),
             "tile": list(support.tile_shape),
         }
@@ -85,11 +87,21 @@ def facts_of(case: BenchCase, inputs: tuple[Tensor, ...]) -> dict:
 
 def block_sparsity(support: Support) -> float:
     """The share of the visible tiles without support, in a causal call with as many queries as keys."""
-    queries, keys = support.tile_shape
-    rows, columns = map(torch.arange, support.tiles.shape[-2:])
-    last_query = ((rows + 1) * queries).clamp_max(support.size.shape[-1]) - 1
-    visible = (columns * keys <= last_query.unsqueeze(-1)).sum().item() * support.tiles[..., 0, 0].numel()
+    columns = torch.arange(support.tiles.shape[-1]) * support.tile_shape[1]
+    visible = (columns < keys_seen(support).unsqueeze(-1)).sum().item() * support.tiles[..., 0, 0].numel()
     return 1 - support.tiles.sum().item() / visible
+
+
+def key_density(support: Support) -> float:
+    """Of the keys that a tile of queries sees in such a call, the share to which one of its queries attends."""
+    visible = keys_seen(support).sum().item() * support.keys[..., 0].numel()
+    return support.keys.sum().item() / visible
+
+
+def keys_seen(support: Support) -> Tensor:
+    """(query tiles,): how many keys the last query of each tile sees in such a call."""
+    tiles = torch.arange(1, support.tiles.shape[-2] + 1)
+    return (tiles * support.tile_shape[0]).clamp_max(support.size.shape[-1])
 
 
 def measure_competitor(

@@ -54,10 +54,10 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
         print(kernel.fn.__name__, compiled.metadata.shared)
 
     launch.launch = compile_only
-    query, key = torch.empty(1, 4, 256, head_size, dtype=dtype), torch.empty(1, 2, 256, head_size, dtype=dtype)
-    score, visibility = ScoreOptions(alpha, 1.0), VisibilityArgs(None, None, None, True, 256)
+    query, key = torch.empty(1, 4, 512, head_size, dtype=dtype), torch.empty(1, 2, 512, head_size, dtype=dtype)
+    score, visibility = ScoreOptions(alpha, 1.0), VisibilityArgs(None, None, None, True, 512)
     if everything:
-        score, visibility = all_options(4, 256, tile_size(dtype, head_size))
+        score, visibility = all_options(4, 512, tile_size(dtype, head_size))
     problem = Problem.of(query.shape, key.shape, score, visibility)
     output, *saved = attention.attention_forward(problem, query, key, key, True)
     attention.attention_backward(problem, output, query, key, key, *saved, everything)
@@ -72,7 +72,7 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
     numbers = (torch.ones(4), torch.ones(4), torch.ones(1, 4)) if everything else (None, None, None)
     attention.attention_tangent(problem, query, key, key, *saved, Tangents(query, key, key, *numbers))
     attention.attention_forward(problem, query, key, key, False)
-    maximum, offset = (torch.empty(1, 4, 256) for _ in range(2))
+    maximum, offset = (torch.empty(1, 4, 512) for _ in range(2))
     parts.row_maxima(problem, query, key)
     parts.sums_at(problem, query, key, maximum, offset)
     parts.output_at(problem, query, key, key, maximum, offset)

@@ -9,25 +9,28 @@ from ...core.call import KeySummary, Problem, ScoreOptions, Tangents, Visibility
 from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import KernelKeySummary, summary_kernel
+from .certify import certify_kernel
 from .gradient import gradient_key_value_kernel, gradient_query_kernel
 from .launch import Direct, SettingsRule, ThroughTriton
+from .mark import mark_kernel
 from .output import output_kernel, support_kernel
 from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of
 from .queries import KernelScoreOptions
 from .reach import reach_shapes
-from .reaching import reaching_kernel
+from .reaching import list_queries_kernel, reaching_kernel
+from .scan import scan_kernel
 from .schedule import Outline
 from .scratch import Scratch
-from .share import add_parts_kernel, count_kernel, share_kernel
+from .share import add_parts_kernel, share_kernel
+from .solve import solve_kernel
 from .tangent import Directions, tangent_kernel
-from .threshold import threshold_kernel
 from .tile import Matrix, aligned, device_of, matrix, trimmed
 from .visibility import KernelVisibility
 
-FORWARD = summary_kernel, threshold_kernel, output_kernel
-BACKWARD = gradient_query_kernel, gradient_key_value_kernel
-BACKWARD_SHARED = *BACKWARD, count_kernel, share_kernel, add_parts_kernel
-BACKWARD_REMADE = *BACKWARD, reaching_kernel
+FORWARD = scan_kernel, certify_kernel, solve_kernel, output_kernel
+MARK = list_queries_kernel, mark_kernel
+BACKWARD = gradient_query_kernel, list_queries_kernel, gradient_key_value_kernel
+SHARE = share_kernel, add_parts_kernel
 
 
 class OpenedKernels(NamedTuple):
@@ -38,12 +41,20 @@ class OpenedKernels(NamedTuple):
     options: KernelScoreOptions
     visibility: KernelVisibility
 
-    def run(self, kernel, chunk: Chunk, rule: SettingsRule, *arguments, slots: int | None = None) -> None:
-        """Launch a kernel with one program for each tile of the chunk, and for each slot of its units."""
+    def run(self, kernel, chunk: Chunk, rule: SettingsRule, *arguments, numbers: tuple = ()) -> None:
+        """Launch a kernel with one program for each tile of queries of the chunk."""
         first_unit, units, first_tile, tiles, capacity = chunk
-        numbers = (first_unit, units, first_tile, capacity) + (() if slots is None else (slots,))
         self.launch(
-            kernel, units * (tiles + (slots or 0)), rule, *arguments, self.options, self.visibility, *self.plan.sizes,
+            kernel, units * tiles, rule, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit, units,
+            first_tile, capacity, *numbers,
+        )  # fmt: skip
+
+    def run_over_keys(
+        self, kernel, first_unit: int, units: int, tiles: int, rule: SettingsRule, *arguments, numbers: tuple
+    ) -> None:
+        """Launch a kernel with so many programs for each unit, one for each tile of keys."""
+        self.launch(
+            kernel, units * tiles, rule, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit, units,
             *numbers,
         )  # fmt: skip
 
@@ -125,28 +136,33 @@ def attention_forward(
         with device_of(query):
             launches = CallLaunches.of(problem, query.dtype, needs_backward)
             kept = (matrix(value_mean), maximum, offset, reached_keys) if needs_backward else (None,) * 4
-            kernels, summary = FORWARD, None
+            summary = None
             if problem.summary is not None:
-                kernels, (centre, *numbers) = FORWARD[1:], problem.summary
+                centre, *numbers = problem.summary
                 summary = KernelKeySummary(aligned(centre), *(number.contiguous() for number in numbers))
-            arguments = aligned(query), aligned(key), aligned(value), summary, matrix(output), *kept, reaching_queries
-            forward_stages(launches, kernels, arguments, query.device)
+            words = reaching_queries
+            if not launches.plan.are_words_kept:
+                words = query.new_zeros(launches.plan.chunk_words, dtype=torch.int32)
+            arguments = aligned(query), aligned(key), aligned(value), summary, matrix(output), *kept, words
+            forward_stages(launches, arguments, query.device)
     output = trimmed(output, problem.value_size)
     if needs_backward:
         value_mean = trimmed(value_mean, problem.value_size)
     return output, value_mean, maximum, offset, reached_keys, reaching_queries
 
 
-def forward_stages(launches: CallLaunches, kernels: tuple, arguments: tuple, device: torch.device) -> None:
-    """Write the last six arguments: output; and value_mean, maximum, offset and what is reached, for the backward.
+def forward_stages(launches: CallLaunches, arguments: tuple, device: torch.device) -> None:
+    """Write output; and value_mean, maximum, offset, and what is reached, for the backward.
 
     Without a backward, value_mean, maximum, offset and reached_keys are None. Without a summary of the keys, one is
-    made.
+    made. The words are 0.
     """
     plan = launches.plan
+    kernels = (() if arguments[3] is not None else (summary_kernel,)) + FORWARD + (MARK if plan.is_marked else ())
     opened, arguments, scratch = launches.open(kernels, arguments, plan.forward_scratch, device)
-    query, key, value, summary, output, value_mean, maximum, offset, reached_keys, reaching_queries = arguments
-    lists, sublists, maxima, flags, counts, centre, radius, error, largest, *kept = scratch
+    query, key, value, summary, output, value_mean, maximum, offset, reached_keys, words = arguments
+    lists, sublists, maxima, flags, queries, counts, *scratch = scratch
+    bound_gap, score_error, margin, lowest, centre, radius, error, largest, *kept = scratch
     if maximum is None:
         maximum, offset, reached_keys = kept
     if summary is None:
@@ -154,8 +170,26 @@ def forward_stages(launches: CallLaunches, kernels: tuple, arguments: tuple, dev
         opened.launch(summary_kernel, plan.blocks, schedule.summary_settings, key, summary, *plan.sizes)
     for chunk in plan.forward_chunks:
         opened.run(
-            threshold_kernel, chunk, schedule.threshold_settings, query, key, summary, maxima, maximum, offset,
-            reached_keys, reaching_queries, lists, sublists, flags, counts,
+            scan_kernel, chunk, schedule.scan_settings, query, key, summary, maxima, maximum, bound_gap, score_error,
+            lists, counts,
+        )  # fmt: skip
+        opened.run(
+            certify_kernel, chunk, schedule.certify_settings, maxima, maximum, offset, bound_gap, score_error, margin,
+            lowest, lists, counts, words,
+        )  # fmt: skip
+        if plan.is_marked:
+            place = chunk.first_tile, chunk.tiles, chunk.capacity, *plan.forward_query_list(chunk)
+            opened.run_over_keys(
+                list_queries_kernel, chunk.first_unit, chunk.units, plan.key_tiles, schedule.list_settings, words,
+                flags, queries, numbers=(0, *place),
+            )  # fmt: skip
+            opened.run_over_keys(
+                mark_kernel, chunk.first_unit, chunk.units, plan.key_tiles, schedule.mark_settings, query, key, lowest,
+                flags, queries, numbers=place,
+            )  # fmt: skip
+        opened.run(
+            solve_kernel, chunk, schedule.solve_settings, query, key, maxima, maximum, offset, margin, flags, lists,
+            sublists, counts, reached_keys, numbers=(int(plan.is_marked),),
         )  # fmt: skip
         opened.run(
             output_kernel, chunk, schedule.output_settings, query, key, value, maximum, offset, reached_keys, sublists,
@@ -194,40 +228,46 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
     dQ comes first, with the pairs of numbers of each query that dK and dV need.
     """
     plan = launches.plan
-    kernels = BACKWARD_SHARED if plan.slots else BACKWARD_REMADE if plan.remade_words else BACKWARD
+    kernels = BACKWARD + (SHARE if plan.slots else ()) + (() if plan.are_words_kept else (reaching_kernel,))
     opened, arguments, scratch = launches.open(kernels, arguments, plan.backward_scratch, device)
-    pairs, lists, words, counts, shares, parts = scratch
+    pairs, lists, remade_words, shares, parts = scratch
     query, key, value, value_mean, grad_output, selected, *gradients = arguments[:9]
-    maximum, offset, reached_keys, reaching_queries, parameter_parts = arguments[9:]
+    maximum, offset, reached_keys, words, parameter_parts = arguments[9:]
     grad_query, grad_key, grad_value = gradients
     for chunk in plan.query_chunks:
         opened.run(
             gradient_query_kernel, chunk, schedule.gradient_settings, query, key, value, value_mean, grad_output,
             selected, maximum, offset, pairs, reached_keys, lists, grad_query, parameter_parts,
         )  # fmt: skip
-    if plan.slots:
-        units, slots = plan.units // plan.group, plan.slots
-        setting, programs = schedule.summary_settings, units * plan.key_tiles
-        opened.launch(count_kernel, programs, setting, reaching_queries, counts, *plan.sizes)
-        opened.launch(share_kernel, units, setting, counts, shares, plan.outline.key_length, slots)
-    else:
+    if not plan.slots:
         shares, parts = None, None
-    for chunk in plan.key_chunks:
-        if plan.remade_words:
-            heads = chunk._replace(first_unit=chunk.first_unit * plan.group, units=chunk.units * plan.group)
-            opened.run(
-                reaching_kernel, heads._replace(capacity=plan.query_capacity), schedule.threshold_settings, query, key,
-                maximum, offset, reached_keys, lists, words,
+    capacities = plan.backward_query_list
+    for first_unit, units, first_key, tiles, _ in plan.key_chunks:
+        heads = first_unit * plan.group, units * plan.group, tiles
+        if not plan.are_words_kept:
+            words = remade_words
+            opened.run_over_keys(
+                reaching_kernel, *heads, schedule.mark_settings, query, key, maximum, offset, reached_keys, lists,
+                words, numbers=(first_key, *capacities),
             )  # fmt: skip
-        opened.run(
-            gradient_key_value_kernel, chunk._replace(capacity=plan.query_capacity), schedule.gradient_settings, query,
-            key, value, selected or grad_output, pairs, words if plan.remade_words else reaching_queries, shares, parts,
-            lists, grad_key, grad_value, slots=plan.slots,
+        opened.run_over_keys(
+            list_queries_kernel, *heads, schedule.list_settings, words, None, lists,
+            numbers=(first_key, 0, plan.query_tiles, plan.list_size, *capacities),
         )  # fmt: skip
         if plan.slots:
             opened.launch(
-                add_parts_kernel, chunk.units * plan.slots, schedule.summary_settings, shares, parts, grad_key,
-                grad_value, opened.options, *plan.sizes, chunk.first_unit, chunk.units, plan.slots,
+                share_kernel, units, schedule.summary_settings, lists, shares, plan.group, plan.outline.key_length,
+                *capacities, plan.slots,
+            )  # fmt: skip
+        opened.run_over_keys(
+            gradient_key_value_kernel, first_unit, units, tiles + plan.slots, schedule.gradient_settings, query, key,
+            value, selected or grad_output, pairs, lists, shares, parts, grad_key, grad_value,
+            numbers=(first_key, *capacities, plan.slots),
+        )  # fmt: skip
+        if plan.slots:
+            opened.launch(
+                add_parts_kernel, units * plan.slots, schedule.summary_settings, shares, parts, grad_key, grad_value,
+                opened.options, *plan.sizes, first_unit, units, plan.slots,
             )  # fmt: skip
 
 
@@ -275,6 +315,6 @@ def attention_support(
         launches = CallLaunches.of(problem, query.dtype)
         inputs = aligned(query), aligned(key), maximum, offset, reached_keys
         results = size, marks, keys
-        launches.over_tiles_of_queries(support_kernel, schedule.threshold_settings, inputs, results, query.device)
+        launches.over_tiles_of_queries(support_kernel, schedule.solve_settings, inputs, results, query.device)
     z_scale = problem.z_scale
     return maximum * (z_scale.view(-1, 1) if isinstance(z_scale, Tensor) else z_scale), size, marks, keys

@@ -1,13 +1,75 @@
-"""Which tiles can hold support, by their maxima alone: an offset at or above the true one, and a shorter list."""
+"""What can hold support, by the maxima of tiles alone: an offset at or above the true one, and a shorter list of tiles.
+
+The maxima also say which queries reach a tile of keys: each of these pairs sets a bit.
+"""
 
 import triton
 import triton.language as tl
 
 from .alpha import newton_step, probability, support_weight
-from .lists import TileList, append
+from .lists import TileList, append, list_place
+from .queries import open_options
+from .reach import query_words
+from .tile import UNSPECIALIZED, Sizes, heaviest_first, load_row, store_row
 
+ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum: twice the rounding of its 11 bits
+# Of the offset: 2^-20 for the rounding of z_scale / offset in relative distances, 2^-21 for the processor's logarithm.
+# What the solve's plain sums lose is within what the storage error of a maximum has to spare.
+SAFETY = tl.constexpr(1.0 + 2.0**-18)
 STEPS = tl.constexpr(3)
 PLACES = tl.constexpr(64)  # places of a list that one step looks at
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def certify_kernel(
+    maxima, maximum, offset, bound_gap, score_error, margin, lowest, lists, counts, words, score_options, visibility,
+    heads, group, query_length, key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
+):  # fmt: skip
+    """Of each row an `offset` at or above the true one, the `margin` that makes its stored maxima comparable with an
+    offset, and the `lowest` score that no key of its support is below. The list of tiles gets shorter.
+
+    An allowance of 1 or more, or NaN (a number of the head is not finite), certifies nothing: the offset is 1, its
+    largest value, every tile survives, and so does every key.
+    """
+    TILE: tl.constexpr = C.TILE
+    sizes = Sizes(heads, group, query_length, key_length)
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    options = open_options(score_options, unit, sizes, C)
+    row = tile * TILE + tl.arange(0, TILE)
+    index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
+    column = maxima + tl.cast(index, tl.int64) * capacity * TILE + tl.arange(0, TILE)
+    tiles = TileList(places, tl.load(counts + 4 * index), tl.load(counts + 4 * index + 1))
+    row_maximum = load_row(maximum, unit, row, sizes, float("inf"))
+    row_gap = load_row(bound_gap, unit, row, sizes, 0.0)
+    row_error = load_row(score_error, unit, row, sizes, 0.0)
+
+    allowance = row_error + ROUNDING * (1.0 + tl.abs(row_gap))
+    is_certain = allowance < 1.0
+    certified = certify_offset(column, tiles.count, row_gap, options.exponent, C) + allowance
+    row_offset = tl.where(is_certain, certified, 1.0)
+    row_margin = row_gap + tl.where(is_certain, allowance, float("nan"))
+    depth = row_margin + row_offset
+    tiles = shorten(tiles, column, depth, C)
+    row_lowest = lowest_reaching_score(row_maximum, row_offset, row_error, options.z_scale)
+
+    store_row(offset, unit, row, sizes, row_offset)
+    store_row(margin, unit, row, sizes, row_margin)
+    store_row(lowest, unit, row, sizes, tl.where(is_certain, row_lowest, float("nan")))
+    tl.store(counts + 4 * index, tiles.split)
+    tl.store(counts + 4 * index + 1, tiles.count)
+    word, step = query_words(words, unit, tile, first_unit, first_tile, tl.num_programs(0) // units, sizes, C)
+    store_reaching_queries(word, step, tiles, column, depth, row, sizes, C)
+
+
+@triton.jit
+def lowest_reaching_score(maximum, offset, score_error, z_scale):
+    """The score that a key must exceed to be in the support, with what rounding may move; +inf for no key.
+
+    One `score_error` is for the score, which is computed again and again in other ways. The other is for the rounding
+    of this number.
+    """
+    lowest = maximum - (offset * SAFETY + 2.0 * score_error) / z_scale
+    return tl.where(maximum < float("inf"), lowest, float("inf"))
 
 
 @triton.jit
@@ -53,21 +115,18 @@ def tiles_above(tiles, column, first, depth, C: tl.constexpr):
 
 @triton.jit
 def shorten(tiles, column, depth, C: tl.constexpr):
-    """(the list of the tiles that are alive at this depth, in place, with their maxima; how many pairs of a row and a
-    tile that it reaches)."""
+    """The list of the tiles that are alive at this depth, in place. Their maxima move along."""
     count = 0
     split = 0
-    pairs = 0
     for first in range(0, tiles.count, PLACES):
-        number, maxima, reaching, alive = tiles_above(tiles, column, first, depth, C)
+        number, maxima, _, alive = tiles_above(tiles, column, first, depth, C)
         tl.debug_barrier()  # all have read this span before it is written over
         target = tl.cast(count + tl.cumsum(alive, 0) - 1, tl.int64) * C.TILE
         tl.store(column[:, None] + target[None, :], maxima.to(tl.float16), mask=(alive > 0)[None, :])
         count = append(tiles.tiles, count, number, alive)
         split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
-        pairs += tl.sum(tl.sum(reaching, 1), 0)
     tl.debug_barrier()
-    return TileList(tiles.tiles, split, count), pairs
+    return TileList(tiles.tiles, split, count)
 
 
 @triton.jit
@@ -105,3 +164,20 @@ def whole_tiles(places, tiles):
 def tile_of(number):
     """The tile of a number in a list: ~tile where single keys are listed in its place."""
     return tl.where(number < 0, ~number, number)
+
+
+@triton.jit
+def store_reaching_queries(words, step, tiles, column, depth, row, sizes, C: tl.constexpr):
+    """For each listed tile of keys, the word of the queries whose stored maximum is above -depth, or NaN.
+
+    `words` is the one of this tile of queries and the first tile of keys, and `step` leads to the next tile of keys.
+    """
+    WORDS: tl.constexpr = C.WORDS
+    BITS: tl.constexpr = C.BITS
+    exists = row < sizes.query_length
+    for first in range(0, tiles.count, PLACES):
+        number, _, reaching, _ = tiles_above(tiles, column, first, depth, C)
+        reaching = tl.where(exists[:, None], reaching, 0)
+        bits = tl.reshape(reaching, (WORDS, BITS, PLACES)) << tl.arange(0, BITS)[None, :, None]
+        pointers = words + (tl.cast(number, tl.int64) * step)[None, :] + tl.arange(0, WORDS)[:, None]
+        tl.store(pointers, tl.sum(bits, 1), mask=(first + tl.arange(0, PLACES) < tiles.count)[None, :])

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-SPAN_TILES = tl.constexpr(32)  # tiles that one step looks at
-
 
 class RowCount(NamedTuple):
     """How many rows are listed, and which flags gave the last ones, and the ones before: their indices, or below 0."""
@@ -56,16 +54,17 @@ def append_rows(rows, count, quota, index, tile, flags, candidate, C: tl.constex
 
 
 @triton.jit
-def fill_last_block(rows, count, tile, flags, C: tl.constexpr):
+def fill_last_block(rows, count, tile, flags, length, C: tl.constexpr):
     """How many blocks the list has, after it was filled up from two tiles: those at count.last and count.before.
 
-    One tile alone has as many other rows as its block lacks. Two tiles have more than a block.
+    One tile alone has as many other rows as its block lacks. Two tiles have more than a block. The last of `length`
+    rows stands for all behind it.
     """
     missing = (C.TILE - count.rows % C.TILE) % C.TILE
     others = tl.where((tile >= 0)[:, None], 1 - flags, 0)
     number = tl.sum(others, 1)
     place = (tl.cumsum(number, 0) - number)[:, None] + tl.cumsum(others, 1) - 1
-    row = tile[:, None] * C.TILE + tl.arange(0, C.TILE)[None, :]
+    row = tl.minimum(tile[:, None] * C.TILE + tl.arange(0, C.TILE)[None, :], length - 1)
     tl.store(rows + count.rows + place, row, mask=(others > 0) & (place < missing))
     tl.debug_barrier()
     return (count.rows + missing) // C.TILE

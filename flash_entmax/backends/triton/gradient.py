@@ -19,10 +19,9 @@ from .keys import Keys, open_keys
 from .lists import walk
 from .program import ChunkSizes, open_program
 from .queries import KernelScoreOptions, Queries, Threshold, open_options, open_queries, open_threshold
-from .reach import row_quota, word_row
-from .reaching import first_reaching_tile, list_queries
+from .reaching import block_counts, listed_queries
 from .score import distance_to_threshold, relative_distance, transposed_scores
-from .share import part_pointers, share_of, store_gradients
+from .share import blocks_between, part_pointers, share_of, store_gradients
 from .tile import (
     UNSPECIALIZED,
     Matrix,
@@ -165,51 +164,48 @@ class KeyContext(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_key_value_kernel(
-    query, key, value, grad_output, row_pairs, words, shares, parts, lists, grad_key, grad_value, score_options,
-    visibility, heads, group, query_length, key_length, first_unit, units, first_tile, capacity, slots,
+    query, key, value, grad_output, row_pairs, lists, shares, parts, grad_key, grad_value, score_options, visibility,
+    heads, group, query_length, key_length, first_unit, units, first_key, tile_capacity, row_capacity, slots,
     C: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys: the sum over the query heads of the group and over the queries that reach it.
 
-    Here a unit is a key head of a batch row. The first programs of each unit are for its slots. Where the forward pass
-    kept no words, they are those of this launch.
+    Here a unit is a key head of a batch row. The first programs of each unit are for its slots.
     """
     TILE: tl.constexpr = C.TILE
     HEAD_PADDED: tl.constexpr = C.HEAD_PADDED
     VALUE_PADDED: tl.constexpr = C.VALUE_PADDED
     sizes = Sizes(heads, group, query_length, key_length)
-    query_tiles = (query_length + TILE - 1) // TILE
-    unit, number = first_unit + tl.program_id(0) % units, tl.program_id(0) // units
-    tile, part, count = first_tile + number - slots, 0, 1
+    own_unit, number = tl.program_id(0) % units, tl.program_id(0) // units
+    unit = first_unit + own_unit
     tiles = tl.num_programs(0) // units - slots
+    tile, part, count = first_key + number - slots, 0, 1
     if shares is not None:
         slot = tl.where(number < slots, number, -1)
-        tile, part, count = share_of(shares, unit, slot, tile, slots, sizes, C)
+        tile, part, count = share_of(shares, own_unit, slot, tile, slots, sizes, C)
     if tile >= 0:
-        places = lists + tl.cast(tl.program_id(0), tl.int64) * (2 * capacity + row_quota(query_length, C))
         key_heads = heads // group
         batch, head = unit // key_heads, unit % key_heads
-        first = tile * TILE
-        block = open_tile(tile, C)
-        keys = open_keys(head_of(key, batch, head), block, sizes, True, C)
-        v = load_tile(head_of(value, batch, head), first, key_length, TILE, C.VALUE, VALUE_PADDED)
+        keys = open_keys(head_of(key, batch, head), open_tile(tile, C), sizes, True, C)
+        v = load_tile(head_of(value, batch, head), tile * TILE, key_length, TILE, C.VALUE, VALUE_PADDED)
 
-        # A part takes its share of the tiles of queries that may see the keys, of one query head after the other.
-        skipped = first_reaching_tile(tile, sizes, C)
-        seeing = query_tiles - skipped
-        low, high = part * seeing * group // count, (part + 1) * seeing * group // count
+        total = 0
+        for member in range(group):
+            index = (own_unit * group + member) * tiles + tile - first_key
+            total += tl.load(block_counts(lists, index, tile_capacity, row_capacity))
+        low, high = part * total // count, (part + 1) * total // count  # of the blocks, one query head after the other
         state = tl.zeros((TILE, HEAD_PADDED), tl.float32), tl.zeros((TILE, VALUE_PADDED), tl.float32)
         for member in range(group):
-            query_unit = batch * heads + head * group + member
-            begin = skipped + tl.minimum(tl.maximum(low - member * seeing, 0), seeing)
-            end = skipped + tl.minimum(tl.maximum(high - member * seeing, 0), seeing)
-            row = words + word_row(query_unit, tile, first_unit * group, first_tile, tiles, sizes, C) * C.WORDS
-            blocks = list_queries(places, capacity, row, query_unit, tile, begin, end, sizes, visibility, C)
+            query_unit = unit * group + member  # the heads of a key head follow each other
+            index = (own_unit * group + member) * tiles + tile - first_key
+            blocks = listed_queries(lists, index, tile_capacity, row_capacity)
             context = KeyContext(
                 keys, v, query_head(query, query_unit, sizes), query_head(grad_output, query_unit, sizes), row_pairs,
                 query_unit, open_options(score_options, query_unit, sizes, C), sizes, visibility,
             )  # fmt: skip
-            state = walk(add_to_key_and_value, state, context, blocks, C)
+            state = walk(add_to_key_and_value, state, context, blocks_between(blocks, low, high, C), C)
+            listed = tl.load(block_counts(lists, index, tile_capacity, row_capacity))
+            low, high = low - listed, high - listed
         dk, dv = state
         if shares is None:  # noqa: SIM114 (a branch of the compiler)
             store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)

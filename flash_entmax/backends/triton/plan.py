@@ -23,6 +23,7 @@ MAXIMA = 2**26  # maxima of 2 bytes, and flags of 1 byte, in the scratch of one 
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
 REACHING = 2**25  # listed queries and tiles of queries, and words, likewise: 128 MiB
 MOST_SLOTS = 64  # of a key head, see share.py
+FEWEST_MARKED = 8  # tiles of keys: with fewer, single keys are not looked for
 FEWEST_SHARED = 32  # tiles of queries of a group of heads: with fewer, no tile of keys is split
 
 
@@ -105,69 +106,96 @@ class Plan:
         return self.chunks_of_queries(LISTED)
 
     @cached_property
-    def key_chunks(self) -> list[Chunk]:
-        """Chunks of tiles of keys, with lists of queries, and their words where none are stored."""
-        return chunks(self.units // self.group, self.key_tiles, self.query_places + self.remade_words, REACHING)
+    def are_words_kept(self) -> bool:
+        """Whether the forward pass keeps which queries reach each tile of keys."""
+        return self.outline.needs_backward and self.key_tiles <= self.config.STORED_TILES
 
     @cached_property
-    def query_places(self) -> int:
-        """Places of a list of queries: for tiles, twice, and for single queries."""
-        rows = ceil_div(self.outline.query_length, 2 * self.config.TILE) * self.config.TILE
-        return 2 * self.query_capacity + min(self.config.QUOTA, rows)
+    def is_marked(self) -> bool:
+        """Whether single keys are looked for. Short rows have few tiles."""
+        return self.key_tiles >= FEWEST_MARKED
 
-    @property
-    def query_capacity(self) -> int:
-        """Places for tiles of queries. Single queries start at a multiple of 16 bytes."""
-        return ceil_div(self.query_tiles, 4) * 4
+    def query_list(self, tiles: int, rows: int) -> tuple[int, int]:
+        """(tile_capacity, row_capacity) of a list of queries from so many tiles. Parts start at multiples of 16
+        bytes, and a list has at most half of the rows."""
+        half = ceil_div(tiles, 2) * self.config.TILE
+        return ceil_div(tiles, 4) * 4, max(self.config.TILE, min(rows, half) // self.config.TILE * self.config.TILE)
+
+    def forward_query_list(self, chunk: Chunk) -> tuple[int, int]:
+        """What is not listed as single queries, since it is too much, is not marked: an eighth of them is enough."""
+        return self.query_list(chunk.tiles, min(self.config.QUOTA, chunk.tiles * self.config.TILE // 8))
+
+    @cached_property
+    def backward_query_list(self) -> tuple[int, int]:
+        return self.query_list(self.query_tiles, max(self.config.QUOTA, self.outline.query_length // 16))
+
+    def list_size_of(self, query_list: tuple[int, int]) -> int:
+        """Numbers of a list of queries, see reaching.py."""
+        tiles, rows = query_list
+        return 4 + 2 * tiles + rows
+
+    @cached_property
+    def key_chunks(self) -> list[Chunk]:
+        """Chunks of tiles of keys, with lists of queries, and their words where none are kept."""
+        places = self.group * (self.list_size_of(self.backward_query_list) + self.remade_words)
+        return chunks(self.units // self.group, self.key_tiles, places, REACHING)
 
     @cached_property
     def remade_words(self) -> int:
-        """Words of one tile of keys that the backward computes: none where they are stored."""
-        is_stored = self.key_tiles <= self.config.STORED_TILES
-        return 0 if is_stored else self.group * self.query_tiles * self.config.WORDS
+        """Words of one tile of keys and a query head that the backward computes: none where they are kept."""
+        return 0 if self.are_words_kept else self.query_tiles * self.config.WORDS
 
     @cached_property
     def slots(self) -> int:
         """Programs of each key head for parts of tiles of keys, see share.py."""
-        if self.remade_words or self.group * self.query_tiles < FEWEST_SHARED:
+        if not self.are_words_kept or self.group * self.query_tiles < FEWEST_SHARED:
             return 0
         return min(MOST_SLOTS, ceil_div(self.key_tiles, 2))
 
     @cached_property
     def forward_scratch(self) -> Scratch:
-        """Lists and sublists of tiles, maxima, flags of keys, counts; the summary of each block of keys; thresholds and
-        records unless kept."""
-        places = most_places(self.forward_chunks)
-        programs = max(chunk.programs for chunk in self.forward_chunks)
+        """Lists and sublists of tiles, maxima, flags of keys, lists of queries, counts, four numbers of each row; the
+        summary of each block of keys; thresholds and records unless kept."""
+        config, parts = self.config, self.forward_chunks
+        places, programs = most_places(parts), max(chunk.programs for chunk in parts)
         lists, counts = (torch.int32, places), (torch.int32, 4 * programs)
-        flags = (torch.int8, places * self.config.TILE)
-        centre, numbers = (self.outline.dtype, self.blocks * self.config.HEAD), (torch.float32, self.blocks)
-        rows = (torch.float32, 0 if self.outline.needs_backward else self.units * self.outline.query_length)
-        maxima = (torch.float16, places * self.config.TILE)
-        size = record_size(self.outline.key_length, self.config.TILE, self.config.QUOTA)
+        maxima, flags = (torch.float16, places * config.TILE), (torch.int8, places * config.TILE * self.is_marked)
+        queries = [chunk.units * self.key_tiles * self.list_size_of(self.forward_query_list(chunk)) for chunk in parts]
+        centre, numbers = (self.outline.dtype, self.blocks * config.HEAD), (torch.float32, self.blocks)
+        row_count = self.units * self.outline.query_length
+        row, threshold = (torch.float32, row_count), (torch.float32, 0 if self.outline.needs_backward else row_count)
+        size = record_size(self.outline.key_length, config.TILE, config.QUOTA)
         records = (torch.int32, 0 if self.outline.needs_backward else programs * size)
-        return Scratch(lists, lists, maxima, flags, counts, centre, numbers, numbers, numbers, rows, rows, records)
+        return Scratch(
+            lists, lists, maxima, flags, (torch.int32, max(queries) * self.is_marked), counts, row, row, row, row,
+            centre, numbers, numbers, numbers, threshold, threshold, records,
+        )  # fmt: skip
+
+    @cached_property
+    def chunk_words(self) -> int:
+        """Words of the largest chunk, where none are kept. They start as 0."""
+        most = max(chunk.units * self.key_tiles * chunk.tiles for chunk in self.forward_chunks)
+        return 0 if self.are_words_kept else most * self.config.WORDS
 
     @cached_property
     def backward_scratch(self) -> Scratch:
         """The pairs of numbers of each query; lists, of keys first and of queries later; words that are computed again;
-        how the work is shared out: counts, plans, sums of parts."""
-        config, key_units = self.config, self.units // self.group
+        how the work is shared out: plans, sums of parts."""
+        config = self.config
         pairs = self.units * self.query_tiles * config.TILE * 4
-        programs = max(chunk.programs for chunk in self.key_chunks)
-        units = max(chunk.units for chunk in self.key_chunks)
-        places = max(most_places(self.query_chunks), (programs + units * self.slots) * self.query_places)
-        counts, shares = (key_units * count if self.slots else 0 for count in (self.key_tiles, self.share_size))
+        programs, units = (max(getattr(chunk, name) for chunk in self.key_chunks) for name in ("programs", "units"))
+        lists = programs * self.group * self.list_size_of(self.backward_query_list)
         parts = units * self.slots * config.TILE * (config.HEAD_PADDED + config.VALUE_PADDED)
         return Scratch(
-            (torch.float32, pairs), (torch.int32, places), (torch.int32, programs * self.remade_words),
-            (torch.int32, counts), (torch.int32, shares), (torch.float32, parts),
+            (torch.float32, pairs), (torch.int32, max(most_places(self.query_chunks), lists)),
+            (torch.int32, programs * self.group * self.remade_words), (torch.int32, units * self.share_size),
+            (torch.float32, parts),
         )  # fmt: skip
 
     @property
     def share_size(self) -> int:
         """Numbers of the plan of one key head, see share.py."""
-        return self.slots + 2 * self.key_tiles
+        return self.slots + 2 * self.key_tiles if self.slots else 0
 
     @cached_property
     def list_scratch(self) -> Scratch:

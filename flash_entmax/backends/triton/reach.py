@@ -7,7 +7,8 @@
     how many blocks of single keys are listed                            1, and up to 3 that are unused
     the single keys                                                      key_quota
 
-`reaching_queries` has a word of one bit for each query, for every tile of keys and every tile of queries. Beyond
+`reaching_queries` has a word of one bit for each query, for every tile of keys and every tile of queries: the query may
+reach one of the keys. Beyond
 Config.STORED_TILES tiles of keys it is empty, and the backward computes it again, some tiles of keys at a time.
 
 Together with the output's mean and the numbers of each row this is at most 512 bytes for each query of a head of 128
@@ -91,17 +92,22 @@ def row_quota(length, C: tl.constexpr):
 
 
 @triton.jit
-def are_stored(key_length, C: tl.constexpr):
-    """Whether the forward pass keeps `reaching_queries`."""
-    return (key_length + C.TILE - 1) // C.TILE <= C.STORED_TILES
+def are_kept(key_length, C: tl.constexpr):
+    """Whether the words are those of all heads and tiles, and stay for the backward."""
+    kept = key_length < 0
+    if C.NEEDS_BACKWARD:
+        kept = (key_length + C.TILE - 1) // C.TILE <= C.STORED_TILES
+    return kept
 
 
 @triton.jit
-def word_row(unit, tile, first_unit, first_tile, tiles, sizes, C: tl.constexpr):
-    """Where the words of a tile of keys start: among all words, or among those of one launch for so many tiles."""
-    query_tiles = (sizes.query_length + C.TILE - 1) // C.TILE
+def query_words(words, unit, tile, first_unit, first_tile, tiles, sizes, C: tl.constexpr):
+    """(pointer, step): the word of a tile of queries and the first tile of keys; how far the next tile of keys is.
+
+    The words are all that are kept, or those of one chunk: of so many tiles of queries, from `first_tile` on.
+    """
+    if are_kept(sizes.key_length, C):
+        first_unit, first_tile, tiles = 0, 0, (sizes.query_length + C.TILE - 1) // C.TILE
     key_tiles = (sizes.key_length + C.TILE - 1) // C.TILE
-    index = tl.cast(unit, tl.int64) * key_tiles + tile
-    if are_stored(sizes.key_length, C) == 0:
-        index = tl.cast(unit - first_unit, tl.int64) * tiles + tile - first_tile
-    return index * query_tiles
+    place = tl.cast(unit - first_unit, tl.int64) * key_tiles * tiles + tile - first_tile
+    return words + place * C.WORDS, tiles * C.WORDS

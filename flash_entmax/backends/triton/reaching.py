@@ -1,20 +1,64 @@
-"""Which queries reach a tile of keys: their words by one more product, where the forward pass kept none; their list."""
+"""Which queries may reach a tile of keys: their list, from a bit for each pair; and these bits, where none are kept.
+
+The list of a tile of keys and a query head is a row of int32 numbers:
+
+    the numbers of its BlockList, and how many blocks it has      4
+    its tiles of queries                                          tile_capacity
+    all tiles with some bit, before they are told apart           tile_capacity
+    its single queries                                            row_capacity
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .bound import rounding_of_z
-from .gather import SPAN_TILES, RowCount, append_rows, fill_last_block, load_bits
+from .certify import lowest_reaching_score
+from .gather import RowCount, append_rows, fill_last_block, load_bits
 from .keys import open_keys
-from .lists import BlockList, append, append_tiles, close_list
-from .mark import lowest_reaching_score
+from .lists import BlockList, TileList, append, append_tiles, close_list
 from .queries import open_options, open_queries, open_threshold
-from .reach import open_record, row_quota
+from .reach import are_kept, open_record
 from .score import transposed_scores
 from .tile import UNSPECIALIZED, WORD, Sizes, key_head, open_tile, query_head
 from .visibility import are_whole
 
-SPAN = tl.constexpr(64)
+SPAN = tl.constexpr(128)
+SPAN_TILES = tl.constexpr(16)  # tiles of queries that one step lists: one warp runs a program
+HEADER = tl.constexpr(4)
+
+
+class QueryList(NamedTuple):
+    """Pointers to the parts of the list of one tile of keys."""
+
+    header: Tensor
+    tiles: Tensor
+    candidates: Tensor
+    rows: Tensor
+
+
+@triton.jit
+def open_query_list(lists, index, tile_capacity, row_capacity):
+    """The list at some index."""
+    header = lists + tl.cast(index, tl.int64) * (HEADER + 2 * tile_capacity + row_capacity)
+    tiles = header + HEADER
+    return QueryList(header, tiles, tiles + tile_capacity, tiles + 2 * tile_capacity)
+
+
+@triton.jit
+def listed_queries(lists, index, tile_capacity, row_capacity):
+    """The BlockList at some index."""
+    own = open_query_list(lists, index, tile_capacity, row_capacity)
+    whole = TileList(own.tiles, tl.load(own.header), tl.load(own.header + 1))
+    return BlockList(whole, own.rows, tl.load(own.header + 2))
+
+
+@triton.jit
+def block_counts(lists, index, tile_capacity, row_capacity):
+    """Pointers to how many blocks the lists at some indices have."""
+    return open_query_list(lists, index, tile_capacity, row_capacity).header + 3
 
 
 @triton.jit
@@ -23,25 +67,106 @@ def first_reaching_tile(tile, sizes, C: tl.constexpr):
     first = 0
     if C.CAUSAL:
         first = tl.maximum(tile * C.TILE - (sizes.key_length - sizes.query_length), 0) // C.TILE
-    return tl.minimum(first, (sizes.query_length + C.TILE - 1) // C.TILE)
+    return first
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def list_queries_kernel(
+    words, flags, lists, score_options, visibility, heads, group, query_length, key_length, first_unit, units,
+    first_key, first_tile, tiles, capacity, tile_capacity, row_capacity, C: tl.constexpr,
+):  # fmt: skip
+    """The list of one tile of keys and one query head, over so many tiles of queries from `first_tile` on.
+
+    Tiles that need no mask, and of which few queries reach the keys, are listed by single queries. In the forward pass
+    these pairs of tiles are marked next. So their flags become 0 here, and those of other pairs without a mask 1: all
+    keys are reached. The backward has no flags.
+    """
+    WORDS: tl.constexpr = C.WORDS
+    sizes = Sizes(heads, group, query_length, key_length)
+    unit = first_unit + tl.program_id(0) % units
+    tile = first_key + tl.program_id(0) // units
+    keys = tl.num_programs(0) // units
+    index = (unit - first_unit) * keys + tile - first_key
+    own = open_query_list(lists, index, tile_capacity, row_capacity)
+    is_kept = are_kept(key_length, C)
+    row = tl.where(is_kept, unit * ((key_length + C.TILE - 1) // C.TILE) + tile, index)
+    length = tl.where(is_kept, (query_length + C.TILE - 1) // C.TILE, tiles)
+    words += tl.cast(row, tl.int64) * length * C.WORDS - tl.where(is_kept, 0, first_tile * C.WORDS)
+
+    alive_tiles = 0
+    for first in range(tl.maximum(first_tile, first_reaching_tile(tile, sizes, C)), first_tile + tiles, SPAN):
+        candidate = first + tl.arange(0, SPAN)
+        inside = candidate < first_tile + tiles
+        alive = tl.zeros((SPAN,), tl.int32)
+        for number in tl.static_range(WORDS):
+            word = tl.load(words + candidate * C.WORDS + number, mask=inside, other=0)
+            alive = tl.where(word != 0, 1, alive)
+        alive_tiles = append(own.candidates, alive_tiles, candidate, alive)
+    tl.debug_barrier()
+
+    front, back = 0, 0
+    count, last, before = 0, -1, -1
+    for first in range(0, alive_tiles, SPAN_TILES):
+        place = first + tl.arange(0, SPAN_TILES)
+        inside = place < alive_tiles
+        candidate = tl.load(own.candidates + place, mask=inside, other=0)
+        unmasked = are_whole(unit, candidate, tile, sizes, visibility, C)
+        if flags is None:  # whoever walks the list loads no query past the last
+            unmasked = unmasked & ((candidate + 1) * C.TILE <= query_length)
+        bits = load_bits(words, candidate, inside, C)
+        counted, taken = append_rows(
+            own.rows, RowCount(count, last, before), row_capacity, candidate, candidate, bits, inside & unmasked, C
+        )
+        count, last, before = counted
+        if flags is not None:
+            pair = pair_flags(flags, unit - first_unit, candidate - first_tile, tile, tiles, capacity, C)
+            flag = tl.where(taken, 0, 1).to(tl.int8)[:, None]
+            pointers = pair[:, None] + tl.arange(0, C.TILE)[None, :]
+            tl.store(pointers, tl.broadcast_to(flag, pointers.shape), mask=(inside & unmasked)[:, None])
+        left = tl.where(inside & ~taken, 1, 0)
+        ends = append_tiles(own.tiles, tile_capacity, (front, back), candidate, left, unmasked)
+        front, back = ends
+    listed = close_list(own.tiles, tile_capacity, (front, back))
+    pair = tl.where(tl.arange(0, 2) == 0, last, before)
+    bits = load_bits(words, pair, pair >= 0, C)
+    blocks = fill_last_block(own.rows, RowCount(count, last, before), pair, bits, query_length, C)
+    tl.store(own.header, listed.split)
+    tl.store(own.header + 1, listed.count)
+    tl.store(own.header + 2, blocks)
+    tl.store(own.header + 3, listed.count + blocks)
+    if is_kept == 0:  # the next chunk starts from 0
+        for first in range(0, alive_tiles, SPAN):
+            place = first + tl.arange(0, SPAN)
+            candidate = tl.load(own.candidates + place, mask=place < alive_tiles, other=0)
+            for number in tl.static_range(WORDS):
+                pointers = words + candidate * C.WORDS + number
+                tl.store(pointers, tl.zeros((SPAN,), tl.int32), mask=place < alive_tiles)
+
+
+@triton.jit
+def pair_flags(flags, unit, query_tile, key_tile, tiles, capacity, C: tl.constexpr):
+    """The flags of a tile of queries of a chunk for a tile of keys. No tile of queries sees more than `capacity`."""
+    place = (tl.cast(unit, tl.int64) * tiles + query_tile) * capacity + key_tile % capacity
+    return flags + place * C.TILE
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def reaching_kernel(
     query, key, maximum, offset, reached_keys, lists, words, score_options, visibility, heads, group, query_length,
-    key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
+    key_length, first_unit, units, first_key, tile_capacity, row_capacity, C: tl.constexpr,
 ):  # fmt: skip
-    """The words of one tile of keys and one query head, for every tile of queries. Here a unit is a query head.
+    """The words of one tile of keys and one query head, for every tile of queries, by one more product.
 
     A query is counted in as `lowest_reaching_score` says: so every positive probability is.
     """
     WORDS: tl.constexpr = C.WORDS
+    BITS: tl.constexpr = C.BITS
     sizes = Sizes(heads, group, query_length, key_length)
     unit = first_unit + tl.program_id(0) % units
-    tile = first_tile + tl.program_id(0) // units
-    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile
+    tile = first_key + tl.program_id(0) // units
+    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_key
     query_tiles = (query_length + C.TILE - 1) // C.TILE
-    places = lists + tl.cast(index, tl.int64) * capacity
+    places = open_query_list(lists, index, tile_capacity, row_capacity).candidates
     row = words + tl.cast(index, tl.int64) * query_tiles * WORDS
     count = 0
     for first in range(0, query_tiles, SPAN):
@@ -64,43 +189,5 @@ def reaching_kernel(
         lowest = lowest_reaching_score(threshold.maximum, threshold.offset, error, options.z_scale)
         score, _ = transposed_scores(queries, keys, True, C)
         reaching = tl.max(tl.where(score <= lowest[None, :], 0, 1), 0)
-        bits = tl.reshape(tl.where(queries.row < query_length, reaching, 0), (WORDS, C.BITS))
-        bits = tl.sum(bits << tl.arange(0, C.BITS)[None, :], 1)
-        tl.store(row + block.tile * WORDS + tl.arange(0, WORDS), bits)
-
-
-@triton.jit
-def list_queries(places, capacity, words, unit, tile, begin, end, sizes, visibility, C: tl.constexpr):
-    """The queries, from some tiles of one head, that may reach a tile of keys. `words` are those of its tiles.
-
-    There are `capacity` places for the list of tiles, as many for tiles with some bit, and places for single queries.
-    """
-    candidates, rows = places + capacity, places + 2 * capacity
-    WORDS: tl.constexpr = C.WORDS
-    quota = row_quota(sizes.query_length, C)
-    front, back = 0, 0
-    count, last, before = 0, -1, -1
-    tl.debug_barrier()  # all are done with what was listed in these places before
-    alive_tiles = 0
-    for first in range(begin, end, SPAN):
-        candidate = first + tl.arange(0, SPAN)
-        place = candidate[:, None] * C.WORDS + tl.arange(0, WORDS)[None, :]
-        own_words = tl.load(words + place, mask=(candidate < end)[:, None], other=0)
-        alive_tiles = append(candidates, alive_tiles, candidate, tl.max(tl.where(own_words != 0, 1, 0), 1))
-    tl.debug_barrier()
-    for first in range(0, alive_tiles, SPAN_TILES):
-        place = first + tl.arange(0, SPAN_TILES)
-        inside = place < alive_tiles
-        candidate = tl.load(candidates + place, mask=inside, other=0)
-        whole = are_whole(unit, candidate, tile, sizes, visibility, C)
-        whole = whole & ((candidate + 1) * C.TILE <= sizes.query_length)
-        flags = load_bits(words, candidate, inside, C)
-        counted = RowCount(count, last, before)
-        counted, taken = append_rows(rows, counted, quota, candidate, candidate, flags, inside & whole, C)
-        count, last, before = counted
-        tiles = append_tiles(places, capacity, (front, back), candidate, tl.where(inside & (taken == 0), 1, 0), whole)
-        front, back = tiles
-    listed = close_list(places, capacity, (front, back))
-    pair = tl.where(tl.arange(0, 2) == 0, last, before)
-    flags = load_bits(words, pair, pair >= 0, C)
-    return BlockList(listed, rows, fill_last_block(rows, RowCount(count, last, before), pair, flags, C))
+        bits = tl.reshape(tl.where(queries.row < query_length, reaching, 0), (WORDS, BITS))
+        tl.store(row + block.tile * WORDS + tl.arange(0, WORDS), tl.sum(bits << tl.arange(0, BITS)[None, :], 1))

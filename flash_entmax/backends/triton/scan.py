@@ -2,7 +2,7 @@
 
 Maxima are stored in 16 bits by place in the list: in units of z, relative to a bound from below on the row's maximum.
 A difference that 16 bits cannot hold becomes inf. +inf certifies nothing and kills no tile. -inf is below any
-threshold.
+threshold. Tiles that a bound rules out are not listed.
 """
 
 from typing import NamedTuple
@@ -10,19 +10,41 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .bound import bound_tiles
 from .keys import open_keys, open_listed_keys
-from .lists import walk
-from .queries import Queries
+from .lists import list_place, walk
+from .queries import Queries, open_options, open_queries
 from .score import scores, tile_maxima
-from .tile import Matrix, open_tile
+from .tile import UNSPECIALIZED, Matrix, Sizes, heaviest_first, key_head, open_tile, query_head, store_row
 
-ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum: twice the rounding of its 11 bits
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def scan_kernel(
+    query, key, summary, maxima, maximum, bound_gap, score_error, lists, counts, score_options, visibility, heads,
+    group, query_length, key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
+):  # fmt: skip
+    """Bound and scan: the list of tiles that may hold support, their maxima, and three numbers of each row: `maximum`
+    (of the scores; +inf where it sees no key), `bound_gap` and `score_error`."""
+    sizes = Sizes(heads, group, query_length, key_length)
+    unit, tile = heaviest_first(units, first_unit, first_tile)
+    options = open_options(score_options, unit, sizes, C)
+    block = open_tile(tile, C)
+    queries = open_queries(query_head(query, unit, sizes), unit, block, options, sizes, visibility, True, C)
+    index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
+    tiles, maximum_bound, row_error = bound_tiles(places, capacity, queries, summary, C)
+    column = maxima + tl.cast(index, tl.int64) * capacity * C.TILE + tl.arange(0, C.TILE)
+    row_maximum, row_gap = scan_tiles(queries, key_head(key, unit, sizes), maximum_bound, tiles, column, C)
+    store_row(maximum, unit, queries.row, sizes, row_maximum)
+    store_row(bound_gap, unit, queries.row, sizes, row_gap)
+    store_row(score_error, unit, queries.row, sizes, row_error)
+    tl.store(counts + 4 * index, tiles.split)
+    tl.store(counts + 4 * index + 1, tiles.count)
 
 
 @triton.jit
 def scan_tiles(queries, key, maximum_bound, tiles, column, C: tl.constexpr):
-    """(maximum, bound_gap, storage_error): each row's maximum of the scores, +inf where it sees no key; what makes the
-    stored maxima relative to this maximum; how far storing them may move a z."""
+    """(maximum, bound_gap): each row's maximum of the scores, +inf where it sees no key; what makes the stored maxima
+    relative to this maximum."""
     TILE: tl.constexpr = C.TILE
     TILES_PER_STEP: tl.constexpr = C.TILES_PER_STEP
     z_scale = queries.options.z_scale
@@ -45,7 +67,7 @@ def scan_tiles(queries, key, maximum_bound, tiles, column, C: tl.constexpr):
     if C.FILTERED or C.ALIBI:  # either may hide a whole interval; a NaN score stays NaN against any maximum
         sees = sees & (maximum > float("-inf"))
     bound_gap = tl.where(sees, (maximum_bound - maximum) * z_scale, 0.0)
-    return tl.where(sees, maximum, float("inf")), bound_gap, ROUNDING * (1.0 + tl.abs(bound_gap))
+    return tl.where(sees, maximum, float("inf")), bound_gap
 
 
 class MaximaContext(NamedTuple):

@@ -233,10 +233,27 @@ def registers(config: Config, programs: int) -> int | None:
     return None if config.COMPENSATED else 65536 // (128 * programs) // 8 * 8
 
 
-def threshold_settings(config: Config) -> LaunchSettings:
+def scan_settings(config: Config) -> LaunchSettings:
     if config.HEAD_PADDED <= 64:
         return LaunchSettings(4, 3, registers(config, 4))
     return LaunchSettings(4, 2, registers(config, 3)) if config.HEAD_PADDED <= 128 else LaunchSettings(4, 2)
+
+
+def certify_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4, 1)
+
+
+def list_settings(config: Config) -> LaunchSettings:
+    """One warp: what it scans needs no exchange between warps."""
+    return LaunchSettings(1, 1)
+
+
+def mark_settings(config: Config) -> LaunchSettings:
+    return scan_settings(config)
+
+
+def solve_settings(config: Config) -> LaunchSettings:
+    return scan_settings(config)
 
 
 def output_settings(config: Config) -> LaunchSettings:

@@ -1,7 +1,7 @@
 """How the work on dK and dV is shared out: a tile of keys that very many queries reach gets several programs.
 
 Trained models attend to their first token from everywhere. One program for that tile would still run when all others
-are done. Its queries are split into parts of as many tiles, each for a program of its own, and the parts are added in
+are done. Its blocks of queries are split into equal parts, each for a program of its own, and the parts are added in
 one order. A program that is a part has a slot. Each key head has so many slots, whatever the data.
 
 The plan of one key head, in int32: the tile of each slot, or -1; the first slot of each tile; the parts of each tile, 0
@@ -11,62 +11,33 @@ where one program does all.
 import triton
 import triton.language as tl
 
-from .reaching import first_reaching_tile
+from .lists import BlockList, TileList
+from .reaching import block_counts
 from .tile import UNSPECIALIZED, Sizes, head_of, store_tile
 
 SPAN = tl.constexpr(128)
 SLOTS = tl.constexpr(64)  # places for slots that one step looks at: there are no more
-FEWEST = tl.constexpr(512)  # queries of a part
+FEWEST = tl.constexpr(8)  # blocks of a part
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def count_kernel(words, counts, heads, group, query_length, key_length, C: tl.constexpr):
-    """How many queries may reach one tile of keys, over the query heads of its key head."""
-    WORDS: tl.constexpr = C.WORDS
-    sizes = Sizes(heads, group, query_length, key_length)
-    key_tiles = (key_length + C.TILE - 1) // C.TILE
-    query_tiles = (query_length + C.TILE - 1) // C.TILE
-    unit, tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
-    begin = first_reaching_tile(tile, sizes, C) * WORDS
-    total = tl.zeros((SPAN,), tl.int32)
-    for member in range(group):
-        query_unit = unit * group + member  # heads of one batch row and key head follow each other
-        row = words + (tl.cast(query_unit, tl.int64) * key_tiles + tile) * query_tiles * WORDS
-        for first in range(begin, query_tiles * WORDS, SPAN):
-            place = first + tl.arange(0, SPAN)
-            total += population(tl.load(row + place, mask=place < query_tiles * WORDS, other=0))
-    tl.store(counts + tl.program_id(0), tl.sum(total, 0))
-
-
-@triton.jit
-def population(word):
-    """How many bits are set: of pairs of bits, of fours, of bytes, and the sum of the bytes."""
-    pairs = word - ((word >> 1) & 0x55555555)
-    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-    byte_counts = (fours + (fours >> 4)) & 0x0F0F0F0F
-    sums = byte_counts + (byte_counts >> 8)
-    return (sums + (sums >> 16)) & 0x3F
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def share_kernel(counts, shares, key_length, slots, C: tl.constexpr):
-    """The plan of one key head. Tiles with more than twice the mean of queries are split while slots last."""
+def share_kernel(lists, shares, group, key_length, tile_capacity, row_capacity, slots, C: tl.constexpr):
+    """The plan of one key head. Tiles with more than twice the mean of blocks are split, in order, while slots last."""
     tiles = (key_length + C.TILE - 1) // C.TILE
-    counts += tl.program_id(0) * tiles
-    slot_tile = shares + tl.program_id(0) * (slots + 2 * tiles)
+    unit = tl.program_id(0)
+    slot_tile = shares + unit * (slots + 2 * tiles)
     slot = tl.arange(0, SLOTS)
     tl.store(slot_tile + slot, tl.full((SLOTS,), -1, tl.int32), mask=slot < slots)
     total = tl.zeros((SPAN,), tl.int64)
     for first in range(0, tiles, SPAN):
-        tile = first + tl.arange(0, SPAN)
-        total += tl.load(counts + tile, mask=tile < tiles, other=0)
+        total += blocks_of_tiles(lists, unit, first, tiles, group, tile_capacity, row_capacity)
     most = tl.maximum(2 * tl.sum(total, 0) // tiles, FEWEST).to(tl.int32)
     tl.debug_barrier()
     used = 0
     for first in range(0, tiles, SPAN):
         tile = first + tl.arange(0, SPAN)
-        count = tl.load(counts + tile, mask=tile < tiles, other=0)
-        parts = tl.where(count > most, (count + most - 1) // most, 0)
+        blocks = blocks_of_tiles(lists, unit, first, tiles, group, tile_capacity, row_capacity)
+        parts = tl.where(blocks > most, (blocks + most - 1) // most, 0)
         last = used + tl.cumsum(parts, 0)
         used = tl.max(last, 0)
         parts = tl.where(last <= slots, parts, 0)
@@ -74,6 +45,17 @@ def share_kernel(counts, shares, key_length, slots, C: tl.constexpr):
         tl.store(slot_tile + slots + tiles + tile, parts, mask=tile < tiles)
         for part in range(tl.max(parts, 0)):
             tl.store(slot_tile + last - parts + part, tile, mask=part < parts)
+
+
+@triton.jit
+def blocks_of_tiles(lists, unit, first, tiles, group, tile_capacity, row_capacity):
+    """(SPAN,): the blocks of queries in the lists of tiles of keys, over the query heads of a key head."""
+    tile = first + tl.arange(0, SPAN)
+    total = tl.zeros((SPAN,), tl.int32)
+    for member in range(group):
+        index = (unit * group + member) * tiles + tl.minimum(tile, tiles - 1)
+        total += tl.load(block_counts(lists, index, tile_capacity, row_capacity), mask=tile < tiles, other=0)
+    return total
 
 
 @triton.jit
@@ -88,6 +70,23 @@ def share_of(shares, unit, slot, tile, slots, sizes, C: tl.constexpr):
     parts = tl.load(slot_tile + slots + tiles + tile, mask=exists, other=0)
     tile = tl.where(has_slot | (parts == 0), tile, -1)
     return tile, tl.where(has_slot, slot - first_slot, 0), tl.maximum(parts, 1)
+
+
+@triton.jit
+def blocks_between(blocks, low, high, C: tl.constexpr):
+    """The blocks from number `low` up to number `high` of a list."""
+    split, rows, masked = blocks.whole.split, blocks.row_blocks, blocks.whole.count - blocks.whole.split
+    first, end = clamp(low, split), clamp(high, split)
+    first_row, end_row = clamp(low - split, rows), clamp(high - split, rows)
+    first_masked, end_masked = clamp(low - split - rows, masked), clamp(high - split - rows, masked)
+    # Tiles with a mask follow the others: only a list without any of the others skips some of them.
+    whole = TileList(blocks.whole.tiles + first + first_masked, end - first, end - first + end_masked - first_masked)
+    return BlockList(whole, blocks.rows + first_row * C.TILE, end_row - first_row)
+
+
+@triton.jit
+def clamp(number, most):
+    return tl.minimum(tl.maximum(number, 0), most)
 
 
 @triton.jit
@@ -108,7 +107,7 @@ def add_parts_kernel(
     VALUE_PADDED: tl.constexpr = C.VALUE_PADDED
     sizes = Sizes(heads, group, query_length, key_length)
     index = tl.program_id(0)
-    unit, slot = first_unit + index % units, index // units
+    unit, slot = index % units, index // units
     tile, part, count = share_of(shares, unit, slot, -1, slots, sizes, C)
     if (part == 0) & (tile >= 0):
         dk = tl.zeros((TILE, HEAD_PADDED), tl.float32)
@@ -117,7 +116,7 @@ def add_parts_kernel(
             place = index + number * units
             dk += tl.load(part_pointers(parts, place, HEAD_PADDED, 0, C))
             dv += tl.load(part_pointers(parts, place, VALUE_PADDED, TILE * HEAD_PADDED, C))
-        store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)
+        store_gradients(grad_key, grad_value, dk, dv, first_unit + unit, tile, score_options.scale, sizes, C)
 
 
 @triton.jit

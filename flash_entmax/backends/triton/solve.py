@@ -1,8 +1,7 @@
-"""The threshold of each row, and the keys that hold support: bound, scan, certify, mark, solve, one after the other.
+"""The threshold of each row: single keys are listed, and Newton's steps go over them and the whole tiles.
 
-One program takes one tile of queries through all five. tau = z_scale * maximum - offset, in units of z. Whenever a list
-gets shorter, the offset is at or above the true one. So every list holds all support, and a sublist of the solve holds
-all support of the rows that it is for.
+tau = z_scale * maximum - offset, in units of z. Whenever a list gets shorter, the offset is at or above the true one.
+So every list holds all support, and a sublist of the solve holds all support of the rows that it is for.
 """
 
 from typing import NamedTuple
@@ -12,17 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .alpha import is_settled, newton_step
-from .bound import bound_tiles
-from .certify import PLACES, certify_offset, shorten, sublist, tile_of, whole_tiles
+from .certify import PLACES, SAFETY, shorten, sublist, tile_of, whole_tiles
+from .gather import RowCount, append_rows, fill_last_block, load_flags
 from .lists import BlockList, TileList, list_place
-from .mark import SAFETY, list_keys, lowest_reaching_score, mark_keys, store_reaching_queries, tiles_to_mark
 from .queries import Threshold, open_options, open_queries
-from .reach import are_stored, open_record, record_index
-from .scan import scan_tiles
+from .reach import open_record, record_index
+from .reaching import pair_flags
 from .sums import sums_at
-from .tile import UNSPECIALIZED, WORD, Sizes, heaviest_first, key_head, open_tile, query_head, store_row
+from .tile import UNSPECIALIZED, WORD, Sizes, heaviest_first, key_head, load_row, open_tile, query_head, store_row
 
 MAX_STEPS = tl.constexpr(40)
+SPAN_TILES = tl.constexpr(32)  # tiles of keys that one step lists
 
 
 class StoredMaxima(NamedTuple):
@@ -35,13 +34,13 @@ class StoredMaxima(NamedTuple):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def threshold_kernel(
-    query, key, summary, maxima, maximum, offset, reached_keys, reaching_queries, lists, sublists, flags, counts,
-    score_options, visibility, heads, group, query_length, key_length, first_unit, units, first_tile, capacity,
+def solve_kernel(
+    query, key, maxima, maximum, offset, margin, flags, lists, sublists, counts, reached_keys, score_options,
+    visibility, heads, group, query_length, key_length, first_unit, units, first_tile, capacity, is_marked,
     C: tl.constexpr,
 ):  # fmt: skip
-    """Stores each row's `maximum` (of the scores; +inf where no key is visible) and `offset`, and the lists of what may
-    hold support: whole tiles in `sublists`, single keys in a record; for the backward, the rest of what it reads."""
+    """Stores the `offset` of each row, and the lists of what may hold support: whole tiles in `sublists`, single keys
+    in a record; for the backward, the rest of the record."""
     TILE: tl.constexpr = C.TILE
     sizes = Sizes(heads, group, query_length, key_length)
     unit, tile = heaviest_first(units, first_unit, first_tile)
@@ -50,39 +49,21 @@ def threshold_kernel(
     queries = open_queries(query_head(query, unit, sizes), unit, block, options, sizes, visibility, True, C)
     index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
     first_place = tl.cast(index, tl.int64) * capacity
-    column = maxima + first_place * TILE + tl.arange(0, TILE)
-
-    tiles, maximum_bound, score_error = bound_tiles(places, capacity, queries, summary, C)
-
-    key = key_head(key, unit, sizes)
-    row_maximum, bound_gap, storage_error = scan_tiles(queries, key, maximum_bound, tiles, column, C)
-    tl.debug_barrier()  # the maxima are there for all
-
-    # An allowance of 1 or more, or NaN (a number of the head is not finite), certifies nothing: the offset stays at 1,
-    # its largest value, every tile survives, and stays whole.
-    allowance = score_error + storage_error
-    allowance_or_nan = tl.where(allowance < 1.0, allowance, float("nan"))
-    certified = certify_offset(column, tiles.count, bound_gap, options.exponent, C) + allowance
-    row_offset = tl.where(allowance < 1.0, certified, 1.0)
-    margin = bound_gap + allowance_or_nan
-    tiles, pairs = shorten(tiles, column, margin + row_offset, C)
-
+    tiles = TileList(places, tl.load(counts + 4 * index), tl.load(counts + 4 * index + 1))
     record = open_record(reached_keys, record_index(index, unit, tile, sizes, C), sizes, C)
-    is_certain = tl.min(tl.where((allowance < 1.0) | (row_maximum == float("inf")), 1, 0), 0) > 0
-    marked = tiles_to_mark(tiles, pairs, is_certain, C)
-    lowest = lowest_reaching_score(row_maximum, row_offset, score_error, options.z_scale)
-    flags += first_place * TILE
-    mark_keys(queries, key, tiles, marked, lowest, flags, C)
-    row_blocks = list_keys(record, tiles, marked, flags, C)
+    own_flags = pair_flags(flags, 0, index, 0, 0, capacity, C)
+    row_blocks = list_keys(record, tiles, tiles.split * is_marked, own_flags, capacity, sizes, C)
 
-    stored = StoredMaxima(column, margin, sublists + first_place)
+    row_margin = load_row(margin, unit, queries.row, sizes, 0.0)
+    row_maximum = load_row(maximum, unit, queries.row, sizes, float("inf"))
+    certified = load_row(offset, unit, queries.row, sizes, 1.0)
+    column = maxima + first_place * TILE + tl.arange(0, TILE)
+    stored = StoredMaxima(column, row_margin, sublists + first_place)
     blocks = BlockList(whole_tiles(stored.spare_places, tiles), record.rows, row_blocks)
-    row_offset = solve(queries, row_maximum, row_offset, tiles, blocks, stored, key, C)
-    depth = margin + row_offset * SAFETY
-    tiles, _ = shorten(tiles, column, depth, C)
+    row_offset = solve(queries, row_maximum, certified, tiles, blocks, stored, key_head(key, unit, sizes), C)
+    tiles = shorten(tiles, column, row_margin + row_offset * SAFETY, C)
     whole = whole_tiles(stored.spare_places, tiles)
 
-    store_row(maximum, unit, queries.row, sizes, row_maximum)
     store_row(offset, unit, queries.row, sizes, tl.where(row_maximum < float("inf"), row_offset, 1.0))
     tl.store(counts + 4 * index, whole.split)
     tl.store(counts + 4 * index + 1, whole.count)
@@ -92,8 +73,30 @@ def threshold_kernel(
         mark_tiles(tiles, record.live, words)
         mark_tiles(whole, record.whole, words)
         tl.store(record.row_blocks, row_blocks)
-        if are_stored(key_length, C):
-            store_reaching_queries(reaching_queries, tiles, column, depth, queries, C)
+
+
+@triton.jit
+def list_keys(record, tiles, marked, flags, capacity, sizes, C: tl.constexpr):
+    """List the single keys of the first `marked` tiles. A tile that is so listed gets the number ~tile in its list.
+
+    Returns the number of blocks of single keys.
+    """
+    rows, last, before = 0, -1, -1
+    for first in range(0, marked, SPAN_TILES):
+        place = first + tl.arange(0, SPAN_TILES)
+        inside = place < marked
+        tile = tl.load(tiles.tiles + place, mask=inside, other=0)
+        own_flags = load_flags(flags, tile % capacity, inside, C)
+        count = RowCount(rows, last, before)
+        count, taken = append_rows(record.rows, count, record.quota, place, tile, own_flags, inside, C)
+        tl.store(tiles.tiles + place, ~tile, mask=taken)
+        rows, last, before = count
+    tl.debug_barrier()
+    index = tl.where(tl.arange(0, 2) == 0, last, before)
+    exists = index >= 0
+    tile = ~tl.load(tiles.tiles + index, mask=exists, other=0)
+    own_flags = load_flags(flags, tl.where(exists, tile, 0) % capacity, exists, C)
+    return fill_last_block(record.rows, RowCount(rows, last, before), tile, own_flags, sizes.key_length, C)
 
 
 @triton.jit

@@ -194,6 +194,7 @@ def gradient_key_value_kernel(
             index = (own_unit * group + member) * tiles + tile - first_key
             total += tl.load(block_counts(lists, index, tile_capacity, row_capacity))
         low, high = part * total // count, (part + 1) * total // count  # of the blocks, one query head after the other
+        passed = 0  # blocks of the heads before: Triton 3.6 would take two bounds that fall alike for one
         state = tl.zeros((TILE, HEAD_PADDED), tl.float32), tl.zeros((TILE, VALUE_PADDED), tl.float32)
         for member in range(group):
             query_unit = unit * group + member  # the heads of a key head follow each other
@@ -203,9 +204,8 @@ def gradient_key_value_kernel(
                 keys, v, query_head(query, query_unit, sizes), query_head(grad_output, query_unit, sizes), row_pairs,
                 query_unit, open_options(score_options, query_unit, sizes, C), sizes, visibility,
             )  # fmt: skip
-            state = walk(add_to_key_and_value, state, context, blocks_between(blocks, low, high, C), C)
-            listed = tl.load(block_counts(lists, index, tile_capacity, row_capacity))
-            low, high = low - listed, high - listed
+            state = walk(add_to_key_and_value, state, context, blocks_between(blocks, low - passed, high - passed, C), C)
+            passed += tl.load(block_counts(lists, index, tile_capacity, row_capacity))
         dk, dv = state
         if shares is None:  # noqa: SIM114 (a branch of the compiler)
             store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)

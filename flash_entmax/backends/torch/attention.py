@@ -19,6 +19,8 @@ from .reach import bands, groups_by_share, pack_keys, reach_shapes, reached_grou
 from .score import by_head, distances, product_with, products, scores
 from .tiles import Group, TileVisibility, by_block, groups, keys_of, pad_rows, tile_rows, tiles_of, unpadded
 
+CACHED = 2**18  # numbers of a temporary that need not go through main memory
+
 
 class Solution(NamedTuple):
     """What the forward pass returns. The gradient needs all but the output."""
@@ -102,8 +104,9 @@ def solve_group(problem: Problem, group: Group, z: Tensor, visible: Tensor, v: T
 
 def reached_keys(relative: Tensor, offset: Tensor, group: Group) -> Tensor:
     """(n, m, width) bool: some row of the tile may have its score of this key above its threshold. NaN is reached."""
-    distance = relative + offset.unsqueeze(-1)
-    return ~(by_block(distance.amax(1), group) <= 0) & group.used.unsqueeze(-1)
+    tiles = zip(*(numbers.split(max(1, CACHED // relative[0].numel())) for numbers in (relative, offset)), strict=True)
+    highest = torch.cat([(z + own_offset.unsqueeze(-1)).amax(1) for z, own_offset in tiles])
+    return ~(highest.view(*group.block.shape, -1) <= 0) & group.used.unsqueeze(-1)
 
 
 def gathered(relative: Tensor, inner: Group) -> Tensor:

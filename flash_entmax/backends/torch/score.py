@@ -55,14 +55,14 @@ def hide(z: Tensor, visibility: TileVisibility, group: Group) -> Tensor:
     A block that all its rows see whole is not touched.
     """
     start, stop = (limit[group.rows].unsqueeze(-1) for limit in (visibility.start, visibility.stop))
-    keys, kinds = group.keys, visibility.kinds_of(group)
+    keys, kinds, blocks = group.keys, visibility.kinds_of(group), by_block(z, group).transpose(1, 2)
     whole = (start.amax(1) <= keys[..., 0]) & (keys[..., -1] < stop.amin(1)) & (kinds == WHOLE)
-    row, column = (~whole).nonzero(as_tuple=True)
+    row, column = (group.used & ~whole).nonzero(as_tuple=True)
     key = keys[row, column]
     seen = (start[row] <= key.unsqueeze(1)) & (key.unsqueeze(1) < stop[row])
     seen &= visibility.mask(kinds[row, column], key)
-    blocks = by_block(z, group)
-    blocks[row, :, column] = blocks[row, :, column].masked_fill_(~seen, -torch.inf)
+    blocks[row, column] = blocks[row, column].masked_fill_(~seen, -torch.inf)
+    blocks[~group.used] = -torch.inf
     in_whole = group.width * whole.sum(-1, keepdim=True, dtype=torch.int32)
     return in_whole.repeat(1, z.shape[1]).index_add_(0, row, seen.sum(-1, dtype=torch.int32))
 

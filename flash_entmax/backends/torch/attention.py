@@ -1,10 +1,10 @@
 """The forward pass in plain PyTorch, tile by tile: threshold, output, support.
 
-The stages are those of the kernels. Scores of the tiles that intervals and masks leave are computed once, densely. The
-maxima of their blocks of keys certify which tiles can hold support. The solve and the output touch only those. Tiles of
-rows that read about as many tiles of keys form a group, so that each stage is a few batched operations. Arithmetic is
-in float32, or float64 for float64 inputs. Beside copies of the inputs, no temporary holds more than a few times
-CHUNK_SCORES numbers, or the scores of one tile of rows.
+Scores of the tiles that intervals and masks leave are computed once, densely. The maxima of tiles of keys certify an
+offset at or above that of each row, and so which keys a tile of rows may reach. The solve and the output touch only
+those: single keys, or whole tiles where most keys are reached. Tiles of rows that reach about as many form a group, so
+that each stage is a few batched operations. Arithmetic is in float32, or float64 for float64 inputs. Beside copies of
+the inputs, no temporary holds more than a few times CHUNK_SCORES numbers, or the scores of one tile of rows.
 """
 
 from typing import NamedTuple

@@ -40,7 +40,7 @@ FAULTS = {
     "dV is off by 1e-4": (gradient, "gradients_of_heads", "p.mT @ ...", "(1 + 1e-4) * (p.mT @ ...)"),
     "the gradients lack one key of 32": (attention, "solve_heads", "pack_keys(...)", "pack_keys(...) & ~1"),
     "dK and dV lack the first tile of rows": (
-        tiles, "turns", "return ...", "return (places for number, places in enumerate(...) if number)",
+        tiles, "add_to_keys", "group.used.flatten()", "(group.used & (group.query_tile > 0).unsqueeze(-1)).flatten()",
     ),
     "unused blocks of scores are counted": (attention, "gathered", "blocks[~inner.used] = -torch.inf", "pass"),
     "unused blocks of keys take part": (score, "hide", "blocks[~group.used] = -torch.inf", "pass"),

@@ -17,7 +17,7 @@ from ...core.tensors import empty_stored_as, row_dtype
 from ...core.threshold import certified_offset, probability, smallest_offset, solve, support_weight
 from .reach import bands, groups_by_share, pack_keys, reach_shapes, reached_groups, reached_tiles
 from .score import by_head, distances, product_with, products, scores
-from .tiles import Group, TileVisibility, by_block, groups, keys_of, pad_rows, tile_rows, tiles_of, unpadded
+from .tiles import TILE, Group, TileVisibility, by_block, groups, keys_of, pad_rows, tile_rows, tiles_of, unpadded
 
 CACHED = 2**18  # numbers of a temporary that need not go through main memory
 
@@ -76,7 +76,7 @@ def solve_heads(
             part = solve_group(problem, group, *scores(problem, visibility, product, group), v)
             for whole, piece in zip((output, value_mean, maximum, offset), part[:4], strict=True):
                 whole[group.rows] = piece
-            unit, query_tile, key_tile = group.used_tiles
+            unit, query_tile, key_tile = group.used_blocks
             reached[unit, query_tile - band.start, key_tile] = part.reached[group.used]
         words.append(pack_keys(reached.flatten(2), problem.key_length))
     if not needs_backward:
@@ -94,12 +94,15 @@ def solve_group(problem: Problem, group: Group, z: Tensor, visible: Tensor, v: T
     offset = certified_offset(block_maxima, maximum, alpha)
     output, value_mean = (v.new_zeros(*maximum.shape, v.shape[-1]) for _ in range(2))
     relative = z.sub_(maximum.unsqueeze(-1))
-    for inner in groups_by_share(reached_keys(relative, offset, group).flatten(1).unsqueeze(0), group.width):
+    may_reach = reached_keys(relative, offset, group).flatten(1).unsqueeze(0)
+    reached = torch.zeros_like(may_reach)
+    for inner in groups_by_share(may_reach, group.width):
         rows = inner.query_tile
         own, pending = gathered(relative, inner), maximum[rows] < torch.inf
         offset[rows] = solve(alpha, own, pending, low[rows], offset[rows])
         output[rows], value_mean[rows] = outputs(alpha, own, offset[rows], keys_of(problem, v, group.part(inner)))
-    return GroupSolution(output, value_mean, maximum, offset, reached_keys(relative, offset, group))
+        by_block(reached, inner)[inner.used_blocks] = reached_keys(own, offset[rows], inner)[inner.used]
+    return GroupSolution(output, value_mean, maximum, offset, by_block(reached[0], group))
 
 
 def reached_keys(relative: Tensor, offset: Tensor, group: Group) -> Tensor:
@@ -155,5 +158,6 @@ def count_support(
         positive = distances(z, maximum[rows], offset[rows]) > 0
         size[rows] = positive.sum(-1, dtype=torch.int32)
         live = by_block(positive.any(1), group).any(-1)
-        marks[group._replace(used=live).used_tiles] = True
+        unit, query_tile, block = group._replace(used=live).used_blocks
+        marks[unit, query_tile, block * group.width // TILE] = True
     return unpadded(size, query), marks.unflatten(0, query.shape[:2])

@@ -42,10 +42,10 @@ class Group(NamedTuple):
         return self.block.unsqueeze(-1) * self.width + torch.arange(self.width, device=self.block.device)
 
     @property
-    def used_tiles(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Index of the tiles of the used blocks in a (units, query tiles, key tiles) map."""
+    def used_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Index of the used blocks in a (units, query tiles, blocks) map."""
         row, column = self.used.nonzero(as_tuple=True)
-        return self.unit[row], self.query_tile[row], self.block[row, column] * self.width // TILE
+        return self.unit[row], self.query_tile[row], self.block[row, column]
 
     def part(self, inner: "Group") -> "Group":
         """`inner` counts tiles of rows and blocks of keys within this group; the result counts them as this one."""
@@ -200,7 +200,7 @@ def summarise(key: Tensor, value_size: int) -> KeySummary:
 
 
 def by_block(z: Tensor, group: Group) -> Tensor:
-    """(n, rows, m width) -> (n, rows, m, width)."""
+    """(..., m width) -> (..., m, width)."""
     return z.unflatten(-1, (-1, group.width))
 
 
@@ -214,10 +214,13 @@ def turns(problem: Problem, group: Group) -> Iterator[Tensor]:
 
 
 def add_to_keys(problem: Problem, total: Tensor, group: Group, parts: Tensor) -> None:
-    """Add (n, m width, dim) to a (units, key tiles, width, dim) tensor, tile of rows by tile of rows in each unit."""
-    size = group.width * total.shape[-1]
+    """Add (n, m width, dim) to a (units, key tiles, width, dim) tensor, tile of rows by tile of rows in each unit.
+
+    On a CPU, `index_add_` adds in this order by itself.
+    """
+    size, on_cpu = group.width * total.shape[-1], total.device.type == "cpu"
     blocks, places = total.view(-1, size), block_places(problem, group)
-    for chosen in turns(problem, group):
+    for chosen in [group.used.flatten().nonzero().squeeze(-1)] if on_cpu else turns(problem, group):
         blocks.index_add_(0, places[chosen], parts.view(-1, size).index_select(0, chosen))
 
 

@@ -42,8 +42,8 @@ FAULTS = {
     "dK and dV lack the first tile of rows": (
         tiles, "add_to_keys", "group.used.flatten()", "(group.used & (group.query_tile > 0).unsqueeze(-1)).flatten()",
     ),
-    "unused blocks of scores are counted": (attention, "gathered", "blocks[~inner.used] = -torch.inf", "pass"),
-    "unused blocks of keys take part": (score, "hide", "blocks[~group.used] = -torch.inf", "pass"),
+    "unused blocks of scores are counted": (attention, "gathered", "blocks[inner.unused] = -torch.inf", "pass"),
+    "unused blocks of keys take part": (score, "hide", "blocks[group.unused] = -torch.inf", "pass"),
     "delta is left out": (
         attention, "attention_forward", "return ...",
         "return whole._replace(value_mean=torch.zeros_like(whole.value_mean))",

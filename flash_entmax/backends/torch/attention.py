@@ -115,7 +115,7 @@ def reached_keys(relative: Tensor, offset: Tensor, group: Group) -> Tensor:
 def gathered(relative: Tensor, inner: Group) -> Tensor:
     """(n, rows, m width): the blocks of each tile of rows side by side; -inf in the unused ones."""
     blocks = by_block(relative, inner)[inner.query_tile.unsqueeze(-1), :, inner.block]
-    blocks[~inner.used] = -torch.inf
+    blocks[inner.unused] = -torch.inf
     return blocks.transpose(1, 2).flatten(2)
 
 

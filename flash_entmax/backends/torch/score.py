@@ -62,7 +62,7 @@ def hide(z: Tensor, visibility: TileVisibility, group: Group) -> Tensor:
     seen = (start[row] <= key.unsqueeze(1)) & (key.unsqueeze(1) < stop[row])
     seen &= visibility.mask(kinds[row, column], key)
     blocks[row, column] = blocks[row, column].masked_fill_(~seen, -torch.inf)
-    blocks[~group.used] = -torch.inf
+    blocks[group.unused] = -torch.inf
     in_whole = group.width * whole.sum(-1, keepdim=True, dtype=torch.int32)
     return in_whole.repeat(1, z.shape[1]).index_add_(0, row, seen.sum(-1, dtype=torch.int32))
 

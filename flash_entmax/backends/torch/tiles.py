@@ -42,6 +42,11 @@ class Group(NamedTuple):
         return self.block.unsqueeze(-1) * self.width + torch.arange(self.width, device=self.block.device)
 
     @property
+    def unused(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns. (Assigned to by a bool mask, PyTorch goes through all elements.)"""
+        return (~self.used).nonzero(as_tuple=True)
+
+    @property
     def used_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
         """Index of the used blocks in a (units, query tiles, blocks) map."""
         row, column = self.used.nonzero(as_tuple=True)
@@ -175,9 +180,9 @@ def block_places(problem: Problem, group: Group) -> Tensor:
 def keys_of(problem: Problem, tiles: Tensor, group: Group) -> Tensor:
     """(n, m width, dim) of a (units, key tiles, width, dim) tensor; zeros in the unused blocks, whatever is there."""
     rows, size = group.used.shape[0], tiles.shape[-1]
-    chosen = tiles.view(-1, group.width * size).index_select(0, block_places(problem, group))
-    chosen[~group.used.flatten()] = 0.0
-    return chosen.view(rows, -1, size)
+    chosen = tiles.view(-1, group.width * size).index_select(0, block_places(problem, group)).view(rows, -1, size)
+    chosen.view(*group.block.shape, -1)[group.unused] = 0.0
+    return chosen
 
 
 def summarise(key: Tensor, value_size: int) -> KeySummary:

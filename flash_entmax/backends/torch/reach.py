@@ -24,12 +24,9 @@ def keys_of_a_bit(key_length: int) -> int:
 
 def reach_shapes(problem: Problem, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The packed map of reached keys, by which both gradients go; see backends.Backend."""
+    units = problem.batch, problem.heads
     words = live_words(problem.key_length, keys_of_a_bit(problem.key_length))
-    return (problem.batch, problem.heads, ceil_div(problem.query_length, TILE) * words), (
-        problem.batch,
-        problem.heads,
-        0,
-    )
+    return (*units, ceil_div(problem.query_length, TILE) * words), (*units, 0)
 
 
 def pack_keys(reached: Tensor, key_length: int) -> Tensor:

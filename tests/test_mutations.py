@@ -13,14 +13,21 @@ from flash_entmax.testing import iid_inputs
 
 ONE_KEY = "torch.tensor([[1], [0], [0]], dtype=torch.int32)"  # of (start, stop, position)
 FAULTS = {
-    "a surviving tile is dropped": (
-        attention,
-        "survivors",
-        "return ...",
-        "live = ...\nlive[Ellipsis, -1] &= live[Ellipsis, :-1].logical_not().all(-1)\nreturn live",
+    "a reached tile is dropped": (
+        attention, "reached_keys", "return ...",
+        "tiles = ...\ntiles[:, -1] &= tiles[:, :-1].logical_not().flatten(1).all(-1, keepdim=True)\nreturn tiles",
     ),
-    "tiles with NaN are dropped": (attention, "survivors", "~(distance <= 0).all(2)", "(distance > 0).any(2)"),
-    "a tile lives only if all its rows need it": (attention, "survivors", "return ...", "return (distance > 0).all(2)"),
+    "a reached key is dropped": (
+        attention, "reached_keys", "return ...",
+        "keys = (...).flatten(1)\nkeys.scatter_(1, keys.int().argmax(1, keepdim=True), False)\n"
+        "return keys.view(*group.block.shape, -1)",
+    ),
+    "keys with NaN are dropped": (
+        attention, "reached_keys", "~(highest.view(...) <= 0)", "(highest.view(*group.block.shape, -1) > 0)",
+    ),
+    "a key is reached only if all rows of the tile reach it": (
+        attention, "reached_keys", "(z + own_offset.unsqueeze(-1)).amax(1)", "(z + own_offset.unsqueeze(-1)).amin(1)",
+    ),
     "the certificate is too small": (threshold, "certified_offset", "return ...", "return 0.7 * ..."),
     "every row sees one key too many": (score, "hide", "visibility.stop", "visibility.stop + 1"),
     "every causal limit is one too large": (Problem, "intervals", "position + 1", "position + 2"),
@@ -31,7 +38,12 @@ FAULTS = {
     "dQ lacks the scale": (gradient, "gradients_of_heads", "dq * scale", "dq"),
     "dK is off by alpha - 1": (gradient, "gradients_of_heads", "dk * scale", "dk * scale * (alpha - 1)"),
     "dV is off by 1e-4": (gradient, "gradients_of_heads", "p.mT @ ...", "(1 + 1e-4) * (p.mT @ ...)"),
-    "dK lacks a tile of queries": (attention, "solve_heads", "problem.pack_live(...)", "problem.pack_live(...) & ~1"),
+    "the gradients lack one key of 32": (attention, "solve_heads", "pack_keys(...)", "pack_keys(...) & ~1"),
+    "dK and dV lack the first tile of rows": (
+        tiles, "add_to_keys", "group.used.flatten()", "(group.used & (group.query_tile > 0).unsqueeze(-1)).flatten()",
+    ),
+    "unused blocks of scores are counted": (attention, "gathered", "blocks[inner.unused] = -torch.inf", "pass"),
+    "unused blocks of keys take part": (score, "hide", "blocks[group.unused] = -torch.inf", "pass"),
     "delta is left out": (
         attention, "attention_forward", "return ...",
         "return whole._replace(value_mean=torch.zeros_like(whole.value_mean))",
@@ -44,7 +56,7 @@ FAULTS = {
     ),
     "u is p in the output": (attention, "outputs", "support_weight(...)", "probability(...)"),
     "u is p in the gradient": (gradient, "gradients_of_heads", "support_weight(...)", "probability(...)"),
-    "only the first key head is read": (tiles.Group, "keys", "self.unit // problem.group", "0 * self.unit"),
+    "only the first key head is read": (tiles, "block_places", "group.unit // problem.group", "0 * group.unit"),
     "windows start a key too early": (
         intervals, "intervals_of_rows", "return ...", f"return ... - {ONE_KEY}",
     ),
@@ -52,6 +64,7 @@ FAULTS = {
         intervals, "intervals_of_rows", "return ...", f"return ... + {ONE_KEY}",
     ),
     "masks hide whole tiles only": (tiles.TileVisibility, "mask", "torch.where(...)", "(kind > HIDDEN)[:, None, None]"),
+    "all keys of a tile are masked as its first": (tiles.TileVisibility, "mask", "key % TILE", "0 * key"),
     "distances are one too long": (tiles.TileVisibility, "separations", "return ...", "return ... + 1"),
     "every head has the alpha of the first": (
         score, "by_head", "score.alpha.tolist()", "[score.alpha[0].item()] * problem.heads",
@@ -77,7 +90,8 @@ FAULTS_OF_PARTS = {
     "sum u of a part adds up p": (parts, "sums_at", "support_weight(...)", "probability(...)"),
     "the output of a part is weighted by u": (parts, "output_at", "probability(...)", "support_weight(...)"),
     "parts of all heads read the first tiles of keys": (
-        parts, "groups_of_scores", "group.keys(problem)", "(0 * group.unit.unsqueeze(-1), 0 * group.key_tile)",
+        tiles, "block_places", "(group.unit // problem.group).unsqueeze(-1) * blocks + group.block",
+        "0 * group.unit.unsqueeze(-1) + 0 * group.block",
     ),
 }  # fmt: skip
 

@@ -128,7 +128,7 @@ def solve(alpha: float, relative: Tensor, pending: Tensor, low: Tensor, high: Te
     for _ in range(MAX_STEPS):
         distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
         total, weight = probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1)
-        count = (distance > 0).sum(-1).to(offset.dtype) if alpha == 1.5 else None
+        count = distance.sign().sum(-1) if alpha == 1.5 else None
         pending = pending & ((total - 1).abs() > tolerance(offset))
         stepped = torch.where(pending, bracket.step(offset, total, weight, count), offset)
         pending, offset = pending & (stepped != offset), stepped

@@ -2,9 +2,10 @@
 
 from torch import device, dtype
 
-from .attention import attention_forward, attention_support, reach_shapes, reached_tiles
+from .attention import attention_forward, attention_support
 from .gradient import attention_backward, attention_tangent
 from .parts import output_at, row_maxima, sums_at
+from .reach import reach_shapes, reached_tiles
 from .rows import entmax, entmax_backward, loss, loss_backward
 from .tiles import TILE, summarise
 

@@ -1,4 +1,4 @@
-"""Derivatives in plain PyTorch, over the live tiles: the gradient, and the output's derivative along tangents."""
+"""Derivatives in plain PyTorch, over the reached keys: the gradient, and the output's derivative along tangents."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,9 @@ from torch import Tensor
 from ...core.call import Problem, Tangents
 from ...core.tensors import empty_stored_as
 from ...core.threshold import probability, support_weight
+from .reach import reached_groups
 from .score import by_head, distances, product_with, products, scores
-from .tiles import TILE, TileVisibility, add_tiles, groups, pad_rows, tiles_of, tiles_of_keys, unpadded
+from .tiles import TileVisibility, add_to_keys, keys_of, pad_rows, tiles_of, unpadded
 
 
 class Gradients(NamedTuple):
@@ -39,7 +40,7 @@ def attention_backward(
 
 def gradients_of_heads(
     problem: Problem, key: Tensor, value: Tensor, grad_output: Tensor, query: Tensor, value_mean: Tensor,
-    maximum: Tensor, offset: Tensor, live: Tensor, needs_parameters: bool,
+    maximum: Tensor, offset: Tensor, reached_keys: Tensor, needs_parameters: bool,
 ) -> Gradients:  # fmt: skip
     """`attention_backward` with one alpha and scale, in the compute dtype: dS = u (dP - delta), delta = dO . O1."""
     alpha, scale = problem.score.alpha, problem.score.scale
@@ -52,9 +53,9 @@ def gradients_of_heads(
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grad_alpha, grad_slopes = torch.zeros_like(delta), torch.zeros_like(delta)
-    for group in groups(problem.unpack_live(live, TILE).flatten(0, 1)):
-        rows, keys = group.rows, group.keys(problem)
-        k_group, v_group = (tiles_of_keys(tensor, keys, group.used) for tensor in (k, v))
+    for group in reached_groups(problem, reached_keys):
+        rows = group.rows
+        k_group, v_group = (keys_of(problem, tensor, group) for tensor in (k, v))
         product = products(problem, q[rows], k_group)
         softcap_slope = 1 - product * product if problem.score.softcap else None
         distance = distances(scores(problem, visibility, product, group)[0], maximum[rows], offset[rows])
@@ -71,8 +72,8 @@ def gradients_of_heads(
         if softcap_slope is not None:
             ds.mul_(softcap_slope)
         dq[rows] = ds @ k_group
-        add_tiles(dk, keys, group.used, ds.mT @ q[rows])
-        add_tiles(dv, keys, group.used, p.mT @ do[rows])
+        add_to_keys(problem, dk, group, ds.mT @ q[rows])
+        add_to_keys(problem, dv, group, p.mT @ do[rows])
     by_row = torch.stack((grad_alpha / (alpha - 1.0) ** 2, (dq * q).sum(-1), grad_slopes))
     grad_parameters = by_row.sum((-2, -1)).unflatten(-1, query.shape[:2])[: 3 * needs_parameters]
     gradients = zip((dq * scale, dk * scale, dv), (query, key, value), strict=True)
@@ -104,7 +105,7 @@ def attention_tangent(
 
 def tangent_of_heads(
     problem: Problem, key: Tensor, value: Tensor, query: Tensor, value_mean: Tensor, maximum: Tensor, offset: Tensor,
-    live: Tensor, tangents: Tangents,
+    reached_keys: Tensor, tangents: Tangents,
 ) -> Tensor:  # fmt: skip
     """`attention_tangent` with one alpha and scale, whose tangents are numbers, in the compute dtype.
 
@@ -117,16 +118,16 @@ def tangent_of_heads(
     slopes = None if tangents.alibi_slopes is None else tangents.alibi_slopes.to(q.dtype).flatten()
     maximum, offset = pad_rows(maximum, torch.inf), pad_rows(offset, 1.0)
     result = torch.zeros_like(mean)
-    for group in groups(problem.unpack_live(live, TILE).flatten(0, 1)):
-        rows, keys = group.rows, group.keys(problem)
-        k_group, v_group = (tiles_of_keys(tensor, keys, group.used) for tensor in (k, v))
+    for group in reached_groups(problem, reached_keys):
+        rows = group.rows
+        k_group, v_group = (keys_of(problem, tensor, group) for tensor in (k, v))
         product = products(problem, q[rows], k_group)
         softcap_slope = 1 - product * product if problem.score.softcap else 1.0
         ds = torch.zeros_like(product)
         if dq is not None:
             ds.add_(torch.bmm(dq[rows], k_group.mT), alpha=scale)
         if dk is not None:
-            ds.add_(torch.bmm(q[rows], tiles_of_keys(dk, keys, group.used).mT), alpha=scale)
+            ds.add_(torch.bmm(q[rows], keys_of(problem, dk, group).mT), alpha=scale)
         if tangents.scale:
             ds.add_(torch.bmm(q[rows], k_group.mT), alpha=tangents.scale)
         ds.mul_(softcap_slope)
@@ -142,5 +143,5 @@ def tangent_of_heads(
         dp.sub_(u * (dp.sum(-1, keepdim=True) / torch.where(total == 0, 1.0, total)))
         result[rows] = product_with(dp, v_group)
         if dv is not None:
-            result[rows] += product_with(p, tiles_of_keys(dv, keys, group.used))
+            result[rows] += product_with(p, keys_of(problem, dv, group))
     return unpadded(result, query)

@@ -14,7 +14,7 @@ from ...core.call import Problem
 from ...core.tensors import row_dtype
 from ...core.threshold import probability, support_weight
 from .score import by_head, distances, product_with, products, scores
-from .tiles import Group, TileVisibility, groups, pad_rows, tiles_of, tiles_of_keys, unpadded
+from .tiles import Group, TileVisibility, groups, keys_of, pad_rows, tile_rows, tiles_of, unpadded
 
 
 def row_maxima(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def output_at(problem: Problem, query: Tensor, key: Tensor, value: Tensor, maxim
         tiles = v.new_zeros(*row_offset.shape, v.shape[-1])
         for group, z, _ in groups_of_scores(part, query[:, own], key[:, shared]):
             p = probability(distances(z, row_maximum[group.rows], row_offset[group.rows]), part.score.alpha)
-            tiles[group.rows] = product_with(p, tiles_of_keys(v, group.keys(part), group.used))
+            tiles[group.rows] = product_with(p, keys_of(part, v, group))
         output[:, own] = unpadded(tiles, query[:, own])
     return output
 
@@ -60,6 +60,6 @@ def groups_of_scores(problem: Problem, query: Tensor, key: Tensor) -> Iterator[t
     """Groups of all tiles that are seen, with their z and how many keys each row sees."""
     visibility = TileVisibility.of(problem, query.device)
     q, k = tiles_of(query), tiles_of(key)
-    for group in groups(visibility.tiles(problem)):
-        product = products(problem, q[group.rows], tiles_of_keys(k, group.keys(problem), group.used))
+    for group in groups(visibility.tiles(problem), tile_rows(problem.key_length)):
+        product = products(problem, q[group.rows], keys_of(problem, k, group))
         yield group, *scores(problem, visibility, product, group)

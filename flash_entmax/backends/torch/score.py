@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...core.call import Problem
 from ...core.tile_filter import WHOLE
-from .tiles import Group, TileVisibility, by_tile
+from .tiles import Group, TileVisibility, by_block
 
 
 def by_head(problem: Problem) -> Iterator[tuple[Problem, slice, slice]]:
@@ -52,17 +52,18 @@ def scores(problem: Problem, visibility: TileVisibility, product: Tensor, group:
 def hide(z: Tensor, visibility: TileVisibility, group: Group) -> Tensor:
     """Write -inf where a row does not see the key. Returns (n, rows), how many keys each row sees.
 
-    A tile that all its rows see whole is not touched.
+    A block that all its rows see whole is not touched.
     """
     start, stop = (limit[group.rows].unsqueeze(-1) for limit in (visibility.start, visibility.stop))
-    keys, kinds = visibility.keys_of(group.key_tile), visibility.kinds_of(group)
+    keys, kinds, blocks = group.keys, visibility.kinds_of(group), by_block(z, group).transpose(1, 2)
     whole = (start.amax(1) <= keys[..., 0]) & (keys[..., -1] < stop.amin(1)) & (kinds == WHOLE)
-    row, column = (~whole).nonzero(as_tuple=True)
-    key = keys[row, column].unsqueeze(1)
-    seen = (start[row] <= key) & (key < stop[row]) & visibility.mask(kinds[row, column])
-    tiles = by_tile(z, group)
-    tiles[row, :, column] = tiles[row, :, column].masked_fill_(~seen, -torch.inf)
-    in_whole = visibility.width * whole.sum(-1, keepdim=True, dtype=torch.int32)
+    row, column = (group.used & ~whole).nonzero(as_tuple=True)
+    key = keys[row, column]
+    seen = (start[row] <= key.unsqueeze(1)) & (key.unsqueeze(1) < stop[row])
+    seen &= visibility.mask(kinds[row, column], key)
+    blocks[row, column] = blocks[row, column].masked_fill_(~seen, -torch.inf)
+    blocks[group.unused] = -torch.inf
+    in_whole = group.width * whole.sum(-1, keepdim=True, dtype=torch.int32)
     return in_whole.repeat(1, z.shape[1]).index_add_(0, row, seen.sum(-1, dtype=torch.int32))
 
 

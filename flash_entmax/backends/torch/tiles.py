@@ -1,7 +1,7 @@
 """Tiles of rows and of keys in plain PyTorch: groups of them, what rows see of them, and tensors by tile.
 
 Where there are fewer rows or keys in all than TILE, a tile has only those: `tile_rows` of them. `width` is the number
-of keys of a tile. A unit is one query head of one batch row.
+of keys of a tile, or of a block of a group. A unit is one query head of one batch row.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...core.call import KeySummary, Problem
-from ...core.tensors import ceil_div, row_dtype, unpack_tiles
+from ...core.tensors import WORD_BITS, ceil_div, row_dtype
 from ...core.tile_filter import FIRST_PARTIAL, HIDDEN, WHOLE
 
 TILE = 64
@@ -20,51 +20,63 @@ CHUNK_SCORES = 2**22
 
 
 class Group(NamedTuple):
-    """Some tiles of rows and, of each, its live tiles of keys, filled up to one number with unused ones.
+    """Some tiles of rows and, of each, the blocks of keys to compute, filled up to one number with unused ones.
 
-    Shapes: unit and query_tile (n,), key_tile and used (n, m).
+    A block is a tile of keys or, with a width of 1, a single key. Shapes: unit and query_tile (n,), block and used
+    (n, m).
     """
 
     unit: Tensor
     query_tile: Tensor
-    key_tile: Tensor
+    block: Tensor
     used: Tensor
+    width: int
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
         return self.unit, self.query_tile
 
     @property
-    def tiles(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Index of the (n, m) tiles in a (units, query tiles, key tiles) map."""
-        return self.unit.unsqueeze(-1), self.query_tile.unsqueeze(-1), self.key_tile
+    def keys(self) -> Tensor:
+        """(n, m, width), the keys of each block."""
+        return self.block.unsqueeze(-1) * self.width + torch.arange(self.width, device=self.block.device)
 
-    def keys(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """Index of the tiles of keys in a (key heads of all batch rows, key tiles, ...) tensor."""
-        return (self.unit // problem.group).unsqueeze(-1), self.key_tile
+    @property
+    def unused(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns. (Assigned to by a bool mask, PyTorch goes through all elements.)"""
+        return (~self.used).nonzero(as_tuple=True)
+
+    @property
+    def used_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Index of the used blocks in a (units, query tiles, blocks) map."""
+        row, column = self.used.nonzero(as_tuple=True)
+        return self.unit[row], self.query_tile[row], self.block[row, column]
 
     def part(self, inner: "Group") -> "Group":
-        """`inner` counts tiles of rows and of keys within this group; the result counts them as this group does."""
+        """`inner` counts tiles of rows and blocks of keys within this group; the result counts them as this one."""
         row = inner.query_tile
-        return Group(self.unit[row], self.query_tile[row], self.key_tile[row].gather(-1, inner.key_tile), inner.used)
+        first = self.keys.flatten(1)[row].gather(-1, inner.block * inner.width)
+        return Group(self.unit[row], self.query_tile[row], first // inner.width, inner.used, inner.width)
 
 
-def groups(live: Tensor) -> Iterator[Group]:
-    """Group the tiles of rows of a (units, query tiles, key tiles) map by live tiles: each at least half the most."""
-    counts = live.sum(-1).flatten()
+def groups(live: Tensor, width: int) -> Iterator[Group]:
+    """Group the tiles of rows of a (units, query tiles, blocks) map by live blocks: each at least half the most."""
+    query_tiles, live = live.shape[1], live.flatten(0, 1)
+    counts = live.sum(-1)
     order = counts.argsort(descending=True, stable=True)
     sizes = counts[order].tolist()
     start = 0
     while start < len(sizes) and sizes[start] > 0:
         most = sizes[start]
-        room = max(1, CHUNK_SCORES // (most * TILE * TILE))
+        room = max(1, CHUNK_SCORES // (most * width * TILE))
         stop = start + 1
         while stop < len(sizes) and stop - start < room and 2 * sizes[stop] >= most:
             stop += 1
         rows = order[start:stop]
-        marks = live.flatten(0, 1)[rows]
-        key_tile = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
-        yield Group(rows // live.shape[1], rows % live.shape[1], key_tile, marks.gather(-1, key_tile))
+        used = torch.arange(most, device=rows.device) < counts[rows].unsqueeze(-1)
+        block = torch.zeros_like(used, dtype=torch.int64)
+        block[used] = live[rows].nonzero(as_tuple=True)[1]
+        yield Group(rows // query_tiles, rows % query_tiles, block, used, width)
         start = stop
 
 
@@ -81,7 +93,6 @@ class TileVisibility(NamedTuple):
     alibi_slopes: Tensor | None
     tile_kinds: Tensor | None
     tile_bits: Tensor | None
-    width: int
 
     @classmethod
     def of(cls, problem: Problem, device: torch.device) -> "TileVisibility":
@@ -95,7 +106,7 @@ class TileVisibility(NamedTuple):
         if kinds is not None:
             kinds = kinds[..., :-1].expand(problem.batch, problem.heads, ceil_div(problem.query_length, TILE), -1)
         rows = (pad_rows(numbers, 0) for numbers in (start, stop, position))
-        return cls(*rows, slopes, kinds, problem.visibility.tile_bits, tile_rows(problem.key_length))
+        return cls(*rows, slopes, kinds, problem.visibility.tile_bits)
 
     def tiles(self, problem: Problem) -> Tensor:
         """(units, query tiles, key tiles) bool: False where no row of the tile sees a key of the tile."""
@@ -109,30 +120,32 @@ class TileVisibility(NamedTuple):
         return (seen.unflatten(0, self.tile_kinds.shape[:2]) & (self.tile_kinds != HIDDEN)).flatten(0, 1)
 
     def kinds_of(self, group: Group) -> Tensor:
-        """(n, m), the kind of each tile by the mask; unused ones are hidden."""
+        """(n, m), the kind of each block's tile by the mask; unused ones are hidden."""
         if self.tile_kinds is None:
             return torch.where(group.used, WHOLE, HIDDEN)
-        (unit, query_tile, key_tile), heads = group.tiles, self.tile_kinds.shape[1]
-        return self.tile_kinds[unit // heads, unit % heads, query_tile, key_tile].masked_fill(~group.used, HIDDEN)
+        unit, query_tile, heads = group.unit.unsqueeze(-1), group.query_tile.unsqueeze(-1), self.tile_kinds.shape[1]
+        kinds = self.tile_kinds[unit // heads, unit % heads, query_tile, group.block * group.width // TILE]
+        return kinds.masked_fill(~group.used, HIDDEN)
 
-    def mask(self, kind: Tensor) -> Tensor:
-        """(tiles, rows or 1, width or 1) bool: the pairs that the mask leaves, of tiles of the given kinds."""
+    def mask(self, kind: Tensor, key: Tensor) -> Tensor:
+        """(blocks, rows or 1, width or 1) bool: the pairs that the mask leaves.
+
+        kind (blocks,) is that of each block's tile, key (blocks, width) its keys.
+        """
         whole = (kind == WHOLE)[:, None, None]
         if self.tile_bits is None:
             return whole
-        bits = self.tile_bits[(kind - FIRST_PARTIAL).clamp_min(0)]
-        partial = unpack_tiles(bits, self.width)[:, : self.start.shape[-1]]
+        words = self.tile_bits[(kind - FIRST_PARTIAL).clamp_min(0), : self.start.shape[-1]]
+        column = (key % TILE).unsqueeze(1)
+        word = (column // WORD_BITS).expand(-1, words.shape[1], -1)
+        partial = (words.gather(-1, word) >> column % WORD_BITS & 1).bool()
         return torch.where((kind >= FIRST_PARTIAL)[:, None, None], partial, whole)
 
     def separations(self, group: Group) -> Tensor:
         """(n, rows, m width): |position of the query - key|."""
         position = self.position[group.rows].to(self.alibi_slopes.dtype).unsqueeze(-1)
-        key = self.keys_of(group.key_tile).flatten(1).to(position.dtype).unsqueeze(1)
+        key = group.keys.flatten(1).to(position.dtype).unsqueeze(1)
         return (position - key).abs_()
-
-    def keys_of(self, key_tile: Tensor) -> Tensor:
-        """(..., width), the keys of each tile."""
-        return key_tile.unsqueeze(-1) * TILE + torch.arange(self.width, device=key_tile.device)
 
 
 def tile_rows(length: int) -> int:
@@ -144,7 +157,7 @@ def tiles_of(tensor: Tensor) -> Tensor:
     """(batch, heads, length, dim) -> (units, tiles, rows or width, dim) in the compute dtype, filled up with zeros."""
     size = tile_rows(tensor.shape[2])
     rows = pad(tensor.flatten(0, 1), (0, 0, 0, -tensor.shape[2] % size))
-    return rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (-1, size))
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous().unflatten(1, (-1, size))
 
 
 def pad_rows(rows: Tensor, fill: float) -> Tensor:
@@ -158,9 +171,18 @@ def unpadded(tiles: Tensor, like: Tensor) -> Tensor:
     return tiles.flatten(1, 2)[:, : like.shape[2]].unflatten(0, like.shape[:2])
 
 
-def tiles_of_keys(tiles: Tensor, keys: tuple[Tensor, Tensor], used: Tensor) -> Tensor:
-    """(n, m width, dim) of a (units, key tiles, width, dim) tensor; zeros in the unused tiles, whatever is there."""
-    return tiles[keys].masked_fill_(~used[:, :, None, None], 0.0).flatten(1, 2)
+def block_places(problem: Problem, group: Group) -> Tensor:
+    """(n m,), the place of each block of keys among those of all units."""
+    blocks = ceil_div(problem.key_length, TILE) * tile_rows(problem.key_length) // group.width
+    return ((group.unit // problem.group).unsqueeze(-1) * blocks + group.block).flatten()
+
+
+def keys_of(problem: Problem, tiles: Tensor, group: Group) -> Tensor:
+    """(n, m width, dim) of a (units, key tiles, width, dim) tensor; zeros in the unused blocks, whatever is there."""
+    rows, size = group.used.shape[0], tiles.shape[-1]
+    chosen = tiles.view(-1, group.width * size).index_select(0, block_places(problem, group)).view(rows, -1, size)
+    chosen.view(*group.block.shape, -1)[group.unused] = 0.0
+    return chosen
 
 
 def summarise(key: Tensor, value_size: int) -> KeySummary:
@@ -182,22 +204,29 @@ def summarise(key: Tensor, value_size: int) -> KeySummary:
     return KeySummary(centre, *rounded, numbers[2].float())
 
 
-def by_tile(z: Tensor, group: Group) -> Tensor:
-    """(n, rows, m width) -> (n, rows, m, width)."""
-    return z.unflatten(-1, (group.key_tile.shape[1], -1))
+def by_block(z: Tensor, group: Group) -> Tensor:
+    """(..., m width) -> (..., m, width)."""
+    return z.unflatten(-1, (-1, group.width))
 
 
-def add_tiles(total: Tensor, keys: tuple[Tensor, Tensor], used: Tensor, parts: Tensor) -> None:
-    """Add (n, m width, dim) to the tiles of keys.
+def turns(problem: Problem, group: Group) -> Iterator[Tensor]:
+    """Places of used blocks among all n m. Each turn has one tile of rows of each unit, so no block of keys twice."""
+    turn = occurrence(group.unit // problem.group)
+    order = turn.argsort(stable=True)
+    row, column = group.used[order].nonzero(as_tuple=True)
+    counts = torch.zeros_like(turn).index_add_(0, turn[order][row], torch.ones_like(row))
+    return iter((order[row] * group.block.shape[1] + column).split(counts.tolist()))
 
-    Each turn takes one tile of rows of each unit, so that no tile of keys comes twice in a turn.
+
+def add_to_keys(problem: Problem, total: Tensor, group: Group, parts: Tensor) -> None:
+    """Add (n, m width, dim) to a (units, key tiles, width, dim) tensor, tile of rows by tile of rows in each unit.
+
+    On a CPU, `index_add_` adds in this order by itself.
     """
-    unit, key_tile = keys
-    parts = parts.unflatten(1, (key_tile.shape[1], -1))
-    turn = occurrence(unit[:, 0])
-    for number in range(int(turn.max()) + 1):
-        row, column = ((turn == number).unsqueeze(-1) & used).nonzero(as_tuple=True)
-        total[unit[row, 0], key_tile[row, column]] += parts[row, column]
+    size, on_cpu = group.width * total.shape[-1], total.device.type == "cpu"
+    blocks, places = total.view(-1, size), block_places(problem, group)
+    for chosen in [group.used.flatten().nonzero().squeeze(-1)] if on_cpu else turns(problem, group):
+        blocks.index_add_(0, places[chosen], parts.view(-1, size).index_select(0, chosen))
 
 
 def occurrence(values: Tensor) -> Tensor:

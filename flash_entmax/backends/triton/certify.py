@@ -10,7 +10,7 @@ from .alpha import newton_step, probability, support_weight
 from .lists import TileList, append, list_place
 from .queries import open_options
 from .reach import query_words
-from .tile import UNSPECIALIZED, Sizes, heaviest_first, load_row, store_row
+from .tile import UNSPECIALIZED, WORD, Sizes, heaviest_first, load_row, store_row
 
 ROUNDING = tl.constexpr(2.0**-10)  # of a stored maximum: twice the rounding of its 11 bits
 # Of the offset: 2^-20 for the rounding of z_scale / offset in relative distances, 2^-21 for the processor's logarithm.
@@ -145,6 +145,31 @@ def sublist(places, tiles, column, depth, C: tl.constexpr):
 
 
 @triton.jit
+def last_list(places, tiles, column, depth, live_words, C: tl.constexpr):
+    """`sublist`, and where there may be a backward, a bit in `live_words` for each tile that is alive, listed whole or
+    by single keys. These words are 0 before."""
+    count = 0
+    split = 0
+    tl.debug_barrier()  # all are done with what was listed in these places before
+    for first in range(0, tiles.count, PLACES):
+        number, _, _, alive = tiles_above(tiles, column, first, depth, C)
+        if C.NEEDS_BACKWARD:
+            set_bits(live_words, tl.where(number < 0, ~number, number), alive)
+        alive = tl.where(number >= 0, alive, 0)
+        count = append(places, count, number, alive)
+        split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
+    tl.debug_barrier()
+    return TileList(places, split, count)
+
+
+@triton.jit
+def set_bits(words, tile, alive):
+    """Set the bits of the tiles that are alive."""
+    bit = tl.full(tile.shape, 1, tl.int32) << (tile % WORD)
+    tl.atomic_or(words + tile // WORD, bit, mask=alive > 0, sem="relaxed")
+
+
+@triton.jit
 def whole_tiles(places, tiles):
     """The list of the tiles that are not listed by single keys, at other places."""
     count = 0
@@ -158,12 +183,6 @@ def whole_tiles(places, tiles):
         split += tl.sum(tl.where(place < tiles.split, whole, 0), 0)
     tl.debug_barrier()
     return TileList(places, split, count)
-
-
-@triton.jit
-def tile_of(number):
-    """The tile of a number in a list: ~tile where single keys are listed in its place."""
-    return tl.where(number < 0, ~number, number)
 
 
 @triton.jit

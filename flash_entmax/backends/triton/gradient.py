@@ -204,7 +204,8 @@ def gradient_key_value_kernel(
                 keys, v, query_head(query, query_unit, sizes), query_head(grad_output, query_unit, sizes), row_pairs,
                 query_unit, open_options(score_options, query_unit, sizes, C), sizes, visibility,
             )  # fmt: skip
-            state = walk(add_to_key_and_value, state, context, blocks_between(blocks, low - passed, high - passed, C), C)
+            blocks = blocks_between(blocks, low - passed, high - passed, C)
+            state = walk(add_to_key_and_value, state, context, blocks, C)
             passed += tl.load(block_counts(lists, index, tile_capacity, row_capacity))
         dk, dv = state
         if shares is None:  # noqa: SIM114 (a branch of the compiler)

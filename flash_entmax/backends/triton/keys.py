@@ -26,14 +26,14 @@ def open_keys(key, block, sizes, MASKED: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def open_listed_keys(key, tiles, place, C: tl.constexpr):
-    """C.TILES_PER_STEP tiles side by side, from a place of a list of tiles without a mask.
+def open_listed_keys(key, tiles, place, TILES: tl.constexpr, C: tl.constexpr):
+    """One tile, or two side by side, from a place of a list of tiles without a mask.
 
     Two tiles share the overhead of a loop and make wider matrix products.
     """
     TILE: tl.constexpr = C.TILE
     tile = tl.load(tiles.tiles + place)
-    if C.TILES_PER_STEP == 2:
+    if TILES == 2:
         row = tl.arange(0, 2 * TILE)
         apart = tl.load(tiles.tiles + place + 1) - tile - 1
         shift = tl.where(row < TILE, 0, tl.cast(apart, tl.int64) * TILE * key.row_stride)[:, None]

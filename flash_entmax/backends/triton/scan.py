@@ -46,16 +46,16 @@ def scan_tiles(queries, key, maximum_bound, tiles, column, C: tl.constexpr):
     """(maximum, bound_gap): each row's maximum of the scores, +inf where it sees no key; what makes the stored maxima
     relative to this maximum."""
     TILE: tl.constexpr = C.TILE
-    TILES_PER_STEP: tl.constexpr = C.TILES_PER_STEP
+    SCAN_TILES: tl.constexpr = C.SCAN_TILES
     z_scale = queries.options.z_scale
     maximum = tl.full((TILE,), float("-inf"), tl.float32)
     sees = queries.stop > queries.start
     maximum_bound = tl.where(sees, maximum_bound, float("inf"))  # rows past the last query keep no tile alive
-    unmasked = tiles.split // TILES_PER_STEP * TILES_PER_STEP
-    for place in range(0, unmasked, TILES_PER_STEP):
-        keys = open_listed_keys(key, tiles, place, C)
+    unmasked = tiles.split // SCAN_TILES * SCAN_TILES
+    for place in range(0, unmasked, SCAN_TILES):
+        keys = open_listed_keys(key, tiles, place, SCAN_TILES, C)
         maxima = tile_maxima(queries, keys, C)
-        pointers = column[:, None] + tl.cast(place + tl.arange(0, TILES_PER_STEP), tl.int64)[None, :] * TILE
+        pointers = column[:, None] + tl.cast(place + tl.arange(0, SCAN_TILES), tl.int64)[None, :] * TILE
         tl.store(pointers, ((maxima - maximum_bound[:, None]) * z_scale).to(tl.float16))
         maximum = tl.maximum(maximum, tl.max(maxima, 1))
     for place in range(unmasked, tiles.count):

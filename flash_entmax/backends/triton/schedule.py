@@ -33,7 +33,8 @@ class Config:
     CAUSAL: bool
     PRECISION: str  # of float32 matrix products
     COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
-    TILES_PER_STEP: int  # tiles of keys that the threshold's stages multiply at a time where no mask is needed
+    SCAN_TILES: int  # tiles of keys that the scan multiplies at a time where no mask is needed
+    SOLVE_TILES: int  # and the solve
     LANES: int  # parts in which a row's sums are kept until its last tile
     SETTLE_TOLERANCE: float  # how much of sum u the solve may leave above that of the root
     FAST_LOG2: bool  # the processor's own logarithm is exact enough
@@ -205,7 +206,8 @@ def _config(
         CAUSAL=causal,
         PRECISION="ieee",
         COMPENSATED=is_single,
-        TILES_PER_STEP=2 if tile == 64 and head <= 64 and power and not alibi else 1,
+        SCAN_TILES=2 if tile == 64 and head_padded <= 128 and not alibi else 1,
+        SOLVE_TILES=2 if tile == 64 and head <= 64 and power and not alibi else 1,
         LANES=1 if is_single else 8,
         SETTLE_TOLERANCE=2.0**-20 if is_single else 2.0**-11,
         FAST_LOG2=not is_single and HAS_PTX,

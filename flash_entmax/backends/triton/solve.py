@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .alpha import is_settled, newton_step
-from .certify import PLACES, SAFETY, shorten, sublist, tile_of, whole_tiles
+from .certify import PLACES, SAFETY, last_list, set_bits, sublist, whole_tiles
 from .gather import RowCount, append_rows, fill_last_block, load_flags
 from .lists import BlockList, TileList, list_place
 from .queries import Threshold, open_options, open_queries
@@ -61,17 +61,21 @@ def solve_kernel(
     stored = StoredMaxima(column, row_margin, sublists + first_place)
     blocks = BlockList(whole_tiles(stored.spare_places, tiles), record.rows, row_blocks)
     row_offset = solve(queries, row_maximum, certified, tiles, blocks, stored, key_head(key, unit, sizes), C)
-    tiles = shorten(tiles, column, row_margin + row_offset * SAFETY, C)
-    whole = whole_tiles(stored.spare_places, tiles)
+    words = (key_length + TILE * WORD - 1) // (TILE * WORD) + 1
+    if C.NEEDS_BACKWARD:
+        clear_words(record.live, 2 * words)  # the words of whole tiles follow
+    depth = row_margin + row_offset * SAFETY
+    whole = last_list(stored.spare_places, tiles, column, depth, record.live, C)
 
     store_row(offset, unit, queries.row, sizes, tl.where(row_maximum < float("inf"), row_offset, 1.0))
     tl.store(counts + 4 * index, whole.split)
     tl.store(counts + 4 * index + 1, whole.count)
     tl.store(counts + 4 * index + 2, row_blocks)
     if C.NEEDS_BACKWARD:
-        words = (key_length + TILE * WORD - 1) // (TILE * WORD) + 1
-        mark_tiles(tiles, record.live, words)
-        mark_tiles(whole, record.whole, words)
+        for first in range(0, whole.count, PLACES):
+            place = first + tl.arange(0, PLACES)
+            own = tl.load(whole.tiles + place, mask=place < whole.count, other=0)
+            set_bits(record.whole, own, tl.where(place < whole.count, 1, 0))
         tl.store(record.row_blocks, row_blocks)
 
 
@@ -141,14 +145,9 @@ def solve(queries, maximum, offset, tiles, blocks, stored, key, C: tl.constexpr)
 
 
 @triton.jit
-def mark_tiles(tiles, row_words, words):
-    """Write a row of words of a map: the bits of the listed tiles, and no others."""
-    for first in range(0, words, PLACES):
-        word = first + tl.arange(0, PLACES)
-        tl.store(row_words + word, tl.zeros((PLACES,), tl.int32), mask=word < words)
-    tl.debug_barrier()
-    for first in range(0, tiles.count, PLACES):
+def clear_words(words, count):
+    """Write zeros, before any bit is set."""
+    for first in range(0, count, PLACES):
         place = first + tl.arange(0, PLACES)
-        tile = tile_of(tl.load(tiles.tiles + place, mask=place < tiles.count, other=0))
-        bit = tl.full((PLACES,), 1, tl.int32) << (tile % WORD)
-        tl.atomic_or(row_words + tile // WORD, bit, mask=place < tiles.count, sem="relaxed")
+        tl.store(words + place, tl.zeros((PLACES,), tl.int32), mask=place < count)
+    tl.debug_barrier()

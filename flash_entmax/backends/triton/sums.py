@@ -19,9 +19,9 @@ def sums_at(queries, threshold, blocks, key, C: tl.constexpr):
     intercept = 1.0 - threshold.maximum * relative_scale
     total, weight = no_sums(C), no_sums(C)
     tiles = blocks.whole
-    unmasked = tiles.split // C.TILES_PER_STEP * C.TILES_PER_STEP
-    for place in range(0, unmasked, C.TILES_PER_STEP):
-        keys = open_listed_keys(key, tiles, place, C)
+    unmasked = tiles.split // C.SOLVE_TILES * C.SOLVE_TILES
+    for place in range(0, unmasked, C.SOLVE_TILES):
+        keys = open_listed_keys(key, tiles, place, C.SOLVE_TILES, C)
         score, _ = scores(queries, keys, False, C)
         total, weight = accumulate(total, weight, score, threshold, intercept, exponent, C)
     for n in range(blocks.row_blocks):

@@ -49,10 +49,10 @@ class OpenedKernels(NamedTuple):
             first_tile, capacity, *numbers,
         )  # fmt: skip
 
-    def run_over_keys(
+    def run_over_tiles(
         self, kernel, first_unit: int, units: int, tiles: int, rule: SettingsRule, *arguments, numbers: tuple
     ) -> None:
-        """Launch a kernel with so many programs for each unit, one for each tile of keys."""
+        """Launch a kernel with so many programs for each unit, for a tile each, or some."""
         self.launch(
             kernel, units * tiles, rule, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit, units,
             *numbers,
@@ -169,9 +169,10 @@ def forward_stages(launches: CallLaunches, arguments: tuple, device: torch.devic
         summary = KernelKeySummary(Matrix(centre, *plan.centre_strides), radius, error, largest)
         opened.launch(summary_kernel, plan.blocks, schedule.summary_settings, key, summary, *plan.sizes)
     for chunk in plan.forward_chunks:
-        opened.run(
-            scan_kernel, chunk, schedule.scan_settings, query, key, summary, maxima, maximum, bound_gap, score_error,
-            lists, counts,
+        steps = ceil_div(chunk.tiles, plan.config.SCANNED)
+        opened.run_over_tiles(
+            scan_kernel, chunk.first_unit, chunk.units, steps, schedule.scan_settings, query, key, summary, maxima,
+            maximum, bound_gap, score_error, lists, counts, numbers=(chunk.first_tile, chunk.capacity, chunk.tiles),
         )  # fmt: skip
         opened.run(
             certify_kernel, chunk, schedule.certify_settings, maxima, maximum, offset, bound_gap, score_error, margin,
@@ -179,11 +180,11 @@ def forward_stages(launches: CallLaunches, arguments: tuple, device: torch.devic
         )  # fmt: skip
         if plan.is_marked:
             place = chunk.first_tile, chunk.tiles, chunk.capacity, *plan.forward_query_list(chunk)
-            opened.run_over_keys(
+            opened.run_over_tiles(
                 list_queries_kernel, chunk.first_unit, chunk.units, plan.key_tiles, schedule.list_settings, words,
                 flags, queries, numbers=(0, *place),
             )  # fmt: skip
-            opened.run_over_keys(
+            opened.run_over_tiles(
                 mark_kernel, chunk.first_unit, chunk.units, plan.key_tiles, schedule.mark_settings, query, key, lowest,
                 flags, queries, numbers=place,
             )  # fmt: skip
@@ -246,11 +247,11 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
         heads = first_unit * plan.group, units * plan.group, tiles
         if not plan.are_words_kept:
             words = remade_words
-            opened.run_over_keys(
+            opened.run_over_tiles(
                 reaching_kernel, *heads, schedule.mark_settings, query, key, maximum, offset, reached_keys, lists,
                 words, numbers=(first_key, *capacities),
             )  # fmt: skip
-        opened.run_over_keys(
+        opened.run_over_tiles(
             list_queries_kernel, *heads, schedule.list_settings, words, None, lists,
             numbers=(first_key, 0, plan.query_tiles, plan.list_size, *capacities),
         )  # fmt: skip
@@ -259,7 +260,7 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
                 share_kernel, units, schedule.summary_settings, lists, shares, plan.group, plan.outline.key_length,
                 *capacities, plan.slots,
             )  # fmt: skip
-        opened.run_over_keys(
+        opened.run_over_tiles(
             gradient_key_value_kernel, first_unit, units, tiles + plan.slots, schedule.gradient_settings, query, key,
             value, selected or grad_output, pairs, lists, shares, parts, grad_key, grad_value,
             numbers=(first_key, *capacities, plan.slots),

@@ -63,21 +63,23 @@ def summary_kernel(key, summary, heads, group, query_length, key_length, C: tl.c
 
 
 @triton.jit
-def bound_tiles(places, capacity, queries, summary, C: tl.constexpr):
+def bound_tiles(places, capacity, queries, last_tile, summary, C: tl.constexpr):
     """(tiles, maximum_bound, score_error): the list of the tiles that the bounds leave; a number that each row's
-    maximum of the scores is not below, 0 where there is none; how far rounding may move a z."""
-    TILE: tl.constexpr = C.TILE
+    maximum of the scores is not below, 0 where there is none; how far rounding may move a z.
+
+    The queries are those of queries.tile, or up to those of `last_tile`, which see no fewer keys.
+    """
     options, sizes, visibility = queries.options, queries.sizes, queries.visibility
     unit, tile = queries.unit, queries.tile
     query_norm = norm(queries.q.to(tl.float32), 1) * NORM_ROUNDING
-    begin, end = seen_tiles(unit, tile, sizes, visibility, C)
-    blocks = (sizes.key_length + TILE - 1) // TILE
+    begin, end = seen_tiles(unit, last_tile, sizes, visibility, C)
+    blocks = (sizes.key_length + C.TILE - 1) // C.TILE
     group = sizes.group
     first_block = (unit // sizes.heads * (sizes.heads // group) + unit % sizes.heads // group) * blocks
     centre = key_head(summary.centre, unit, sizes)
 
     # Blocks that a query sees whole bound its maximum from below.
-    maximum_bound = tl.full((TILE,), float("-inf"), tl.float32)
+    maximum_bound = tl.full(query_norm.shape, float("-inf"), tl.float32)
     largest = 0.0
     for first in range(begin, end, BLOCKS):
         block = first + tl.arange(0, BLOCKS)
@@ -133,7 +135,7 @@ def rounding_of_z(queries, largest, C: tl.constexpr):
 
 @triton.jit
 def seen_blocks(queries, block, end, C: tl.constexpr):
-    """(some, whole), each (TILE or 1, BLOCKS): whether a query may see a key of a block, and whether it sees all."""
+    """(some, whole), each (queries or 1, BLOCKS): whether a query may see a key of a block, and whether it sees all."""
     sizes, visibility = queries.sizes, queries.visibility
     some = (block < end)[None, :]
     if C.INTERVALS:
@@ -153,7 +155,7 @@ def seen_blocks(queries, block, end, C: tl.constexpr):
 
 @triton.jit
 def block_alibi_penalty(queries, block, LARGEST: tl.constexpr, C: tl.constexpr):
-    """(TILE, BLOCKS): the largest, or the least, ALiBi penalty of a block's keys."""
+    """(queries, BLOCKS): the largest, or the least, ALiBi penalty of a block's keys."""
     first = (block * C.TILE)[None, :]
     last = tl.minimum(first + C.TILE, queries.sizes.key_length) - 1
     position = queries.position[:, None]
@@ -174,6 +176,6 @@ def norm(x, AXIS: tl.constexpr):
 
 @triton.jit
 def centre_scores(q, centre, first, blocks, C: tl.constexpr):
-    """(TILE, BLOCKS): query . centre."""
+    """(queries, BLOCKS): query . centre."""
     c = load_tile(centre, first, blocks, BLOCKS, C.HEAD, C.HEAD_PADDED)
     return tl.dot(q, tl.trans(c), input_precision=C.PRECISION)

@@ -103,3 +103,12 @@ def listed_tiles(places, capacity, words, unit, tile, sizes, visibility, C: tl.c
         counts = append_tiles(places, capacity, (front, back), candidate, alive, whole)
         front, back = counts
     return close_list(places, capacity, (front, back))
+
+
+@triton.jit
+def copy_list(places, tiles):
+    """Write the same list to other places."""
+    for first in range(0, tiles.count, SPAN):
+        place = first + tl.arange(0, SPAN)
+        tile = tl.load(tiles.tiles + place, mask=place < tiles.count, other=0)
+        tl.store(places + place, tile, mask=place < tiles.count)

@@ -159,7 +159,9 @@ class Plan:
         config, parts = self.config, self.forward_chunks
         places, programs = most_places(parts), max(chunk.programs for chunk in parts)
         lists, counts = (torch.int32, places), (torch.int32, 4 * programs)
-        maxima, flags = (torch.float16, places * config.TILE), (torch.int8, places * config.TILE * self.is_marked)
+        spare = max(chunk.capacity for chunk in parts)  # see scan.py
+        maxima = (torch.float16, (places + spare) * config.TILE)
+        flags = (torch.int8, places * config.TILE * self.is_marked)
         queries = [chunk.units * self.key_tiles * self.list_size_of(self.forward_query_list(chunk)) for chunk in parts]
         centre, numbers = (self.outline.dtype, self.blocks * config.HEAD), (torch.float32, self.blocks)
         row_count = self.units * self.outline.query_length

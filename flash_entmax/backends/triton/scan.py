@@ -12,33 +12,50 @@ import triton.language as tl
 
 from .bound import bound_tiles
 from .keys import open_keys, open_listed_keys
-from .lists import list_place, walk
+from .lists import copy_list, walk
 from .queries import Queries, open_options, open_queries
 from .score import scores, tile_maxima
-from .tile import UNSPECIALIZED, Matrix, Sizes, heaviest_first, key_head, open_tile, query_head, store_row
+from .tile import UNSPECIALIZED, Matrix, Sizes, key_head, open_tile, open_tiles, query_head, store_row
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def scan_kernel(
     query, key, summary, maxima, maximum, bound_gap, score_error, lists, counts, score_options, visibility, heads,
-    group, query_length, key_length, first_unit, units, first_tile, capacity, C: tl.constexpr,
+    group, query_length, key_length, first_unit, units, first_tile, capacity, tiles, C: tl.constexpr,
 ):  # fmt: skip
     """Bound and scan: the list of tiles that may hold support, their maxima, and three numbers of each row: `maximum`
-    (of the scores; +inf where it sees no key), `bound_gap` and `score_error`."""
+    (of the scores; +inf where it sees no key), `bound_gap` and `score_error`.
+
+    C.SCANNED tiles of queries are scanned at once, for larger products. Each of them gets a list of its own. Where the
+    last of them is not of this launch, what it gives goes to a list that nobody reads.
+    """
+    SCANNED: tl.constexpr = C.SCANNED
     sizes = Sizes(heads, group, query_length, key_length)
-    unit, tile = heaviest_first(units, first_unit, first_tile)
+    steps = tl.num_programs(0) // units
+    program = tl.program_id(0)
+    unit, start = first_unit + program % units, (steps - 1 - program // units) * SCANNED  # the heaviest first
+    tile = first_tile + start
+    present = tl.minimum(tiles - start, SCANNED)  # tiles of queries
     options = open_options(score_options, unit, sizes, C)
-    block = open_tile(tile, C)
+    block = open_tiles(tile, SCANNED, C)
     queries = open_queries(query_head(query, unit, sizes), unit, block, options, sizes, visibility, True, C)
-    index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
-    tiles, maximum_bound, row_error = bound_tiles(places, capacity, queries, summary, C)
-    column = maxima + tl.cast(index, tl.int64) * capacity * C.TILE + tl.arange(0, C.TILE)
-    row_maximum, row_gap = scan_tiles(queries, key_head(key, unit, sizes), maximum_bound, tiles, column, C)
-    store_row(maximum, unit, queries.row, sizes, row_maximum)
-    store_row(bound_gap, unit, queries.row, sizes, row_gap)
-    store_row(score_error, unit, queries.row, sizes, row_error)
-    tl.store(counts + 4 * index, tiles.split)
-    tl.store(counts + 4 * index + 1, tiles.count)
+    index = (unit - first_unit) * tiles + start
+    places = lists + tl.cast(index, tl.int64) * capacity
+    listed, maximum_bound, row_error = bound_tiles(places, capacity, queries, tile + present - 1, summary, C)
+
+    own_tile = tl.arange(0, SCANNED * C.TILE) // C.TILE
+    own_index = tl.where(own_tile < present, index + own_tile, units * tiles)
+    column = maxima + tl.cast(own_index, tl.int64) * capacity * C.TILE + tl.arange(0, SCANNED * C.TILE) % C.TILE
+    row_maximum, row_gap = scan_tiles(queries, key_head(key, unit, sizes), maximum_bound, listed, column, C)
+    row = tl.where(own_tile < present, queries.row, query_length)  # no row
+    store_row(maximum, unit, row, sizes, row_maximum)
+    store_row(bound_gap, unit, row, sizes, row_gap)
+    store_row(score_error, unit, row, sizes, row_error)
+    for number in range(present):
+        tl.store(counts + 4 * (index + number), listed.split)
+        tl.store(counts + 4 * (index + number) + 1, listed.count)
+    for number in range(1, present):
+        copy_list(places + tl.cast(number, tl.int64) * capacity, listed)
 
 
 @triton.jit
@@ -48,7 +65,7 @@ def scan_tiles(queries, key, maximum_bound, tiles, column, C: tl.constexpr):
     TILE: tl.constexpr = C.TILE
     SCAN_TILES: tl.constexpr = C.SCAN_TILES
     z_scale = queries.options.z_scale
-    maximum = tl.full((TILE,), float("-inf"), tl.float32)
+    maximum = tl.full(maximum_bound.shape, float("-inf"), tl.float32)
     sees = queries.stop > queries.start
     maximum_bound = tl.where(sees, maximum_bound, float("inf"))  # rows past the last query keep no tile alive
     unmasked = tiles.split // SCAN_TILES * SCAN_TILES

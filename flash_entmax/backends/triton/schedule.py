@@ -33,8 +33,8 @@ class Config:
     CAUSAL: bool
     PRECISION: str  # of float32 matrix products
     COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
-    SCAN_TILES: int  # tiles of keys that the scan multiplies at a time where no mask is needed
-    SOLVE_TILES: int  # and the solve
+    SCANNED: int  # tiles of queries that the scan takes at a time
+    SCAN_TILES: int  # tiles of keys that it multiplies at a time where no mask is needed
     LANES: int  # parts in which a row's sums are kept until its last tile
     SETTLE_TOLERANCE: float  # how much of sum u the solve may leave above that of the root
     FAST_LOG2: bool  # the processor's own logarithm is exact enough
@@ -206,8 +206,9 @@ def _config(
         CAUSAL=causal,
         PRECISION="ieee",
         COMPENSATED=is_single,
+        # Neighbouring tiles of queries have about the same list only where every query sees the first keys.
+        SCANNED=2 if tile == 64 and head_padded <= 128 and not (intervals or filtered[0]) else 1,
         SCAN_TILES=2 if tile == 64 and head_padded <= 128 and not alibi else 1,
-        SOLVE_TILES=2 if tile == 64 and head <= 64 and power and not alibi else 1,
         LANES=1 if is_single else 8,
         SETTLE_TOLERANCE=2.0**-20 if is_single else 2.0**-11,
         FAST_LOG2=not is_single and HAS_PTX,
@@ -236,13 +237,14 @@ def registers(config: Config, programs: int) -> int | None:
 
 
 def scan_settings(config: Config) -> LaunchSettings:
-    if config.HEAD_PADDED <= 64:
-        return LaunchSettings(4, 3, registers(config, 4))
-    return LaunchSettings(4, 2, registers(config, 3)) if config.HEAD_PADDED <= 128 else LaunchSettings(4, 2)
+    """128 queries by 128 keys for twice the warps: each number that is loaded serves twice as many products."""
+    if config.SCANNED > 1:
+        return LaunchSettings(8, 3, registers(config, 4))
+    return mark_settings(config)
 
 
 def certify_settings(config: Config) -> LaunchSettings:
-    return LaunchSettings(4, 1)
+    return LaunchSettings(2, 1)
 
 
 def list_settings(config: Config) -> LaunchSettings:
@@ -251,11 +253,15 @@ def list_settings(config: Config) -> LaunchSettings:
 
 
 def mark_settings(config: Config) -> LaunchSettings:
-    return scan_settings(config)
+    if config.HEAD_PADDED <= 64:
+        return LaunchSettings(4, 3, registers(config, 4))
+    return LaunchSettings(4, 2, registers(config, 3)) if config.HEAD_PADDED <= 128 else LaunchSettings(4, 2)
 
 
 def solve_settings(config: Config) -> LaunchSettings:
-    return scan_settings(config)
+    if 64 < config.HEAD_PADDED <= 128:
+        return LaunchSettings(4, 3, registers(config, 3))
+    return mark_settings(config)
 
 
 def output_settings(config: Config) -> LaunchSettings:

@@ -55,7 +55,7 @@ def by_key(numbers, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def tile_maxima(queries, keys, C: tl.constexpr):
-    """(TILE, C.SCAN_TILES): each query's maximum over each of the tiles side by side, none of which needs a mask.
+    """(queries, C.SCAN_TILES): each query's maximum over each of the tiles side by side, none of which needs a mask.
 
     The softcap rises with its score, so it is taken of the maxima only.
     """
@@ -64,7 +64,7 @@ def tile_maxima(queries, keys, C: tl.constexpr):
         maxima = tl.max(score, 1, keep_dims=True)
     else:
         product = tl.dot(queries.q, tl.trans(keys.k), input_precision=C.PRECISION)
-        maxima = tl.max(tl.reshape(product, (C.TILE, C.SCAN_TILES, C.TILE)), 2)
+        maxima = tl.max(tl.reshape(product, (product.shape[0], C.SCAN_TILES, C.TILE)), 2)
         maxima, _ = apply_softcap(maxima, queries.options.softcap, C)
     return maxima
 

@@ -170,6 +170,12 @@ def open_tile(tile, C: tl.constexpr):
 
 
 @triton.jit
+def open_tiles(tile, TILES: tl.constexpr, C: tl.constexpr):
+    """So many tiles in a row as one block, with the number of the first."""
+    return Block(tile, tile * C.TILE, tl.arange(0, TILES * C.TILE))
+
+
+@triton.jit
 def open_rows(places, C: tl.constexpr):
     """The rows whose numbers stand at some places. Their offsets in memory may need 64 bits."""
     return Block(-1, 0, tl.load(places + tl.arange(0, C.TILE)).to(tl.int64))

@@ -178,15 +178,14 @@ def forward_stages(launches: CallLaunches, arguments: tuple, device: torch.devic
             lowest, lists, counts, words,
         )  # fmt: skip
         if plan.is_marked:
+            heads = chunk.first_unit, chunk.units, plan.keys_of(chunk)
             place = chunk.first_tile, chunk.tiles, chunk.capacity, *plan.forward_query_list(chunk)
             opened.run_over_keys(
-                list_queries_kernel, chunk.first_unit, chunk.units, plan.key_tiles, schedule.list_settings, words,
-                flags, queries, numbers=(0, *place),
-            )  # fmt: skip
+                list_queries_kernel, *heads, schedule.list_settings, words, flags, queries, numbers=(0, *place)
+            )
             opened.run_over_keys(
-                mark_kernel, chunk.first_unit, chunk.units, plan.key_tiles, schedule.mark_settings, query, key, lowest,
-                flags, queries, numbers=place,
-            )  # fmt: skip
+                mark_kernel, *heads, schedule.mark_settings, query, key, lowest, flags, queries, numbers=place
+            )
         opened.run(
             solve_kernel, chunk, schedule.solve_settings, query, key, maxima, maximum, offset, margin, flags, lists,
             sublists, counts, reached_keys, numbers=(int(plan.is_marked),),
@@ -256,8 +255,8 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
         )  # fmt: skip
         if plan.slots:
             opened.launch(
-                share_kernel, units, schedule.summary_settings, lists, shares, plan.group, plan.outline.key_length,
-                *capacities, plan.slots,
+                share_kernel, units, schedule.summary_settings, lists, shares, plan.group, tiles, *capacities,
+                plan.slots,
             )  # fmt: skip
         opened.run_over_keys(
             gradient_key_value_kernel, first_unit, units, tiles + plan.slots, schedule.gradient_settings, query, key,
@@ -267,7 +266,7 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
         if plan.slots:
             opened.launch(
                 add_parts_kernel, units * plan.slots, schedule.summary_settings, shares, parts, grad_key, grad_value,
-                opened.options, *plan.sizes, first_unit, units, plan.slots,
+                opened.options, *plan.sizes, first_unit, units, first_key, tiles, plan.slots,
             )  # fmt: skip
 
 

@@ -127,10 +127,9 @@ def attention_forward(
     rows = output.shape[:3] if needs_backward else (0,)
     maximum, offset = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
     shapes = reach_shapes(problem, query.dtype) if needs_backward else ((0,), (0,))
-    reached_keys = query.new_empty(shapes[0], dtype=torch.int32)
-    reaching_queries = query.new_zeros(shapes[1], dtype=torch.int32)
+    reached_keys, reaching_queries = (query.new_zeros(shape, dtype=torch.int32) for shape in shapes)
     if problem.is_empty:
-        for tensor, number in ((output, 0), (value_mean, 0), (maximum, torch.inf), (offset, 1), (reached_keys, 0)):
+        for tensor, number in ((output, 0), (value_mean, 0), (maximum, torch.inf), (offset, 1)):
             tensor.fill_(number)
     else:
         with device_of(query):
@@ -155,7 +154,7 @@ def forward_stages(launches: CallLaunches, arguments: tuple, device: torch.devic
     """Write output; and value_mean, maximum, offset, and what is reached, for the backward.
 
     Without a backward, value_mean, maximum, offset and reached_keys are None. Without a summary of the keys, one is
-    made. The words are 0.
+    made. Records and words are 0.
     """
     plan = launches.plan
     kernels = (() if arguments[3] is not None else (summary_kernel,)) + FORWARD + (MARK if plan.is_marked else ())

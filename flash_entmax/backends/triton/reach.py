@@ -28,7 +28,6 @@ from ...core.tensors import ceil_div, unpack_tiles
 from . import schedule
 from .tile import WORD
 
-
 SPARE = tl.constexpr(2)
 
 

@@ -112,20 +112,18 @@ def test_direct_launches_give_the_bits_of_those_through_triton(options, monkeypa
 
 
 def test_a_new_length_compiles_nothing():
-    from flash_entmax.backends.triton import bound, gradient, output, threshold
+    from flash_entmax.backends.triton.attention import BACKWARD, FORWARD, MARK, SHARE
+    from flash_entmax.backends.triton.bound import summary_kernel
 
     def step(length, heads):
         inputs = [t.requires_grad_() for t in iid_inputs(1, heads, length, 64, dtype=torch.float16, device="cuda")]
         entmax_attention(*inputs, is_causal=True).sum().backward()
 
-    kernels = (
-        bound.summary_kernel, threshold.threshold_kernel, output.output_kernel, gradient.gradient_query_kernel,
-        gradient.gradient_key_value_kernel,
-    )  # fmt: skip
-    step(1000, 2)
+    kernels = {summary_kernel, *FORWARD, *MARK, *BACKWARD, *SHARE}
+    step(4096, 2)
     compiled = [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
     assert compiled
-    for length, heads in ((1, 2), (17, 1), (4096, 16), (5000, 3)):
+    for length, heads in ((1, 2), (17, 1), (1000, 16), (5000, 3)):
         step(length, heads)
     assert compiled == [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
 

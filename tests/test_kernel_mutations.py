@@ -30,8 +30,8 @@ from flash_entmax.backends.triton import (
     scan,
     schedule,
     score,
+    solve,
     sums,
-    threshold,
     tile,
     visibility,
 )
@@ -61,10 +61,11 @@ FAULTS = {
     ),
     "u is p": (alpha, "support_weight", "u = d", "u = d * d", "causal"),
     "every tile is read as the first": (
-        sums, "sums_at", "open_listed_keys(key, tiles, place, C)", "open_listed_keys(key, tiles, 0, C)", "topics",
+        sums, "sums_at", "open_listed_keys(key, tiles, place, ...)", "open_listed_keys(key, tiles, 0, ...)", "topics",
     ),
     "every maximum is of the first tile": (
-        scan, "scan_tiles", "open_listed_keys(key, tiles, place, C)", "open_listed_keys(key, tiles, 0, C)", "topics",
+        scan, "scan_tiles", "open_listed_keys(key, tiles, place, ...)", "open_listed_keys(key, tiles, 0, ...)",
+        "topics",
     ),
     "maxima are not capped": (
         score, "tile_maxima", "apply_softcap(maxima, ...)", "(maxima, 1.0)", "alpha by head, softcap",
@@ -81,8 +82,8 @@ FAULTS = {
         keys, "open_listed_keys", "shift", "0 * shift", "tiles apart",
     ),
     "O1 is not computed": (schedule.Config, "MEAN", "return ...", "return False", "tiles apart"),
-    "no live tile is marked": (
-        threshold, "threshold_kernel", "mark_tiles(tiles, ...)", "mark_tiles(TileList(places, 0, 0), ...)", "causal",
+    "no whole tile is kept for the backward": (
+        solve, "solve_kernel", "set_bits(record.whole, ...)", "set_bits(record.live, ...)", "causal",
     ),
     "without gradients, the output is not divided by F": (
         output, "output_kernel", "total /= ...", "total /= 1.0", "without gradients",
@@ -94,7 +95,7 @@ FAULTS = {
         scan, "add_maximum", "return ...", "return maximum if MASKED else ...", "parts",
     ),
     "the maximum of a part that no row sees is -inf": (
-        scan, "maxima_of_tiles", "return ...", "return maximum", "parts",
+        scan, "maxima_of_blocks", "return ...", "return maximum", "parts",
     ),
     "sum u of a part is F": (
         parts, "sums_kernel", "store_row(weight, queries.unit, queries.row, sizes, row_weight)",

@@ -127,10 +127,9 @@ def attention_forward(
     rows = output.shape[:3] if needs_backward else (0,)
     maximum, offset = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
     shapes = reach_shapes(problem, query.dtype) if needs_backward else ((0,), (0,))
-    reached_keys = query.new_empty(shapes[0], dtype=torch.int32)
-    reaching_queries = query.new_zeros(shapes[1], dtype=torch.int32)
+    reached_keys, reaching_queries = (query.new_zeros(shape, dtype=torch.int32) for shape in shapes)
     if problem.is_empty:
-        for tensor, number in ((output, 0), (value_mean, 0), (maximum, torch.inf), (offset, 1), (reached_keys, 0)):
+        for tensor, number in ((output, 0), (value_mean, 0), (maximum, torch.inf), (offset, 1)):
             tensor.fill_(number)
     else:
         with device_of(query):
@@ -155,7 +154,7 @@ def forward_stages(launches: CallLaunches, arguments: tuple, device: torch.devic
     """Write output; and value_mean, maximum, offset, and what is reached, for the backward.
 
     Without a backward, value_mean, maximum, offset and reached_keys are None. Without a summary of the keys, one is
-    made. The words are 0.
+    made. Records and words are 0.
     """
     plan = launches.plan
     kernels = (() if arguments[3] is not None else (summary_kernel,)) + FORWARD + (MARK if plan.is_marked else ())
@@ -179,15 +178,14 @@ def forward_stages(launches: CallLaunches, arguments: tuple, device: torch.devic
             lowest, lists, counts, words,
         )  # fmt: skip
         if plan.is_marked:
+            heads = chunk.first_unit, chunk.units, plan.keys_of(chunk)
             place = chunk.first_tile, chunk.tiles, chunk.capacity, *plan.forward_query_list(chunk)
             opened.run_over_tiles(
-                list_queries_kernel, chunk.first_unit, chunk.units, plan.key_tiles, schedule.list_settings, words,
-                flags, queries, numbers=(0, *place),
-            )  # fmt: skip
+                list_queries_kernel, *heads, schedule.list_settings, words, flags, queries, numbers=(0, *place)
+            )
             opened.run_over_tiles(
-                mark_kernel, chunk.first_unit, chunk.units, plan.key_tiles, schedule.mark_settings, query, key, lowest,
-                flags, queries, numbers=place,
-            )  # fmt: skip
+                mark_kernel, *heads, schedule.mark_settings, query, key, lowest, flags, queries, numbers=place
+            )
         opened.run(
             solve_kernel, chunk, schedule.solve_settings, query, key, maxima, maximum, offset, margin, flags, lists,
             sublists, counts, reached_keys, numbers=(int(plan.is_marked),),
@@ -257,8 +255,8 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
         )  # fmt: skip
         if plan.slots:
             opened.launch(
-                share_kernel, units, schedule.summary_settings, lists, shares, plan.group, plan.outline.key_length,
-                *capacities, plan.slots,
+                share_kernel, units, schedule.summary_settings, lists, shares, plan.group, tiles, *capacities,
+                plan.slots,
             )  # fmt: skip
         opened.run_over_tiles(
             gradient_key_value_kernel, first_unit, units, tiles + plan.slots, schedule.gradient_settings, query, key,
@@ -268,7 +266,7 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
         if plan.slots:
             opened.launch(
                 add_parts_kernel, units * plan.slots, schedule.summary_settings, shares, parts, grad_key, grad_value,
-                opened.options, *plan.sizes, first_unit, units, plan.slots,
+                opened.options, *plan.sizes, first_unit, units, first_key, tiles, plan.slots,
             )  # fmt: skip
 
 

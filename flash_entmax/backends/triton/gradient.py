@@ -179,11 +179,12 @@ def gradient_key_value_kernel(
     own_unit, number = tl.program_id(0) % units, tl.program_id(0) // units
     unit = first_unit + own_unit
     tiles = tl.num_programs(0) // units - slots
-    tile, part, count = first_key + number - slots, 0, 1
+    own_tile, part, count = number - slots, 0, 1
     if shares is not None:
         slot = tl.where(number < slots, number, -1)
-        tile, part, count = share_of(shares, own_unit, slot, tile, slots, sizes, C)
-    if tile >= 0:
+        own_tile, part, count = share_of(shares, own_unit, slot, own_tile, slots, tiles)
+    if own_tile >= 0:
+        tile = first_key + own_tile
         key_heads = heads // group
         batch, head = unit // key_heads, unit % key_heads
         keys = open_keys(head_of(key, batch, head), open_tile(tile, C), sizes, True, C)
@@ -191,14 +192,14 @@ def gradient_key_value_kernel(
 
         total = 0
         for member in range(group):
-            index = (own_unit * group + member) * tiles + tile - first_key
+            index = (own_unit * group + member) * tiles + own_tile
             total += tl.load(block_counts(lists, index, tile_capacity, row_capacity))
         low, high = part * total // count, (part + 1) * total // count  # of the blocks, one query head after the other
         passed = 0  # blocks of the heads before: Triton 3.6 would take two bounds that fall alike for one
         state = tl.zeros((TILE, HEAD_PADDED), tl.float32), tl.zeros((TILE, VALUE_PADDED), tl.float32)
         for member in range(group):
             query_unit = unit * group + member  # the heads of a key head follow each other
-            index = (own_unit * group + member) * tiles + tile - first_key
+            index = (own_unit * group + member) * tiles + own_tile
             blocks = listed_queries(lists, index, tile_capacity, row_capacity)
             context = KeyContext(
                 keys, v, query_head(query, query_unit, sizes), query_head(grad_output, query_unit, sizes), row_pairs,

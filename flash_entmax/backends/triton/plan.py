@@ -115,6 +115,10 @@ class Plan:
         """Whether single keys are looked for. Short rows have few tiles."""
         return self.key_tiles >= FEWEST_MARKED
 
+    def keys_of(self, chunk: Chunk) -> int:
+        """Tiles of keys that some tile of queries of the chunk sees, from the first one on: no later one is listed."""
+        return chunk.capacity if self.config.CAUSAL else self.key_tiles
+
     def query_list(self, tiles: int, rows: int) -> tuple[int, int]:
         """(tile_capacity, row_capacity) of a list of queries from so many tiles. Parts start at multiples of 16
         bytes, and a list has at most half of the rows."""
@@ -136,8 +140,9 @@ class Plan:
 
     @cached_property
     def key_chunks(self) -> list[Chunk]:
-        """Chunks of tiles of keys, with lists of queries, and their words where none are kept."""
+        """Chunks of tiles of keys, with lists of queries, their words where none are kept, and sums of parts."""
         places = self.group * (self.list_size_of(self.backward_query_list) + self.remade_words)
+        places += ceil_div(self.slots * self.part_size, self.key_tiles)
         return chunks(self.units // self.group, self.key_tiles, places, REACHING)
 
     @cached_property
@@ -162,7 +167,8 @@ class Plan:
         spare = max(chunk.capacity for chunk in parts)  # see scan.py
         maxima = (torch.float16, (places + spare) * config.TILE)
         flags = (torch.int8, places * config.TILE * self.is_marked)
-        queries = [chunk.units * self.key_tiles * self.list_size_of(self.forward_query_list(chunk)) for chunk in parts]
+        sizes = [self.list_size_of(self.forward_query_list(chunk)) for chunk in parts]
+        queries = [chunk.units * self.keys_of(chunk) * size for chunk, size in zip(parts, sizes, strict=True)]
         centre, numbers = (self.outline.dtype, self.blocks * config.HEAD), (torch.float32, self.blocks)
         row_count = self.units * self.outline.query_length
         row, threshold = (torch.float32, row_count), (torch.float32, 0 if self.outline.needs_backward else row_count)
@@ -176,7 +182,7 @@ class Plan:
     @cached_property
     def chunk_words(self) -> int:
         """Words of the largest chunk, where none are kept. They start as 0."""
-        most = max(chunk.units * self.key_tiles * chunk.tiles for chunk in self.forward_chunks)
+        most = max(chunk.programs * self.keys_of(chunk) for chunk in self.forward_chunks)
         return 0 if self.are_words_kept else most * self.config.WORDS
 
     @cached_property
@@ -187,12 +193,17 @@ class Plan:
         pairs = self.units * self.query_tiles * config.TILE * 4
         programs, units = (max(getattr(chunk, name) for chunk in self.key_chunks) for name in ("programs", "units"))
         lists = programs * self.group * self.list_size_of(self.backward_query_list)
-        parts = units * self.slots * config.TILE * (config.HEAD_PADDED + config.VALUE_PADDED)
+        parts = units * self.slots * self.part_size
         return Scratch(
             (torch.float32, pairs), (torch.int32, max(most_places(self.query_chunks), lists)),
             (torch.int32, programs * self.group * self.remade_words), (torch.int32, units * self.share_size),
             (torch.float32, parts),
         )  # fmt: skip
+
+    @property
+    def part_size(self) -> int:
+        """Numbers of the sums of one part, see share.py."""
+        return self.config.TILE * (self.config.HEAD_PADDED + self.config.VALUE_PADDED)
 
     @property
     def share_size(self) -> int:

@@ -8,8 +8,9 @@
     the single keys                                                      key_quota
 
 `reaching_queries` has a word of one bit for each query, for every tile of keys and every tile of queries: the query may
-reach one of the keys. Beyond
-Config.STORED_TILES tiles of keys it is empty, and the backward computes it again, some tiles of keys at a time.
+reach one of the keys. Beyond Config.STORED_TILES tiles of keys it has none of these, and the backward computes them
+again, some tiles of keys at a time. SPARE tiles of keys are added that nobody reads: PyTorch compiles a dimension of no
+or one element by itself.
 
 Together with the output's mean and the numbers of each row this is at most 512 bytes for each query of a head of 128
 numbers in 16 bits, whatever the length.
@@ -26,6 +27,8 @@ from ...core.call import Problem, live_words
 from ...core.tensors import ceil_div, unpack_tiles
 from . import schedule
 from .tile import WORD
+
+SPARE = tl.constexpr(2)
 
 
 class Record(NamedTuple):
@@ -44,10 +47,10 @@ def reach_shapes(problem: Problem, dtype: torch.dtype) -> tuple[tuple[int, ...],
     quota, stored_tiles = schedule.reach_limits(dtype, problem.value_size, tile)
     query_tiles, key_tiles = ceil_div(problem.query_length, tile), ceil_div(problem.key_length, tile)
     record = record_size(problem.key_length, tile, quota)
-    words = query_tiles * key_tiles * schedule.words_per_tile(tile)
     is_stored = torch.sym_min(1, stored_tiles // torch.sym_max(1, key_tiles))
+    words = query_tiles * (key_tiles * is_stored + SPARE.value) * schedule.words_per_tile(tile)
     batch, heads = problem.batch, problem.heads
-    return (batch, heads, query_tiles * record), (batch, heads, words * is_stored)
+    return (batch, heads, query_tiles * record), (batch, heads, words)
 
 
 def record_size(key_length: int, tile: int, quota: int) -> int:
@@ -106,8 +109,9 @@ def query_words(words, unit, tile, first_unit, first_tile, tiles, sizes, C: tl.c
 
     The words are all that are kept, or those of one chunk: of so many tiles of queries, from `first_tile` on.
     """
+    key_tiles = (sizes.key_length + C.TILE - 1) // C.TILE
     if are_kept(sizes.key_length, C):
         first_unit, first_tile, tiles = 0, 0, (sizes.query_length + C.TILE - 1) // C.TILE
-    key_tiles = (sizes.key_length + C.TILE - 1) // C.TILE
+        key_tiles += SPARE
     place = tl.cast(unit - first_unit, tl.int64) * key_tiles * tiles + tile - first_tile
     return words + place * C.WORDS, tiles * C.WORDS

@@ -20,7 +20,7 @@ from .gather import RowCount, append_rows, fill_last_block, load_bits
 from .keys import open_keys
 from .lists import BlockList, TileList, append, append_tiles, close_list
 from .queries import open_options, open_queries, open_threshold
-from .reach import are_kept, open_record
+from .reach import SPARE, are_kept, open_record
 from .score import transposed_scores
 from .tile import UNSPECIALIZED, WORD, Sizes, key_head, open_tile, query_head
 from .visibility import are_whole
@@ -89,7 +89,7 @@ def list_queries_kernel(
     index = (unit - first_unit) * keys + tile - first_key
     own = open_query_list(lists, index, tile_capacity, row_capacity)
     is_kept = are_kept(key_length, C)
-    row = tl.where(is_kept, unit * ((key_length + C.TILE - 1) // C.TILE) + tile, index)
+    row = tl.where(is_kept, unit * ((key_length + C.TILE - 1) // C.TILE + SPARE) + tile, index)
     length = tl.where(is_kept, (query_length + C.TILE - 1) // C.TILE, tiles)
     words += tl.cast(row, tl.int64) * length * C.WORDS - tl.where(is_kept, 0, first_tile * C.WORDS)
 
@@ -110,7 +110,8 @@ def list_queries_kernel(
         place = first + tl.arange(0, SPAN_TILES)
         inside = place < alive_tiles
         candidate = tl.load(own.candidates + place, mask=inside, other=0)
-        unmasked = are_whole(unit, candidate, tile, sizes, visibility, C)
+        own_tile = tl.full((SPAN_TILES,), 0, tl.int32) + tile  # Triton's interpreter would miscount a filter's one kind
+        unmasked = are_whole(unit, candidate, own_tile, sizes, visibility, C)
         if flags is None:  # whoever walks the list loads no query past the last
             unmasked = unmasked & ((candidate + 1) * C.TILE <= query_length)
         bits = load_bits(words, candidate, inside, C)

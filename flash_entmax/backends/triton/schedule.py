@@ -16,7 +16,7 @@ from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
 KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
-OTHER_BYTES = 24  # of these: maximum and offset, and the two pairs of the backward
+OTHER_BYTES = 32  # of these: maximum and offset, four more numbers in either pass, the summary, the words of a record
 WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared memory
 
 

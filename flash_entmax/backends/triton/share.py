@@ -4,8 +4,8 @@ Trained models attend to their first token from everywhere. One program for that
 are done. Its blocks of queries are split into equal parts, each for a program of its own, and the parts are added in
 one order. A program that is a part has a slot. Each key head has so many slots, whatever the data.
 
-The plan of one key head, in int32: the tile of each slot, or -1; the first slot of each tile; the parts of each tile, 0
-where one program does all.
+The plan of one key head and the tiles of a chunk, in int32: the tile of each slot, or -1; the first slot of each tile;
+the parts of each tile, 0 where one program does all. Tiles count from the first of the chunk.
 """
 
 import triton
@@ -21,9 +21,8 @@ FEWEST = tl.constexpr(8)  # blocks of a part
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def share_kernel(lists, shares, group, key_length, tile_capacity, row_capacity, slots, C: tl.constexpr):
+def share_kernel(lists, shares, group, tiles, tile_capacity, row_capacity, slots, C: tl.constexpr):
     """The plan of one key head. Tiles with more than twice the mean of blocks are split, in order, while slots last."""
-    tiles = (key_length + C.TILE - 1) // C.TILE
     unit = tl.program_id(0)
     slot_tile = shares + unit * (slots + 2 * tiles)
     slot = tl.arange(0, SLOTS)
@@ -59,9 +58,8 @@ def blocks_of_tiles(lists, unit, first, tiles, group, tile_capacity, row_capacit
 
 
 @triton.jit
-def share_of(shares, unit, slot, tile, slots, sizes, C: tl.constexpr):
+def share_of(shares, unit, slot, tile, slots, tiles):
     """(tile, part, parts) of a program that has a slot, or a tile (slot -1). Without any work, its tile is -1."""
-    tiles = (sizes.key_length + C.TILE - 1) // C.TILE
     slot_tile = shares + unit * (slots + 2 * tiles)
     has_slot = slot >= 0
     tile = tl.load(slot_tile + slot, mask=has_slot, other=tile)
@@ -99,7 +97,7 @@ def part_pointers(parts, index, SIZE: tl.constexpr, START: tl.constexpr, C: tl.c
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def add_parts_kernel(
     shares, parts, grad_key, grad_value, score_options, heads, group, query_length, key_length, first_unit, units,
-    slots, C: tl.constexpr,
+    first_key, tiles, slots, C: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile that was split, by the program of its first slot."""
     TILE: tl.constexpr = C.TILE
@@ -108,7 +106,7 @@ def add_parts_kernel(
     sizes = Sizes(heads, group, query_length, key_length)
     index = tl.program_id(0)
     unit, slot = index % units, index // units
-    tile, part, count = share_of(shares, unit, slot, -1, slots, sizes, C)
+    tile, part, count = share_of(shares, unit, slot, -1, slots, tiles)
     if (part == 0) & (tile >= 0):
         dk = tl.zeros((TILE, HEAD_PADDED), tl.float32)
         dv = tl.zeros((TILE, VALUE_PADDED), tl.float32)
@@ -116,7 +114,9 @@ def add_parts_kernel(
             place = index + number * units
             dk += tl.load(part_pointers(parts, place, HEAD_PADDED, 0, C))
             dv += tl.load(part_pointers(parts, place, VALUE_PADDED, TILE * HEAD_PADDED, C))
-        store_gradients(grad_key, grad_value, dk, dv, first_unit + unit, tile, score_options.scale, sizes, C)
+        store_gradients(
+            grad_key, grad_value, dk, dv, first_unit + unit, first_key + tile, score_options.scale, sizes, C
+        )
 
 
 @triton.jit

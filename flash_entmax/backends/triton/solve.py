@@ -18,7 +18,7 @@ from .queries import Threshold, open_options, open_queries
 from .reach import open_record, record_index
 from .reaching import pair_flags
 from .sums import sums_at
-from .tile import UNSPECIALIZED, WORD, Sizes, heaviest_first, key_head, load_row, open_tile, query_head, store_row
+from .tile import UNSPECIALIZED, Sizes, heaviest_first, key_head, load_row, open_tile, query_head, store_row
 
 MAX_STEPS = tl.constexpr(40)
 SPAN_TILES = tl.constexpr(32)  # tiles of keys that one step lists
@@ -40,7 +40,7 @@ def solve_kernel(
     C: tl.constexpr,
 ):  # fmt: skip
     """Stores the `offset` of each row, and the lists of what may hold support: whole tiles in `sublists`, single keys
-    in a record; for the backward, the rest of the record."""
+    in a record; for the backward, the rest of the record, which is 0 at first."""
     TILE: tl.constexpr = C.TILE
     sizes = Sizes(heads, group, query_length, key_length)
     unit, tile = heaviest_first(units, first_unit, first_tile)
@@ -61,9 +61,6 @@ def solve_kernel(
     stored = StoredMaxima(column, row_margin, sublists + first_place)
     blocks = BlockList(whole_tiles(stored.spare_places, tiles), record.rows, row_blocks)
     row_offset = solve(queries, row_maximum, certified, tiles, blocks, stored, key_head(key, unit, sizes), C)
-    words = (key_length + TILE * WORD - 1) // (TILE * WORD) + 1
-    if C.NEEDS_BACKWARD:
-        clear_words(record.live, 2 * words)  # the words of whole tiles follow
     depth = row_margin + row_offset * SAFETY
     whole = last_list(stored.spare_places, tiles, column, depth, record.live, C)
 
@@ -142,12 +139,3 @@ def solve(queries, maximum, offset, tiles, blocks, stored, key, C: tl.constexpr)
         lost = tl.where(maximum < float("inf"), tl.abs(maximum * z_scale) * 2.0**-22, 0.0)
         offset = tl.minimum(offset + lost, 1.0)
     return offset
-
-
-@triton.jit
-def clear_words(words, count):
-    """Write zeros, before any bit is set."""
-    for first in range(0, count, PLACES):
-        place = first + tl.arange(0, PLACES)
-        tl.store(words + place, tl.zeros((PLACES,), tl.int32), mask=place < count)
-    tl.debug_barrier()

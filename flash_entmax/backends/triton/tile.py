@@ -33,7 +33,7 @@ class Matrix(NamedTuple):
     row_stride: int
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Rows of a head that are multiplied at once, at first + column: a tile, or single rows, which have no tile: -1."""
 
     tile: int
@@ -166,7 +166,7 @@ def load_columns(pointers, SIZE: tl.constexpr, PADDED: tl.constexpr):
 @triton.jit
 def open_tile(tile, C: tl.constexpr):
     """A tile as a block. Its columns are constants of the compiled loop."""
-    return Block(tile, tile * C.TILE, tl.arange(0, C.TILE))
+    return RowBlock(tile, tile * C.TILE, tl.arange(0, C.TILE))
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def open_tiles(tile, TILES: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def open_rows(places, C: tl.constexpr):
     """The rows whose numbers stand at some places. Their offsets in memory may need 64 bits."""
-    return Block(-1, 0, tl.load(places + tl.arange(0, C.TILE)).to(tl.int64))
+    return RowBlock(-1, 0, tl.load(places + tl.arange(0, C.TILE)).to(tl.int64))
 
 
 @triton.jit

@@ -172,7 +172,7 @@ def open_tile(tile, C: tl.constexpr):
 @triton.jit
 def open_tiles(tile, TILES: tl.constexpr, C: tl.constexpr):
     """So many tiles in a row as one block, with the number of the first."""
-    return Block(tile, tile * C.TILE, tl.arange(0, TILES * C.TILE))
+    return RowBlock(tile, tile * C.TILE, tl.arange(0, TILES * C.TILE))
 
 
 @triton.jit

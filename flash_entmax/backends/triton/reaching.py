@@ -189,6 +189,7 @@ def reaching_kernel(
         error = rounding_of_z(queries, largest, C)
         lowest = lowest_reaching_score(threshold.maximum, threshold.offset, error, options.z_scale)
         score, _ = transposed_scores(queries, keys, True, C)
-        reaching = tl.max(tl.where(score <= lowest[None, :], 0, 1), 0)
+        # A product of finite numbers may be +inf, and so may its maximum: such a score reaches all the same.
+        reaching = tl.max(tl.where((score <= lowest[None, :]) & (score < float("inf")), 0, 1), 0)
         bits = tl.reshape(tl.where(queries.row < query_length, reaching, 0), (WORDS, BITS))
         tl.store(row + block.tile * WORDS + tl.arange(0, WORDS), tl.sum(bits << tl.arange(0, BITS)[None, :], 1))

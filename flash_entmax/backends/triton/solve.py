@@ -61,6 +61,7 @@ def solve_kernel(
     stored = StoredMaxima(column, row_margin, sublists + first_place)
     blocks = BlockList(whole_tiles(stored.spare_places, tiles), record.rows, row_blocks)
     row_offset = solve(queries, row_maximum, certified, tiles, blocks, stored, key_head(key, unit, sizes), C)
+    row_offset = tl.minimum(row_offset, certified)  # what was left out was left out by this one
     depth = row_margin + row_offset * SAFETY
     whole = last_list(stored.spare_places, tiles, column, depth, record.live, C)
 

@@ -122,42 +122,42 @@ def attention_forward(
     problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool
 ) -> tuple[Tensor, ...]:
     """(output, value_mean, maximum, offset, reached_keys, reaching_queries); see backends.Backend."""
-    output = empty_stored_as(query, aligned_size(problem.value_size))
-    value_mean = torch.empty_like(output) if needs_backward else output.new_empty(0)
-    rows = output.shape[:3] if needs_backward else (0,)
-    maximum, offset = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    shapes = reach_shapes(problem, query.dtype) if needs_backward else ((0,), (0,))
-    reached_keys, reaching_queries = (query.new_zeros(shape, dtype=torch.int32) for shape in shapes)
-    if problem.is_empty:
-        for tensor, number in ((output, 0), (value_mean, 0), (maximum, torch.inf), (offset, 1)):
-            tensor.fill_(number)
-    else:
-        with device_of(query):
-            launches = CallLaunches.of(problem, query.dtype, needs_backward)
-            kept = (matrix(value_mean), maximum, offset, reached_keys) if needs_backward else (None,) * 4
-            summary = None
-            if problem.summary is not None:
-                centre, *numbers = problem.summary
-                summary = KernelKeySummary(aligned(centre), *(number.contiguous() for number in numbers))
-            words = reaching_queries
-            if not launches.plan.are_words_kept:
-                words = query.new_zeros(launches.plan.chunk_words, dtype=torch.int32)
-            arguments = aligned(query), aligned(key), aligned(value), summary, matrix(output), *kept, words
-            forward_stages(launches, arguments, query.device)
+    with device_of(query):
+        launches = None if problem.is_empty else CallLaunches.of(problem, query.dtype, needs_backward)
+        shapes = reach_shapes(problem, query.dtype) if launches is None else launches.plan.reach_shapes
+        output = empty_stored_as(query, aligned_size(problem.value_size))
+        value_mean = torch.empty_like(output) if needs_backward else output.new_empty(0)
+        rows = output.shape[:3] if needs_backward else (0,)
+        maximum, offset = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
+        reached_keys, words = (query.new_zeros(shape, dtype=torch.int32) for shape in shapes)
+        results = output, value_mean, maximum, offset, reached_keys, words
+        if launches is None:
+            for tensor, number in zip(results, (0, 0, torch.inf, 1), strict=False):
+                tensor.fill_(number)
+        else:
+            forward_stages(launches, problem, (query, key, value), results)
     output = trimmed(output, problem.value_size)
     if needs_backward:
         value_mean = trimmed(value_mean, problem.value_size)
-    return output, value_mean, maximum, offset, reached_keys, reaching_queries
+    return output, value_mean, *results[2:]
 
 
-def forward_stages(launches: CallLaunches, arguments: tuple, device: torch.device) -> None:
-    """Write output; and value_mean, maximum, offset, and what is reached, for the backward.
-
-    Without a backward, value_mean, maximum, offset and reached_keys are None. Without a summary of the keys, one is
-    made. Records and words are 0.
-    """
-    plan = launches.plan
-    kernels = (() if arguments[3] is not None else (summary_kernel,)) + FORWARD + (MARK if plan.is_marked else ())
+def forward_stages(
+    launches: CallLaunches, problem: Problem, inputs: tuple[Tensor, ...], results: tuple[Tensor, ...]
+) -> None:
+    """Write the results. Records and words are 0 before. Without a summary of the keys, one is made."""
+    plan, device = launches.plan, inputs[0].device
+    output, value_mean, maximum, offset, reached_keys, words = results
+    kept = (matrix(value_mean), maximum, offset, reached_keys) if plan.outline.needs_backward else (None,) * 4
+    if not plan.are_words_kept:
+        words = output.new_zeros(plan.chunk_words, dtype=torch.int32)
+    kernels, summary = FORWARD + MARK if plan.is_marked else FORWARD, None
+    if problem.summary is None:
+        kernels = summary_kernel, *kernels
+    else:
+        centre, *numbers = problem.summary
+        summary = KernelKeySummary(aligned(centre), *(number.contiguous() for number in numbers))
+    arguments = *map(aligned, inputs), summary, matrix(output), *kept, words
     opened, arguments, scratch = launches.open(kernels, arguments, plan.forward_scratch, device)
     query, key, value, summary, output, value_mean, maximum, offset, reached_keys, words = arguments
     lists, sublists, maxima, flags, queries, counts, *scratch = scratch
@@ -167,19 +167,16 @@ def forward_stages(launches: CallLaunches, arguments: tuple, device: torch.devic
     if summary is None:
         summary = KernelKeySummary(Matrix(centre, *plan.centre_strides), radius, error, largest)
         opened.launch(summary_kernel, plan.blocks, schedule.summary_settings, key, summary, *plan.sizes)
-    for chunk in plan.forward_chunks:
-        steps = ceil_div(chunk.tiles, plan.config.SCANNED)
+    for chunk, scanned, heads, place in plan.forward_programs:
         opened.run_over_tiles(
-            scan_kernel, chunk.first_unit, chunk.units, steps, schedule.scan_settings, query, key, summary, maxima,
-            maximum, bound_gap, score_error, lists, counts, numbers=(chunk.first_tile, chunk.capacity, chunk.tiles),
+            scan_kernel, *scanned, schedule.scan_settings, query, key, summary, maxima, maximum, bound_gap, score_error,
+            lists, counts, numbers=(chunk.first_tile, chunk.capacity, chunk.tiles),
         )  # fmt: skip
         opened.run(
             certify_kernel, chunk, schedule.certify_settings, maxima, maximum, offset, bound_gap, score_error, margin,
             lowest, lists, counts, words,
         )  # fmt: skip
         if plan.is_marked:
-            heads = chunk.first_unit, chunk.units, plan.keys_of(chunk)
-            place = chunk.first_tile, chunk.tiles, chunk.capacity, *plan.forward_query_list(chunk)
             opened.run_over_tiles(
                 list_queries_kernel, *heads, schedule.list_settings, words, flags, queries, numbers=(0, *place)
             )

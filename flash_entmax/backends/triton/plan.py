@@ -14,7 +14,7 @@ from ...core.tensors import ceil_div
 from . import schedule
 from .launch import launcher_of
 from .queries import KernelScoreOptions
-from .reach import record_size
+from .reach import record_size, shapes_of
 from .schedule import Outline
 from .scratch import Scratch
 from .visibility import KernelVisibility, bounds_kernel
@@ -156,6 +156,26 @@ class Plan:
         if not self.are_words_kept or self.group * self.query_tiles < FEWEST_SHARED:
             return 0
         return min(MOST_SLOTS, ceil_div(self.key_tiles, 2))
+
+    @cached_property
+    def forward_programs(self) -> list[tuple[Chunk, tuple, tuple, tuple]]:
+        """Of each chunk, the units and tiles of the scan, and those of lists and marks, and more of their numbers."""
+        programs = []
+        for chunk in self.forward_chunks:
+            heads = chunk.first_unit, chunk.units
+            steps, place = ceil_div(chunk.tiles, self.config.SCANNED), (chunk.first_tile, chunk.tiles, chunk.capacity)
+            place = *place, *self.forward_query_list(chunk)
+            programs.append((chunk, (*heads, steps), (*heads, self.keys_of(chunk)), place))
+        return programs
+
+    @cached_property
+    def reach_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of what is kept for the backward, see reach.py."""
+        o = self.outline
+        if not o.needs_backward:
+            return (0,), (0,)
+        sizes = o.batch, o.heads, o.query_length, o.key_length
+        return shapes_of(sizes, self.config.TILE, self.config.QUOTA, self.config.STORED_TILES)
 
     @cached_property
     def forward_scratch(self) -> Scratch:

@@ -44,13 +44,17 @@ class Record(NamedTuple):
 def reach_shapes(problem: Problem, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of `reached_keys` and `reaching_queries`; see backends.Backend. Lengths may be symbols."""
     tile = schedule.tile_size(dtype, problem.widest)
-    quota, stored_tiles = schedule.reach_limits(dtype, problem.value_size, tile)
-    query_tiles, key_tiles = ceil_div(problem.query_length, tile), ceil_div(problem.key_length, tile)
-    record = record_size(problem.key_length, tile, quota)
+    sizes = problem.batch, problem.heads, problem.query_length, problem.key_length
+    return shapes_of(sizes, tile, *schedule.reach_limits(dtype, problem.value_size, tile))
+
+
+def shapes_of(sizes: tuple, tile: int, quota: int, stored_tiles: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`reach_shapes` for (batch, heads, query length, key length)."""
+    batch, heads, query_length, key_length = sizes
+    query_tiles, key_tiles = ceil_div(query_length, tile), ceil_div(key_length, tile)
     is_stored = torch.sym_min(1, stored_tiles // torch.sym_max(1, key_tiles))
     words = query_tiles * (key_tiles * is_stored + SPARE.value) * schedule.words_per_tile(tile)
-    batch, heads = problem.batch, problem.heads
-    return (batch, heads, query_tiles * record), (batch, heads, words)
+    return (batch, heads, query_tiles * record_size(key_length, tile, quota)), (batch, heads, words)
 
 
 def record_size(key_length: int, tile: int, quota: int) -> int:

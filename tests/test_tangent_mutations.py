@@ -28,8 +28,8 @@ FAULTS = {
     "scale stands still": (tangent, "changes", "context.scale", "0.0"),
     "values are weighted by u": (tangent, "tangent_kernel", "probability(...)", "support_weight(...)"),
     "some keys are left out": (
-        tangent, "add_products", "load_keys(context.value_tangent, key_tile, ...)",
-        "load_keys(context.value_tangent, 0 * key_tile, ...)",
+        tangent, "add_products", "load_block(context.value_tangent, block, sizes.key_length, ...)",
+        "load_block(context.value_tangent, block, 32, ...)",
     ),
 }  # fmt: skip
 

@@ -69,7 +69,9 @@ def header_size(words: int) -> int:
 def reached_tiles(problem: Problem, dtype: torch.dtype, reached_keys: Tensor) -> Tensor:
     """(batch, heads, query tiles, key tiles) bool: see backends.Backend."""
     tile = schedule.tile_size(dtype, problem.widest)
-    records = reached_keys.unflatten(-1, (ceil_div(problem.query_length, tile), -1))
+    quota, _ = schedule.reach_limits(dtype, problem.value_size, tile)
+    size = record_size(problem.key_length, tile, quota)
+    records = reached_keys.unflatten(-1, (ceil_div(problem.query_length, tile), size))
     return unpack_tiles(records[..., : live_words(problem.key_length, tile)], ceil_div(problem.key_length, tile))
 
 

@@ -1,9 +1,10 @@
 """Steps on captured and on synthetic inputs beside cuDNN, and the time of every kernel.
 
 python benchmarks/keys.py FILES takes a minute on a GPU. Each file is one that `flash-entmax bench --inputs` reads. One
-head is taken ten times, and eight times beside itself as a head of twice the size, whose scores are the same. Synthetic inputs are those of the benchmark, sparse by tile. Milliseconds are medians of 20 by CUDA events: of a
-step as a CUDA graph and as called, and of a forward pass without gradients as a graph. There is a line for each input;
-all of it goes to FOLDER/keys.json with --out FOLDER.
+head is taken ten times, and eight times beside itself as a head of twice the size, whose scores are the same. Synthetic
+inputs are those of the benchmark, sparse by tile. Milliseconds are medians of 20 by CUDA events: of a step as a CUDA
+graph and as called, and of a forward pass without gradients as a graph. There is a line for each input; all of it goes
+to FOLDER/keys.json with --out FOLDER.
 """
 
 import argparse

@@ -100,7 +100,7 @@ class Plan:
 
     @cached_property
     def forward_chunks(self) -> list[Chunk]:
-        """Lists of queries take more than maxima where a tile of queries sees few of many keys: they bound chunks too."""
+        """Lists of queries take more than maxima where a tile of queries sees few of many keys: both are bounded."""
         limit = MAXIMA // self.config.TILE
         parts = self.chunks_of_queries(limit)
         while max(map(self.asked_by, parts)) > ASKED and max(chunk.programs for chunk in parts) > 1:

@@ -1,19 +1,24 @@
 """Calls of which single keys are listed: what the kernels are set to, and what the records of a call say."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from importlib.util import find_spec
 from unittest import mock
 
 import torch
-import triton.language as tl
 from cases import Case
 from checks import recorded_words
+from conftest import Backend
 from torch import Tensor
 
-from flash_entmax.backends.triton import plan, schedule, share
 from flash_entmax.core.call import live_words
 from flash_entmax.core.tensors import ceil_div
 from flash_entmax.operators import attention as ops
+
+if find_spec("triton"):
+    import triton.language as tl
+
+    from flash_entmax.backends.triton import plan, schedule, share
 
 TOPIC_SCORE = 30.0
 
@@ -39,6 +44,11 @@ def limits(reach: tuple[int, int] | None = None, blocks_of_part: int | None = No
             stack.enter_context(mock.patch.object(share, "FEWEST", tl.constexpr(blocks_of_part)))
         forget_plans()
         yield
+
+
+def limits_of(backend: Backend, **numbers) -> AbstractContextManager:
+    """`limits` where the kernels run, and where some number is given."""
+    return limits(**numbers) if numbers and backend.impl == "triton" else nullcontext()
 
 
 def lone_inputs(

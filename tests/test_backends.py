@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from cases import make_case
 
 from flash_entmax import entmax, entmax_attention, entmax_loss, linear_entmax_loss
 from flash_entmax.backends import BACKENDS, Backend
@@ -139,3 +140,14 @@ def test_shipped_backends_offer_every_function(backend, name):
 
 def test_the_protocol_has_functions():
     assert {"obstacle", "attention_forward", "sums_at", "loss_backward"} <= set(FUNCTIONS)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 70), (70, 0)])
+def test_an_empty_call_reaches_no_tile(backend, queries, keys):
+    case = make_case(backend, length=queries, key_length=keys)
+    stages = BACKENDS[backend.impl]
+    shape, _ = stages.reach_shapes(case.problem, case.query.dtype)
+    reached_keys = torch.zeros(shape, dtype=torch.int32, device=backend.device)
+    tiles = stages.reached_tiles(case.problem, case.query.dtype, reached_keys)
+    assert tiles.shape[:2] == (1, 2)
+    assert not tiles.any()

@@ -4,6 +4,7 @@ The default profile draws the same few examples each time; conftest says how to 
 """
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from checks import check_attention, score_rounding
 from conftest import FUZZ_EXAMPLES, PROFILE
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from single_keys import limits_of, lone_inputs
 from torch.nn.attention.flex_attention import create_block_mask
+
+from flash_entmax.testing import KEY_PATTERNS, key_sparse_inputs
 
 numbers = st.sampled_from
 alphas = (st.just(1.5), st.just(2.0), st.one_of(st.just(1.25), st.floats(1.05, 2.0)))
@@ -154,6 +158,33 @@ def packed_calls(draw, backend, shard: int, longest: int) -> Case:
     )  # fmt: skip
 
 
+@st.composite
+def key_sparse_calls(draw, backend, shard: int, longest: int) -> tuple[Case, dict]:
+    """A padded call whose queries attend to few keys, and limits.
+
+    Keys are scattered, stripes, a sink, one in every tile, all keys of one tile, or a few for each query.
+    """
+    case = draw(padded_calls(backend, shard, longest))
+    batch, heads, queries, dim = case.query.shape
+    key_heads, keys = case.key.shape[1:3]
+    make = draw(numbers([*(partial(key_sparse_inputs, pattern) for pattern in KEY_PATTERNS), few_keys_for_each]))
+    more = {"key_heads": key_heads, "dtype": case.query.dtype, "device": backend.device}
+    query, key, _ = make(batch, heads, max(queries, keys), dim, seed=draw(st.integers(0, 10**6)), **more)
+    case.query, case.key = query[:, :, -queries:].contiguous(), key[:, :, :keys].contiguous()
+    limits = {"reach": draw(numbers([None, (64, 0), (64, 1024), (128, 2)]))}
+    if draw(st.booleans()):
+        limits |= {"MAXIMA": draw(numbers([64, 500])), "LISTED": draw(numbers([2, 10])), "REACHING": 500}
+    if draw(st.booleans()):
+        limits |= {"FEWEST_SHARED": 0, "MOST_SLOTS": draw(numbers([1, 4, 64]))}
+    if backend.is_interpreted:
+        limits["blocks_of_part"] = draw(numbers([1, 2]))
+    return case, limits
+
+
+def few_keys_for_each(batch: int, heads: int, length: int, dim: int, **options):
+    return lone_inputs(length, dim, batch=batch, heads=heads, **options)
+
+
 def check_drawn(case: Case, impl: str) -> None:
     """Within budget of the reference, without NaN, and the same bits again."""
     result = check_attention(case, impl, more=score_rounding(case))
@@ -166,12 +197,14 @@ def check_drawn(case: Case, impl: str) -> None:
 def check_calls(backend, calls, shard: int, examples: int) -> None:
     # To shrink a failure would take the interpreter minutes.
     phases = [phase for phase in Phase if phase is not Phase.shrink or not backend.is_interpreted]
-    examples = FUZZ_EXAMPLES // (2 * SHARDS) if PROFILE == "fuzz" else examples
+    examples = FUZZ_EXAMPLES // (3 * SHARDS) if PROFILE == "fuzz" else examples
 
     @settings(max_examples=examples, phases=phases)
     @given(calls(backend, shard, backend.sizes(80, 200, 1000)))
-    def check(case):
-        check_drawn(case, backend.impl)
+    def check(call):
+        case, numbers = call if isinstance(call, tuple) else (call, {})
+        with limits_of(backend, **numbers):
+            check_drawn(case, backend.impl)
 
     check()
 
@@ -184,3 +217,8 @@ def test_any_padded_call(backend, shard):
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_any_packed_call(backend, shard):
     check_calls(backend, packed_calls, SHARDS + shard, backend.sizes(4, 150, 50))
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_any_key_sparse_call(backend, shard):
+    check_calls(backend, key_sparse_calls, 2 * SHARDS + shard, backend.sizes(10, 30, 50))

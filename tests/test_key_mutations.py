@@ -133,9 +133,9 @@ CHECKS = {
     "shares": partial(check_case, SINK, **SHARING),
     "shares of chunks": partial(
         check_case,
-        lone_case(BACKEND, 250, heads=3, is_causal=True, keys_of_topic=1, sinks=(0, 140)),
+        lone_case(BACKEND, 256, heads=2, keys_of_topic=1, sinks=(0, 140)),
         **SHARING,
-        REACHING=7000,
+        REACHING=5600,
     ),
     "shares of heads": partial(
         check_case, lone_case(BACKEND, 250, heads=2, key_heads=2, is_causal=True, keys_of_topic=1), **SHARING

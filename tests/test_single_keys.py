@@ -21,6 +21,7 @@ from single_keys import limits, lone_case, lone_inputs, with_single_keys
 
 from flash_entmax import entmax_attention
 from flash_entmax.backends.triton import gradient, plan, schedule
+from flash_entmax.backends.triton.scratch import Scratch
 from flash_entmax.testing import KEY_PATTERNS, key_sparse_inputs
 
 (BACKEND,) = [backend for backend in backends() if backend.impl == "triton"]
@@ -286,3 +287,19 @@ def test_a_bad_key_spoils_the_rows_that_see_it(set_limits, bad):
         *(t.double() for t in (case.query, case.key, case.value)), is_causal=True, impl="reference"
     )  # fmt: skip
     assert torch.equal(output.isnan(), exact.isnan())
+
+
+# Memory that nothing was written to
+
+
+@pytest.mark.parametrize("number", [0x5A, 0xFF])
+def test_what_scratch_held_before_changes_no_bit(sharing, monkeypatch, number):
+    sharing()
+    case = call_case({"length": 170, "heads": 2, "is_causal": True, "keys_of_topic": 1})
+    clean = run(case, "triton", case.grad_output())
+
+    def filled(layout: Scratch, device: torch.device) -> torch.Tensor:
+        return torch.full((layout.size,), number, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr(Scratch, "allocate", filled)
+    assert_same(case, run(case, "triton", clean.grad_output), clean)

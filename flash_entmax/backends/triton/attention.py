@@ -124,7 +124,9 @@ def attention_forward(
     """(output, value_mean, maximum, offset, reached_keys, reaching_queries); see backends.Backend."""
     with device_of(query):
         launches = None if problem.is_empty else CallLaunches.of(problem, query.dtype, needs_backward)
-        shapes = reach_shapes(problem, query.dtype) if launches is None else launches.plan.reach_shapes
+        shapes = ((0,), (0,)) if launches is None else launches.plan.reach_shapes
+        if launches is None and needs_backward:
+            shapes = reach_shapes(problem, query.dtype)
         output = empty_stored_as(query, aligned_size(problem.value_size))
         value_mean = torch.empty_like(output) if needs_backward else output.new_empty(0)
         rows = output.shape[:3] if needs_backward else (0,)
@@ -235,8 +237,6 @@ def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.devi
             gradient_query_kernel, chunk, schedule.gradient_settings, query, key, value, value_mean, grad_output,
             selected, maximum, offset, pairs, reached_keys, lists, grad_query, parameter_parts,
         )  # fmt: skip
-    if not plan.slots:
-        shares, parts = None, None
     capacities = plan.backward_query_list
     for first_unit, units, first_key, tiles, _ in plan.key_chunks:
         heads = first_unit * plan.group, units * plan.group, tiles

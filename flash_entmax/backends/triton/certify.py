@@ -43,7 +43,8 @@ def certify_kernel(
     row_gap = load_row(bound_gap, unit, row, sizes, 0.0)
     row_error = load_row(score_error, unit, row, sizes, 0.0)
 
-    allowance = row_error + ROUNDING * (1.0 + tl.abs(row_gap))
+    storage_error = ROUNDING * (1.0 + tl.abs(row_gap))
+    allowance = row_error + storage_error
     is_certain = allowance < 1.0
     certified = certify_offset(column, tiles.count, row_gap, options.exponent, C) + allowance
     row_offset = tl.where(is_certain, certified, 1.0)

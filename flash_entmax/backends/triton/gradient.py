@@ -180,7 +180,7 @@ def gradient_key_value_kernel(
     unit = first_unit + own_unit
     tiles = tl.num_programs(0) // units - slots
     own_tile, part, count = number - slots, 0, 1
-    if shares is not None:
+    if slots > 0:
         slot = tl.where(number < slots, number, -1)
         own_tile, part, count = share_of(shares, own_unit, slot, own_tile, slots, tiles)
     if own_tile >= 0:
@@ -209,9 +209,7 @@ def gradient_key_value_kernel(
             state = walk(add_to_key_and_value, state, context, blocks, C)
             passed += tl.load(block_counts(lists, index, tile_capacity, row_capacity))
         dk, dv = state
-        if shares is None:  # noqa: SIM114 (a branch of the compiler)
-            store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)
-        elif count == 1:
+        if count == 1:
             store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)
         else:
             tl.store(part_pointers(parts, tl.program_id(0), HEAD_PADDED, 0, C), dk)

@@ -24,16 +24,17 @@ def mark_kernel(
     unit, tile = first_unit + tl.program_id(0) % units, tl.program_id(0) // units
     index = (unit - first_unit) * (tl.num_programs(0) // units) + tile
     blocks = listed_queries(lists, index, tile_capacity, row_capacity)
-    options = open_options(score_options, unit, sizes, C)
-    keys = open_keys(key_head(key, unit, sizes), open_tile(tile, C), sizes, True, C)
-    head = query_head(query, unit, sizes)
-    flags = pair_flags(flags, unit - first_unit, 0, tile, tiles, capacity, C)
-    for n in range(blocks.row_blocks):
-        block = open_rows(blocks.rows + n * C.TILE, C)
-        queries = open_queries(head, unit, block, options, sizes, visibility, False, C)
-        score, _ = transposed_scores(queries, keys, False, C)
-        row_lowest = tl.load(row_pointers(lowest, unit, block.column, sizes))
-        is_reached = (score <= row_lowest[None, :]) == 0  # NaN reaches all
-        place = (block.column.to(tl.int32) // C.TILE - first_tile) * (capacity * C.TILE)
-        one = tl.full((C.TILE, C.TILE), 1, tl.int8)
-        tl.store(flags + (place[None, :] + keys.column[:, None]), one, mask=is_reached)
+    if blocks.row_blocks > 0:  # many programs have nothing to do
+        options = open_options(score_options, unit, sizes, C)
+        keys = open_keys(key_head(key, unit, sizes), open_tile(tile, C), sizes, True, C)
+        head = query_head(query, unit, sizes)
+        flags = pair_flags(flags, unit - first_unit, 0, tile, tiles, capacity, C)
+        for n in range(blocks.row_blocks):
+            block = open_rows(blocks.rows + n * C.TILE, C)
+            queries = open_queries(head, unit, block, options, sizes, visibility, False, C)
+            score, _ = transposed_scores(queries, keys, False, C)
+            row_lowest = tl.load(row_pointers(lowest, unit, block.column, sizes))
+            is_reached = (score <= row_lowest[None, :]) == 0  # NaN reaches all
+            place = (block.column.to(tl.int32) // C.TILE - first_tile) * (capacity * C.TILE)
+            one = tl.full((C.TILE, C.TILE), 1, tl.int8)
+            tl.store(flags + (place[None, :] + keys.column[:, None]), one, mask=is_reached)

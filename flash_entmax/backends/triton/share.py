@@ -22,7 +22,8 @@ FEWEST = tl.constexpr(8)  # blocks of a part
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def share_kernel(lists, shares, group, tiles, tile_capacity, row_capacity, slots, C: tl.constexpr):
-    """The plan of one key head. Tiles with more than twice the mean of blocks are split, in order, while slots last."""
+    """The plan of one key head. Tiles with more than twice the mean of blocks are split, or of so many more that all
+    parts have slots: a tile of b > m blocks has less than 2 b / m parts of m blocks."""
     unit = tl.program_id(0)
     slot_tile = shares + unit * (slots + 2 * tiles)
     slot = tl.arange(0, SLOTS)
@@ -30,20 +31,30 @@ def share_kernel(lists, shares, group, tiles, tile_capacity, row_capacity, slots
     total = tl.zeros((SPAN,), tl.int64)
     for first in range(0, tiles, SPAN):
         total += blocks_of_tiles(lists, unit, first, tiles, group, tile_capacity, row_capacity)
-    most = tl.maximum(2 * tl.sum(total, 0) // tiles, FEWEST).to(tl.int32)
+    twice = 2 * tl.sum(total, 0)
+    most = tl.maximum(twice // tl.maximum(tiles, slots), FEWEST).to(tl.int32)
+    needed = 0
+    for first in range(0, tiles, SPAN):
+        blocks = blocks_of_tiles(lists, unit, first, tiles, group, tile_capacity, row_capacity)
+        needed += tl.sum(parts_of(blocks, most), 0)
+    most = tl.where(needed > slots, twice // slots + 1, most).to(tl.int32)
     tl.debug_barrier()
     used = 0
     for first in range(0, tiles, SPAN):
         tile = first + tl.arange(0, SPAN)
-        blocks = blocks_of_tiles(lists, unit, first, tiles, group, tile_capacity, row_capacity)
-        parts = tl.where(blocks > most, (blocks + most - 1) // most, 0)
+        parts = parts_of(blocks_of_tiles(lists, unit, first, tiles, group, tile_capacity, row_capacity), most)
         last = used + tl.cumsum(parts, 0)
         used = tl.max(last, 0)
-        parts = tl.where(last <= slots, parts, 0)
         tl.store(slot_tile + slots + tile, last - parts, mask=tile < tiles)
         tl.store(slot_tile + slots + tiles + tile, parts, mask=tile < tiles)
         for part in range(tl.max(parts, 0)):
             tl.store(slot_tile + last - parts + part, tile, mask=part < parts)
+
+
+@triton.jit
+def parts_of(blocks, most):
+    """In how many parts a tile with so many blocks is split; 0 where one program does all."""
+    return tl.where(blocks > most, (blocks + most - 1) // most, 0)
 
 
 @triton.jit

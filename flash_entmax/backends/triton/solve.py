@@ -91,6 +91,7 @@ def list_keys(record, tiles, marked, flags, capacity, sizes, C: tl.constexpr):
         own_flags = load_flags(flags, tile % capacity, inside, C)
         count = RowCount(rows, last, before)
         count, taken = append_rows(record.rows, count, record.quota, place, tile, own_flags, inside, C)
+        tl.debug_barrier()  # all have read these numbers
         tl.store(tiles.tiles + place, ~tile, mask=taken)
         rows, last, before = count
     tl.debug_barrier()

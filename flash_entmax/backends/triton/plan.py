@@ -22,9 +22,7 @@ from .visibility import KernelVisibility, bounds_kernel
 MAXIMA = 2**26  # maxima of 2 bytes, and flags of 1 byte, in the scratch of one chunk: 192 MiB
 ASKED = 13 * 2**20  # listed queries and tiles of queries, and words, of 4 bytes in the scratch of one chunk: 52 MiB
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
-REACHING = (
-    9 * 2**22
-)  # listed queries and tiles of queries, words, and sums of parts, of the backward, likewise: 144 MiB
+REACHING = 9 * 2**22  # listed queries and tiles, words and sums of parts of the backward, likewise: 144 MiB
 MOST_SLOTS = 64  # of a key head, see share.py
 FEWEST_MARKED = 8  # tiles of keys: with fewer, single keys are not looked for
 FEWEST_SHARED = 32  # tiles of queries of a group of heads: with fewer, no tile of keys is split
@@ -167,7 +165,7 @@ class Plan:
     @cached_property
     def slots(self) -> int:
         """Programs of each key head for parts of tiles of keys, see share.py."""
-        if not self.are_words_kept or self.group * self.query_tiles < FEWEST_SHARED:
+        if self.group * self.query_tiles < FEWEST_SHARED:
             return 0
         return min(MOST_SLOTS, ceil_div(self.key_tiles, 2))
 

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .tensors import WORD_BITS, ceil_div, clamped, pack_tiles, unpack_tiles
+from .tensors import WORD_BITS, ceil_div, clamped
 
 MAX_HEAD_SIZE = 512
 ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
@@ -217,17 +216,3 @@ class Problem:
         if self.visibility.is_causal:
             stop = (position + 1).clamp(0, self.key_length)
         return torch.stack((torch.zeros_like(position), stop, position)).expand(self.batch, -1, -1)
-
-    def live_shape(self, tile: int) -> tuple[int, int, int]:
-        """Shape of the packed map of live tiles: (batch, heads, query tiles * words)."""
-        return self.batch, self.heads, ceil_div(self.query_length, tile) * live_words(self.key_length, tile)
-
-    def pack_live(self, tiles: Tensor, tile: int) -> Tensor:
-        """(batch, heads, query tiles, key tiles) bool -> the packed map."""
-        words = pack_tiles(tiles)
-        return pad(words, (0, live_words(self.key_length, tile) - words.shape[-1])).flatten(2)
-
-    def unpack_live(self, live: Tensor, tile: int) -> Tensor:
-        """The inverse of `pack_live`."""
-        rows = live.unflatten(-1, (ceil_div(self.query_length, tile), live_words(self.key_length, tile)))
-        return unpack_tiles(rows, ceil_div(self.key_length, tile))

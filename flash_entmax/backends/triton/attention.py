@@ -52,7 +52,7 @@ class OpenedKernels(NamedTuple):
     def run_over_tiles(
         self, kernel, first_unit: int, units: int, tiles: int, rule: SettingsRule, *arguments, numbers: tuple
     ) -> None:
-        """Launch a kernel with so many programs for each unit, for a tile each, or some."""
+        """Launch a kernel with `tiles` programs for each unit."""
         self.launch(
             kernel, units * tiles, rule, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit, units,
             *numbers,
@@ -162,12 +162,13 @@ def forward_stages(
     arguments = *map(aligned, inputs), summary, matrix(output), *kept, words
     opened, arguments, scratch = launches.open(kernels, arguments, plan.forward_scratch, device)
     query, key, value, summary, output, value_mean, maximum, offset, reached_keys, words = arguments
-    lists, sublists, maxima, flags, queries, counts, *scratch = scratch
-    bound_gap, score_error, margin, lowest, centre, radius, error, largest, *kept = scratch
+    lists, sublists, maxima, flags, query_lists, counts, *scratch = scratch
+    bound_gap, score_error, margin, lowest, *own_summary, own_maximum, own_offset, own_records = scratch
     if maximum is None:
-        maximum, offset, reached_keys = kept
+        maximum, offset, reached_keys = own_maximum, own_offset, own_records
     if summary is None:
-        summary = KernelKeySummary(Matrix(centre, *plan.centre_strides), radius, error, largest)
+        own_centre, *own_numbers = own_summary
+        summary = KernelKeySummary(Matrix(own_centre, *plan.centre_strides), *own_numbers)
         opened.launch(summary_kernel, plan.blocks, schedule.summary_settings, key, summary, *plan.sizes)
     for chunk, scanned, heads, place in plan.forward_programs:
         opened.run_over_tiles(
@@ -180,10 +181,10 @@ def forward_stages(
         )  # fmt: skip
         if plan.is_marked:
             opened.run_over_tiles(
-                list_queries_kernel, *heads, schedule.list_settings, words, flags, queries, numbers=(0, *place)
+                list_queries_kernel, *heads, schedule.list_settings, words, flags, query_lists, numbers=(0, *place)
             )
             opened.run_over_tiles(
-                mark_kernel, *heads, schedule.mark_settings, query, key, lowest, flags, queries, numbers=place
+                mark_kernel, *heads, schedule.mark_settings, query, key, lowest, flags, query_lists, numbers=place
             )
         opened.run(
             solve_kernel, chunk, schedule.solve_settings, query, key, maxima, maximum, offset, margin, flags, lists,

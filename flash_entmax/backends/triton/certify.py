@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .alpha import newton_step, probability, support_weight
-from .lists import TileList, append, list_place
+from .lists import TileList, append, list_place, load_tile_list, store_counts
 from .queries import open_options
 from .reach import query_words
 from .tile import UNSPECIALIZED, WORD, Sizes, heaviest_first, load_row, store_row
@@ -38,7 +38,7 @@ def certify_kernel(
     row = tile * TILE + tl.arange(0, TILE)
     index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
     column = maxima + tl.cast(index, tl.int64) * capacity * TILE + tl.arange(0, TILE)
-    tiles = TileList(places, tl.load(counts + 4 * index), tl.load(counts + 4 * index + 1))
+    tiles = load_tile_list(places, counts, index)
     row_maximum = load_row(maximum, unit, row, sizes, float("inf"))
     row_gap = load_row(bound_gap, unit, row, sizes, 0.0)
     row_error = load_row(score_error, unit, row, sizes, 0.0)
@@ -56,10 +56,9 @@ def certify_kernel(
     store_row(offset, unit, row, sizes, row_offset)
     store_row(margin, unit, row, sizes, row_margin)
     store_row(lowest, unit, row, sizes, tl.where(is_certain, row_lowest, float("nan")))
-    tl.store(counts + 4 * index, tiles.split)
-    tl.store(counts + 4 * index + 1, tiles.count)
-    word, step = query_words(words, unit, tile, first_unit, first_tile, tl.num_programs(0) // units, sizes, C)
-    store_reaching_queries(word, step, tiles, column, depth, row, sizes, C)
+    store_counts(counts, index, tiles)
+    word, stride = query_words(words, unit, tile, first_unit, first_tile, tl.num_programs(0) // units, sizes, C)
+    store_reaching_queries(word, stride, tiles, column, depth, row, sizes, C)
 
 
 @triton.jit
@@ -131,32 +130,19 @@ def shorten(tiles, column, depth, C: tl.constexpr):
 
 
 @triton.jit
-def sublist(places, tiles, column, depth, C: tl.constexpr):
-    """The list of the whole tiles that `shorten` would leave, at other places. Nothing else is written."""
+def sublist(places, tiles, column, depth, live, C: tl.constexpr):
+    """The list of the whole tiles that `shorten` would leave, at other places.
+
+    With `live`, words that are 0 before, each tile that is alive sets its bit there, also where its keys are listed.
+    """
     count = 0
     split = 0
     tl.debug_barrier()  # all are done with what was listed in these places before
     for first in range(0, tiles.count, PLACES):
         number, _, _, alive = tiles_above(tiles, column, first, depth, C)
-        alive = tl.where(number >= 0, alive, 0)
-        count = append(places, count, number, alive)
-        split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
-    tl.debug_barrier()
-    return TileList(places, split, count)
-
-
-@triton.jit
-def last_list(places, tiles, column, depth, live_words, C: tl.constexpr):
-    """`sublist`, and where there may be a backward, a bit in `live_words` for each tile that is alive, listed whole or
-    by single keys. These words are 0 before."""
-    count = 0
-    split = 0
-    tl.debug_barrier()  # all are done with what was listed in these places before
-    for first in range(0, tiles.count, PLACES):
-        number, _, _, alive = tiles_above(tiles, column, first, depth, C)
-        if C.NEEDS_BACKWARD:
-            set_bits(live_words, tl.where(number < 0, ~number, number), alive)
-        alive = tl.where(number >= 0, alive, 0)
+        if live is not None:
+            set_bits(live, tl.where(number < 0, ~number, number), alive)
+        alive = tl.where(number >= 0, alive, 0)  # tiles whose keys are listed one by one stay out
         count = append(places, count, number, alive)
         split += tl.sum(tl.where(first + tl.arange(0, PLACES) < tiles.split, alive, 0), 0)
     tl.debug_barrier()
@@ -165,7 +151,7 @@ def last_list(places, tiles, column, depth, live_words, C: tl.constexpr):
 
 @triton.jit
 def set_bits(words, tile, alive):
-    """Set the bits of the tiles that are alive."""
+    """Set the bits of the tiles that are alive. Several of them may share a word, hence the atomic."""
     bit = tl.full(tile.shape, 1, tl.int32) << (tile % WORD)
     tl.atomic_or(words + tile // WORD, bit, mask=alive > 0, sem="relaxed")
 
@@ -187,10 +173,10 @@ def whole_tiles(places, tiles):
 
 
 @triton.jit
-def store_reaching_queries(words, step, tiles, column, depth, row, sizes, C: tl.constexpr):
-    """For each listed tile of keys, the word of the queries whose stored maximum is above -depth, or NaN.
+def store_reaching_queries(words, stride, tiles, column, depth, row, sizes, C: tl.constexpr):
+    """For each listed tile of keys, the words of the queries whose stored maximum is above -depth, or NaN.
 
-    `words` is the one of this tile of queries and the first tile of keys, and `step` leads to the next tile of keys.
+    `words` are those of this tile of queries and the first tile of keys, and `stride` leads to the next tile of keys.
     """
     WORDS: tl.constexpr = C.WORDS
     BITS: tl.constexpr = C.BITS
@@ -199,5 +185,5 @@ def store_reaching_queries(words, step, tiles, column, depth, row, sizes, C: tl.
         number, _, reaching, _ = tiles_above(tiles, column, first, depth, C)
         reaching = tl.where(exists[:, None], reaching, 0)
         bits = tl.reshape(reaching, (WORDS, BITS, PLACES)) << tl.arange(0, BITS)[None, :, None]
-        pointers = words + (tl.cast(number, tl.int64) * step)[None, :] + tl.arange(0, WORDS)[:, None]
+        pointers = words + (tl.cast(number, tl.int64) * stride)[None, :] + tl.arange(0, WORDS)[:, None]
         tl.store(pointers, tl.sum(bits, 1), mask=(first + tl.arange(0, PLACES) < tiles.count)[None, :])

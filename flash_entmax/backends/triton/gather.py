@@ -1,7 +1,7 @@
 """Lists of single rows, from a flag for each row of some tiles. Rows come in ascending order.
 
-A list is filled up to whole blocks with other rows of the last listed tiles. Whoever walks it sees every one of these
-rows, and none of them has a positive probability: so no block needs a mask.
+A list is filled up to whole blocks with rows of the last listed tiles that have no flag. They are visible to whoever
+walks the list, and their probability there is 0. So no block needs a mask.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 class RowCount(NamedTuple):
-    """How many rows are listed, and which flags gave the last ones, and the ones before: their indices, or below 0."""
+    """How many rows are listed; the index of the last tile that was taken, and of the one before it, or -1."""
 
     rows: int
     last: int
@@ -37,7 +37,7 @@ def load_flags(flags, index, inside, C: tl.constexpr):
 def append_rows(rows, count, quota, index, tile, flags, candidate, C: tl.constexpr):
     """(count, taken): append the rows of the candidates, except of tiles that have too many or exceed the quota.
 
-    `index` tells the flags of a tile from those of others, and ascends. No row needs to be left for a tile to be taken.
+    `index` tells the flags of a tile from those of others, and ascends. A tile without any flag counts as taken.
     """
     number = tl.sum(flags, 1)
     few = candidate & (number < C.WHOLE_FROM)

@@ -14,10 +14,14 @@ from .tile import WORD, open_rows, open_tile
 from .visibility import HIDDEN, are_whole, kinds_of, seen_tiles
 
 SPAN = tl.constexpr(128)
+COUNTS = tl.constexpr(4)  # of a list: of a TileList, and of its blocks of single keys, and one that is unused
 
 
 class TileList(NamedTuple):
-    """Numbers of tiles. The first `split` need no mask, the others up to `count` do."""
+    """Numbers of tiles. The first `split` need no mask, the others up to `count` do.
+
+    In the list that the solve starts from, a tile whose keys are listed one by one stands as ~tile.
+    """
 
     tiles: Tensor
     split: int
@@ -37,6 +41,24 @@ def list_place(lists, unit, tile, units, first_unit, first_tile, capacity):
     """(index, places): the index of a tile's list among those of its chunk, and the list's first place."""
     index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile
     return index, lists + tl.cast(index, tl.int64) * capacity
+
+
+@triton.jit
+def load_tile_list(places, counts, index):
+    """The list at some places, whose numbers `store_counts` has written."""
+    return TileList(places, tl.load(counts + COUNTS * index), tl.load(counts + COUNTS * index + 1))
+
+
+@triton.jit
+def store_counts(counts, index, tiles):
+    tl.store(counts + COUNTS * index, tiles.split)
+    tl.store(counts + COUNTS * index + 1, tiles.count)
+
+
+@triton.jit
+def row_block_count(counts, index):
+    """Pointer to the number of blocks of single keys."""
+    return counts + COUNTS * index + 2
 
 
 @triton.jit
@@ -85,7 +107,7 @@ def close_list(places, capacity, counts):
 
 @triton.jit
 def listed_tiles(places, capacity, words, unit, tile, sizes, visibility, C: tl.constexpr):
-    """The list of the tiles of keys whose bits are set in a tile's row of a map, or of all that some query sees."""
+    """The list of the tiles of keys whose bits are set in `words`, or without words, of all that some query sees."""
     begin, end = seen_tiles(unit, tile, sizes, visibility, C)
     front = 0
     back = 0

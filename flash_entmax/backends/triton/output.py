@@ -1,4 +1,4 @@
-"""The output over the live tiles: O = sum p v, and for the backward O1 = sum u v / sum u; the support on request."""
+"""The output over the listed keys: O = sum p v, and for the backward O1 = sum u v / sum u; the support on request."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .alpha import mass_tolerance, newton_step, probability, probability_and_weight, support_weight
 from .keys import open_keys
-from .lists import BlockList, TileList, list_place, walk
+from .lists import BlockList, list_place, load_tile_list, row_block_count, walk
 from .program import ChunkSizes, open_program
 from .queries import Queries, Threshold, open_options, open_queries, open_threshold
 from .reach import open_record, record_index
@@ -65,9 +65,9 @@ def output_kernel(
     options = open_options(score_options, unit, sizes, C)
     exponent = options.exponent
     index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
-    whole = TileList(places, tl.load(counts + 4 * index), tl.load(counts + 4 * index + 1))
+    whole = load_tile_list(places, counts, index)
     record = open_record(reached_keys, record_index(index, unit, tile, sizes, C), sizes, C)
-    blocks = BlockList(whole, record.rows, tl.load(counts + 4 * index + 2))
+    blocks = BlockList(whole, record.rows, tl.load(row_block_count(counts, index)))
     block = open_tile(tile, C)
     queries = open_queries(query_head(query, unit, sizes), unit, block, options, sizes, visibility, True, C)
     start = open_threshold(maximum, offset, queries)

@@ -20,10 +20,12 @@ from .scratch import Scratch
 from .visibility import KernelVisibility, bounds_kernel
 
 MAXIMA = 2**26  # maxima of 2 bytes, and flags of 1 byte, in the scratch of one chunk: 192 MiB
-ASKED = 13 * 2**20  # listed queries and tiles of queries, and words, of 4 bytes in the scratch of one chunk: 52 MiB
+QUERY_LISTS = (
+    13 * 2**20
+)  # listed queries and tiles of queries, and words, of 4 bytes in the scratch of one chunk: 52 MiB
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
 REACHING = 9 * 2**22  # listed queries and tiles, words and sums of parts of the backward, likewise: 144 MiB
-MOST_SLOTS = 64  # of a key head, see share.py
+MOST_SLOTS = 64  # of a key head, at most share.SLOTS
 FEWEST_MARKED = 8  # tiles of keys: with fewer, single keys are not looked for
 FEWEST_SHARED = 32  # tiles of queries of a group of heads: with fewer, no tile of keys is split
 
@@ -103,12 +105,12 @@ class Plan:
         """Lists of queries take more than maxima where a tile of queries sees few of many keys: both are bounded."""
         limit = MAXIMA // self.config.TILE
         parts = self.chunks_of_queries(limit)
-        while max(map(self.asked_by, parts)) > ASKED and max(chunk.programs for chunk in parts) > 1:
+        while max(map(self.query_list_numbers, parts)) > QUERY_LISTS and max(chunk.programs for chunk in parts) > 1:
             limit //= 2
             parts = self.chunks_of_queries(limit)
         return parts
 
-    def asked_by(self, chunk: Chunk) -> int:
+    def query_list_numbers(self, chunk: Chunk) -> int:
         """Numbers of the lists of queries of a chunk, and of its words."""
         words = 0 if self.are_words_kept else chunk.tiles * self.config.WORDS
         return chunk.units * self.keys_of(chunk) * (self.list_size_of(self.forward_query_list(chunk)) + words)

@@ -7,10 +7,10 @@
     how many blocks of single keys are listed                            1, and up to 3 that are unused
     the single keys                                                      key_quota
 
-`reaching_queries` has a word of one bit for each query, for every tile of keys and every tile of queries: the query may
-reach one of the keys. Beyond Config.STORED_TILES tiles of keys it has none of these, and the backward computes them
-again, some tiles of keys at a time. SPARE tiles of keys are added that nobody reads: PyTorch compiles a dimension of no
-or one element by itself.
+`reaching_queries` has one bit for each query of a tile of queries, in C.WORDS words, for every batch row, query head,
+tile of keys and tile of queries in this order: the query may reach one of the keys. Beyond Config.STORED_TILES tiles of
+keys it has none of these, and the backward computes them again, some tiles of keys at a time. SPARE tiles of keys are
+added that nobody reads: PyTorch compiles a dimension of no or one element by itself.
 
 Together with the output's mean and the numbers of each row this is at most 512 bytes for each query of a head of 128
 numbers in 16 bits, whatever the length.
@@ -111,7 +111,7 @@ def are_kept(key_length, C: tl.constexpr):
 
 @triton.jit
 def query_words(words, unit, tile, first_unit, first_tile, tiles, sizes, C: tl.constexpr):
-    """(pointer, step): the word of a tile of queries and the first tile of keys; how far the next tile of keys is.
+    """(pointer, stride): the first word of a tile of queries and the first tile of keys; how far the next tile is.
 
     The words are all that are kept, or those of one chunk: of so many tiles of queries, from `first_tile` on.
     """

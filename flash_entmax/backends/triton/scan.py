@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .bound import bound_tiles
 from .keys import open_keys, open_listed_keys
-from .lists import copy_list, walk
+from .lists import copy_list, store_counts, walk
 from .queries import Queries, open_options, open_queries
 from .score import scores, tile_maxima
 from .tile import UNSPECIALIZED, Matrix, Sizes, key_head, open_tile, open_tiles, query_head, store_row
@@ -52,8 +52,7 @@ def scan_kernel(
     store_row(bound_gap, unit, row, sizes, row_gap)
     store_row(score_error, unit, row, sizes, row_error)
     for number in range(present):
-        tl.store(counts + 4 * (index + number), listed.split)
-        tl.store(counts + 4 * (index + number) + 1, listed.count)
+        store_counts(counts, index + number, listed)
     for number in range(1, present):
         copy_list(places + tl.cast(number, tl.int64) * capacity, listed)
 

@@ -2,7 +2,7 @@
 
 Trained models attend to their first token from everywhere. One program for that tile would still run when all others
 are done. Its blocks of queries are split into equal parts, each for a program of its own, and the parts are added in
-one order. A program that is a part has a slot. Each key head has so many slots, whatever the data.
+one order. A program that is a part has a slot. Each key head has the same number of slots.
 
 The plan of one key head and the tiles of a chunk, in int32: the tile of each slot, or -1; the first slot of each tile;
 the parts of each tile, 0 where one program does all. Tiles count from the first of the chunk.
@@ -17,13 +17,18 @@ from .tile import UNSPECIALIZED, Sizes, head_of, store_tile
 
 SPAN = tl.constexpr(128)
 SLOTS = tl.constexpr(64)  # places for slots that one step looks at: there are no more
-FEWEST = tl.constexpr(8)  # blocks of a part
+FEWEST = tl.constexpr(8)  # blocks: a tile of no more is never split
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def share_kernel(lists, shares, group, tiles, tile_capacity, row_capacity, slots, C: tl.constexpr):
-    """The plan of one key head. Tiles with more than twice the mean of blocks are split, or of so many more that all
-    parts have slots: a tile of b > m blocks has less than 2 b / m parts of m blocks."""
+    """The plan of one key head, which is a unit here.
+
+    A tile of more than `most` blocks is split into the fewest equal parts of at most so many.
+
+    `most` is twice the mean of blocks of a tile. Where the parts need more slots than there are, it is twice the sum of
+    blocks over the slots: a tile of b > m blocks has fewer than 2 b / m parts of m blocks, so all of them have slots.
+    """
     unit = tl.program_id(0)
     slot_tile = shares + unit * (slots + 2 * tiles)
     slot = tl.arange(0, SLOTS)
@@ -88,7 +93,7 @@ def blocks_between(blocks, low, high, C: tl.constexpr):
     first, end = clamp(low, split), clamp(high, split)
     first_row, end_row = clamp(low - split, rows), clamp(high - split, rows)
     first_masked, end_masked = clamp(low - split - rows, masked), clamp(high - split - rows, masked)
-    # Tiles with a mask follow the others: only a list without any of the others skips some of them.
+    # A range that starts among the tiles with a mask has no other whole tile: both skips add up.
     whole = TileList(blocks.whole.tiles + first + first_masked, end - first, end - first + end_masked - first_masked)
     return BlockList(whole, blocks.rows + first_row * C.TILE, end_row - first_row)
 

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .alpha import is_settled, newton_step
-from .certify import PLACES, SAFETY, last_list, set_bits, sublist, whole_tiles
+from .certify import PLACES, SAFETY, set_bits, sublist, whole_tiles
 from .gather import RowCount, append_rows, fill_last_block, load_flags
-from .lists import BlockList, TileList, list_place
+from .lists import BlockList, TileList, list_place, load_tile_list, row_block_count, store_counts
 from .queries import Threshold, open_options, open_queries
 from .reach import open_record, record_index
 from .reaching import pair_flags
@@ -25,8 +25,8 @@ SPAN_TILES = tl.constexpr(32)  # tiles of keys that one step lists
 
 
 class StoredMaxima(NamedTuple):
-    """Pointers to each row's stored maxima, by place in the list; what must be added to an offset to compare them with
-    it; and places for a sublist."""
+    """Pointers to each row's stored maxima, by place in the list; the margin: a tile is ruled out if maximum + margin +
+    offset <= 0 for every row; places for a sublist."""
 
     column: Tensor
     margin: Tensor
@@ -49,7 +49,7 @@ def solve_kernel(
     queries = open_queries(query_head(query, unit, sizes), unit, block, options, sizes, visibility, True, C)
     index, places = list_place(lists, unit, tile, units, first_unit, first_tile, capacity)
     first_place = tl.cast(index, tl.int64) * capacity
-    tiles = TileList(places, tl.load(counts + 4 * index), tl.load(counts + 4 * index + 1))
+    tiles = load_tile_list(places, counts, index)
     record = open_record(reached_keys, record_index(index, unit, tile, sizes, C), sizes, C)
     own_flags = pair_flags(flags, 0, index, 0, 0, capacity, C)
     row_blocks = list_keys(record, tiles, tiles.split * is_marked, own_flags, capacity, sizes, C)
@@ -63,12 +63,14 @@ def solve_kernel(
     row_offset = solve(queries, row_maximum, certified, tiles, blocks, stored, key_head(key, unit, sizes), C)
     row_offset = tl.minimum(row_offset, certified)  # what was left out was left out by this one
     depth = row_margin + row_offset * SAFETY
-    whole = last_list(stored.spare_places, tiles, column, depth, record.live, C)
+    if C.NEEDS_BACKWARD:
+        whole = sublist(stored.spare_places, tiles, column, depth, record.live, C)
+    else:
+        whole = sublist(stored.spare_places, tiles, column, depth, None, C)
 
     store_row(offset, unit, queries.row, sizes, tl.where(row_maximum < float("inf"), row_offset, 1.0))
-    tl.store(counts + 4 * index, whole.split)
-    tl.store(counts + 4 * index + 1, whole.count)
-    tl.store(counts + 4 * index + 2, row_blocks)
+    store_counts(counts, index, whole)
+    tl.store(row_block_count(counts, index), row_blocks)
     if C.NEEDS_BACKWARD:
         for first in range(0, whole.count, PLACES):
             place = first + tl.arange(0, PLACES)
@@ -135,7 +137,7 @@ def solve(queries, maximum, offset, tiles, blocks, stored, key, C: tl.constexpr)
         unfinished = tl.max(unsettled, 0)
         if unfinished > 0:
             depth = tl.where(unsettled > 0, stored.margin + offset * SAFETY, float("-inf"))
-            shorter = sublist(stored.spare_places, tiles, stored.column, depth, C)
+            shorter = sublist(stored.spare_places, tiles, stored.column, depth, None, C)
             places, split, count = stored.spare_places, shorter.split, shorter.count
     if not C.COMPENSATED:  # what the multiply-add may have lost
         lost = tl.where(maximum < float("inf"), tl.abs(maximum * z_scale) * 2.0**-22, 0.0)

@@ -1,7 +1,7 @@
-"""The output's derivative along tangents of the inputs, over the live tiles: dO = sum dp v + sum p dv.
+"""The output's derivative along tangents of the inputs, over the listed keys: dO = sum dp v + sum p dv.
 
 Scores change by ds. With t = u ds + r^2 d alpha p (1 - ln d), dp = t - u sum t / sum u, so that sum p stays 1. A first
-pass over a row's tiles computes the two sums, a second one the products with the values.
+pass over a row's keys computes the two sums, a second one the products with the values.
 """
 
 from typing import NamedTuple

@@ -31,7 +31,6 @@ from flash_entmax.backends.triton import (
     schedule,
     score,
     solve,
-    sums,
     tile,
     visibility,
 )
@@ -61,7 +60,7 @@ FAULTS = {
     ),
     "u is p": (alpha, "support_weight", "u = d", "u = d * d", "causal"),
     "every tile is read as the first": (
-        sums, "sums_at", "open_listed_keys(key, tiles, place, ...)", "open_listed_keys(key, tiles, 0, ...)", "topics",
+        lists, "walk", "tl.load(tiles.tiles + n)", "tl.load(tiles.tiles)", 2, "topics",
     ),
     "every maximum is of the first tile": (
         scan, "scan_tiles", "open_listed_keys(key, tiles, place, ...)", "open_listed_keys(key, tiles, 0, ...)",

@@ -45,8 +45,8 @@ FAULTS = {
         certify, "store_reaching_queries", "tl.cast(number, tl.int64)", "tl.cast(number + 1, tl.int64)", "causal",
     ),
     "bits go by an offset that is too small": (
-        certify, "certify_kernel", "store_reaching_queries(word, step, tiles, column, depth, ...)",
-        "store_reaching_queries(word, step, tiles, column, depth - 0.3, ...)", "causal",
+        certify, "certify_kernel", "store_reaching_queries(word, stride, tiles, column, depth, ...)",
+        "store_reaching_queries(word, stride, tiles, column, depth - 0.3, ...)", "causal",
     ),
     "marks go by an offset that is too small": (
         certify, "lowest_reaching_score", "offset * SAFETY", "offset * 0.7", "causal",

@@ -20,9 +20,7 @@ from .scratch import Scratch
 from .visibility import KernelVisibility, bounds_kernel
 
 MAXIMA = 2**26  # maxima of 2 bytes, and flags of 1 byte, in the scratch of one chunk: 192 MiB
-QUERY_LISTS = (
-    13 * 2**20
-)  # listed queries and tiles of queries, and words, of 4 bytes in the scratch of one chunk: 52 MiB
+QUERY_LISTS = 13 * 2**20  # listed queries and tiles of queries, and words, likewise, of 4 bytes: 52 MiB
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
 REACHING = 9 * 2**22  # listed queries and tiles, words and sums of parts of the backward, likewise: 144 MiB
 MOST_SLOTS = 64  # of a key head, at most share.SLOTS

@@ -9,7 +9,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flash_entmax import entmax_attention, entmax_attention_varlen
-from flash_entmax.testing import iid_inputs
+from flash_entmax.testing import iid_inputs, key_sparse_inputs
+
+ON_GPU = {"dtype": torch.bfloat16, "device": "cuda"}
 
 
 def step(attention, *tensors: torch.Tensor, **options) -> None:
@@ -38,6 +40,9 @@ def main() -> None:
     key_mask = torch.arange(150, device="cuda").remainder(7).gt(2).expand(2, -1)
     block_mask = create_block_mask(lambda b, h, q, k: (q - k).abs() % (h + 2) == 0, 1, 4, 200, 200, device="cuda")
     step(entmax_attention, *inputs(200, 64), is_causal=True)
+    # Few queries of a tile reach a tile of keys: single keys, lists of queries, and parts of sinks.
+    step(entmax_attention, *key_sparse_inputs("sink", 1, 4, 2_304, 64, key_heads=2, **ON_GPU), is_causal=True)
+    step(entmax_attention, *inputs(2_304, 64, batch=1), is_causal=True)
     step(entmax_attention, *inputs(131, 128, torch.float16, key_length=77), is_causal=True)
     step(entmax_attention, *inputs(100, 40, torch.float32), alpha=heads, softcap=5.0)
     step(packed, *inputs(200, 64, batch=1), window_size=(50, 3), alibi_slopes=slopes)

@@ -11,10 +11,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 import triton
+from derivatives import milliseconds
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +25,6 @@ from flash_entmax import entmax_attention
 from flash_entmax.testing import iid_inputs, topic_inputs
 
 TOPICS = 0, 2, 4, 10, 20
-REPEATS = 20
 
 
 def main() -> None:
@@ -120,21 +119,6 @@ def kernels(step: Callable[[], tuple], steps: int = 5) -> dict[str, float]:
     times = {event.key: event.self_device_time_total / (1e3 * steps) for event in profiler.key_averages()}
     ordered = sorted(times.items(), key=lambda item: -item[1])
     return {name.removesuffix("_kernel"): ms for name, ms in ordered if name.endswith("_kernel")}
-
-
-def milliseconds(function: Callable[[], object]) -> float:
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times)
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], None]:

@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
+import keys
 import torch
+from derivatives import milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -91,38 +93,20 @@ def synchronize():
 
 
 def ms(function, repeats=REPEATS):
-    for _ in range(3):
-        function()
-    synchronize()
+    """The median time of a call, by CUDA events; on a CPU by the clock."""
+    if not TINY:
+        return milliseconds(function, repeats)
     times = []
     for _ in range(repeats):
-        if TINY:
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-            continue
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        start = time.perf_counter()
         function()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(1e3 * (time.perf_counter() - start))
     return median(times)
 
 
 def graphed(function):
-    if TINY:
-        return function
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+    """The function as one CUDA graph; on a CPU itself."""
+    return function if TINY else keys.graphed(function)
 
 
 def peer(query, key, value):

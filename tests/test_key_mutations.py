@@ -64,7 +64,7 @@ FAULTS = {
         reaching, "first_reaching_tile", "... // C.TILE", "... // C.TILE + 1", "causal",
     ),
     "every query head has the words of the first of its group": (
-        reaching, "list_queries_kernel", "unit * ...", "unit // group * group * ...", "grouped heads",
+        reach, "key_words", "unit * ...", "unit // sizes.group * sizes.group * ...", "grouped heads",
     ),
     "every query head writes the words of the first of its group": (
         reach, "query_words", "tl.cast(unit - first_unit, tl.int64)",

@@ -121,3 +121,16 @@ def query_words(words, unit, tile, first_unit, first_tile, tiles, sizes, C: tl.c
         key_tiles += SPARE
     place = tl.cast(unit - first_unit, tl.int64) * key_tiles * tiles + tile - first_tile
     return words + place * C.WORDS, tiles * C.WORDS
+
+
+@triton.jit
+def key_words(words, unit, tile, index, first_tile, tiles, sizes, C: tl.constexpr):
+    """Where the words of a tile of keys would start if they started with those of tile 0 of queries.
+
+    They are among all that are kept, or are number `index` of one launch: of so many tiles of queries, from
+    `first_tile` on.
+    """
+    if are_kept(sizes.key_length, C):
+        index = unit * ((sizes.key_length + C.TILE - 1) // C.TILE + SPARE) + tile
+        first_tile, tiles = 0, (sizes.query_length + C.TILE - 1) // C.TILE
+    return words + (tl.cast(index, tl.int64) * tiles - first_tile) * C.WORDS

@@ -20,7 +20,7 @@ from .gather import RowCount, append_rows, fill_last_block, load_bits
 from .keys import open_keys
 from .lists import BlockList, TileList, append, append_tiles, close_list
 from .queries import open_options, open_queries, open_threshold
-from .reach import SPARE, are_kept, open_record
+from .reach import are_kept, key_words, open_record
 from .score import transposed_scores
 from .tile import UNSPECIALIZED, WORD, Sizes, key_head, open_tile, query_head
 from .visibility import are_whole
@@ -81,29 +81,14 @@ def list_queries_kernel(
     these pairs of tiles are marked next. So their flags become 0 here, and those of other pairs without a mask 1: all
     keys are reached. The backward has no flags.
     """
-    WORDS: tl.constexpr = C.WORDS
     sizes = Sizes(heads, group, query_length, key_length)
     unit = first_unit + tl.program_id(0) % units
     tile = first_key + tl.program_id(0) // units
-    keys = tl.num_programs(0) // units
-    index = (unit - first_unit) * keys + tile - first_key
+    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_key
     own = open_query_list(lists, index, tile_capacity, row_capacity)
-    is_kept = are_kept(key_length, C)
-    row = tl.where(is_kept, unit * ((key_length + C.TILE - 1) // C.TILE + SPARE) + tile, index)
-    length = tl.where(is_kept, (query_length + C.TILE - 1) // C.TILE, tiles)
-    words += tl.cast(row, tl.int64) * length * C.WORDS - tl.where(is_kept, 0, first_tile * C.WORDS)
-
-    alive_tiles = 0
-    for first in range(tl.maximum(first_tile, first_reaching_tile(tile, sizes, C)), first_tile + tiles, SPAN):
-        candidate = first + tl.arange(0, SPAN)
-        inside = candidate < first_tile + tiles
-        alive = tl.zeros((SPAN,), tl.int32)
-        for number in tl.static_range(WORDS):
-            word = tl.load(words + candidate * C.WORDS + number, mask=inside, other=0)
-            alive = tl.where(word != 0, 1, alive)
-        alive_tiles = append(own.candidates, alive_tiles, candidate, alive)
-    tl.debug_barrier()
-
+    words = key_words(words, unit, tile, index, first_tile, tiles, sizes, C)
+    begin = tl.maximum(first_tile, first_reaching_tile(tile, sizes, C))
+    alive_tiles = tiles_with_bits(own.candidates, words, begin, first_tile + tiles, C)
     front, back = 0, 0
     count, last, before = 0, -1, -1
     for first in range(0, alive_tiles, SPAN_TILES):
@@ -135,13 +120,35 @@ def list_queries_kernel(
     tl.store(own.header + 1, listed.count)
     tl.store(own.header + 2, blocks)
     tl.store(own.header + 3, listed.count + blocks)
-    if is_kept == 0:  # the next chunk starts from 0
-        for first in range(0, alive_tiles, SPAN):
-            place = first + tl.arange(0, SPAN)
-            candidate = tl.load(own.candidates + place, mask=place < alive_tiles, other=0)
-            for number in tl.static_range(WORDS):
-                pointers = words + candidate * C.WORDS + number
-                tl.store(pointers, tl.zeros((SPAN,), tl.int32), mask=place < alive_tiles)
+    if are_kept(key_length, C) == 0:  # the next chunk starts from 0
+        clear_words(words, own.candidates, alive_tiles, C)
+
+
+@triton.jit
+def tiles_with_bits(candidates, words, begin, end, C: tl.constexpr):
+    """Write the numbers of the tiles of queries in a range that have some bit. Returns how many there are."""
+    WORDS: tl.constexpr = C.WORDS
+    count = 0
+    for first in range(begin, end, SPAN):
+        tile = first + tl.arange(0, SPAN)
+        alive = tl.zeros((SPAN,), tl.int32)
+        for number in tl.static_range(WORDS):
+            word = tl.load(words + tile * WORDS + number, mask=tile < end, other=0)
+            alive = tl.where(word != 0, 1, alive)
+        count = append(candidates, count, tile, alive)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def clear_words(words, candidates, count, C: tl.constexpr):
+    """Write zeros over the words of the listed tiles of queries."""
+    WORDS: tl.constexpr = C.WORDS
+    for first in range(0, count, SPAN):
+        place = first + tl.arange(0, SPAN)
+        tile = tl.load(candidates + place, mask=place < count, other=0)
+        for number in tl.static_range(WORDS):
+            tl.store(words + tile * WORDS + number, tl.zeros((SPAN,), tl.int32), mask=place < count)
 
 
 @triton.jit

@@ -219,7 +219,7 @@ def operator_arguments(case: Case, impl: str) -> tuple:
 
 @contextmanager
 def recorded_words() -> Iterator[list[Tensor]]:
-    """The live maps that flash_entmax::attention returns, in words."""
+    """What flash_entmax::attention returns of the keys that each tile of queries reaches."""
     operator, kept = ops.attention, []
 
     def recording(*arguments):
@@ -244,7 +244,7 @@ def check_live_words(case: Case, impl: str, words: Tensor, exact: Support) -> Te
     live = BACKENDS[impl].reached_tiles(case.problem, case.query.dtype, words)
     distance, slack = distances(case, exact)
     lost = any_in_tiles(distance > slack, (tile, tile)) & ~live
-    assert not lost.any(), f"{int(lost.sum())} tiles that hold support are not in the live map"
+    assert not lost.any(), f"{int(lost.sum())} tiles that hold support are not reached"
     return live
 
 

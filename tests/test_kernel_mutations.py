@@ -87,7 +87,7 @@ FAULTS = {
     "without gradients, the output is not divided by F": (
         output, "output_kernel", "total /= ...", "total /= 1.0", "without gradients",
     ),
-    "without a live map, the last tile is not listed": (
+    "without records of keys, the last tile is not listed": (
         lists, "listed_tiles", "tl.where(valid, 1, 0)", "tl.where(valid & (candidate < end - 1), 1, 0)", "parts",
     ),
     "the maximum of a part lacks the tiles with a mask": (

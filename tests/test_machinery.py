@@ -154,7 +154,7 @@ def linear(query, key, value, mask, impl):
 
 @pytest.mark.parametrize("call", [masked, softmax, packed, linear])
 def test_one_graph_for_all_lengths(backend, call):
-    """dynamic=True, for lengths of one tile, of some, and of more than a word of the live map has bits for."""
+    """dynamic=True, for lengths of one tile, of some, and of more than a word has bits for."""
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
 

@@ -35,7 +35,7 @@ class Backend(Protocol):
         """Whether "auto" may choose this backend for tensors on a device."""
 
     def tile_size(self, dtype: dtype, size: int) -> int:
-        """Queries and keys of one tile of the live map, for the larger head size of keys and values."""
+        """Queries, and keys, of one tile, for the larger head size of keys and values."""
 
     def reach_shapes(self, problem: Problem, dtype: dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of `reached_keys` and `reaching_queries`. The first dimension is the batch."""

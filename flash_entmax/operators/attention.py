@@ -91,7 +91,7 @@ def unpack_arguments(query: Tensor, value: Tensor, tensors: tuple, numbers: tupl
 
 
 def tile_of(backend: str, query: Tensor, value: Tensor) -> int:
-    """Queries and keys of one tile of the live map."""
+    """Queries, and keys, of one tile."""
     return BACKENDS[backend].tile_size(query.dtype, max(query.shape[-1], value.shape[-1]))
 
 

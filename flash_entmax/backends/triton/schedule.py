@@ -24,7 +24,7 @@ WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared 
 class Config:
     """Everything that the kernels are compiled for."""
 
-    TILE: int  # queries and keys of one tile of the live map
+    TILE: int  # queries, and keys, of one tile
     HEAD: int  # head size of queries and keys, a multiple of 16, and the power of two that holds it
     HEAD_PADDED: int
     VALUE: int  # head size of values, likewise

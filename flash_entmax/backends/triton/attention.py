@@ -10,11 +10,12 @@ from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import KernelKeySummary, summary_kernel
 from .certify import certify_kernel
+from .decode import decode_parts_kernel, decode_scores_kernel, decode_solve_kernel
 from .gradient import gradient_key_value_kernel, gradient_query_kernel
 from .launch import Direct, SettingsRule, ThroughTriton
 from .mark import mark_kernel
 from .output import output_kernel, support_kernel
-from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of
+from .plan import NO_MASKS, PART, Chunk, Plan, kernel_options, kernel_visibility, plan_of, splits_of
 from .queries import KernelScoreOptions
 from .reach import reach_shapes
 from .reaching import list_queries_kernel, reaching_kernel
@@ -31,6 +32,7 @@ FORWARD = scan_kernel, certify_kernel, solve_kernel, output_kernel
 MARK = list_queries_kernel, mark_kernel
 BACKWARD = gradient_query_kernel, list_queries_kernel, gradient_key_value_kernel
 SHARE = share_kernel, add_parts_kernel
+DECODE = decode_scores_kernel, decode_solve_kernel, decode_parts_kernel
 
 
 class OpenedKernels(NamedTuple):
@@ -68,9 +70,10 @@ class CallLaunches(NamedTuple):
 
     @classmethod
     def of(
-        cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False
-    ) -> "CallLaunches":
-        plan = plan_of(Outline.of(problem, dtype, needs_backward, needs_parameters))
+        cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False,
+        decodes: bool = False,
+    ) -> "CallLaunches":  # fmt: skip
+        plan = plan_of(Outline.of(problem, dtype, needs_backward, needs_parameters, decodes))
         options = plan.options or kernel_options(problem.score)
         visibility = kernel_visibility(problem.visibility, plan)
         return cls(plan, options, visibility)
@@ -123,7 +126,8 @@ def attention_forward(
 ) -> tuple[Tensor, ...]:
     """(output, value_mean, maximum, offset, reached_keys, reaching_queries); see backends.Backend."""
     with device_of(query):
-        launches = None if problem.is_empty else CallLaunches.of(problem, query.dtype, needs_backward)
+        decodes = schedule.is_decoded(problem, needs_backward)
+        launches = None if problem.is_empty else CallLaunches.of(problem, query.dtype, needs_backward, decodes=decodes)
         shapes = ((0,), (0,)) if launches is None else launches.plan.reach_shapes
         if launches is None and needs_backward:
             shapes = reach_shapes(problem, query.dtype)
@@ -136,6 +140,8 @@ def attention_forward(
         if launches is None:
             for tensor, number in zip(results, (0, 0, torch.inf, 1), strict=False):
                 tensor.fill_(number)
+        elif decodes:
+            decode_stages(launches, (query, key, value), output)
         else:
             forward_stages(launches, problem, (query, key, value), results)
     output = trimmed(output, problem.value_size)
@@ -193,6 +199,32 @@ def forward_stages(
         opened.run(
             output_kernel, chunk, schedule.output_settings, query, key, value, maximum, offset, reached_keys, sublists,
             counts, output, value_mean,
+        )  # fmt: skip
+
+
+def decode_stages(launches: CallLaunches, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Write the output, see decode.py."""
+    plan, device = launches.plan, output.device
+    arguments = *map(aligned, inputs), matrix(output)
+    opened, (query, key, value, output), scratch = launches.open(DECODE, arguments, plan.decode_scratch, device)
+    scores, support, maxima, live_tiles, bounds, counts, finished, parts = scratch
+    scoring, row_rule = schedule.decode_scores_settings, schedule.decode_row_settings
+    for first_unit, units, first_row, rows, line in plan.decode_chunks:
+        numbers, programs = (*plan.sizes, first_unit, first_row, rows, line), units * rows
+        tiles = units * ceil_div(rows, plan.config.ROWS)
+        splits = splits_of(tiles, plan.key_tiles, schedule.SCORING_PROGRAMS, device)
+        opened.launch(
+            decode_scores_kernel, tiles * splits, scoring, query, key, scores, maxima, bounds, opened.options,
+            opened.visibility, *numbers, splits,
+        )  # fmt: skip
+        opened.launch(
+            decode_solve_kernel, programs, row_rule, value, scores, maxima, bounds, live_tiles, support, counts,
+            finished, output, opened.options, *numbers,
+        )  # fmt: skip
+        splits = splits_of(programs, ceil_div(line, PART), schedule.ADDING_PROGRAMS, device)
+        opened.launch(
+            decode_parts_kernel, programs * splits, row_rule, value, scores, support, counts, finished, parts, output,
+            *numbers, splits,
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Scratch is bounded. Maxima and lists exist for one chunk of heads and rows at a 
 them. reach.py says what stays for the gradient.
 """
 
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,11 +19,13 @@ from .schedule import Outline
 from .scratch import Scratch
 from .visibility import KernelVisibility, bounds_kernel
 
+PART = 256  # keys of a support whose values one program of decode.py adds up
 MAXIMA = 2**26  # maxima of 2 bytes, and flags of 1 byte, in the scratch of one chunk: 192 MiB
 QUERY_LISTS = 13 * 2**20  # listed queries and tiles of queries, and words, likewise, of 4 bytes: 52 MiB
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
 REACHING = 9 * 2**22  # listed queries and tiles, words and sums of parts of the backward, likewise: 144 MiB
 MOST_SLOTS = 64  # of a key head, at most share.SLOTS
+DECODED = 2**24  # scores of 4 bytes, and listed keys of 4 bytes, in the scratch of one chunk of decode.py: 128 MiB
 FEWEST_MARKED = 8  # tiles of keys: with fewer, single keys are not looked for
 FEWEST_SHARED = 32  # tiles of queries of a group of heads: with fewer, no tile of keys is split
 
@@ -243,12 +245,41 @@ class Plan:
         return self.slots + 2 * self.key_tiles if self.slots else 0
 
     @cached_property
+    def decode_chunks(self) -> list[Chunk]:
+        """Chunks of key heads and, of each, rows, whose lines of scores have `capacity` numbers each."""
+        rows = self.group * self.outline.query_length
+        return chunks(self.units // self.group, rows, self.key_tiles * self.config.TILE, DECODED)
+
+    @cached_property
+    def decode_scratch(self) -> Scratch:
+        """Of each row: scores, listed keys, maxima by tile of keys, listed tiles, the tiles that it sees, the size of
+        its support, how many programs have finished with it, and sums of parts."""
+        rows = max(chunk.programs for chunk in self.decode_chunks)
+        scores = max(chunk.places for chunk in self.decode_chunks)
+        tiles = scores // self.config.TILE
+        parts = rows * ceil_div(self.key_tiles * self.config.TILE, PART) * self.config.VALUE_PADDED
+        return Scratch(
+            (torch.float32, scores), (torch.int32, scores), (torch.float32, tiles), (torch.int32, tiles),
+            (torch.int32, 2 * rows), (torch.int32, rows), (torch.int32, rows), (torch.float32, parts),
+        )  # fmt: skip
+
+    @cached_property
     def list_scratch(self) -> Scratch:
         """Lists of tiles of keys."""
         return Scratch((torch.int32, most_places(self.query_chunks)))
 
 
 plan_of = lru_cache(maxsize=256)(Plan)
+
+
+def splits_of(programs: int, most: int, per_processor: int, device: torch.device) -> int:
+    """Over how many programs the work of each of `programs` is split, so that every multiprocessor gets so many."""
+    return max(1, min(most, per_processor * processors_of(device) // programs))
+
+
+@cache
+def processors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def kernel_options(score: ScoreOptions) -> KernelScoreOptions:
@@ -269,6 +300,8 @@ def kernel_visibility(visibility: VisibilityArgs, plan: Plan) -> KernelVisibilit
     masks = {}
     if kinds is not None:
         masks |= {"tile_kinds": kinds, "tile_bits": bits}
+    if plan.outline.decodes:
+        return KernelVisibility(**masks, **({} if intervals is None else {"intervals": intervals}))
     if intervals is not None:
         bounds = intervals.new_empty(plan.outline.batch, plan.query_tiles, 4)
         masks |= {"intervals": intervals, "bounds": bounds}

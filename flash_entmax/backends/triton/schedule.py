@@ -15,6 +15,8 @@ from ...core.call import Problem
 from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
+MOST_DECODED = 16  # queries: calls of more have whole tiles of queries
+SCORING_PROGRAMS, ADDING_PROGRAMS = 2, 2  # of decode.py on a multiprocessor
 KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
 OTHER_BYTES = 32  # of these: maximum and offset, four more numbers in either pass, the summary, the words of a record
 WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared memory
@@ -33,6 +35,7 @@ class Config:
     CAUSAL: bool
     PRECISION: str  # of float32 matrix products
     COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
+    ROWS: int  # queries of a key head that share its keys in decode.py; 0 in other calls
     SCANNED: int  # tiles of queries that the scan takes at a time
     SCAN_TILES: int  # tiles of keys that it multiplies at a time where no mask is needed
     LANES: int  # parts in which a row's sums are kept until its last tile
@@ -91,6 +94,11 @@ def padded_size(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def is_decoded(problem: Problem, needs_backward: bool) -> bool:
+    """Whether decode.py computes a call: by its shape alone."""
+    return not needs_backward and problem.query_length <= MOST_DECODED
+
+
 def tile_size(dtype: torch.dtype, size: int) -> int:
     """64 x 64 keeps the matrix units busy. float32 products run on the vector units and fill twice the memory.
 
@@ -133,11 +141,13 @@ class Outline(NamedTuple):
     max_visible_span: int
     needs_backward: bool
     needs_parameters: bool
+    decodes: bool  # few queries, no gradient: see decode.py
 
     @classmethod
     def of(
-        cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False
-    ) -> "Outline":
+        cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False,
+        decodes: bool = False,
+    ) -> "Outline":  # fmt: skip
         alpha, scale, softcap, slopes = problem.score
         intervals, kinds, bits, causal, span = problem.visibility
         if isinstance(alpha, torch.Tensor):
@@ -148,7 +158,7 @@ class Outline(NamedTuple):
         return cls(
             dtype, problem.batch, problem.heads, problem.key_heads, problem.query_length, problem.key_length,
             problem.head_size, problem.value_size, alpha, scale, softcap, slopes is not None, causal,
-            intervals is not None, filtered, span, needs_backward, needs_parameters,
+            intervals is not None, filtered, span, needs_backward, needs_parameters, decodes,
         )  # fmt: skip
 
 
@@ -170,6 +180,7 @@ def config_of(outline: Outline) -> Config:
         outline.alpha is None,
         outline.needs_backward,
         outline.needs_parameters,
+        padded_size(outline.query_length * outline.heads // outline.key_heads) if outline.decodes else 0,
     )
 
 
@@ -187,6 +198,7 @@ def _config(
     per_head: bool,
     needs_backward: bool,
     needs_parameters: bool,
+    rows: int,
 ) -> Config:
     tile = tile_size(dtype, max(head_size, value_size))
     head, value = aligned_size(head_size), aligned_size(value_size)
@@ -206,6 +218,7 @@ def _config(
         CAUSAL=causal,
         PRECISION="ieee",
         COMPENSATED=is_single,
+        ROWS=min(max(rows, 16), 64 if head_padded <= WIDEST_PIPELINED else 16) if rows else 0,
         # Neighbouring tiles of queries have about the same list only where every query sees the first keys. Heads of 64
         # lose more by the wider bookkeeping than they gain by the wider products.
         SCANNED=2 if tile == 64 and head_padded == 128 and not (intervals or filtered[0]) else 1,
@@ -251,6 +264,14 @@ def certify_settings(config: Config) -> LaunchSettings:
 def list_settings(config: Config) -> LaunchSettings:
     """One warp: what it scans needs no exchange between warps."""
     return LaunchSettings(1, 1)
+
+
+def decode_scores_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4, 4 if config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED else 2)
+
+
+def decode_row_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4, 2)
 
 
 def mark_settings(config: Config) -> LaunchSettings:

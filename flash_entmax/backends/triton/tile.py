@@ -20,7 +20,7 @@ LONGEST_ROW = 2**24  # elements from row to row, so that offsets inside a tile f
 # Names of kernel arguments whose values Triton must not compile into a kernel.
 UNSPECIALIZED = (
     "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile", "capacity", "tiles",
-    "first_key", "tile_capacity", "row_capacity", "slots", "is_marked",
+    "first_key", "tile_capacity", "row_capacity", "slots", "is_marked", "first_row", "rows", "line", "splits",
 )  # fmt: skip
 
 

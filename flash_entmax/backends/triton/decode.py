@@ -1,0 +1,365 @@
+"""Few queries, many keys: every key is read once, and values only where there is support.
+
+The queries of all heads that share a key head are rows of one tile, so their keys are read once. Three kernels follow
+one another:
+
+    decode_scores    keys split over programs -> the scores of all rows, and their maxima by tile of keys
+    decode_solve     one program a row: the threshold, the list of its support, and the output of a short list
+    decode_parts     the output of long lists, whose parts are split over programs and added in order
+
+tau is final before any value is read, so the sums of parts add up as they are. A row's bits depend on its own query and
+keys only: neither how the keys are split nor what else is in the batch changes the order of an addition.
+
+A launch takes `rows` rows, from `first_row` on, of each of some key heads, from number `first_unit` on. Row r of a key
+head is query r % query_length of the head's query head r // query_length. `line` is how many numbers lie between the
+scores of one row and those of the next: those of all tiles of keys.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import plan
+from .alpha import newton_step, probability_and_weight, support_weight
+from .keys import open_keys
+from .queries import Queries, open_options
+from .score import distance_to_threshold, scores
+from .tile import UNSPECIALIZED, Sizes, add_compensated, head_of, open_tile
+from .visibility import visible_interval
+
+PLACES = tl.constexpr(512)  # numbers that one step of a row's program looks at
+PART = tl.constexpr(plan.PART)
+CERTIFY_STEPS = tl.constexpr(3)
+MOST_STEPS = tl.constexpr(100)
+TOLERANCE = tl.constexpr(1e-6)  # of F - 1; one last step, taken on the probabilities themselves, mends what it leaves
+
+
+class ScorePlaces(NamedTuple):
+    """Pointers to the scores and the maxima of each row of a tile, and which of these rows exist."""
+
+    scores: Tensor
+    maxima: Tensor
+    exists: Tensor
+
+
+class RowScores(NamedTuple):
+    """Scores of one row, or maxima of them, and what turns them into distances to the threshold."""
+
+    numbers: Tensor
+    maximum: Tensor
+    z_scale: Tensor
+    exponent: Tensor
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def decode_scores_kernel(
+    query, key, row_scores, maxima, bounds, score_options, visibility, heads, group, query_length, key_length,
+    first_unit, first_row, rows, line, splits, C: tl.constexpr,
+):  # fmt: skip
+    """Scores of each row and key that any row of its tile sees, -inf where the row does not see the key; their maxima
+    by tile of keys; and the tiles of keys that a row sees, from bounds[row, 0] up to bounds[row, 1]."""
+    sizes = Sizes(heads, group, query_length, key_length)
+    program, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    tiles = tl.cdiv(rows, C.ROWS)
+    unit = first_unit + program // tiles
+    inner = program % tiles * C.ROWS + tl.arange(0, C.ROWS)  # of the rows of this launch
+    exists = inner < rows
+    queries = open_group(query, unit, first_row + inner, exists, score_options, sizes, visibility, C)
+    sees = queries.start < queries.stop
+    first_tile = tl.where(sees, queries.start // C.TILE, 0)
+    last_tile = tl.where(sees, tl.cdiv(queries.stop, C.TILE), 0)
+    place = tl.cast(program // tiles, tl.int64) * rows + inner
+    if split == 0:
+        tl.store(bounds + 2 * place, first_tile, mask=exists)
+        tl.store(bounds + 2 * place + 1, last_tile, mask=exists)
+    begin = tl.min(tl.where(sees, first_tile, key_length), 0)
+    end = tl.max(last_tile, 0)
+    steps = tl.cdiv(tl.maximum(end - begin, 0), splits)
+    begin += split * steps
+    end = tl.minimum(begin + steps, end)
+    key_heads = heads // group
+    head = head_of(key, unit // key_heads, unit % key_heads)
+    places = ScorePlaces(row_scores + place * line, maxima + place * (line // C.TILE), exists)
+    # Tiles of which every row sees every key stand between those that need a mask.
+    first_whole = tl.maximum(tl.max(tl.where(exists, tl.cdiv(queries.start, C.TILE), 0), 0), begin)
+    last_whole = tl.minimum(tl.min(tl.where(exists, queries.stop // C.TILE, key_length), 0), end)
+    if C.FILTERED:
+        last_whole = first_whole
+    last_whole = tl.maximum(last_whole, first_whole)
+    score_tiles(queries, head, places, begin, tl.minimum(first_whole, end), True, C)
+    score_tiles(queries, head, places, first_whole, last_whole, False, C)
+    score_tiles(queries, head, places, tl.maximum(last_whole, begin), end, True, C)
+
+
+@triton.jit
+def score_tiles(queries, key, places, begin, end, MASKED: tl.constexpr, C: tl.constexpr):
+    """Store the scores of some tiles of keys, and their maxima.
+
+    NaN counts as infinite in a maximum: that of the row then says that a score is not finite.
+    """
+    exists = places.exists
+    columns = places.scores[:, None] + tl.arange(0, C.TILE)[None, :]
+    for tile in range(begin, end):
+        keys = open_keys(key, open_tile(tile, C), queries.sizes, MASKED, C)
+        score, _ = scores(queries, keys, MASKED, C)
+        tl.store(columns + tile * C.TILE, score, mask=exists[:, None])
+        tl.store(places.maxima + tile, tl.max(tl.where(score == score, score, float("inf")), 1), mask=exists)
+
+
+@triton.jit
+def open_group(query, unit, row, exists, score_options, sizes, visibility, C: tl.constexpr):
+    """Rows of one key head as queries. Each has the numbers of its own query head, (rows, 1)."""
+    key_heads = sizes.heads // sizes.group
+    batch, first_head = unit // key_heads, unit % key_heads * sizes.group
+    head = first_head + tl.minimum(row // sizes.query_length, sizes.group - 1)
+    number = tl.where(exists, row % sizes.query_length, sizes.query_length)
+    start, stop, position = visible_interval(number, batch * sizes.heads, sizes, visibility, C)
+    head_unit = (batch * sizes.heads + head)[:, None]
+    column = tl.arange(0, C.HEAD_PADDED)[None, :]
+    places = tl.cast(head, tl.int64) * query.head_stride + tl.cast(number, tl.int64) * query.row_stride
+    pointers = query.data + tl.cast(batch, tl.int64) * query.batch_stride + places[:, None] + column
+    q = tl.load(pointers, mask=exists[:, None] & (column < C.HEAD), other=0.0)
+    options = open_options(score_options, head_unit, sizes, C)
+    return Queries(head_unit, 0, number, start, stop, position, q, options, sizes, visibility)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def decode_solve_kernel(
+    value, row_scores, maxima, bounds, live_tiles, support, counts, finished, output, score_options, heads, group,
+    query_length, key_length, first_unit, first_row, rows, line, C: tl.constexpr,
+):  # fmt: skip
+    """The support of one row: how many keys, their numbers in `support`, and their probabilities in place of the row's
+    scores. If they are at most PART, the output as well."""
+    sizes = Sizes(heads, group, query_length, key_length)
+    place = tl.cast(tl.program_id(0), tl.int64)
+    batch, key_head, head, number = head_of_row(place, first_unit, first_row, rows, sizes)
+    options = open_options(score_options, batch * heads + head, sizes, C)
+    begin, end = tl.load(bounds + 2 * place), tl.load(bounds + 2 * place + 1)
+    tiles = line // C.TILE
+    row_maxima, weights, keys = maxima + place * tiles, row_scores + place * line, support + place * line
+
+    maximum = highest(row_maxima, begin, end)
+    last = tl.where((maximum > float("-inf")) & (maximum < float("inf")), end, begin)
+    row = RowScores(row_maxima, maximum, options.z_scale, options.exponent)
+    offset = certified_offset(row, begin, last, C)
+    listed = list_live_tiles(row, live_tiles + place * tiles, begin, last, offset)
+    row = RowScores(weights, maximum, options.z_scale, options.exponent)
+    count = list_candidates(row, keys, live_tiles + place * tiles, listed, offset, C)
+    offset, last_step = solve_offset(row, count, offset, C)
+    count = keep_support(row, keys, count, offset, last_step, C)
+    count = spoil(weights, keys, count, (begin < end) & is_spoiled(maximum, C), begin, C)
+    tl.store(counts + place, count)
+    tl.store(finished + place, 0)
+    if count <= PART:
+        total = weighted_values(head_of(value, batch, key_head), keys, weights, 0, count, C)
+        store_output(output, batch, head, number, total, C)
+
+
+@triton.jit
+def head_of_row(place, first_unit, first_row, rows, sizes):
+    """(batch, key head, query head, query) of a row of a launch."""
+    unit, row = first_unit + (place // rows).to(tl.int32), first_row + (place % rows).to(tl.int32)
+    key_heads = sizes.heads // sizes.group
+    batch, key_head = unit // key_heads, unit % key_heads
+    return batch, key_head, key_head * sizes.group + row // sizes.query_length, row % sizes.query_length
+
+
+@triton.jit
+def highest(numbers, begin, end):
+    """The largest of numbers[begin:end]; -inf of none."""
+    maxima = tl.full((PLACES,), float("-inf"), tl.float32)
+    for first in range(begin, end, PLACES):
+        maxima = tl.maximum(maxima, load_numbers(numbers, first, end))
+    return tl.max(maxima, 0)
+
+
+@triton.jit
+def load_numbers(numbers, first, end):
+    """(PLACES,): numbers[first : first + PLACES]; -inf from `end` on."""
+    place = first + tl.arange(0, PLACES)
+    return tl.load(numbers + place, mask=place < end, other=float("-inf"))
+
+
+@triton.jit
+def distances(row, first, end, offset):
+    """(PLACES,): distances of the numbers from `first` on to the threshold at an offset; 0 from `end` on."""
+    return distance_to_threshold(load_numbers(row.numbers, first, end), row.maximum, row.z_scale, offset)
+
+
+@triton.jit
+def sums_at(row, begin, end, offset, C: tl.constexpr):
+    """(F, sum u) over numbers[begin:end] at an offset. Thousands of equal parts lose no digits."""
+    total = tl.zeros((PLACES,), tl.float32)
+    error = tl.zeros((PLACES,), tl.float32)
+    weight = tl.zeros((PLACES,), tl.float32)
+    for first in range(begin, end, PLACES):
+        p, u = probability_and_weight(distances(row, first, end, offset), row.exponent, C.POWER, False)
+        total, error = add_compensated(total, error, p)
+        weight += u
+    return tl.sum(total, 0), tl.sum(weight, 0)
+
+
+@triton.jit
+def certified_offset(row, begin, end, C: tl.constexpr):
+    """An offset at or above the true one: maxima are a subset of the scores, and Newton's steps end above the root.
+
+    The rounding of a step is relative to the offset that it starts from, and less than 2^-16 of it: see certify.py.
+    """
+    offset = 1.0
+    for _ in range(CERTIFY_STEPS):
+        total, weight = sums_at(row, begin, end, offset, C)
+        stepped = newton_step(offset, total, weight, row.exponent) + 2.0**-16 * offset
+        offset = tl.where(stepped < offset, stepped, offset)
+    return offset
+
+
+@triton.jit
+def list_live_tiles(row, places, begin, end, offset):
+    """How many tiles have a score above the threshold. Their numbers stand at `places`, rising."""
+    count = 0
+    for first in range(begin, end, PLACES):
+        alive = tl.where(distances(row, first, end, offset) > 0, 1, 0)
+        tl.store(places + count + tl.cumsum(alive, 0) - 1, first + tl.arange(0, PLACES), mask=alive > 0)
+        count += tl.sum(alive, 0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def list_candidates(row, keys, places, tiles, offset, C: tl.constexpr):
+    """How many keys have a score above the threshold. Their scores move to the front of the row, their numbers to
+    `keys`.
+
+    The scores of the n-th listed tile lie behind n tiles of scores or more. So what is written over has been read.
+    """
+    count = 0
+    for first in range(0, tiles * C.TILE, PLACES):
+        number = first + tl.arange(0, PLACES)
+        inside = number < tiles * C.TILE
+        key = tl.load(places + number // C.TILE, mask=inside, other=0) * C.TILE + number % C.TILE
+        score = tl.load(row.numbers + key, mask=inside, other=float("-inf"))
+        alive = tl.where(distance_to_threshold(score, row.maximum, row.z_scale, offset) > 0, 1, 0)
+        count = append_keys(row.numbers, keys, count, score, key, alive)
+    return count
+
+
+@triton.jit
+def append_keys(numbers, keys, count, number, key, alive):
+    """Append those that are alive to both lists. Returns the new number of them."""
+    place = count + tl.cumsum(alive, 0) - 1
+    tl.debug_barrier()  # all have read what is written over
+    tl.store(numbers + place, number, mask=alive > 0)
+    tl.store(keys + place, key, mask=alive > 0)
+    tl.debug_barrier()
+    return count + tl.sum(alive, 0)
+
+
+@triton.jit
+def solve_offset(row, count, offset, C: tl.constexpr):
+    """(offset, last_step): the offset of a row from the scores of its candidates. Each step ends at or above the true
+    one. The last is for the probabilities, see `keep_support`."""
+    total, weight = sums_at(row, 0, count, offset, C)
+    stepped = newton_step(offset, total, weight, row.exponent)
+    steps = 0
+    while (total > 1.0 + TOLERANCE) & (stepped < offset) & (steps < MOST_STEPS):
+        offset = stepped
+        total, weight = sums_at(row, 0, count, offset, C)
+        stepped = newton_step(offset, total, weight, row.exponent)
+        steps += 1
+    return offset, tl.where(weight == 0, 0.0, (1.0 - total) / weight)
+
+
+@triton.jit
+def keep_support(row, keys, count, offset, last_step, C: tl.constexpr):
+    """How many keys have a positive probability p = u [d + last_step]_+. It stands in place of their score.
+
+    dF / d offset = r sum u and p = d^r, so this step brings sum p to 1 up to the square of what was left.
+    """
+    kept = 0
+    for first in range(0, count, PLACES):
+        d = distances(row, first, count, offset)
+        p = support_weight(d, row.exponent, C.POWER) * tl.maximum(d + last_step, 0.0)
+        place = first + tl.arange(0, PLACES)
+        key = tl.load(keys + place, mask=place < count, other=0)
+        kept = append_keys(row.numbers, keys, kept, p, key, tl.where(p > 0, 1, 0))
+    return kept
+
+
+@triton.jit
+def is_spoiled(maximum, C: tl.constexpr):
+    """Whether the maximum of a row that sees keys says that a score is NaN or infinite."""
+    spoiled = maximum == float("inf")
+    if not (C.FILTERED or C.ALIBI):  # either may hide every key
+        spoiled = spoiled | (maximum == float("-inf"))
+    return spoiled
+
+
+@triton.jit
+def spoil(weights, keys, count, spoiled, first_tile, C: tl.constexpr):
+    """A row with a score that is not finite attends to a key with probability NaN."""
+    tl.store(weights, float("nan"), mask=spoiled)
+    tl.store(keys, first_tile * C.TILE, mask=spoiled)
+    tl.debug_barrier()
+    return tl.where(spoiled, 1, count)
+
+
+@triton.jit
+def weighted_values(value, keys, weights, begin, end, C: tl.constexpr):
+    """(VALUE_PADDED,): the sum of the listed values from place `begin` to `end`, each times its weight."""
+    PADDED: tl.constexpr = C.VALUE_PADDED
+    BLOCK: tl.constexpr = max(4096 // PADDED, 16)
+    column = tl.arange(0, PADDED)[None, :]
+    total = tl.zeros((BLOCK, PADDED), tl.float32)
+    for first in range(begin, end, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        inside = place < end
+        key = tl.load(keys + place, mask=inside, other=0)
+        weight = tl.load(weights + place, mask=inside, other=0.0)
+        pointers = value.data + (tl.cast(key, tl.int64) * value.row_stride)[:, None] + column
+        rows = tl.load(pointers, mask=inside[:, None] & (column < C.VALUE), other=0.0)
+        total += weight[:, None] * rows.to(tl.float32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def store_output(output, batch, head, number, total, C: tl.constexpr):
+    column = tl.arange(0, C.VALUE_PADDED)
+    rows = head_of(output, batch, head)
+    pointers = rows.data + tl.cast(number, tl.int64) * rows.row_stride + column
+    tl.store(pointers, total.to(output.data.dtype.element_ty), mask=column < C.VALUE)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def decode_parts_kernel(
+    value, weights, support, counts, finished, parts, output, heads, group, query_length, key_length, first_unit,
+    first_row, rows, line, splits, C: tl.constexpr,
+):  # fmt: skip
+    """The output of a row whose support has more than PART keys. Each program adds up some parts of it. The one that
+    finishes last adds the parts, in order."""
+    sizes = Sizes(heads, group, query_length, key_length)
+    place, split = tl.cast(tl.program_id(0) // splits, tl.int64), tl.program_id(0) % splits
+    count = tl.load(counts + place)
+    part_count = tl.where(count > PART, tl.cdiv(count, PART), 0)
+    if split < part_count:
+        batch, key_head, head, number = head_of_row(place, first_unit, first_row, rows, sizes)
+        row_parts = parts + place * tl.cdiv(line, PART) * C.VALUE_PADDED + tl.arange(0, C.VALUE_PADDED)
+        keys, row_weights = support + place * line, weights + place * line
+        for part in range(split, part_count, splits):
+            end = tl.minimum(part * PART + PART, count)
+            total = weighted_values(head_of(value, batch, key_head), keys, row_weights, part * PART, end, C)
+            tl.store(row_parts + part * C.VALUE_PADDED, total)
+        tl.debug_barrier()
+        if tl.atomic_add(finished + place, 1) == tl.minimum(splits, part_count) - 1:
+            tl.debug_barrier()
+            store_output(output, batch, head, number, sum_of_parts(row_parts, part_count, C), C)
+
+
+@triton.jit
+def sum_of_parts(row_parts, part_count, C: tl.constexpr):
+    total = tl.zeros(row_parts.shape, tl.float32)
+    error = tl.zeros(row_parts.shape, tl.float32)
+    for part in range(part_count):
+        total, error = add_compensated(total, error, tl.load(row_parts + part * C.VALUE_PADDED))
+    return total

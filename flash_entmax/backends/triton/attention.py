@@ -10,12 +10,12 @@ from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import KernelKeySummary, summary_kernel
 from .certify import certify_kernel
-from .decode import decode_parts_kernel, decode_scores_kernel, decode_solve_kernel
+from .decode import PART, decode_parts_kernel, decode_scores_kernel, decode_solve_kernel
 from .gradient import gradient_key_value_kernel, gradient_query_kernel
 from .launch import Direct, SettingsRule, ThroughTriton
 from .mark import mark_kernel
 from .output import output_kernel, support_kernel
-from .plan import NO_MASKS, PART, Chunk, Plan, kernel_options, kernel_visibility, plan_of, splits_of
+from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of, splits_of
 from .queries import KernelScoreOptions
 from .reach import reach_shapes
 from .reaching import list_queries_kernel, reaching_kernel
@@ -221,7 +221,7 @@ def decode_stages(launches: CallLaunches, inputs: tuple[Tensor, ...], output: Te
             decode_solve_kernel, programs, row_rule, value, scores, maxima, bounds, live_tiles, support, counts,
             finished, output, opened.options, *numbers,
         )  # fmt: skip
-        splits = splits_of(programs, ceil_div(line, PART), schedule.ADDING_PROGRAMS, device)
+        splits = splits_of(programs, ceil_div(line, PART.value), schedule.ADDING_PROGRAMS, device)
         opened.launch(
             decode_parts_kernel, programs * splits, row_rule, value, scores, support, counts, finished, parts, output,
             *numbers, splits,

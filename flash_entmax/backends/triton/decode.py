@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plan
 from .alpha import newton_step, probability_and_weight, support_weight
 from .keys import open_keys
 from .queries import Queries, open_options
@@ -30,7 +29,7 @@ from .tile import UNSPECIALIZED, Sizes, add_compensated, head_of, open_tile
 from .visibility import visible_interval
 
 PLACES = tl.constexpr(512)  # numbers that one step of a row's program looks at
-PART = tl.constexpr(plan.PART)
+PART = tl.constexpr(256)  # keys of a support whose values one program adds up
 CERTIFY_STEPS = tl.constexpr(3)
 MOST_STEPS = tl.constexpr(100)
 TOLERANCE = tl.constexpr(1e-6)  # of F - 1; one last step, taken on the probabilities themselves, mends what it leaves

@@ -12,6 +12,7 @@ import torch
 from ...core.call import ScoreOptions, VisibilityArgs
 from ...core.tensors import ceil_div
 from . import schedule
+from .decode import PART
 from .launch import launcher_of
 from .queries import KernelScoreOptions
 from .reach import record_size, shapes_of
@@ -19,7 +20,6 @@ from .schedule import Outline
 from .scratch import Scratch
 from .visibility import KernelVisibility, bounds_kernel
 
-PART = 256  # keys of a support whose values one program of decode.py adds up
 MAXIMA = 2**26  # maxima of 2 bytes, and flags of 1 byte, in the scratch of one chunk: 192 MiB
 QUERY_LISTS = 13 * 2**20  # listed queries and tiles of queries, and words, likewise, of 4 bytes: 52 MiB
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
@@ -257,7 +257,7 @@ class Plan:
         rows = max(chunk.programs for chunk in self.decode_chunks)
         scores = max(chunk.places for chunk in self.decode_chunks)
         tiles = scores // self.config.TILE
-        parts = rows * ceil_div(self.key_tiles * self.config.TILE, PART) * self.config.VALUE_PADDED
+        parts = rows * ceil_div(self.key_tiles * self.config.TILE, PART.value) * self.config.VALUE_PADDED
         return Scratch(
             (torch.float32, scores), (torch.int32, scores), (torch.float32, tiles), (torch.int32, tiles),
             (torch.int32, 2 * rows), (torch.int32, rows), (torch.int32, rows), (torch.float32, parts),

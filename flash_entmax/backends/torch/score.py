@@ -35,16 +35,26 @@ def by_head(problem: Problem) -> Iterator[tuple[Problem, slice, slice]]:
 
 def products(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
     """query . key; with a softcap, tanh(scale * query . key / softcap)."""
-    product, softcap = torch.bmm(q, k.mT), problem.score.softcap
+    return capped(problem, torch.bmm(q, k.mT))
+
+
+def capped(problem: Problem, product: Tensor) -> Tensor:
+    """query . key as it is, or in place tanh(scale * query . key / softcap)."""
+    softcap = problem.score.softcap
     return product.mul_(problem.score.scale / softcap).tanh_() if softcap else product
+
+
+def z_factor(problem: Problem) -> float:
+    """What a capped product is multiplied with for z."""
+    alpha, _, softcap, _ = problem.score
+    return (alpha - 1.0) * softcap if softcap else problem.z_scale
 
 
 def scores(problem: Problem, visibility: TileVisibility, product: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """z of (n, rows, m width), in place of the products, -inf where hidden; (n, rows), how many keys each row sees."""
-    alpha, softcap = problem.score.alpha, problem.score.softcap
-    z = product.mul_((alpha - 1.0) * softcap if softcap else problem.z_scale)
+    z = product.mul_(z_factor(problem))
     if visibility.alibi_slopes is not None:
-        slopes = (alpha - 1.0) * visibility.alibi_slopes[group.unit]
+        slopes = (problem.score.alpha - 1.0) * visibility.alibi_slopes[group.unit]
         z.sub_(visibility.separations(group).mul_(slopes[:, None, None]))
     return z, hide(z, visibility, group)
 
@@ -70,8 +80,3 @@ def hide(z: Tensor, visibility: TileVisibility, group: Group) -> Tensor:
 def distances(z: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
     """[z - tau]_+, in place; 0 where the key is hidden and in unused tiles."""
     return z.sub_(maximum.unsqueeze(-1)).add_(offset.unsqueeze(-1)).clamp_min_(0)
-
-
-def product_with(p: Tensor, v: Tensor, block: int = 512) -> Tensor:
-    """p @ v, a block of keys at a time: one float32 sum of 131,072 equal parts would be off by 5e-4."""
-    return sum(p[..., start : start + block] @ v[:, start : start + block] for start in range(0, p.shape[-1], block))

@@ -127,9 +127,12 @@ def solve(alpha: float, relative: Tensor, pending: Tensor, low: Tensor, high: Te
     active = torch.arange(high.shape[0], device=high.device)
     for _ in range(MAX_STEPS):
         distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
-        total, weight = probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1)
-        count = distance.sign().sum(-1) if alpha == 1.5 else None
+        total = probability(distance, alpha).sum(-1)
         pending = pending & ((total - 1).abs() > tolerance(offset))
+        if not pending.any():
+            break
+        weight = support_weight(distance, alpha).sum(-1)
+        count = distance.sign().sum(-1) if alpha == 1.5 else None
         stepped = torch.where(pending, bracket.step(offset, total, weight, count), offset)
         pending, offset = pending & (stepped != offset), stepped
         result[active] = offset

@@ -22,8 +22,9 @@ from .score import capped, z_factor
 from .tiles import CHUNK_SCORES, TILE, TileVisibility, limits_of
 
 MAX_QUERIES = 16  # of a head
-BLOCK = 64  # keys of which one maximum is kept; lists and lengths are filled up to multiples of it
-DENSE_SHARE = 1 / 2  # of the values of a key head: where its rows read more in all, one product over all costs less
+BLOCK = 32  # keys of which one maximum is kept
+LIST = 64  # lists of keys, and of blocks, are filled up to multiples of it: then sums go in the same order
+DENSE_SHARE = 1 / 4  # of the keys: a row that keeps more is not listed
 GATHERED = 2**18  # numbers of values that are gathered at a time, so that they stay in the cache
 
 
@@ -36,13 +37,14 @@ class RowThresholds(NamedTuple):
 
 
 class ListedKeys(NamedTuple):
-    """Of each row the keys that may be in its support, in order, filled up to one width: (rows, width).
+    """Of each row the keys that may be in its support, in order, filled up to one width.
 
-    `relative` is z - maximum, -inf where there is no key.
+    key and relative: (rows, width), where relative is z - maximum, and -inf where there is no key. count: (rows,).
     """
 
     key: Tensor
     relative: Tensor
+    count: Tensor
 
 
 def is_decoding(problem: Problem, needs_backward: bool) -> bool:
@@ -100,9 +102,9 @@ def decode_part(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> 
     if limits is not None:
         visible = hide(problem, z[..., : end - first], first, *limits).to(z.dtype).expand_as(visible)
     z, visible = z.flatten(0, 2), visible.flatten()
-    block_maxima = pad(z.unflatten(-1, (-1, BLOCK)).amax(-1), (0, -(z.shape[-1] // BLOCK) % BLOCK), value=-torch.inf)
+    block_maxima = z.unflatten(-1, (-1, BLOCK)).amax(-1)
     rows = certified_rows(problem.score.alpha, block_maxima, visible)
-    listed, is_dense = listed_keys(problem, z, block_maxima[:, : z.shape[-1] // BLOCK], rows)
+    listed, is_dense = listed_keys(z, block_maxima, rows)
     output = outputs_of_lists(problem, listed, rows, value)
     if is_dense.any():
         write_dense_outputs(problem, output, z, rows, value, is_dense)
@@ -128,28 +130,33 @@ def seen_range(problem: Problem, limits: tuple) -> tuple[int, int]:
 
 def scores(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
     """z before any mask, (batch, heads, query length, keys), and -inf up to whole blocks of keys."""
-    keys = key.shape[2]
     rows = query.to(row_dtype(query)).reshape(problem.batch, problem.key_heads, -1, problem.head_size)
-    product = capped(problem, products_by_key_head(rows, key))
-    z = product.new_empty(*product.shape[:2], rows.shape[2], BLOCK * ceil_div(keys, BLOCK))
-    torch.mul(product.mT, z_factor(problem), out=z[..., :keys])
-    z[..., keys:] = -torch.inf
+    z = capped(problem, products_by_key_head(rows, key)).mul_(z_factor(problem))
+    if key.shape[2] % BLOCK:
+        z = pad(z, (0, -key.shape[2] % BLOCK), value=-torch.inf)
     return z.view(*query.shape[:3], -1)
 
 
 def products_by_key_head(rows: Tensor, key: Tensor) -> Tensor:
-    """key . row, (batch, key heads, keys, rows). Keys in 16 bits are converted some at a time."""
+    """row . key, (batch, key heads, rows, keys). Keys in 16 bits are converted some at a time."""
     batch, heads, keys, size = key.shape
     is_converted = key.dtype != rows.dtype
     if not is_converted and (batch == 1 or key.stride(0) == heads * key.stride(1)):
-        return torch.bmm(key.flatten(0, 1), rows.flatten(0, 1).mT).unflatten(0, (batch, heads))
-    product = rows.new_empty(batch, heads, keys, rows.shape[2])
+        return products(rows.flatten(0, 1), key.flatten(0, 1)).unflatten(0, (batch, heads))
     step = max(1, CHUNK_SCORES // (heads * size)) if is_converted else keys
+    product = rows.new_empty(*rows.shape[:3], keys)
     for own_rows, own_keys, own in zip(rows, key, product, strict=True):
         for start in range(0, keys, step):
             some = slice(start, start + step)
-            own[:, some] = torch.bmm(own_keys[:, some].to(rows.dtype), own_rows.mT)
+            own[..., some] = products(own_rows, own_keys[:, some].to(rows.dtype))
     return product
+
+
+def products(rows: Tensor, key: Tensor) -> Tensor:
+    """rows @ key^T, contiguous. With keys on the left, several rows need half the time, the transposition included."""
+    if rows.shape[1] == 1:
+        return torch.bmm(rows, key.mT)
+    return torch.bmm(key, rows.mT).mT.contiguous()
 
 
 def hide(
@@ -181,13 +188,15 @@ def seen_by_tiles(problem: Problem, *limits: Tensor) -> Tensor:
 
 def certified_rows(alpha: float, block_maxima: Tensor, visible: Tensor) -> RowThresholds:
     """Where the thresholds of the rows lie. A row with a NaN or an infinite maximum gets NaN for its offset."""
-    maximum = torch.where(visible > 0, block_maxima.amax(-1), torch.inf)
-    high = certified_offset(block_maxima, maximum, alpha)
-    high.masked_fill_(~(maximum.isfinite() | (visible == 0)), torch.nan)
+    largest, sees = block_maxima.amax(-1), visible > 0
+    maximum = torch.where(sees, largest, torch.inf)
+    filled = pad(block_maxima, (0, -block_maxima.shape[-1] % LIST), value=-torch.inf)
+    high = certified_offset(filled, maximum, alpha)
+    high.masked_fill_(sees & (largest - largest != 0), torch.nan)
     return RowThresholds(maximum, smallest_offset(visible, alpha), high)
 
 
-def listed_keys(problem: Problem, z: Tensor, block_maxima: Tensor, rows: RowThresholds) -> tuple[ListedKeys, Tensor]:
+def listed_keys(z: Tensor, block_maxima: Tensor, rows: RowThresholds) -> tuple[ListedKeys, Tensor]:
     """Keys above the certified threshold. Of rows that have too many, none, and (rows,) bool, which rows these are."""
     count, blocks = block_maxima.shape
     maximum, high = rows.maximum.unsqueeze(-1), rows.high.unsqueeze(-1)
@@ -197,16 +206,15 @@ def listed_keys(problem: Problem, z: Tensor, block_maxima: Tensor, rows: RowThre
     relative, within = relative.view(-1)[place], place // BLOCK
     row, key = row[within], block[within] * BLOCK + place % BLOCK
     counts = torch.bincount(row, minlength=count)
-    of_key_head = problem.group * problem.query_length
-    is_dense = counts * of_key_head > max(BLOCK * of_key_head, DENSE_SHARE * z.shape[-1])
+    is_dense = counts > max(LIST, DENSE_SHARE * z.shape[-1])
     if is_dense.any():
         kept = ~is_dense[row]
         row, key, relative, counts = row[kept], key[kept], relative[kept], counts.masked_fill(is_dense, 0)
-    width = BLOCK * max(1, ceil_div(int(counts.max()), BLOCK))
+    width = LIST * max(1, ceil_div(int(counts.max()), LIST))
     place = row * width + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     keys = key.new_zeros(count * width).index_copy_(0, place, key)
     relative = z.new_full((count * width,), -torch.inf).index_copy_(0, place, relative)
-    return ListedKeys(keys.view(count, width), relative.view(count, width)), is_dense
+    return ListedKeys(keys.view(count, width), relative.view(count, width), counts), is_dense
 
 
 def outputs_of_lists(problem: Problem, listed: ListedKeys, rows: RowThresholds, value: Tensor) -> Tensor:
@@ -219,12 +227,25 @@ def outputs_of_lists(problem: Problem, listed: ListedKeys, rows: RowThresholds, 
     key = torch.where(listed.relative + offset > 0, listed.key, largest)
     values, place = rows_of_values(problem, value, key)
     output = value.new_empty(len(key), value.shape[-1], dtype=offset.dtype)
-    step = max(1, GATHERED // (width * value.shape[-1]))
-    for start in range(0, len(key), step):
-        some = slice(start, start + step)
-        chosen = values.index_select(0, place[some].flatten()).view(-1, width, value.shape[-1]).to(output.dtype)
-        output[some] = outputs(alpha, relative[some], offset[some], chosen)[0].squeeze(1)
+    for some, width in chunks_of_lists(listed, value.shape[-1]):
+        chosen = values.index_select(0, place[some, :width].flatten()).view(-1, width, value.shape[-1])
+        output[some] = outputs(alpha, relative[some, :, :width], offset[some], chosen.to(output.dtype))[0].squeeze(1)
     return output
+
+
+def chunks_of_lists(listed: ListedKeys, value_size: int) -> Iterator[tuple[Tensor | slice, int]]:
+    """Rows whose values are gathered together, and the width of their lists: rows with long lists come first."""
+    rows, width = listed.key.shape
+    if rows * width * value_size <= GATHERED:
+        yield slice(None), width
+        return
+    order = listed.count.argsort(descending=True, stable=True)
+    widths = [LIST * max(1, ceil_div(count, LIST)) for count in listed.count[order].tolist()]
+    start = 0
+    while start < rows:
+        stop = start + max(1, GATHERED // (widths[start] * value_size))
+        yield order[start:stop], widths[start]
+        start = stop
 
 
 def rows_of_values(problem: Problem, value: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,12 +47,7 @@ class GroupSolution(NamedTuple):
 
 def attention_forward(problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool) -> Solution:
     """(output, value_mean, maximum, offset, reached_keys, reaching_queries); see backends.Backend."""
-    output, value_mean = (empty_stored_as(query, problem.value_size) for _ in range(2))
-    maximum, offset = (query.new_empty(query.shape[:3], dtype=row_dtype(query)) for _ in range(2))
-    reach = (query.new_empty(shape, dtype=torch.int32) for shape in reach_shapes(problem, query.dtype))
-    whole = Solution(output, value_mean, maximum, offset, *reach)
-    if not needs_backward:
-        whole = Solution(output, *(tensor.new_empty(0) for tensor in whole[1:]))
+    whole = empty_solution(problem, query, needs_backward)
     compute = decode if is_decoding(problem, needs_backward) else solve_heads
     for part, own, shared in by_head(problem):
         pieces = compute(part, query[:, own], key[:, shared], value[:, shared], needs_backward)
@@ -60,6 +55,16 @@ def attention_forward(problem: Problem, query: Tensor, key: Tensor, value: Tenso
             if piece is not None:
                 result[:, own] = piece
     return whole
+
+
+def empty_solution(problem: Problem, query: Tensor, needs_backward: bool) -> Solution:
+    """Unwritten, in the shapes of `attention_forward`."""
+    output = empty_stored_as(query, problem.value_size)
+    value_mean = torch.empty_like(output) if needs_backward else output.new_empty(0)
+    shapes = (query.shape[:3], query.shape[:3], *reach_shapes(problem, query.dtype)) if needs_backward else 4 * ((0,),)
+    dtypes = 2 * (row_dtype(query),) + 2 * (torch.int32,)
+    state = (query.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    return Solution(output, value_mean, *state)
 
 
 def solve_heads(

@@ -22,10 +22,11 @@ from .score import capped, z_factor
 from .tiles import CHUNK_SCORES, TILE, TileVisibility, limits_of
 
 MAX_QUERIES = 16  # of a head
-BLOCK = 32  # keys of which one maximum is kept
+BLOCK = 64  # keys of which one maximum is kept
 LIST = 64  # lists of keys, and of blocks, are filled up to multiples of it: then sums go in the same order
 DENSE_SHARE = 1 / 4  # of the keys: a row that keeps more is not listed
-GATHERED = 2**18  # numbers of values that are gathered at a time, so that they stay in the cache
+STEPS = 2  # of Newton on the maxima of blocks
+GATHERED = 2**20  # numbers of values that are gathered at a time
 
 
 class RowThresholds(NamedTuple):
@@ -53,13 +54,17 @@ def is_decoding(problem: Problem, needs_backward: bool) -> bool:
 
 
 def decode(
-    problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool = False
+    problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool
 ) -> tuple[Tensor | None, ...]:
     """The output with one alpha and scale, in the compute dtype, and None for what only a gradient needs."""
-    output = query.new_zeros(*query.shape[:3], problem.value_size, dtype=row_dtype(query))
-    for part, batch, own, shared in parts_by_size(problem):
-        rows = decode_part(part, query[batch, own], key[batch, shared], value[batch, shared])
-        output[batch, own] = rows.view(output[batch, own].shape)
+    parts = list(parts_by_size(problem))
+    if len(parts) == 1:
+        output = decode_part(problem, query, key, value).view(*query.shape[:3], -1)
+    else:
+        output = query.new_empty(*query.shape[:3], problem.value_size, dtype=row_dtype(query))
+        for part, batch, own, shared in parts:
+            rows = decode_part(part, query[batch, own], key[batch, shared], value[batch, shared])
+            output[batch, own] = rows.view(part.batch, part.heads, part.query_length, -1)
     return output, None, None, None, None
 
 
@@ -120,12 +125,12 @@ def sees_all_keys(problem: Problem) -> bool:
 
 
 def seen_range(problem: Problem, limits: tuple) -> tuple[int, int]:
-    """The first key, at the edge of a block, and one past the last of all that some row sees."""
+    """The first key and one past the last of all that some row sees, at the edges of blocks."""
     start, stop = limits[:2]
     is_blind = start >= stop
     end = stop.masked_fill(is_blind, 0).amax().item()
     first = start.masked_fill(is_blind, problem.key_length).amin().item()
-    return BLOCK * (first // BLOCK), end
+    return BLOCK * (first // BLOCK), min(BLOCK * ceil_div(end, BLOCK), problem.key_length)
 
 
 def scores(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
@@ -191,7 +196,7 @@ def certified_rows(alpha: float, block_maxima: Tensor, visible: Tensor) -> RowTh
     largest, sees = block_maxima.amax(-1), visible > 0
     maximum = torch.where(sees, largest, torch.inf)
     filled = pad(block_maxima, (0, -block_maxima.shape[-1] % LIST), value=-torch.inf)
-    high = certified_offset(filled, maximum, alpha)
+    high = certified_offset(filled, maximum, alpha, STEPS)
     high.masked_fill_(sees & (largest - largest != 0), torch.nan)
     return RowThresholds(maximum, smallest_offset(visible, alpha), high)
 
@@ -199,12 +204,13 @@ def certified_rows(alpha: float, block_maxima: Tensor, visible: Tensor) -> RowTh
 def listed_keys(z: Tensor, block_maxima: Tensor, rows: RowThresholds) -> tuple[ListedKeys, Tensor]:
     """Keys above the certified threshold. Of rows that have too many, none, and (rows,) bool, which rows these are."""
     count, blocks = block_maxima.shape
-    maximum, high = rows.maximum.unsqueeze(-1), rows.high.unsqueeze(-1)
-    row, block = (block_maxima - maximum + high > 0).nonzero(as_tuple=True)
-    relative = z.view(-1, BLOCK).index_select(0, row * blocks + block) - maximum[row]
-    place = (relative + high[row] > 0).view(-1).nonzero().squeeze(-1)
-    relative, within = relative.view(-1)[place], place // BLOCK
+    cut = (rows.maximum - rows.high).nextafter(rows.maximum.new_tensor(-torch.inf)).unsqueeze(-1)
+    row, block = (block_maxima > cut).nonzero(as_tuple=True)
+    listed = z.view(-1, BLOCK).index_select(0, row * blocks + block)
+    place = (listed > cut[row]).view(-1).nonzero().squeeze(-1)
+    within = place // BLOCK
     row, key = row[within], block[within] * BLOCK + place % BLOCK
+    relative = listed.view(-1)[place] - rows.maximum[row]
     counts = torch.bincount(row, minlength=count)
     is_dense = counts > max(LIST, DENSE_SHARE * z.shape[-1])
     if is_dense.any():
@@ -251,9 +257,12 @@ def chunks_of_lists(listed: ListedKeys, value_size: int) -> Iterator[tuple[Tenso
 def rows_of_values(problem: Problem, value: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """A view of the values with a row at every element, and (rows, width), which of them the keys of each row are."""
     value = value if value.stride(3) == 1 else value.contiguous()
-    batch, head = (torch.arange(size, device=key.device) for size in (problem.batch, problem.heads))
-    first = (batch * value.stride(0)).unsqueeze(-1) + head // problem.group * value.stride(1)
-    first = first.flatten().repeat_interleave(problem.query_length).unsqueeze(-1)
+    heads = [
+        row * value.stride(0) + head // problem.group * value.stride(1)
+        for row in range(problem.batch)
+        for head in range(problem.heads)
+    ]
+    first = torch.tensor(heads, device=key.device).repeat_interleave(problem.query_length).unsqueeze(-1)
     elements = sum((size - 1) * stride for size, stride in zip(value.shape[:3], value.stride()[:3], strict=True)) + 1
     return value.as_strided((elements, value.shape[3]), (1, 1)), first + key * value.stride(2)
 

@@ -18,7 +18,6 @@ from ...core.call import Problem
 from ...core.tensors import ceil_div, row_dtype
 from ...core.threshold import certified_offset, smallest_offset, solve
 from .output import outputs
-from .score import capped, z_factor
 from .tiles import CHUNK_SCORES, TILE, TileVisibility, limits_of
 
 MAX_QUERIES = 16  # of a head
@@ -111,7 +110,7 @@ def decode_part(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> 
     rows = certified_rows(problem.score.alpha, block_maxima, visible)
     listed, is_dense = listed_keys(z, block_maxima, rows)
     output = outputs_of_lists(problem, listed, rows, value)
-    if is_dense.any():
+    if is_dense is not None:
         write_dense_outputs(problem, output, z, rows, value, is_dense)
     return output if limits is None else output.masked_fill_((visible == 0).unsqueeze(-1), 0.0)
 
@@ -135,33 +134,37 @@ def seen_range(problem: Problem, limits: tuple) -> tuple[int, int]:
 
 def scores(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
     """z before any mask, (batch, heads, query length, keys), and -inf up to whole blocks of keys."""
+    alpha, scale, softcap, _ = problem.score
     rows = query.to(row_dtype(query)).reshape(problem.batch, problem.key_heads, -1, problem.head_size)
-    z = capped(problem, products_by_key_head(rows, key)).mul_(z_factor(problem))
+    z = products_by_key_head(rows, key, scale / softcap if softcap else problem.z_scale)
+    if softcap:
+        z.tanh_().mul_((alpha - 1.0) * softcap)
     if key.shape[2] % BLOCK:
         z = pad(z, (0, -key.shape[2] % BLOCK), value=-torch.inf)
     return z.view(*query.shape[:3], -1)
 
 
-def products_by_key_head(rows: Tensor, key: Tensor) -> Tensor:
-    """row . key, (batch, key heads, rows, keys). Keys in 16 bits are converted some at a time."""
+def products_by_key_head(rows: Tensor, key: Tensor, factor: float) -> Tensor:
+    """factor * row . key, (batch, key heads, rows, keys). Keys in 16 bits are converted some at a time."""
     batch, heads, keys, size = key.shape
     is_converted = key.dtype != rows.dtype
     if not is_converted and (batch == 1 or key.stride(0) == heads * key.stride(1)):
-        return products(rows.flatten(0, 1), key.flatten(0, 1)).unflatten(0, (batch, heads))
+        return products(rows.flatten(0, 1), key.flatten(0, 1), factor).unflatten(0, (batch, heads))
     step = max(1, CHUNK_SCORES // (heads * size)) if is_converted else keys
     product = rows.new_empty(*rows.shape[:3], keys)
     for own_rows, own_keys, own in zip(rows, key, product, strict=True):
         for start in range(0, keys, step):
             some = slice(start, start + step)
-            own[..., some] = products(own_rows, own_keys[:, some].to(rows.dtype))
+            own[..., some] = products(own_rows, own_keys[:, some].to(rows.dtype), factor)
     return product
 
 
-def products(rows: Tensor, key: Tensor) -> Tensor:
-    """rows @ key^T, contiguous. With keys on the left, several rows need half the time, the transposition included."""
+def products(rows: Tensor, key: Tensor, factor: float) -> Tensor:
+    """factor * rows @ key^T, contiguous. With keys on the left, several rows need half the time, transposed or not."""
+    nothing = rows.new_zeros(1, 1, 1)
     if rows.shape[1] == 1:
-        return torch.bmm(rows, key.mT)
-    return torch.bmm(key, rows.mT).mT.contiguous()
+        return torch.baddbmm(nothing, rows, key.mT, beta=0, alpha=factor)
+    return torch.baddbmm(nothing, key, rows.mT, beta=0, alpha=factor).mT.contiguous()
 
 
 def hide(
@@ -201,8 +204,8 @@ def certified_rows(alpha: float, block_maxima: Tensor, visible: Tensor) -> RowTh
     return RowThresholds(maximum, smallest_offset(visible, alpha), high)
 
 
-def listed_keys(z: Tensor, block_maxima: Tensor, rows: RowThresholds) -> tuple[ListedKeys, Tensor]:
-    """Keys above the certified threshold. Of rows that have too many, none, and (rows,) bool, which rows these are."""
+def listed_keys(z: Tensor, block_maxima: Tensor, rows: RowThresholds) -> tuple[ListedKeys, Tensor | None]:
+    """Keys above the certified threshold. Of rows that have too many, none; (rows,) bool, which these are, if any."""
     count, blocks = block_maxima.shape
     cut = (rows.maximum - rows.high).nextafter(rows.maximum.new_tensor(-torch.inf)).unsqueeze(-1)
     row, block = (block_maxima > cut).nonzero(as_tuple=True)
@@ -212,11 +215,13 @@ def listed_keys(z: Tensor, block_maxima: Tensor, rows: RowThresholds) -> tuple[L
     row, key = row[within], block[within] * BLOCK + place % BLOCK
     relative = listed.view(-1)[place] - rows.maximum[row]
     counts = torch.bincount(row, minlength=count)
-    is_dense = counts > max(LIST, DENSE_SHARE * z.shape[-1])
-    if is_dense.any():
+    longest, is_dense = int(counts.max()), None
+    if longest > max(LIST, DENSE_SHARE * z.shape[-1]):
+        is_dense = counts > max(LIST, DENSE_SHARE * z.shape[-1])
         kept = ~is_dense[row]
         row, key, relative, counts = row[kept], key[kept], relative[kept], counts.masked_fill(is_dense, 0)
-    width = LIST * max(1, ceil_div(int(counts.max()), LIST))
+        longest = int(counts.max())
+    width = LIST * max(1, ceil_div(longest, LIST))
     place = row * width + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     keys = key.new_zeros(count * width).index_copy_(0, place, key)
     relative = z.new_full((count * width,), -torch.inf).index_copy_(0, place, relative)

@@ -35,26 +35,16 @@ def by_head(problem: Problem) -> Iterator[tuple[Problem, slice, slice]]:
 
 def products(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
     """query . key; with a softcap, tanh(scale * query . key / softcap)."""
-    return capped(problem, torch.bmm(q, k.mT))
-
-
-def capped(problem: Problem, product: Tensor) -> Tensor:
-    """query . key as it is, or in place tanh(scale * query . key / softcap)."""
-    softcap = problem.score.softcap
+    product, softcap = torch.bmm(q, k.mT), problem.score.softcap
     return product.mul_(problem.score.scale / softcap).tanh_() if softcap else product
-
-
-def z_factor(problem: Problem) -> float:
-    """What a capped product is multiplied with for z."""
-    alpha, _, softcap, _ = problem.score
-    return (alpha - 1.0) * softcap if softcap else problem.z_scale
 
 
 def scores(problem: Problem, visibility: TileVisibility, product: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """z of (n, rows, m width), in place of the products, -inf where hidden; (n, rows), how many keys each row sees."""
-    z = product.mul_(z_factor(problem))
+    alpha, softcap = problem.score.alpha, problem.score.softcap
+    z = product.mul_((alpha - 1.0) * softcap if softcap else problem.z_scale)
     if visibility.alibi_slopes is not None:
-        slopes = (problem.score.alpha - 1.0) * visibility.alibi_slopes[group.unit]
+        slopes = (alpha - 1.0) * visibility.alibi_slopes[group.unit]
         z.sub_(visibility.separations(group).mul_(slopes[:, None, None]))
     return z, hide(z, visibility, group)
 

@@ -241,6 +241,43 @@ def iid_inputs(
     return query, key, value
 
 
+def decoding_inputs(
+    batch: int,
+    heads: int,
+    key_length: int,
+    dim: int,
+    *,
+    queries: int = 1,
+    key_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Few queries of which each attends to 10 to 400 of many keys, for alpha = 1.5 and the default scale 1 / sqrt(dim).
+
+    Queries of a key head are orthogonal, of one length. Each draws its number of keys, n, log-uniformly, and these keys
+    anywhere. Their scores are 15 - 2 sqrt(3 / n) uniform(0, 1), so that all of them are just in the support. Each key
+    has one query at most. Scores of other keys are around 0, with a deviation below 1. In 16 bits some keys leave.
+    """
+    key_heads = heads if key_heads is None else key_heads
+    rows = heads // key_heads * queries
+    generator = Generator(device=device).manual_seed(seed)
+    settings = {"generator": generator, "dtype": torch.float32, "device": device}
+    directions = torch.linalg.qr(torch.randn(batch, key_heads, dim, rows, **settings)).Q.mT
+    count = (10 * 40 ** torch.rand(batch, key_heads, rows, 1, **settings)).clamp_max(key_length // rows)
+    order = torch.rand(batch, key_heads, 1, key_length, **settings).argsort(-1).argsort(-1)
+    place = order - key_length // rows * torch.arange(rows, device=device).unsqueeze(-1)
+    spread = 2 * (3 / count).sqrt() * torch.rand(batch, key_heads, rows, key_length, **settings)
+    planted = torch.where((place >= 0) & (place < count), 15 - spread, 0.0)
+    length = (15 * dim**0.5) ** 0.5
+    noise = SCORE_DEVIATION * torch.randn(batch, key_heads, key_length, dim, **settings)
+    is_planted = planted.amax(-2).unsqueeze(-1) > 0
+    noise = torch.where(is_planted, noise - (noise @ directions.mT) @ directions, noise)
+    key = noise + planted.mT @ directions * (dim**0.5 / length)
+    query = (length * directions).reshape(batch, heads, queries, dim)
+    return query.to(dtype), key.to(dtype), torch.randn(batch, key_heads, key_length, dim, **settings).to(dtype)
+
+
 def _gaussian(rows: int, length: int, generator: Generator, deviation: float = 1.0) -> Tensor:
     return deviation * torch.randn(rows, length, generator=generator, dtype=torch.float64)
 

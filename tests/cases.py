@@ -188,11 +188,13 @@ def make_case(backend, heads=2, length=130, dim=16, *, dtype=torch.float32, batc
     return Case(*tensors, **fields, seed=seed, options=options)
 
 
-def crowd(alpha: float, depth: float, spread: float, dtype: torch.dtype, device: str = "cpu", keys: int = 2048) -> Case:
+def crowd(
+    alpha: float, depth: float, spread: float, dtype: torch.dtype, device: str = "cpu", keys: int = 2048, rows: int = 16
+) -> Case:
     """Two keys, 0 and -1/4 in units of z, are the support, or nearly: all others are around `depth` above their tau."""
     generator = torch.Generator().manual_seed(0)
     _, offset = threshold_by_bisection(torch.tensor([0.0, -0.25], dtype=torch.float64), alpha)
-    z = depth - offset + spread * (torch.rand(16, keys, generator=generator, dtype=torch.float64) - 0.5)
+    z = depth - offset + spread * (torch.rand(rows, keys, generator=generator, dtype=torch.float64) - 0.5)
     z[:, 5], z[:, keys // 2] = 0.0, -0.25
     query, key, scale = inputs_with_scores(z.half().double(), alpha)
     value = 0.3 * torch.randn(1, 1, keys, 16, generator=generator, dtype=torch.float64)

@@ -23,6 +23,7 @@ OPTIONS = {
     "masked": {"window_size": (30, 4), "key_mask": (torch.arange(70) % 3 > 0)[None]},
     "rows that see no key": {"query_positions": -20, "is_causal": True},
 }
+TILED = 17  # queries: fewer are decoded without gradients, see test_decode
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
@@ -113,14 +114,14 @@ def test_crowded_rows_have_the_outputs_of_training(backend, alpha, depth, spread
     """A small step of the offset moves many small probabilities."""
     for dtype in backend.dtypes:
         if dtype != torch.bfloat16:  # which does not hold these scores
-            check_outputs(crowd(alpha, depth, spread, dtype, backend.device), backend.impl)
+            check_outputs(crowd(alpha, depth, spread, dtype, backend.device, rows=TILED), backend.impl)
 
 
 @pytest.mark.parametrize("distribution", ["all equal", "one maximum over a crowd"])
 def test_long_flat_rows_have_the_outputs_of_training(backend, distribution):
     length = backend.sizes(2048, 65536, 131072)
     for dtype in backend.dtypes:
-        z = score_rows(distribution, length, rows=2).to(backend.device, dtype)
+        z = score_rows(distribution, length, rows=TILED).to(backend.device, dtype)
         query, key, scale = inputs_with_scores(z, 1.5)
         value = iid_inputs(1, 1, length, 8, dtype=dtype, device=backend.device)[2].abs()
         check_outputs(Case(query, key, value, scale=scale), backend.impl)

@@ -97,8 +97,9 @@ class Bracket:
 
         Its ends were tried already: a step back to one could go on for ever between two neighbouring numbers.
         """
-        self.low = torch.where(total < 1, offset, self.low)
-        self.high = torch.where(total < 1, self.high, offset)
+        is_low = total < 1
+        self.low = torch.where(is_low, offset, self.low)
+        self.high = torch.where(is_low, self.high, offset)
         if self.alpha == 1.5:
             candidate = quadratic_step(offset, total, weight, count)
         else:
@@ -127,15 +128,16 @@ def solve(alpha: float, relative: Tensor, pending: Tensor, low: Tensor, high: Te
     active = torch.arange(high.shape[0], device=high.device)
     for _ in range(MAX_STEPS):
         distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
-        total, weight = probability(distance, alpha).sum(-1), support_weight(distance, alpha).sum(-1)
-        count = distance.sign().sum(-1) if alpha == 1.5 else None
+        total = probability(distance, alpha).sum(-1)
         pending = pending & ((total - 1).abs() > tolerance(offset))
+        if not pending.any():
+            break
+        weight = support_weight(distance, alpha).sum(-1)
+        count = distance.sign().sum(-1) if alpha == 1.5 else None
         stepped = torch.where(pending, bracket.step(offset, total, weight, count), offset)
         pending, offset = pending & (stepped != offset), stepped
         result[active] = offset
         keep = pending.any(-1)
-        if not keep.any():
-            break
         if not keep.all():
             relative, offset, pending, active = relative[keep], offset[keep], pending[keep], active[keep]
             bracket.low, bracket.high = bracket.low[keep], bracket.high[keep]

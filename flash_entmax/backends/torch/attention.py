@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ...core.call import Problem
 from ...core.tensors import empty_stored_as, row_dtype
-from ...core.threshold import certified_offset, probability, smallest_offset, solve, support_weight
+from ...core.threshold import certified_offset, smallest_offset, solve
+from .decode import decode, is_decoding
+from .output import outputs
 from .reach import bands, groups_by_share, pack_keys, reach_shapes, reached_groups, reached_tiles
-from .score import by_head, distances, product_with, products, scores
+from .score import by_head, distances, products, scores
 from .tiles import TILE, Group, TileVisibility, by_block, groups, keys_of, pad_rows, tile_rows, tiles_of, unpadded
 
 CACHED = 2**18  # numbers of a temporary that need not go through main memory
@@ -45,18 +47,24 @@ class GroupSolution(NamedTuple):
 
 def attention_forward(problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool) -> Solution:
     """(output, value_mean, maximum, offset, reached_keys, reaching_queries); see backends.Backend."""
-    output, value_mean = (empty_stored_as(query, problem.value_size) for _ in range(2))
-    maximum, offset = (query.new_empty(query.shape[:3], dtype=row_dtype(query)) for _ in range(2))
-    reach = (query.new_empty(shape, dtype=torch.int32) for shape in reach_shapes(problem, query.dtype))
-    whole = Solution(output, value_mean, maximum, offset, *reach)
-    if not needs_backward:
-        whole = Solution(output, *(tensor.new_empty(0) for tensor in whole[1:]))
+    whole = empty_solution(problem, query, needs_backward)
+    compute = decode if is_decoding(problem, needs_backward) else solve_heads
     for part, own, shared in by_head(problem):
-        pieces = solve_heads(part, query[:, own], key[:, shared], value[:, shared], needs_backward)
+        pieces = compute(part, query[:, own], key[:, shared], value[:, shared], needs_backward)
         for result, piece in zip(whole[:5], pieces, strict=True):
             if piece is not None:
                 result[:, own] = piece
     return whole
+
+
+def empty_solution(problem: Problem, query: Tensor, needs_backward: bool) -> Solution:
+    """Unwritten, in the shapes of `attention_forward`."""
+    output = empty_stored_as(query, problem.value_size)
+    value_mean = torch.empty_like(output) if needs_backward else output.new_empty(0)
+    shapes = (query.shape[:3], query.shape[:3], *reach_shapes(problem, query.dtype)) if needs_backward else 4 * ((0,),)
+    dtypes = 2 * (row_dtype(query),) + 2 * (torch.int32,)
+    state = (query.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    return Solution(output, value_mean, *state)
 
 
 def solve_heads(
@@ -117,18 +125,6 @@ def gathered(relative: Tensor, inner: Group) -> Tensor:
     blocks = by_block(relative, inner)[inner.query_tile.unsqueeze(-1), :, inner.block]
     blocks[inner.unused] = -torch.inf
     return blocks.transpose(1, 2).flatten(2)
-
-
-def outputs(alpha: float, relative: Tensor, offset: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """O = sum p v and O1 = sum u v / sum u, with one more step of tau on the output itself.
-
-    dO / d offset = r sum u v, so the step (1 - sum p) / (r sum u) adds (1 - sum p) O1.
-    """
-    distance = (relative + offset.unsqueeze(-1)).clamp_min_(0)
-    p, u = probability(distance, alpha), support_weight(distance, alpha)
-    weight = u.sum(-1, keepdim=True)
-    mean = product_with(u, v) / torch.where(weight == 0, 1, weight)
-    return product_with(p, v) + (1 - p.sum(-1, keepdim=True)) * mean, mean
 
 
 def attention_support(

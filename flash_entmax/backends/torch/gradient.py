@@ -8,8 +8,9 @@ from torch import Tensor
 from ...core.call import Problem, Tangents
 from ...core.tensors import empty_stored_as
 from ...core.threshold import probability, support_weight
+from .output import product_with
 from .reach import reached_groups
-from .score import by_head, distances, product_with, products, scores
+from .score import by_head, distances, products, scores
 from .tiles import TileVisibility, add_to_keys, keys_of, pad_rows, tiles_of, unpadded
 
 

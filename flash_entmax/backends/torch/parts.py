@@ -13,7 +13,8 @@ from torch import Tensor
 from ...core.call import Problem
 from ...core.tensors import row_dtype
 from ...core.threshold import probability, support_weight
-from .score import by_head, distances, product_with, products, scores
+from .output import product_with
+from .score import by_head, distances, products, scores
 from .tiles import Group, TileVisibility, groups, keys_of, pad_rows, tile_rows, tiles_of, unpadded
 
 

@@ -70,8 +70,3 @@ def hide(z: Tensor, visibility: TileVisibility, group: Group) -> Tensor:
 def distances(z: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
     """[z - tau]_+, in place; 0 where the key is hidden and in unused tiles."""
     return z.sub_(maximum.unsqueeze(-1)).add_(offset.unsqueeze(-1)).clamp_min_(0)
-
-
-def product_with(p: Tensor, v: Tensor, block: int = 512) -> Tensor:
-    """p @ v, a block of keys at a time: one float32 sum of 131,072 equal parts would be off by 5e-4."""
-    return sum(p[..., start : start + block] @ v[:, start : start + block] for start in range(0, p.shape[-1], block))

@@ -96,16 +96,11 @@ class TileVisibility(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, device: torch.device) -> "TileVisibility":
-        start, stop, position = problem.intervals(device).unsqueeze(1).expand(-1, problem.heads, -1, -1).unbind(2)
-        slopes, kinds = problem.score.alibi_slopes, problem.visibility.tile_kinds
-        if slopes is not None:
-            infinite = slopes == torch.inf
-            start = torch.where(infinite.unsqueeze(-1), start.maximum(position), start)
-            stop = torch.where(infinite.unsqueeze(-1), stop.minimum(position + 1), stop)
-            slopes = slopes.masked_fill(infinite, 0.0).flatten()
+        *limits, slopes = limits_of(problem, device)
+        rows = (pad_rows(numbers.expand(-1, problem.heads, -1), 0) for numbers in limits)
+        slopes, kinds = None if slopes is None else slopes.flatten(), problem.visibility.tile_kinds
         if kinds is not None:
             kinds = kinds[..., :-1].expand(problem.batch, problem.heads, ceil_div(problem.query_length, TILE), -1)
-        rows = (pad_rows(numbers, 0) for numbers in (start, stop, position))
         return cls(*rows, slopes, kinds, problem.visibility.tile_bits)
 
     def tiles(self, problem: Problem) -> Tensor:
@@ -146,6 +141,21 @@ class TileVisibility(NamedTuple):
         position = self.position[group.rows].to(self.alibi_slopes.dtype).unsqueeze(-1)
         key = group.keys.flatten(1).to(position.dtype).unsqueeze(1)
         return (position - key).abs_()
+
+
+def limits_of(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """First key, one past the last, and position of each row, (batch, heads or 1, query length); finite ALiBi slopes.
+
+    An infinite slope is an interval of the own position. Its number is 0 in the slopes, (batch, heads).
+    """
+    start, stop, position = problem.intervals(device).unsqueeze(1).unbind(2)
+    slopes = problem.score.alibi_slopes
+    if slopes is None:
+        return start, stop, position, None
+    infinite = slopes == torch.inf
+    start = torch.where(infinite.unsqueeze(-1), start.maximum(position), start)
+    stop = torch.where(infinite.unsqueeze(-1), stop.minimum(position + 1), stop)
+    return start, stop, position, slopes.masked_fill(infinite, 0.0)
 
 
 def tile_rows(length: int) -> int:

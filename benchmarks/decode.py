@@ -1,0 +1,143 @@
+"""Decoding beside scaled_dot_product_attention: one query a head against many keys, without gradients.
+
+python benchmarks/decode.py takes a minute. Inputs are those of testing.decoding_inputs: each query attends to 10 to 400
+keys, far above the others. On a CPU, calls of both take turns, in two threads. On a GPU, both are CUDA graphs, and
+scaled_dot_product_attention is the fastest of its backends. Milliseconds are medians. The GB/s are the bytes of keys
+and values over the time: for flash-entmax, which reads few values, they are no bandwidth. All of it goes to
+FOLDER/decode.json and FOLDER/decode.md with --out FOLDER.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from derivatives import milliseconds
+from keys import graphed
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from flash_entmax import entmax_attention
+from flash_entmax.testing import decoding_inputs
+
+INPUTS = "testing.decoding_inputs: 10 to 400 planted keys for each query, random keys and values otherwise"
+THREADS = 2
+SDPA_BACKENDS = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+
+
+class Sizes(NamedTuple):
+    """Of one row of the table."""
+
+    batch: int
+    keys: int
+    heads: int = 32
+    key_heads: int = 8
+    dim: int = 128
+    queries: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+
+ON_CUDA = (Sizes(1, 8192), Sizes(1, 32_768), Sizes(1, 131_072), Sizes(16, 8192), Sizes(16, 32_768))
+ON_CPU = tuple(
+    Sizes(batch, 8192, 8, key_heads, 64, queries, dtype)
+    for dtype in (torch.float32, torch.bfloat16)
+    for batch, key_heads, queries in ((2, 8, 1), (1, 8, 1), (2, 2, 1), (2, 8, 16))
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    conditions = {"device": name, "threads": THREADS, "torch": torch.__version__, "inputs": INPUTS}
+    print(conditions, flush=True)
+    rows = []
+    for sizes in ON_CUDA if args.device == "cuda" else ON_CPU:
+        rows.append(measured(sizes, args.device))
+        print(line(rows[-1]), flush=True)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "decode.json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1))
+        head = "".join(f"{name}: {number}\n" for name, number in conditions.items())
+        (args.out / "decode.md").write_text(f"{head}\n{HEAD}\n" + "\n".join(map(line, rows)) + "\n")
+
+
+@torch.no_grad()
+def measured(sizes: Sizes, device: str) -> dict:
+    """Times of both, their quotient, and the keys that a query attends to."""
+    batch, keys, heads, key_heads, dim, queries, dtype = sizes
+    inputs = decoding_inputs(
+        batch, heads, keys, dim, queries=queries, key_heads=key_heads, dtype=dtype, device=device, seed=1
+    )
+    size = entmax_attention(*inputs, return_support=True)[1].size.double()
+    ours, theirs = (times_on_cuda if device == "cuda" else times_on_cpu)(*inputs)
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in inputs[1:]) / 1e6
+    return {
+        **sizes._replace(dtype=str(dtype).removeprefix("torch."))._asdict(),
+        "support": [size.min().item(), size.mean().item(), size.max().item()],
+        "sdpa": theirs,
+        "entmax": ours,
+        "quotient": ours / theirs,
+        "sdpa_gb_per_s": moved / theirs,
+        "entmax_gb_per_s": moved / ours,
+    }
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def times_on_cpu(query: Tensor, key: Tensor, value: Tensor, runs: int = 100) -> tuple[float, float]:
+    """Median milliseconds of entmax_attention and of scaled_dot_product_attention, which take turns."""
+    calls = [partial(function, query, key, value) for function in (entmax_attention, sdpa)]
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in range(runs + 5):
+        for call, own in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if run >= 5:
+                own.append(1e3 * (time.perf_counter() - start))
+    return median(times[0]), median(times[1])
+
+
+def times_on_cuda(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float]:
+    """Median milliseconds of CUDA graphs of entmax_attention, and of the fastest scaled_dot_product_attention."""
+    theirs = []
+    for backend in SDPA_BACKENDS:
+        with suppress(RuntimeError), sdpa_kernel(backend):  # it has no kernel for these inputs
+            theirs.append(time_of_graph(partial(sdpa, query, key, value)))
+    return time_of_graph(partial(entmax_attention, query, key, value)), min(theirs)
+
+
+def time_of_graph(call: Callable[[], Tensor]) -> float:
+    return milliseconds(graphed(call))
+
+
+HEAD = (
+    "| batch | keys | heads | head size | queries | dtype | keys of a query: least, mean, most | SDPA, ms | "
+    "flash-entmax, ms | quotient | SDPA, GB/s | flash-entmax, GB/s |\n" + 12 * "|---" + "|"
+)
+
+
+def line(row: dict) -> str:
+    support = ", ".join(f"{number:.0f}" for number in row["support"])
+    cells = (
+        row["batch"], row["keys"], f"{row['heads']} / {row['key_heads']}", row["dim"], row["queries"], row["dtype"],
+        support, f"{row['sdpa']:.3f}", f"{row['entmax']:.3f}", f"{row['quotient']:.2f}", f"{row['sdpa_gb_per_s']:.0f}",
+        f"{row['entmax_gb_per_s']:.0f}",
+    )  # fmt: skip
+    return "".join(f"| {cell} " for cell in cells) + "|"
+
+
+if __name__ == "__main__":
+    main()

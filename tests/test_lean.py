@@ -173,7 +173,7 @@ def products_of(case) -> tuple[int, int]:
 
 def equal_scores(z: float, dtype: torch.dtype, device: str = "cpu") -> Case:
     """64 keys. In 16-bit types an offset is off by 2^-22 of z, so that F is off by 2^-18 of z."""
-    query, key, scale = inputs_with_scores(torch.full((1, 64), z, dtype=dtype, device=device), 1.5)
+    query, key, scale = inputs_with_scores(torch.full((TILED, 64), z, dtype=dtype, device=device), 1.5)
     return Case(query, key, iid_inputs(1, 1, 64, 16, dtype=dtype, device=device)[2], scale=scale)
 
 

@@ -1,5 +1,6 @@
 """The stages in order, on a GPU: threshold and output; then the gradient over what they have listed."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ FORWARD = scan_kernel, certify_kernel, solve_kernel, output_kernel
 MARK = list_queries_kernel, mark_kernel
 BACKWARD = gradient_query_kernel, list_queries_kernel, gradient_key_value_kernel
 SHARE = share_kernel, add_parts_kernel
+STATE_DTYPES = torch.float32, torch.int32
 DECODE = decode_scores_kernel, decode_solve_kernel, decode_parts_kernel
 
 
@@ -126,8 +128,9 @@ def attention_forward(
 ) -> tuple[Tensor, ...]:
     """(output, value_mean, maximum, offset, reached_keys, reaching_queries); see backends.Backend."""
     with device_of(query):
-        decodes = schedule.is_decoded(problem, needs_backward)
-        launches = None if problem.is_empty else CallLaunches.of(problem, query.dtype, needs_backward, decodes=decodes)
+        if schedule.is_decoded(problem, needs_backward):
+            return decoded(problem, query, key, value), query.new_empty(0), *no_state(query.device)
+        launches = None if problem.is_empty else CallLaunches.of(problem, query.dtype, needs_backward)
         shapes = ((0,), (0,)) if launches is None else launches.plan.reach_shapes
         if launches is None and needs_backward:
             shapes = reach_shapes(problem, query.dtype)
@@ -140,8 +143,6 @@ def attention_forward(
         if launches is None:
             for tensor, number in zip(results, (0, 0, torch.inf, 1), strict=False):
                 tensor.fill_(number)
-        elif decodes:
-            decode_stages(launches, (query, key, value), output)
         else:
             forward_stages(launches, problem, (query, key, value), results)
     output = trimmed(output, problem.value_size)
@@ -202,16 +203,20 @@ def forward_stages(
         )  # fmt: skip
 
 
-def decode_stages(launches: CallLaunches, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Write the output, see decode.py."""
-    plan, device = launches.plan, output.device
-    arguments = *map(aligned, inputs), matrix(output)
-    opened, (query, key, value, output), scratch = launches.open(DECODE, arguments, plan.decode_scratch, device)
+def decoded(problem: Problem, *inputs: Tensor) -> Tensor:
+    """The output of a call without gradients that has few queries, see decode.py."""
+    query, device = inputs[0], inputs[0].device
+    output = empty_stored_as(query, aligned_size(problem.value_size))
+    if problem.is_empty:
+        return trimmed(output.zero_(), problem.value_size)
+    launches = CallLaunches.of(problem, query.dtype, needs_backward=False, decodes=True)
+    plan, arguments = launches.plan, (*map(aligned, inputs), matrix(output))
+    opened, (query, key, value, rows), scratch = launches.open(DECODE, arguments, plan.decode_scratch, device)
     scores, support, maxima, live_tiles, bounds, counts, finished, parts = scratch
     scoring, row_rule = schedule.decode_scores_settings, schedule.decode_row_settings
-    for first_unit, units, first_row, rows, line in plan.decode_chunks:
-        numbers, programs = (*plan.sizes, first_unit, first_row, rows, line), units * rows
-        tiles = units * ceil_div(rows, plan.config.ROWS)
+    for first_unit, units, first_row, count, line in plan.decode_chunks:
+        numbers, programs = (*plan.sizes, first_unit, first_row, count, line), units * count
+        tiles = units * ceil_div(count, plan.config.ROWS)
         splits = splits_of(tiles, plan.key_tiles, schedule.SCORING_PROGRAMS, device)
         opened.launch(
             decode_scores_kernel, tiles * splits, scoring, query, key, scores, maxima, bounds, opened.options,
@@ -219,13 +224,22 @@ def decode_stages(launches: CallLaunches, inputs: tuple[Tensor, ...], output: Te
         )  # fmt: skip
         opened.launch(
             decode_solve_kernel, programs, row_rule, value, scores, maxima, bounds, live_tiles, support, counts,
-            finished, output, opened.options, *numbers,
+            finished, rows, opened.options, *numbers,
         )  # fmt: skip
         splits = splits_of(programs, ceil_div(line, PART.value), schedule.ADDING_PROGRAMS, device)
         opened.launch(
-            decode_parts_kernel, programs * splits, row_rule, value, scores, support, counts, finished, parts, output,
+            decode_parts_kernel, programs * splits, row_rule, value, scores, support, counts, finished, parts, rows,
             *numbers, splits,
         )  # fmt: skip
+    return trimmed(output, problem.value_size)
+
+
+@cache
+def no_state(device: torch.device) -> tuple[Tensor, ...]:
+    """Maximum, offset, reached keys and reaching queries of a call that keeps none of them."""
+    with torch.inference_mode(False):
+        rows, words = ([torch.empty(0, dtype=dtype, device=device) for _ in range(2)] for dtype in STATE_DTYPES)
+    return *rows, *words
 
 
 def attention_backward(

@@ -192,10 +192,11 @@ def check_layout(case: Case, output: Tensor) -> None:
 
 
 def score_rounding(case: Case) -> float:
-    """One rounding, in the dtype of the scores, of the largest |query| |key|, or score with its bias, in units of z.
+    """How far rounding may move a probability where dense PyTorch happens to be exact, as at p = 1 of a single key.
 
-    Two ways to add a score differ by about as much, and a distance, and so a probability, moves with it. Sums in dense
-    PyTorch may happen to be better.
+    One rounding is that of the largest |query| |key|, or score with its bias, in units of z and in the dtype of the
+    scores. Two ways to add a score differ by a few, and p = d^r with r = 1 / (alpha - 1) and d <= 1 moves r times as
+    much.
     """
     if 0 in (case.query.numel(), case.key.numel()):
         return 0.0
@@ -203,7 +204,8 @@ def score_rounding(case: Case) -> float:
     score_dtype = torch.float64 if case.query.dtype == torch.float64 else torch.float32
     alpha, scale = (by_head(number) for number in case.numbers)
     largest = ((alpha - 1) * scale).amax().item() * math.prod(lengths)
-    return torch.finfo(score_dtype).eps / 2 * max(largest, dense_scores(case)[1].amax().item())
+    rounding = torch.finfo(score_dtype).eps / 2 * max(largest, dense_scores(case)[1].amax().item())
+    return 4 * rounding * (1 / (alpha - 1)).amax().item()
 
 
 class AskedError(Exception):

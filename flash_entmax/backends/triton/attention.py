@@ -13,7 +13,7 @@ from .bound import KernelKeySummary, summary_kernel
 from .certify import certify_kernel
 from .decode import PART, decode_parts_kernel, decode_scores_kernel, decode_solve_kernel
 from .gradient import gradient_key_value_kernel, gradient_query_kernel
-from .launch import Direct, SettingsRule, ThroughTriton
+from .launch import Direct, SettingsRule, ThroughTriton, can_overlap
 from .mark import mark_kernel
 from .output import output_kernel, support_kernel
 from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of, splits_of
@@ -73,9 +73,9 @@ class CallLaunches(NamedTuple):
     @classmethod
     def of(
         cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False,
-        decodes: bool = False,
+        decodes: bool = False, overlaps: bool = False,
     ) -> "CallLaunches":  # fmt: skip
-        plan = plan_of(Outline.of(problem, dtype, needs_backward, needs_parameters, decodes))
+        plan = plan_of(Outline.of(problem, dtype, needs_backward, needs_parameters, decodes, overlaps))
         options = plan.options or kernel_options(problem.score)
         visibility = kernel_visibility(problem.visibility, plan)
         return cls(plan, options, visibility)
@@ -209,7 +209,8 @@ def decoded(problem: Problem, *inputs: Tensor) -> Tensor:
     output = empty_stored_as(query, aligned_size(problem.value_size))
     if problem.is_empty:
         return trimmed(output.zero_(), problem.value_size)
-    launches = CallLaunches.of(problem, query.dtype, needs_backward=False, decodes=True)
+    overlaps = can_overlap(device)
+    launches = CallLaunches.of(problem, query.dtype, needs_backward=False, decodes=True, overlaps=overlaps)
     plan, arguments = launches.plan, (*map(aligned, inputs), matrix(output))
     opened, (query, key, value, rows), scratch = launches.open(DECODE, arguments, plan.decode_scratch, device)
     scores, support, maxima, live_tiles, bounds, counts, finished, parts = scratch

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .alpha import newton_step, probability_and_weight, support_weight
 from .keys import open_keys
@@ -59,6 +60,7 @@ def decode_scores_kernel(
 ):  # fmt: skip
     """Scores of each row and key that any row of its tile sees, -inf where the row does not see the key; their maxima
     by tile of keys; and the tiles of keys that a row sees, from bounds[row, 0] up to bounds[row, 1]."""
+    start_next(C)
     sizes = Sizes(heads, group, query_length, key_length)
     program, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     tiles = tl.cdiv(rows, C.ROWS)
@@ -108,6 +110,20 @@ def score_tiles(queries, key, places, begin, end, MASKED: tl.constexpr, C: tl.co
 
 
 @triton.jit
+def start_next(C: tl.constexpr):
+    """From here on, the next kernel may start where there is room. It waits before it reads what this one writes."""
+    if C.OVERLAPPED:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(C: tl.constexpr):
+    """All that the kernels before have written is there."""
+    if C.OVERLAPPED:
+        gdc_wait()
+
+
+@triton.jit
 def open_group(query, unit, row, exists, score_options, sizes, visibility, C: tl.constexpr):
     """Rows of one key head as queries. Each has the numbers of its own query head, (rows, 1)."""
     key_heads = sizes.heads // sizes.group
@@ -131,10 +147,12 @@ def decode_solve_kernel(
 ):  # fmt: skip
     """The support of one row: how many keys, their numbers in `support`, and their probabilities in place of the row's
     scores. If they are at most PART, the output as well."""
+    start_next(C)
     sizes = Sizes(heads, group, query_length, key_length)
     place = tl.cast(tl.program_id(0), tl.int64)
     batch, key_head, head, number = head_of_row(place, first_unit, first_row, rows, sizes)
     options = open_options(score_options, batch * heads + head, sizes, C)
+    wait_for_previous(C)
     begin, end = tl.load(bounds + 2 * place), tl.load(bounds + 2 * place + 1)
     tiles = line // C.TILE
     row_maxima, weights, keys = maxima + place * tiles, row_scores + place * line, support + place * line
@@ -197,7 +215,7 @@ def sums_at(row, begin, end, offset, C: tl.constexpr):
         p, u = probability_and_weight(distances(row, first, end, offset), row.exponent, C.POWER, False)
         total, error = add_compensated(total, error, p)
         weight += u
-    return tl.sum(total, 0), tl.sum(weight, 0)
+    return tl.split(tl.sum(tl.join(total, weight), 0))
 
 
 @triton.jit
@@ -339,6 +357,7 @@ def decode_parts_kernel(
     finishes last adds the parts, in order."""
     sizes = Sizes(heads, group, query_length, key_length)
     place, split = tl.cast(tl.program_id(0) // splits, tl.int64), tl.program_id(0) % splits
+    wait_for_previous(C)
     count = tl.load(counts + place)
     part_count = tl.where(count > PART, tl.cdiv(count, PART), 0)
     if split < part_count:

@@ -6,7 +6,7 @@ compiled for tensors like these. A direct launch takes their addresses.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from .schedule import Config, LaunchSettings
+from .schedule import HAS_PTX, Config, LaunchSettings
 from .scratch import ALIGNMENT, Scratch
 from .tile import Matrix
 
@@ -161,6 +161,12 @@ def is_watched(kernels: tuple) -> bool:
         if getattr(hook, "calls", hook):  # a chain of hooks, or the only one
             return True
     return bool(runtime.debug or knobs.compilation.instrumentation_mode)
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can start before the one before it has ended: programmatic dependent launch, from Hopper on."""
+    return HAS_PTX and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def current_stream(device: int) -> int:

@@ -36,6 +36,7 @@ class Config:
     PRECISION: str  # of float32 matrix products
     COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
     ROWS: int  # queries of a key head that share its keys in decode.py; 0 in other calls
+    OVERLAPPED: bool  # in decode.py, a kernel starts before the one before it has ended
     SCANNED: int  # tiles of queries that the scan takes at a time
     SCAN_TILES: int  # tiles of keys that it multiplies at a time where no mask is needed
     LANES: int  # parts in which a row's sums are kept until its last tile
@@ -77,16 +78,19 @@ class Config:
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """Warps per program, stages of the software pipeline, and the most registers that a thread may take."""
+    """Warps per program, stages of the software pipeline, the most registers that a thread may take; and whether the
+    kernel may start before the one before it has ended (programmatic dependent launch)."""
 
     warps: int
     stages: int
     registers: int | None = None
+    overlapped: bool = False
 
     @property
     def options(self) -> dict[str, int]:
         limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+        overlap = {"launch_pdl": True} if self.overlapped else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit, **overlap}
 
 
 def padded_size(size: int) -> int:
@@ -142,11 +146,12 @@ class Outline(NamedTuple):
     needs_backward: bool
     needs_parameters: bool
     decodes: bool  # few queries, no gradient: see decode.py
+    overlaps: bool
 
     @classmethod
     def of(
         cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False,
-        decodes: bool = False,
+        decodes: bool = False, overlaps: bool = False,
     ) -> "Outline":  # fmt: skip
         alpha, scale, softcap, slopes = problem.score
         intervals, kinds, bits, causal, span = problem.visibility
@@ -158,7 +163,7 @@ class Outline(NamedTuple):
         return cls(
             dtype, problem.batch, problem.heads, problem.key_heads, problem.query_length, problem.key_length,
             problem.head_size, problem.value_size, alpha, scale, softcap, slopes is not None, causal,
-            intervals is not None, filtered, span, needs_backward, needs_parameters, decodes,
+            intervals is not None, filtered, span, needs_backward, needs_parameters, decodes, overlaps,
         )  # fmt: skip
 
 
@@ -181,6 +186,7 @@ def config_of(outline: Outline) -> Config:
         outline.needs_backward,
         outline.needs_parameters,
         padded_size(outline.query_length * outline.heads // outline.key_heads) if outline.decodes else 0,
+        outline.overlaps,
     )
 
 
@@ -199,6 +205,7 @@ def _config(
     needs_backward: bool,
     needs_parameters: bool,
     rows: int,
+    overlaps: bool,
 ) -> Config:
     tile = tile_size(dtype, max(head_size, value_size))
     head, value = aligned_size(head_size), aligned_size(value_size)
@@ -219,6 +226,7 @@ def _config(
         PRECISION="ieee",
         COMPENSATED=is_single,
         ROWS=min(max(rows, 16), 64 if head_padded <= WIDEST_PIPELINED else 16) if rows else 0,
+        OVERLAPPED=overlaps,
         # Neighbouring tiles of queries have about the same list only where every query sees the first keys. Heads of 64
         # lose more by the wider bookkeeping than they gain by the wider products.
         SCANNED=2 if tile == 64 and head_padded == 128 and not (intervals or filtered[0]) else 1,
@@ -271,7 +279,7 @@ def decode_scores_settings(config: Config) -> LaunchSettings:
 
 
 def decode_row_settings(config: Config) -> LaunchSettings:
-    return LaunchSettings(4, 2)
+    return LaunchSettings(4, 2, overlapped=config.OVERLAPPED)
 
 
 def mark_settings(config: Config) -> LaunchSettings:

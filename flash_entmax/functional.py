@@ -11,7 +11,8 @@ from .core.modes import as_autocast
 from .core.tensors import is_jagged, longest_sequence
 from .core.visibility import Visibility
 from .operators.attention import summarise
-from .operators.dispatch import attend
+from .operators.dispatch import attend, attend_lowered
+from .operators.kept import kept, likeness
 
 
 def entmax_attention(
@@ -96,6 +97,12 @@ def entmax_attention(
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
         ValueError: shapes, devices or options that do not fit or exclude each other.
     """
+    like = None
+    if return_support is False and alibi_slopes is key_lengths is key_mask is block_mask is key_summary is None:
+        options = alpha, scale, softcap, is_causal, query_positions, impl
+        like = likeness((query, key, value), options, window_size)
+        if (lowered := kept(like)) is not None:
+            return attend_lowered(query, key, value, *lowered, False)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
         if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask, key_summary)):
@@ -103,7 +110,7 @@ def entmax_attention(
             raise ValueError(f"{refused} are for tensors of one length, not for nested ones")
         return jagged_attention(query, key, value, score, is_causal, window_size, impl, return_support)
     visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
-    return checked_attention(query, key, value, score, visibility, impl, return_support, key_summary)
+    return checked_attention(query, key, value, score, visibility, impl, return_support, key_summary, like)
 
 
 def entmax_attention_varlen(
@@ -195,12 +202,12 @@ def jagged_attention(
 
 def checked_attention(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: Impl,
-    return_support: bool, summary: KeySummary | None = None,
+    return_support: bool, summary: KeySummary | None = None, like: tuple | None = None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
-    return attend(*inputs, score, visibility, impl, return_support, summary)
+    return attend(*inputs, score, visibility, impl, return_support, summary, like)
 
 
 def summarise_keys(key: Tensor, *, value_size: int | None = None, impl: Impl = "auto") -> KeySummary:

@@ -9,14 +9,16 @@ from ..core.modes import as_given, is_recorded
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
 from . import attention as attention_operators
+from .attention import OptionNumbers, OptionTensors
 from .eager import recorded
+from .kept import keep
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
-    return_support: bool, summary: KeySummary | None = None,
+    return_support: bool, summary: KeySummary | None = None, like: tuple | None = None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
-    """A call that is checked."""
+    """A call that is checked. What it is lowered to is kept for calls like it, see kept.py."""
     backend = choose(query.dtype, query.device, impl, others=("reference",))
     score = score.lowered(query.shape, row_dtype(query), query.device)
     has_tiles = backend in BACKENDS and not score.is_softmax()
@@ -29,13 +31,23 @@ def attend(
     tensors, numbers = attention_operators.flattened(
         score, visibility.lowered(query, key.shape[2], tile), summary, backend
     )
-    needs_backward = return_support or is_recorded((query, key, value, score.alpha, score.scale, score.alibi_slopes))
+    keep(like, (tensors, numbers))
+    return attend_lowered(query, key, value, tensors, numbers, return_support)
+
+
+def attend_lowered(
+    query: Tensor, key: Tensor, value: Tensor, tensors: OptionTensors, numbers: OptionNumbers, return_support: bool
+) -> Tensor | tuple[Tensor, Support]:
+    """A call with its options as the operator takes them."""
+    learned = tensors.alpha, tensors.scale, tensors.alibi_slopes
+    needs_backward = return_support or is_recorded((query, key, value, *learned))
     call = recorded(attention_operators.attention, attention_operators.Attention, (query, key, value, *tensors))
     output, _, *state = call(query, key, value, needs_backward, *tensors, *numbers)
     if not return_support:
         return output
     detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *tensors))
     maximum, size, marks, keys = attention_operators.attention_support(*detached, *state, *numbers)
+    tile = attention_operators.tile_of(numbers.backend, query, value)
     return output, Support(maximum, state[1], size, marks, (tile, tile), keys)
 
 

@@ -1,0 +1,76 @@
+"""What a call is lowered to is kept for calls like it: these have the same results, and the same refusals."""
+
+import pytest
+import torch
+
+from flash_entmax import entmax_attention
+from flash_entmax.operators import kept
+from flash_entmax.testing import iid_inputs
+
+OPTIONS = {"alpha": 1.5, "is_causal": True, "scale": 1.0, "window_size": (-1, -1), "softcap": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(kept, "_kept", {})
+
+
+@pytest.fixture
+def inputs():
+    return iid_inputs(1, 2, 70, 16)
+
+
+def test_a_call_like_another_is_not_checked_again(inputs, monkeypatch):
+    first = entmax_attention(*inputs, **OPTIONS)
+    monkeypatch.setattr("flash_entmax.functional.checked_attention", None)
+    assert torch.equal(entmax_attention(*inputs, **OPTIONS), first)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("is_causal", 1), ("alpha", "1.5"), ("scale", True), ("softcap", True), ("window_size", (-1, True))],
+)
+def test_an_option_of_another_type_is_still_refused(inputs, name, value):
+    accepted = {"scale": 1.0, "softcap": 1.0, "window_size": (-1, 1)}.get(name, OPTIONS[name])
+    entmax_attention(*inputs, **OPTIONS | {name: accepted})
+    with pytest.raises((TypeError, ValueError), match=name):
+        entmax_attention(*inputs, **OPTIONS | {name: value})
+
+
+@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t[:, :1], lambda t: t[:, :, :3]])
+def test_other_tensors_are_still_refused(inputs, change):
+    query, key, value = inputs
+    entmax_attention(query, key, value, **OPTIONS)
+    with pytest.raises((TypeError, ValueError)):
+        entmax_attention(query, key, change(value), **OPTIONS)
+
+
+def test_gradients_are_asked_for_by_each_call(inputs):
+    with torch.no_grad():
+        entmax_attention(*inputs, **OPTIONS)
+    query = inputs[0].requires_grad_()
+    assert entmax_attention(query, *inputs[1:], **OPTIONS).requires_grad
+    with torch.inference_mode():
+        entmax_attention(*inputs, **OPTIONS)
+    entmax_attention(query, *inputs[1:], **OPTIONS).sum().backward()
+    assert query.grad.isfinite().all()
+
+
+def test_autocast_counts(inputs):
+    entmax_attention(*inputs, **OPTIONS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert entmax_attention(*inputs, **OPTIONS).dtype == torch.bfloat16
+    assert entmax_attention(*inputs, **OPTIONS).dtype == torch.float32
+
+
+def test_calls_with_tensors_among_their_options_are_not_kept(inputs):
+    for options in ({"alpha": torch.tensor(1.5)}, {"window_size": (3, 0)}, {"key_lengths": torch.tensor([5])}):
+        entmax_attention(*inputs, **options)
+    assert not kept._kept
+
+
+def test_the_oldest_call_goes(monkeypatch):
+    monkeypatch.setattr(kept, "MOST", 3)
+    for length in range(1, 9):
+        entmax_attention(*iid_inputs(1, 1, length, 16))
+    assert len(kept._kept) == 3

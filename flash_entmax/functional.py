@@ -5,14 +5,13 @@ from torch import Tensor
 
 from .backends import Impl, choose
 from .core.call import KeySummary, ScoreOptions, Support
-from .core.checks import check_flag, check_keys, checked_inputs, refuse_nested
+from .core.checks import check_keys, refuse_nested
 from .core.intervals import UNLIMITED
 from .core.modes import as_autocast
 from .core.tensors import is_jagged, longest_sequence
 from .core.visibility import Visibility
 from .operators.attention import summarise
-from .operators.dispatch import attend, attend_lowered
-from .operators.kept import kept, likeness
+from .operators.kept_calls import attend
 
 
 def entmax_attention(
@@ -97,12 +96,6 @@ def entmax_attention(
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
         ValueError: shapes, devices or options that do not fit or exclude each other.
     """
-    like = None
-    if return_support is False and alibi_slopes is key_lengths is key_mask is block_mask is key_summary is None:
-        options = alpha, scale, softcap, is_causal, query_positions, impl
-        like = likeness((query, key, value), options, window_size)
-        if (lowered := kept(like)) is not None:
-            return attend_lowered(query, key, value, *lowered, False)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
         if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask, key_summary)):
@@ -110,7 +103,7 @@ def entmax_attention(
             raise ValueError(f"{refused} are for tensors of one length, not for nested ones")
         return jagged_attention(query, key, value, score, is_causal, window_size, impl, return_support)
     visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
-    return checked_attention(query, key, value, score, visibility, impl, return_support, key_summary, like)
+    return attend(query, key, value, score, visibility, impl, return_support, key_summary)
 
 
 def entmax_attention_varlen(
@@ -167,7 +160,7 @@ def entmax_attention_varlen(
     boundaries = cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k
     visibility = Visibility(is_causal, window_size, query_positions, None, None, None, *boundaries, max_q, max_k)
     rows = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    result = checked_attention(*rows, score, visibility, impl, return_support)
+    result = attend(*rows, score, visibility, impl, return_support)
     output, support = result if return_support else (result, None)
     output = output.squeeze(0).transpose(0, 1)
     if not return_support:
@@ -194,20 +187,10 @@ def jagged_attention(
     longest = (longest_sequence(tensor) for tensor in (query, key))
     visibility = Visibility(is_causal, window_size, None, None, None, None, *boundaries, *longest)
     values = (tensor.values().unsqueeze(0) for tensor in tensors.values())
-    result = checked_attention(*values, score, visibility, impl, return_support)
+    result = attend(*values, score, visibility, impl, return_support)
     output, support = result if return_support else (result, None)
     output = torch.nested.nested_tensor_from_jagged(output.squeeze(0), query.offsets(), jagged_dim=2)
     return output if support is None else (output, support)
-
-
-def checked_attention(
-    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: Impl,
-    return_support: bool, summary: KeySummary | None = None, like: tuple | None = None,
-) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
-    """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
-    inputs = checked_inputs(query, key, value, score, visibility)
-    check_flag("return_support", return_support)
-    return attend(*inputs, score, visibility, impl, return_support, summary, like)
 
 
 def summarise_keys(key: Tensor, *, value_size: int | None = None, impl: Impl = "auto") -> KeySummary:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flash_entmax import entmax_attention
-from flash_entmax.operators import kept
+from flash_entmax.operators import dispatch
 from flash_entmax.testing import iid_inputs
 
 OPTIONS = {"alpha": 1.5, "is_causal": True, "scale": 1.0, "window_size": (-1, -1), "softcap": 2.0}
@@ -12,7 +12,7 @@ OPTIONS = {"alpha": 1.5, "is_causal": True, "scale": 1.0, "window_size": (-1, -1
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept(monkeypatch):
-    monkeypatch.setattr(kept, "_kept", {})
+    monkeypatch.setattr(dispatch, "kept", {})
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def inputs():
 
 def test_a_call_like_another_is_not_checked_again(inputs, monkeypatch):
     first = entmax_attention(*inputs, **OPTIONS)
-    monkeypatch.setattr("flash_entmax.functional.checked_attention", None)
+    monkeypatch.setattr("flash_entmax.operators.kept_calls.checked_inputs", None)
     assert torch.equal(entmax_attention(*inputs, **OPTIONS), first)
 
 
@@ -66,11 +66,11 @@ def test_autocast_counts(inputs):
 def test_calls_with_tensors_among_their_options_are_not_kept(inputs):
     for options in ({"alpha": torch.tensor(1.5)}, {"window_size": (3, 0)}, {"key_lengths": torch.tensor([5])}):
         entmax_attention(*inputs, **options)
-    assert not kept._kept
+    assert not dispatch.kept
 
 
 def test_the_oldest_call_goes(monkeypatch):
-    monkeypatch.setattr(kept, "MOST", 3)
+    monkeypatch.setattr(dispatch, "MOST_KEPT", 3)
     for length in range(1, 9):
         entmax_attention(*iid_inputs(1, 1, length, 16))
-    assert len(kept._kept) == 3
+    assert len(dispatch.kept) == 3

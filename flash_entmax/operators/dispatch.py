@@ -1,5 +1,7 @@
 """From the public call to what computes it: choose the backend, lower the options, call."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ..backends import BACKENDS, choose, reference
@@ -9,36 +11,55 @@ from ..core.modes import as_given, is_recorded
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
 from . import attention as attention_operators
-from .attention import OptionNumbers, OptionTensors
+from .attention import OptionNumbers, OptionTensors, flattened, tile_of
 from .eager import recorded
-from .kept import keep
+
+
+class Lowered(NamedTuple):
+    """The options of a call as the operator takes them."""
+
+    tensors: OptionTensors
+    numbers: OptionNumbers
+
+
+MOST_KEPT = 256
+kept: dict[tuple, Lowered] = {}
+
+
+def keep(like: tuple, lowered: Lowered) -> None:
+    """Keep what a call was lowered to; the oldest goes. Tensors may be of a mode, or of a graph, that ends."""
+    if any(tensor is not None for tensor in lowered.tensors):
+        return
+    if len(kept) >= MOST_KEPT:
+        kept.pop(next(iter(kept)), None)
+    kept[like] = lowered
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
-    return_support: bool, summary: KeySummary | None = None, like: tuple | None = None,
+    return_support: bool, summary: KeySummary | None, like: tuple | None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
-    """A call that is checked. What it is lowered to is kept for calls like it, see kept.py."""
+    """A call that is checked. What it is lowered to is kept for calls that are `like` it."""
     backend = choose(query.dtype, query.device, impl, others=("reference",))
     score = score.lowered(query.shape, row_dtype(query), query.device)
     has_tiles = backend in BACKENDS and not score.is_softmax()
-    tile = attention_operators.tile_of(backend, query, value) if has_tiles else None
+    tile = tile_of(backend, query, value) if has_tiles else None
     if summary is not None:
         check_key_summary(summary, key, tile)
         summary = KeySummary(*(tensor.detach() for tensor in summary))
     if not has_tiles:
         return attend_without_tiles(query, key, value, score, visibility, backend, return_support)
-    tensors, numbers = attention_operators.flattened(
-        score, visibility.lowered(query, key.shape[2], tile), summary, backend
-    )
-    keep(like, (tensors, numbers))
-    return attend_lowered(query, key, value, tensors, numbers, return_support)
+    lowered = Lowered(*flattened(score, visibility.lowered(query, key.shape[2], tile), summary, backend))
+    if like is not None:
+        keep(like, lowered)
+    return attend_lowered(query, key, value, lowered, return_support)
 
 
 def attend_lowered(
-    query: Tensor, key: Tensor, value: Tensor, tensors: OptionTensors, numbers: OptionNumbers, return_support: bool
+    query: Tensor, key: Tensor, value: Tensor, lowered: Lowered, return_support: bool
 ) -> Tensor | tuple[Tensor, Support]:
-    """A call with its options as the operator takes them."""
+    """Call the operator."""
+    tensors, numbers = lowered
     learned = tensors.alpha, tensors.scale, tensors.alibi_slopes
     needs_backward = return_support or is_recorded((query, key, value, *learned))
     call = recorded(attention_operators.attention, attention_operators.Attention, (query, key, value, *tensors))
@@ -47,7 +68,7 @@ def attend_lowered(
         return output
     detached = (None if tensor is None else tensor.detach() for tensor in (query, key, value, *tensors))
     maximum, size, marks, keys = attention_operators.attention_support(*detached, *state, *numbers)
-    tile = attention_operators.tile_of(numbers.backend, query, value)
+    tile = tile_of(numbers.backend, query, value)
     return output, Support(maximum, state[1], size, marks, (tile, tile), keys)
 
 

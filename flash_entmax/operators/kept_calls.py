@@ -1,0 +1,58 @@
+"""The way of a call: check, lower, call. A call like one before is neither checked nor lowered again.
+
+To check and to lower a call takes the host as long as to launch a short one. Calls with tensors of the same shapes,
+dtypes and devices pass the same checks and are lowered to the same, where their options are equal numbers.
+"""
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..core.call import KeySummary, ScoreOptions, Support
+from ..core.checks import check_flag, checked_inputs
+from ..core.visibility import Visibility
+from . import dispatch
+from .eager import PLAIN
+
+NUMBERS = float, int, bool, str, type(None)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
+    return_support: bool, summary: KeySummary | None = None,
+) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
+    """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
+    like = likeness((query, key, value), score, visibility, impl, return_support, summary)
+    if (lowered := dispatch.kept.get(like)) is not None:
+        return dispatch.attend_lowered(query, key, value, lowered, False)
+    inputs = checked_inputs(query, key, value, score, visibility)
+    check_flag("return_support", return_support)
+    return dispatch.attend(*inputs, score, visibility, impl, return_support, summary, like)
+
+
+def likeness(
+    tensors: tuple[Tensor, ...], score: ScoreOptions, visibility: Visibility, impl: str, return_support: bool,
+    summary: KeySummary | None,
+) -> tuple | None:  # fmt: skip
+    """What is equal in calls that are checked and lowered alike; None where more than this decides.
+
+    An option of another type is another option: 1 is a window, and True is none.
+    """
+    v, (alpha, scale, softcap, slopes) = visibility, score
+    if not (slopes is v.key_lengths is v.key_mask is v.block_mask is v.cu_seq_q is summary is None):
+        return None
+    if return_support is not False or type(v.window_size) is not tuple or torch.compiler.is_compiling():
+        return None
+    options = alpha, scale, softcap, v.is_causal, v.query_positions, impl, *v.window_size
+    types = tuple(map(type, options))
+    if any(kind not in NUMBERS for kind in types):
+        return None
+    alike = []
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or tensor.is_nested or tensor.is_meta:
+            return None
+        device = tensor.device
+        if torch.is_autocast_enabled(device.type):
+            return None
+        alike += tensor.shape, tensor.dtype, device
+    return *alike, choose(tensors[0].dtype, tensors[0].device, impl, others=("reference",)), options, types

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, attend, crowd, make_case, packed_case, run_dense
-from checks import PAIRS, check_layout
+from checks import PAIRS, check_layout, operator_arguments
 from mutants import Mutant, plant
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flash_entmax.backends.torch import attention, decode, output
 from flash_entmax.core import threshold
+from flash_entmax.operators import attention as ops
 from flash_entmax.testing import (
     DISTRIBUTIONS,
     assert_within_budget,
@@ -184,6 +185,13 @@ def test_decoding_inputs_have_their_supports(backend):
     check_decode(case, backend.impl)
     size = attend(case, "reference", return_support=True)[1].size
     assert 10 <= size.min() <= size.max() <= 400
+
+
+@pytest.mark.parametrize("name", ["key mask, window", "together"])
+def test_the_operator_keeps_its_schema(backend, name):
+    arguments = operator_arguments(case_with(backend, name), backend.impl)
+    assert arguments[3] is False
+    torch.library.opcheck(ops.attention, arguments)
 
 
 # Memory

@@ -1,4 +1,4 @@
-"""The forward pass in plain PyTorch, tile by tile: threshold, output, support.
+"""The forward pass in plain PyTorch, tile by tile: threshold, output, support. Calls of few queries go to `decode`.
 
 Scores of the tiles that intervals and masks leave are computed once, densely. The maxima of tiles of keys certify an
 offset at or above that of each row, and so which keys a tile of rows may reach. The solve and the output touch only

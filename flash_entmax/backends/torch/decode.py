@@ -211,21 +211,20 @@ def listed_keys(z: Tensor, block_maxima: Tensor, rows: RowThresholds) -> tuple[L
     row, block = (block_maxima > cut).nonzero(as_tuple=True)
     listed = z.view(-1, BLOCK).index_select(0, row * blocks + block)
     place = (listed > cut[row]).view(-1).nonzero().squeeze(-1)
+    edges = torch.searchsorted(place, BLOCK * torch.arange(len(row) + 1, device=row.device))
+    counts = row.new_zeros(count).index_add_(0, row, edges.diff())
+    longest, most = int(counts.max()), max(LIST, DENSE_SHARE * z.shape[-1])
+    if longest > most:
+        is_dense = counts > most
+        return listed_keys(z, block_maxima.masked_fill(is_dense.unsqueeze(-1), -torch.inf), rows)[0], is_dense
     within = place // BLOCK
     row, key = row[within], block[within] * BLOCK + place % BLOCK
     relative = listed.view(-1)[place] - rows.maximum[row]
-    counts = torch.bincount(row, minlength=count)
-    longest, is_dense = int(counts.max()), None
-    if longest > max(LIST, DENSE_SHARE * z.shape[-1]):
-        is_dense = counts > max(LIST, DENSE_SHARE * z.shape[-1])
-        kept = ~is_dense[row]
-        row, key, relative, counts = row[kept], key[kept], relative[kept], counts.masked_fill(is_dense, 0)
-        longest = int(counts.max())
     width = LIST * max(1, ceil_div(longest, LIST))
     place = row * width + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     keys = key.new_zeros(count * width).index_copy_(0, place, key)
     relative = z.new_full((count * width,), -torch.inf).index_copy_(0, place, relative)
-    return ListedKeys(keys.view(count, width), relative.view(count, width), counts), is_dense
+    return ListedKeys(keys.view(count, width), relative.view(count, width), counts), None
 
 
 def outputs_of_lists(problem: Problem, listed: ListedKeys, rows: RowThresholds, value: Tensor) -> Tensor:
@@ -282,6 +281,7 @@ def write_dense_outputs(
     maximum, low, high = (numbers.view(units, -1)[unit] for numbers in rows)
     relative = z[unit] - maximum.unsqueeze(-1)
     offset = solve(problem.score.alpha, relative, is_dense[unit], low, high)
-    chosen = value[unit // problem.key_heads, unit % problem.key_heads].to(offset.dtype)
-    dense = outputs(problem.score.alpha, relative[..., : value.shape[2]], offset, chosen)[0]
+    all_units = len(unit) == units
+    chosen = value.flatten(0, 1) if all_units else value[unit // problem.key_heads, unit % problem.key_heads]
+    dense = outputs(problem.score.alpha, relative[..., : value.shape[2]], offset, chosen.to(offset.dtype))[0]
     output[unit] = torch.where(is_dense[unit].unsqueeze(-1), dense, output[unit])

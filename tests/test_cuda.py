@@ -144,3 +144,37 @@ def test_keys_and_values_of_different_sizes(sizes, is_causal):
     head_size, value_size = sizes
     inputs = iid_inputs(1, 2, 200, head_size, value_dim=value_size, dtype=torch.float16, device="cuda")
     check_attention(Case(*inputs, is_causal=is_causal), "triton")
+
+
+def test_a_graph_of_decoding_follows_lengths_that_grow():
+    """As a static cache does: the lengths change on the device, between replays."""
+    query, key, value = iid_inputs(2, 8, 1, 64, key_heads=2, key_length=4096, dtype=torch.bfloat16, device="cuda")
+    lengths = torch.tensor([1, 70], device="cuda")
+
+    def decode():
+        with torch.no_grad():
+            return entmax_attention(query, key, value, key_lengths=lengths)
+
+    decode()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = decode()
+    for grown in ([1, 70], [64, 4096], [3000, 0]):
+        lengths.copy_(torch.tensor(grown))
+        graph.replay()
+        assert torch.equal(output, decode())
+        exact = entmax_attention(query.double(), key.double(), value.double(), key_lengths=lengths, impl="reference")
+        assert relative_error(output, exact) < 2e-2
+
+
+def test_a_million_keys_are_decoded():
+    query, key, value = iid_inputs(1, 8, 16, 64, key_heads=1, key_length=2**20, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        output = entmax_attention(query, key, value, is_causal=True)
+        assert torch.cuda.max_memory_allocated() - before <= 256 * MIB + 2 * output.numel() * output.element_size()
+    rows = slice(3, 5)
+    exact = entmax_attention(query[:, rows].double(), key.double(), value.double(), is_causal=True, impl="reference")
+    assert relative_error(output[:, rows], exact) < 2e-2

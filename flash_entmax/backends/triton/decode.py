@@ -215,7 +215,7 @@ def sums_at(row, begin, end, offset, C: tl.constexpr):
         p, u = probability_and_weight(distances(row, first, end, offset), row.exponent, C.POWER, False)
         total, error = add_compensated(total, error, p)
         weight += u
-    return tl.split(tl.sum(tl.join(total, weight), 0))
+    return tl.sum(total, 0), tl.sum(weight, 0)
 
 
 @triton.jit

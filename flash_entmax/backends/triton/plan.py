@@ -25,7 +25,7 @@ QUERY_LISTS = 13 * 2**20  # listed queries and tiles of queries, and words, like
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
 REACHING = 9 * 2**22  # listed queries and tiles, words and sums of parts of the backward, likewise: 144 MiB
 MOST_SLOTS = 64  # of a key head, at most share.SLOTS
-DECODED = 2**24  # scores of 4 bytes, and listed keys of 4 bytes, in the scratch of one chunk of decode.py: 128 MiB
+DECODED = 224 * 2**20  # bytes of scores, listed keys and sums of parts in the scratch of one chunk of decode.py
 FEWEST_MARKED = 8  # tiles of keys: with fewer, single keys are not looked for
 FEWEST_SHARED = 32  # tiles of queries of a group of heads: with fewer, no tile of keys is split
 
@@ -247,8 +247,8 @@ class Plan:
     @cached_property
     def decode_chunks(self) -> list[Chunk]:
         """Chunks of key heads and, of each, rows, whose lines of scores have `capacity` numbers each."""
-        rows = self.group * self.outline.query_length
-        return chunks(self.units // self.group, rows, self.key_tiles * self.config.TILE, DECODED)
+        rows, bytes_of_score = self.group * self.outline.query_length, 8 + 4 * self.config.VALUE_PADDED // PART.value
+        return chunks(self.units // self.group, rows, self.key_tiles * self.config.TILE, DECODED // bytes_of_score)
 
     @cached_property
     def decode_scratch(self) -> Scratch:

@@ -54,7 +54,7 @@ def seen_by(mask: integration.Mask, batch: int) -> torch.Tensor:
         lengths, rows = (batch * lengths[0], batch * lengths[1]), 1
     visibility = Visibility(
         False, mask.window, mask.positions, key_mask=mask.key_mask, block_mask=mask.block_mask, cu_seq_q=boundaries,
-        cu_seq_k=boundaries,
+        cu_seq_k=boundaries, known_intervals=mask.intervals,
     )  # fmt: skip
     query, key = (torch.zeros(rows, 1, length, 8) for length in lengths)
     problem = Problem.of(

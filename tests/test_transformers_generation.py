@@ -1,5 +1,7 @@
 """Generation with models of Transformers: cached steps give the tokens of whole passes, and reach the kernels bare."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("transformers", minversion="5.4")
 pytest.importorskip("entmax")
 
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache, masking_utils
 from transformers_models import assert_same, make, padding, tokens
 
-from flash_entmax.integrations.transformers import layer_call
+from flash_entmax.integrations.transformers import layer_call, masks
 
 CACHES = "dynamic", "static"
 PROMPT, NEW = 20, 6  # a prompt of more queries than the kernels decode; the windows of 10 are full
@@ -156,6 +158,22 @@ def test_left_padding_is_an_interval(cache, calls):
         assert torch.equal(stop, position + 1)
         assert position[:, -1].unique().numel() == 1
         assert query.shape[2] == position.shape[1]
+
+
+def test_nothing_is_read_while_a_graph_is_captured(monkeypatch):
+    """Whether padding is an interval then stays open: the mask of keys holds."""
+    ones = torch.ones(2, PROMPT, dtype=torch.bool)
+    options = {"batch_size": 2, "q_length": 1, "kv_length": PROMPT, "q_offset": PROMPT - 1, "device": "cpu"}
+    options |= {"mask_function": masking_utils.causal_mask_function, "attention_mask": ones}
+    assert masks.mask(**options).key_mask is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(masks, "_can_be_read", lambda mask: CAN_BE_READ(SimpleNamespace(is_cuda=True)))
+    with HostReads() as reads:
+        assert torch.equal(masks.mask(**options).key_mask, ones)
+    assert reads.count == 0
+
+
+CAN_BE_READ = masks._can_be_read
 
 
 def test_the_kernels_read_a_cache_in_place():

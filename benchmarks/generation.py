@@ -4,8 +4,8 @@ python benchmarks/generation.py takes some minutes on a GPU; with --smallest, se
 with random weights. Its cache is filled with random keys and values, except for the last ROOM tokens. The keys of each
 layer are scaled until a query attends to about --support of them. A step is one whole pass of the model for one token
 of each batch row: as called, and as one CUDA graph. Times are medians of REPEATS, by CUDA events; on a CPU by the
-clock. sdpa runs as Transformers calls it: with a mask over the whole static cache, and with keys and values repeated
-for each query head. FOLDER/generation.md and FOLDER/generation.json are written with --out FOLDER.
+clock. sdpa runs as Transformers calls it, with a mask over the whole static cache. FOLDER/generation.md and
+FOLDER/generation.json are written with --out FOLDER.
 """
 
 import argparse

@@ -100,6 +100,20 @@ def test_a_whole_padding_mask_costs_nothing():
     assert made == integration.Mask(20, 20, (-1, 0))
 
 
+def test_padding_on_one_side_is_read_without_a_device_as_well():
+    """Older versions of Transformers may not name the device. Rows of padding alone see nothing."""
+    seen = padding("left", 3, 20).bool()
+    seen[2] = False
+    options = {"batch_size": 3, "q_length": 20, "kv_length": 20, "mask_function": CAUSAL, "attention_mask": seen}
+    ours = integration.mask(**options)
+    theirs = masks.sdpa_mask(**options, device="cpu", allow_is_causal_skip=False)[:, 0]
+    assert ours.key_mask is None
+    assert seen_by(ours, 3).tolist() == (theirs & seen[:, None]).tolist()
+    with pytest.raises(ValueError, match="the mask is for a batch of 3, but the layer has one of 2"):
+        query = torch.zeros(2, 4, 20, 8)
+        integration.attention(torch.nn.Module(), query, query, query, ours, alpha=1.5)
+
+
 def test_a_mask_that_is_ready():
     """4-D masks, boolean or of minus infinities, also one for each head; changed in place, and as rows of padding."""
     model, ids = make("llama", 1.5), tokens(2, LENGTH)

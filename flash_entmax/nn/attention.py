@@ -156,7 +156,10 @@ class EntmaxAttention(WithAlpha):
                 key, value, options["window_size"] = self._with_cached(key, value, cache)
             mixed = entmax_attention(query, key, value, key_lengths=key_lengths, key_mask=key_mask, **options)
             mixed = mixed.transpose(1, 2)
-        return self.out(mixed.flatten(-2))
+        output = self.out(mixed.flatten(-2))
+        if cache is not None:
+            cache.length += x.shape[1]
+        return output
 
     def new_cache(
         self,
@@ -190,7 +193,7 @@ class EntmaxAttention(WithAlpha):
         left, first = self.window_size[0], 0
         if left != UNLIMITED:
             first = max(0, cache.length - left)
-        key, value = (tensor[:, :, first:] for tensor in cache.append(key, value))
+        key, value = (tensor[:, :, first:] for tensor in cache.write(key, value))
         return key, value, (UNLIMITED if key.shape[2] <= left + 1 else left, UNLIMITED)
 
     def _check_causal(self) -> None:
@@ -206,8 +209,10 @@ class EntmaxAttention(WithAlpha):
                 "all rows of a cache have one length: key_lengths, key_mask, cu_seq, max_seq and nested tensors have "
                 "no place beside it"
             )
+        if not torch.is_grad_enabled():
+            return
         tensors = [tensor for tensor in (x, alpha, *self.parameters()) if isinstance(tensor, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if any(tensor.requires_grad for tensor in tensors):
             raise ValueError("a cache holds no gradients: call the layer under torch.no_grad(), got gradients on")
 
     def _check_inputs(

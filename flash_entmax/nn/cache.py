@@ -29,9 +29,19 @@ class KeyValueCache:
         self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next tokens, (batch, key heads, tokens, head size), behind the last ones.
+        """Add tokens, (batch, key heads, tokens, head size) each.
 
         Returns the keys and the values of all tokens so far, in place.
+
+        Raises:
+            TypeError, ValueError: as `write`.
+        """
+        keys, values = self.write(key, value)
+        self.length = keys.shape[2]
+        return keys, values
+
+    def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `append`, but the next write goes to the same place: ``length`` stays as it is.
 
         Raises:
             TypeError: another dtype.
@@ -49,7 +59,6 @@ class KeyValueCache:
             )
         self.keys[:, :, self.length : end] = key
         self.values[:, :, self.length : end] = value
-        self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 

@@ -148,10 +148,10 @@ def mask(
         positions = positions + torch.arange(q_length, device=positions.device)
     elif positions == kv_length - q_length:
         positions = None
-    intervals = None
+    intervals, device = None, options.get("device", None if attention_mask is None else attention_mask.device)
     is_plain = padding is None and positions is None and window[0] == UNLIMITED and window[1] in (UNLIMITED, 0)
-    if "device" in options and not (is_packed or is_plain):
-        intervals = _intervals(window, positions, padding, (batch_size, q_length, kv_length), options["device"])
+    if not (is_packed or is_plain or device is None):
+        intervals = _intervals(window, positions, padding, (batch_size, q_length, kv_length), device)
     return Mask(
         q_length, kv_length, window, positions, key_mask, boundaries, intervals=intervals,
         hides_padding=padding is not None,

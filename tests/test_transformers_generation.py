@@ -167,7 +167,7 @@ def test_nothing_is_read_while_a_graph_is_captured(monkeypatch):
     options |= {"mask_function": masking_utils.causal_mask_function, "attention_mask": ones}
     assert masks.mask(**options).key_mask is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(masks, "_can_be_read", lambda mask: CAN_BE_READ(SimpleNamespace(is_cuda=True)))
+    monkeypatch.setattr(masks, "_can_be_read", lambda mask: CAN_BE_READ(SimpleNamespace(is_cuda=True, is_meta=False)))
     with HostReads() as reads:
         assert torch.equal(masks.mask(**options).key_mask, ones)
     assert reads.count == 0

@@ -109,8 +109,8 @@ def test_padding_on_one_side_is_read_without_a_device_as_well():
     theirs = masks.sdpa_mask(**options, device="cpu", allow_is_causal_skip=False)[:, 0]
     assert ours.key_mask is None
     assert seen_by(ours, 3).tolist() == (theirs & seen[:, None]).tolist()
+    query = torch.zeros(2, 4, 20, 8)
     with pytest.raises(ValueError, match="the mask is for a batch of 3, but the layer has one of 2"):
-        query = torch.zeros(2, 4, 20, 8)
         integration.attention(torch.nn.Module(), query, query, query, ours, alpha=1.5)
 
 

@@ -160,7 +160,9 @@ def mask(
 
 def _can_be_read(tensor: Tensor) -> bool:
     """Whether Python may look at what the tensor holds."""
-    return not (torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _read_padding(key_mask: Tensor, is_causal: bool) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:

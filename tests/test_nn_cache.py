@@ -8,7 +8,7 @@ from test_nn import HEADS, WIDTH, inputs, layer_of
 from flash_entmax.nn import EntmaxAttention, KeyValueCache
 
 CPU = Backend("torch", "cpu")
-CHUNKS = [1, 3, 16, 40, 1]
+CHUNKS = [1, 3, 16, 40, 2]
 LENGTH = sum(CHUNKS)
 LAYERS = {
     "none": {"position": "none"},

@@ -27,6 +27,8 @@ READABLE = {
     "room": (CAUSAL, (20, LENGTH, 30, 0)),
     "counted": (CAUSAL, (20, LENGTH, torch.tensor(30), 0)),
     "window": (WINDOW, (LENGTH, LENGTH, 0, 0)),
+    "window that reaches all keys": (WINDOW, (10, 10, 0, 0)),
+    "window that lacks one key": (WINDOW, (11, 11, 0, 0)),
     "window, cached": (WINDOW, (5, 14, 80, 71)),
     "window, room": (WINDOW, (5, 70, 3, 0)),
     "bidirectional": (masks.bidirectional_mask_function, (20, LENGTH, 0, 0)),

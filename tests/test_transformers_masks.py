@@ -27,6 +27,8 @@ READABLE = {
     "room": (CAUSAL, (20, LENGTH, 30, 0)),
     "counted": (CAUSAL, (20, LENGTH, torch.tensor(30), 0)),
     "window": (WINDOW, (LENGTH, LENGTH, 0, 0)),
+    "window that reaches all keys": (WINDOW, (10, 10, 0, 0)),
+    "window that lacks one key": (WINDOW, (11, 11, 0, 0)),
     "window, cached": (WINDOW, (5, 14, 80, 71)),
     "window, room": (WINDOW, (5, 70, 3, 0)),
     "bidirectional": (masks.bidirectional_mask_function, (20, LENGTH, 0, 0)),
@@ -54,7 +56,7 @@ def seen_by(mask: integration.Mask, batch: int) -> torch.Tensor:
         lengths, rows = (batch * lengths[0], batch * lengths[1]), 1
     visibility = Visibility(
         False, mask.window, mask.positions, key_mask=mask.key_mask, block_mask=mask.block_mask, cu_seq_q=boundaries,
-        cu_seq_k=boundaries,
+        cu_seq_k=boundaries, known_intervals=mask.intervals,
     )  # fmt: skip
     query, key = (torch.zeros(rows, 1, length, 8) for length in lengths)
     problem = Problem.of(
@@ -98,6 +100,20 @@ def test_a_whole_padding_mask_costs_nothing():
     model, ids = make("llama", 1.5), tokens(2, 20)
     made = masks.create_causal_mask(model.config, torch.zeros(2, 20, 32), torch.ones_like(ids), None)
     assert made == integration.Mask(20, 20, (-1, 0))
+
+
+def test_padding_on_one_side_is_read_without_a_device_as_well():
+    """Older versions of Transformers may not name the device. Rows of padding alone see nothing."""
+    seen = padding("left", 3, 20).bool()
+    seen[2] = False
+    options = {"batch_size": 3, "q_length": 20, "kv_length": 20, "mask_function": CAUSAL, "attention_mask": seen}
+    ours = integration.mask(**options)
+    theirs = masks.sdpa_mask(**options, device="cpu", allow_is_causal_skip=False)[:, 0]
+    assert ours.key_mask is None
+    assert seen_by(ours, 3).tolist() == (theirs & seen[:, None]).tolist()
+    query = torch.zeros(2, 4, 20, 8)
+    with pytest.raises(ValueError, match="the mask is for a batch of 3, but the layer has one of 2"):
+        integration.attention(torch.nn.Module(), query, query, query, ours, alpha=1.5)
 
 
 def test_a_mask_that_is_ready():

@@ -56,8 +56,11 @@ def visible_mask(problem: Problem, options: Visibility, device: torch.device) ->
         position = first + options.query_positions.long()
     elif options.query_positions is not None:
         position = query + options.query_positions
+    if options.known_intervals is not None:
+        start, stop, position = options.known_intervals.long().unbind(1)
+        visible = ((start.unsqueeze(-1) <= key) & (key < stop.unsqueeze(-1))).unsqueeze(1)
     position = position if position.dim() == 2 else position.unsqueeze(0)
-    ahead = (key - position.unsqueeze(-1)).masked_fill(~visible, 0).unsqueeze(1)
+    ahead = (key - position.unsqueeze(-1)).unsqueeze(1).masked_fill(~visible, 0)
     visible = visible.expand_as(ahead)
     left, right = options.window
     if left != UNLIMITED:

@@ -31,6 +31,7 @@ class Visibility:
     cu_seq_k: Tensor | None = None
     max_q: int = 0  # the longest packed sequence, of queries and of keys
     max_k: int = 0
+    known_intervals: Tensor | None = None  # (batch, 3, query length) int32: in place of all options but the masks
 
     @property
     def window(self) -> tuple[int, int]:
@@ -42,7 +43,8 @@ class Visibility:
     def is_plain(self) -> bool:
         """There is no mask, or the causal one of the whole rectangle: no intervals are needed for it."""
         left, right = self.window
-        is_whole = self.query_positions is None and self.key_lengths is None and self.cu_seq_q is None
+        limits = self.query_positions, self.key_lengths, self.cu_seq_q, self.known_intervals
+        is_whole = all(limit is None for limit in limits)
         return left == UNLIMITED and right in (UNLIMITED, 0) and is_whole
 
     def max_span(self, key_length: int) -> int:
@@ -79,6 +81,8 @@ class Visibility:
         """(batch, 3, query length) int32, or None where every query sees all keys, or the causal ones."""
         if self.is_plain:
             return None
+        if self.known_intervals is not None:
+            return self.known_intervals
         given = self.query_positions
         positions, first = (given, 0) if isinstance(given, Tensor) else (None, given)
         if first is None:  # the last query stands at the last key

@@ -8,11 +8,12 @@
 
 from .alpha import AlphaParameter, WithAlpha
 from .attention import TEMPERATURES, EntmaxAttention
+from .cache import KeyValueCache
 from .positions import POSITIONS, rotate, rotation_of
 from .rows import Entmax, EntmaxLoss
 from .temperature import AdaptiveTemperature
 
 __all__ = [
     "POSITIONS", "TEMPERATURES", "AdaptiveTemperature", "AlphaParameter", "Entmax", "EntmaxAttention", "EntmaxLoss",
-    "WithAlpha", "rotate", "rotation_of",
+    "KeyValueCache", "WithAlpha", "rotate", "rotation_of",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from ..core.intervals import UNLIMITED
 from ..core.tensors import is_jagged, longest_sequence
 from ..functional import entmax_attention, entmax_attention_varlen
 from .alpha import AlphaParameter, WithAlpha
+from .cache import KeyValueCache
 from .positions import POSITIONS, alibi_slopes_of, heads_without_slope, positions_of, rotate, rotation_of
 from .temperature import AdaptiveTemperature
 
@@ -41,6 +42,12 @@ class EntmaxAttention(WithAlpha):
         device, dtype: of the parameters. A learned alpha is float32 or float64.
 
     Shapes: (batch, length, embed_dim), or packed (tokens, embed_dim) with ``cu_seq`` and ``max_seq``.
+
+    Generation reads the tokens in chunks of any size, and keeps their keys and values::
+
+        cache = layer.new_cache(batch, capacity)
+        with torch.no_grad():
+            output = torch.cat([layer(chunk, cache=cache) for chunk in x.split(16, 1)], 1)  # layer(x), up to rounding
 
     Raises:
         TypeError, ValueError: for options of the wrong type or out of range.
@@ -105,9 +112,10 @@ class EntmaxAttention(WithAlpha):
         key_mask: Tensor | None = None,
         cu_seq: Tensor | None = None,
         max_seq: int | None = None,
+        cache: KeyValueCache | None = None,
         impl: Impl = "auto",
     ) -> Tensor:
-        """Attention of ``x`` to itself. The output has the shape of ``x``.
+        """Attention of ``x`` to itself, and to the tokens in the cache. The output has the shape of ``x``.
 
         Args:
             x: (batch, length, embed_dim); or (tokens, embed_dim) with ``cu_seq``; or a jagged nested tensor (batch,
@@ -116,17 +124,22 @@ class EntmaxAttention(WithAlpha):
                 (:class:`flash_entmax.anneal.AlphaAnnealing`).
             key_lengths, key_mask: padding of batch rows, as for :func:`flash_entmax.entmax_attention`.
             cu_seq, max_seq: boundaries (sequences + 1,) and longest length of packed sequences.
+            cache: what ``new_cache`` made. The tokens of ``x`` follow those in the cache, and are added to it.
+                For causal layers, tensors (batch, length, embed_dim) without padding, and where gradients are off.
 
         Raises:
-            TypeError, ValueError: for inputs of the wrong type, shape or combination.
+            TypeError, ValueError: for inputs of the wrong type, shape or combination; ValueError where the cache has
+                no room. The cache is as before.
         """
+        if cache is not None:
+            self._check_cache(x, alpha, cache, (key_lengths, key_mask, cu_seq, max_seq))
         if is_jagged(x):
             if any(option is not None for option in (key_lengths, key_mask, cu_seq, max_seq)):
                 raise ValueError("key_lengths, key_mask, cu_seq and max_seq are for tensors that are not nested")
             packed = self(x.values(), alpha=alpha, cu_seq=x.offsets(), max_seq=longest_sequence(x), impl=impl)
             return torch.nested.nested_tensor_from_jagged(packed, x.offsets())
         self._check_inputs(x, key_lengths, key_mask, cu_seq, max_seq)
-        query, key, value = self._project(x, positions_of(x, cu_seq))
+        query, key, value = self._project(x, positions_of(x, cu_seq, 0 if cache is None else cache.length))
         options = {
             "alpha": self.alpha if alpha is None else alpha,
             "is_causal": self.is_causal,
@@ -139,9 +152,68 @@ class EntmaxAttention(WithAlpha):
             mixed = entmax_attention_varlen(query, key, value, cu_seq, None, max_seq, max_seq, **options)
         else:
             query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            if cache is not None:
+                key, value, options["window_size"] = self._with_cached(key, value, cache)
             mixed = entmax_attention(query, key, value, key_lengths=key_lengths, key_mask=key_mask, **options)
             mixed = mixed.transpose(1, 2)
-        return self.out(mixed.flatten(-2))
+        output = self.out(mixed.flatten(-2))
+        if cache is not None:
+            cache.length += x.shape[1]
+        return output
+
+    def new_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KeyValueCache:
+        """An empty cache of this layer.
+
+        Args:
+            batch: rows of the inputs.
+            capacity: how many tokens each row has room for.
+            device, dtype: default those of the layer, or the dtype of autocast where that is on.
+
+        Raises:
+            TypeError, ValueError: for sizes of the wrong type or below 1; ValueError for a layer that is not causal.
+        """
+        check_sizes({"batch": batch, "capacity": capacity})
+        self._check_causal()
+        weight = self.key.weight
+        device = weight.device if device is None else torch.device(device)
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        return KeyValueCache(batch, self.num_key_heads, capacity, self.head_dim, device=device, dtype=dtype)
+
+    def _with_cached(self, key: Tensor, value: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Keys and values of the tokens that some query sees, the last of them those given; the window among them."""
+        left, first = self.window_size[0], 0
+        if left != UNLIMITED:
+            first = max(0, cache.length - left)
+        key, value = (tensor[:, :, first:] for tensor in cache.write(key, value))
+        return key, value, (UNLIMITED if key.shape[2] <= left + 1 else left, UNLIMITED)
+
+    def _check_causal(self) -> None:
+        if not self.is_causal:
+            raise ValueError("a cache is for a causal layer, got is_causal=False: a token would see those after it")
+
+    def _check_cache(self, x: object, alpha: object, cache: object, others: tuple) -> None:
+        if not isinstance(cache, KeyValueCache):
+            raise TypeError(f"cache must be a KeyValueCache, which new_cache makes, got {said(cache)}")
+        self._check_causal()
+        if is_jagged(x) or any(option is not None for option in others):
+            raise ValueError(
+                "all rows of a cache have one length: key_lengths, key_mask, cu_seq, max_seq and nested tensors have "
+                "no place beside it"
+            )
+        if not torch.is_grad_enabled():
+            return
+        tensors = [tensor for tensor in (x, alpha, *self.parameters()) if isinstance(tensor, Tensor)]
+        if any(tensor.requires_grad for tensor in tensors):
+            raise ValueError("a cache holds no gradients: call the layer under torch.no_grad(), got gradients on")
 
     def _check_inputs(
         self,
@@ -189,16 +261,19 @@ class EntmaxAttention(WithAlpha):
 
 def check_heads(embed_dim: int, num_heads: int, num_key_heads: int, head_dim: int | None) -> None:
     sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_key_heads": num_key_heads}
-    sizes |= {} if head_dim is None else {"head_dim": head_dim}
+    check_sizes(sizes if head_dim is None else sizes | {"head_dim": head_dim})
+    if num_heads % num_key_heads:
+        raise ValueError(f"num_heads must be a multiple of num_key_heads, got {num_heads} and {num_key_heads}")
+    if head_dim is None and embed_dim % num_heads:
+        raise ValueError(f"embed_dim must be a multiple of num_heads, or head_dim given, got {embed_dim}, {num_heads}")
+
+
+def check_sizes(sizes: dict[str, object]) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an integer, got {said(size)}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    if num_heads % num_key_heads:
-        raise ValueError(f"num_heads must be a multiple of num_key_heads, got {num_heads} and {num_key_heads}")
-    if head_dim is None and embed_dim % num_heads:
-        raise ValueError(f"embed_dim must be a multiple of num_heads, or head_dim given, got {embed_dim}, {num_heads}")
 
 
 def check_choices(position: str, temperature: str, head_dim: int, num_heads: int) -> None:

@@ -6,9 +6,12 @@ from torch import Tensor
 POSITIONS = "rope", "alibi", "nape", "none"
 
 
-def positions_of(x: Tensor, cu_seq: Tensor | None) -> Tensor:
-    """The position of each token, float32 (length,); of packed tokens, in their own sequence, float32 (tokens,)."""
-    position = torch.arange(x.shape[-2], device=x.device)
+def positions_of(x: Tensor, cu_seq: Tensor | None = None, first: int = 0) -> Tensor:
+    """The position of each token from the first one on, float32 (length,).
+
+    Of packed tokens, in their own sequence, float32 (tokens,).
+    """
+    position = torch.arange(first, first + x.shape[-2], device=x.device)
     if cu_seq is not None:
         sequence = torch.searchsorted(cu_seq, position, right=True) - 1
         position = position - cu_seq[sequence]

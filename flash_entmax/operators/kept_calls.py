@@ -39,7 +39,8 @@ def likeness(
     An option of another type is another option: 1 is a window, and True is none.
     """
     v, (alpha, scale, softcap, slopes) = visibility, score
-    if not (slopes is v.key_lengths is v.key_mask is v.block_mask is v.cu_seq_q is summary is None):
+    tensors_of_options = slopes, v.key_lengths, v.key_mask, v.block_mask, v.cu_seq_q, v.known_intervals, summary
+    if any(option is not None for option in tensors_of_options):
         return None
     if return_support is not False or type(v.window_size) is not tuple or torch.compiler.is_compiling():
         return None

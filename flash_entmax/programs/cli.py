@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
     add("--smallest", action="store_true", help="a tiny model and few steps: every stage within half a minute")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     add("--alpha", type=float, default=1.5, help="above 1, at most 2; larger is sparser (default: %(default)s)")
+    about = "then go on with a held-out text, byte by byte; without training, where DIR holds a trained model"
+    add("--generate", action="store_true", help=about)
 
     about = "run a model on a text, and show which tokens its heads attend to: a table, pictures and a page"
     add_inspect_options(commands.add_parser("inspect", help=about, description=about))
@@ -185,7 +187,8 @@ def check(options: argparse.Namespace) -> int:
 def demo(options: argparse.Namespace) -> int:
     from .demo.settings import settings_for
 
-    settings = settings_for(options.device, options.out, options.text, options.alpha, options.steps, options.smallest)
+    sizes = options.alpha, options.steps, options.smallest
+    settings = settings_for(options.device, options.out, options.text, *sizes, generate=options.generate)
     from .demo import run
 
     run(settings)

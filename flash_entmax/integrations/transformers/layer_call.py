@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...functional import entmax_attention, entmax_attention_varlen
+from ...core.call import ScoreOptions
+from ...core.visibility import Visibility
+from ...functional import attend, entmax_attention_varlen
 from .alpha import alpha_of
 from .construction import note_call
 from .masks import Mask, mask_of
@@ -67,16 +69,21 @@ def attention(
     mask = mask_of(module, attention_mask, query, key, is_causal, sliding_window)
     packing = _packing_of(mask, query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     alpha = alpha_of(module, query.device) if alpha is None else alpha
-    scores = {"alpha": alpha, "scale": scaling, "softcap": softcap or 0.0}
+    score = ScoreOptions(alpha, scaling, softcap or 0.0)
     if packing is not None:
         tokens = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-        output = entmax_attention_varlen(*tokens, *packing, window_size=mask.window, **scores)
+        output = entmax_attention_varlen(*tokens, *packing, window_size=mask.window, **score._asdict())
         return output.unflatten(0, (query.shape[0], query.shape[2])), None
-    output = entmax_attention(
-        query, key, value, window_size=mask.window, query_positions=mask.positions, key_mask=mask.key_mask,
-        block_mask=mask.block_mask, **scores,
-    )  # fmt: skip
+    output = attend(query, key, value, score, visibility_of(mask), "auto", False)
     return output.transpose(1, 2).contiguous(), None
+
+
+def visibility_of(mask: Mask) -> Visibility:
+    """The options of a mask that packs no sequences."""
+    return Visibility(
+        window_size=mask.window, query_positions=mask.positions, key_mask=mask.key_mask, block_mask=mask.block_mask,
+        known_intervals=mask.intervals,
+    )  # fmt: skip
 
 
 def check_options(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
@@ -110,7 +117,7 @@ def _packing_of(
     """Boundaries and longest lengths of queries and keys, where sequences are packed: by the call, or by the mask."""
     if boundaries_q is None:
         return None if mask.boundaries is None else (mask.boundaries, None, key.shape[2], key.shape[2])
-    if any(part is not None for part in (mask.positions, mask.key_mask, mask.block_mask)):
+    if mask.hides_padding or any(part is not None for part in (mask.positions, mask.key_mask, mask.block_mask)):
         raise ValueError("cu_seq_lens_q packs sequences without padding, cache or 4-D mask: pass it without them")
     tokens = query.shape[0] * key.shape[2]
     longest = (length if isinstance(length, int) else tokens for length in (longest_q, longest_k))

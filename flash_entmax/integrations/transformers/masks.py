@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...core.intervals import UNLIMITED
-from .mask_functions import read_mask
+from ...core.intervals import UNLIMITED, intervals_of_rows
+from .mask_functions import MaskTerms, read_mask
 
 
 class Mask(NamedTuple):
@@ -23,9 +23,12 @@ class Mask(NamedTuple):
         query_length, key_length: for which it was made.
         window: (left, right), as for :func:`entmax_attention`.
         positions: of the queries, counted from the first key; None where the last query stands at the last key.
-        key_mask: (batch, key length) bool, True where a key may be seen.
+        key_mask: (batch, key length) bool, True where a key may be seen; None also where the intervals say so.
         boundaries: (tokens + 1,) int32, of the sequences that are packed in all rows; the last ones are empty.
         block_mask: a FlexAttention ``BlockMask``, in place of all the others.
+        intervals: (batch, 3, query length) int32, what window, positions and padding come to: the first key that a
+            query sees, one past the last, its position. All layers share them. None where no query needs one.
+        hides_padding: the intervals hide padding.
     """
 
     query_length: int
@@ -35,6 +38,8 @@ class Mask(NamedTuple):
     key_mask: Tensor | None = None
     boundaries: Tensor | None = None
     block_mask: Any = None
+    intervals: Tensor | None = None
+    hides_padding: bool = False
 
     # Transformers takes a mask of four dimensions as ready. `generate` makes masks before the model does.
     ndim = 4
@@ -49,7 +54,7 @@ class Mask(NamedTuple):
     @property
     def is_local(self) -> bool:
         """Which keys a query sees depends on its position."""
-        return self.window != (UNLIMITED, UNLIMITED) or self.boundaries is not None
+        return self.window != (UNLIMITED, UNLIMITED) or self.boundaries is not None or self.intervals is not None
 
     # A model that computes with its mask expects a tensor.
 
@@ -128,20 +133,78 @@ def mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
             q_offset=q_offset, kv_offset=kv_offset, attention_mask=attention_mask, use_vmap=use_vmap, **options,
         )  # fmt: skip
-    key_mask = None
+    key_mask, padding = None, None
     if attention_mask is not None:
         missing = max(0, kv_offset + kv_length - attention_mask.shape[-1])  # keys that a static cache has room for
         key_mask = nn.functional.pad(attention_mask.to(torch.bool), (0, missing))[:, kv_offset : kv_offset + kv_length]
-        if not torch.compiler.is_compiling() and key_mask.all():
-            key_mask = None
+        if _can_be_read(key_mask):
+            key_mask, padding = _read_padding(key_mask, is_causal=terms.right != UNLIMITED)
     boundaries = _boundaries(terms.sequences) if is_packed else None
-    window = (terms.left, terms.right)
-    positions = None if window == (UNLIMITED, UNLIMITED) else q_offset - kv_offset
-    if isinstance(positions, Tensor):  # a static cache counts on the device
+    positions = q_offset - kv_offset
+    window = _narrowest_window(terms, positions, q_length)
+    if window == (UNLIMITED, UNLIMITED):
+        positions = None
+    elif isinstance(positions, Tensor):  # a static cache counts on the device
         positions = positions + torch.arange(q_length, device=positions.device)
     elif positions == kv_length - q_length:
         positions = None
-    return Mask(q_length, kv_length, window, positions, key_mask, boundaries)
+    intervals, device = None, options.get("device", None if attention_mask is None else attention_mask.device)
+    is_plain = padding is None and positions is None and window[0] == UNLIMITED and window[1] in (UNLIMITED, 0)
+    if not (is_packed or is_plain or device is None):
+        intervals = _intervals(window, positions, padding, (batch_size, q_length, kv_length), device)
+    return Mask(
+        q_length, kv_length, window, positions, key_mask, boundaries, intervals=intervals,
+        hides_padding=padding is not None,
+    )  # fmt: skip
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    """Whether Python may look at what the tensor holds."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _read_padding(key_mask: Tensor, is_causal: bool) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """(key_mask, padding), at least one of them None. Padding is the first key of each row and one past its last one,
+    (batch,) each, where a row's keys stand side by side.
+
+    One wait for the device tells which of them it is. Masks that are not causal keep their key_mask.
+    """
+    changes = nn.functional.pad(key_mask.to(torch.int8), (1, 1)).diff()
+    is_whole, is_run = torch.stack((key_mask.all(), ((changes > 0).sum(1) <= 1).all())).tolist()
+    if is_whole:
+        return None, None
+    if not (is_causal and is_run):
+        return key_mask, None
+    return None, (changes.argmax(1), changes.argmin(1))
+
+
+def _narrowest_window(terms: MaskTerms, first: int | Tensor, q_length: int) -> tuple[int, int]:
+    """(left, right). A left side that reaches past the first key from every query is no limit.
+
+    first: the position of the first query. Inside torch.compile this would be compiled for each side of the limit.
+    """
+    if isinstance(first, Tensor) or torch.compiler.is_compiling() or first + q_length - 1 > terms.left:
+        return terms.left, terms.right
+    return UNLIMITED, terms.right
+
+
+def _intervals(
+    window: tuple[int, int],
+    positions: int | Tensor | None,
+    padding: tuple[Tensor, Tensor] | None,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+) -> Tensor:
+    """(batch, 3, query length) int32. `sizes` are (batch, query length, key length)."""
+    first, last = (None, None) if padding is None else padding
+    given, begin = (positions, 0) if isinstance(positions, Tensor) else (None, positions)
+    begin = sizes[2] - sizes[1] if begin is None else begin
+    intervals = intervals_of_rows(given, last, None, None, sizes, begin, window, device)
+    if first is not None:
+        intervals[:, 0].clamp_min_(first.unsqueeze(1))
+    return intervals
 
 
 def _are_packed_rows(sequences: Tensor, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> bool:
@@ -242,6 +305,9 @@ def mask_of(
         if given.key_length != key_length or (given.is_local and given.query_length != query_length):
             lengths = f"{given.query_length} queries and {given.key_length} keys"
             raise ValueError(f"the mask is for {lengths}, but the layer has {query_length} and {key_length}")
+        if given.intervals is not None and given.intervals.shape[0] != query.shape[0]:
+            rows = given.intervals.shape[0]
+            raise ValueError(f"the mask is for a batch of {rows}, but the layer has one of {query.shape[0]}")
         return given
     if isinstance(given, Tensor):
         return _mask_of_tensor(given, query, key)

@@ -4,26 +4,48 @@ Needs matplotlib and rich: pip install "flash-entmax[demo]".
 """
 
 import time
+from typing import TYPE_CHECKING
 
 from ..errors import CommandError, make_folder, require
 from .settings import DemoSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CLEAR_FALL = 0.9  # the validation loss after training is at most this times the loss before it
 
 
 def run(settings: DemoSettings) -> None:
-    """Read, train, measure and draw. Raises a CommandError, also if the validation loss does not clearly fall."""
+    """Train, measure and draw; with ``generate``, go on with a text as well, or only, where a model is trained."""
     require("demo", "matplotlib", "rich")
-    import torch
     from rich.console import Console
+
+    from . import checkpoint
+    from .generate import continue_text
+    from .text import read_corpus
+
+    console = Console(highlight=False)
+    make_folder(settings.out)
+    trained = checkpoint.load_trained(settings) if settings.generate else None
+    if trained is None:
+        train_and_report(settings, console)
+    if settings.generate:
+        model, settings = trained or checkpoint.load_trained(settings)
+        if trained:
+            path = settings.out / checkpoint.MODEL_FILE
+            console.print(f"the model is {path}, which was trained before", soft_wrap=True)
+        continue_text(console, model, settings, read_corpus(settings.text, settings.context).validation)
+
+
+def train_and_report(settings: DemoSettings, console: "Console") -> None:
+    """Read, train, measure and draw. Raises a CommandError, also if the validation loss does not clearly fall."""
+    import torch
 
     from . import checkpoint, report, train
     from .model import Transformer
     from .text import read_corpus
 
     start = time.perf_counter()
-    console = Console(highlight=False)
-    make_folder(settings.out)
     corpus = read_corpus(settings.text, settings.context)
     console.print(corpus.origin, soft_wrap=True)
     torch.manual_seed(settings.seed)

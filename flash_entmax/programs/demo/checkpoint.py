@@ -7,15 +7,14 @@ import torch
 
 from ..errors import CommandError
 from .model import Transformer
-from .settings import CPU, DemoSettings, settings_for
+from .settings import CPU, MODEL_FILE, SMALLEST, DemoSettings, settings_for
 
-NAME = "model.pt"
 SIZES = tuple(CPU)
 
 
 def save(model: Transformer, settings: DemoSettings) -> Path:
     """Write the weights, and the settings that shape them, into the folder of the results."""
-    path = settings.out / NAME
+    path = settings.out / MODEL_FILE
     sizes = {name: getattr(settings, name) for name in (*SIZES, "alpha")}
     torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
     return path
@@ -35,3 +34,24 @@ def load(path: Path, device: str) -> tuple[Transformer, DemoSettings]:
     except Exception as error:  # unpickling a wrong file raises errors of many kinds
         raise CommandError(f"{path} is not a model that the demo wrote: {error}") from error
     return model.to(settings.device).eval(), settings
+
+
+def load_trained(settings: DemoSettings) -> tuple[Transformer, DemoSettings] | None:
+    """The model in the folder of the results, and the settings with its sizes; None if there is none.
+
+    CommandError for a model with another alpha than the one asked for, or with larger sizes than --smallest.
+    """
+    path = settings.out / MODEL_FILE
+    if not path.exists():
+        return None
+    model, trained = load(path, settings.device.type)
+    asked = {"alpha": settings.alpha}
+    if settings.context == SMALLEST["context"]:
+        asked |= {name: getattr(settings, name) for name in ("context", "layers", "width")}
+    for name, value in asked.items():
+        if getattr(trained, name) != value:
+            raise CommandError(
+                f"{path} was trained with {name} {getattr(trained, name)}, and {value} is asked for: choose another "
+                "--out to train a new model"
+            )
+    return model, replace(trained, text=settings.text, seed=settings.seed, generate=True)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from flash_entmax.nn import EntmaxAttention
+from flash_entmax.nn import EntmaxAttention, KeyValueCache
 
 BYTES = 256
 
@@ -19,8 +19,8 @@ class Block(nn.Module):
         self.widen = nn.Linear(width, 4 * width, bias=False)
         self.narrow = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), alpha=alpha)
+    def forward(self, x: Tensor, alpha: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), alpha=alpha, cache=cache)
         return x + self.narrow(gelu(self.widen(self.mlp_norm(x))))
 
 
@@ -48,12 +48,17 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.compile(**options)
 
-    def forward(self, data: Tensor, alpha: Tensor | None = None) -> Tensor:
+    def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
+        """An empty cache for each layer."""
+        return [block.attention.new_cache(batch, capacity) for block in self.blocks]
+
+    def forward(self, data: Tensor, alpha: Tensor | None = None, caches: list[KeyValueCache] | None = None) -> Tensor:
         """(batch, length) tokens -> (batch, length, vocabulary) logits of the next token.
 
-        ``alpha`` replaces the alpha of the layers, for a training in which it moves.
+        ``alpha`` replaces the alpha of the layers, for a training in which it moves. With ``caches`` the tokens follow
+        those that were read before.
         """
         x = self.embed(data)
-        for block in self.blocks:
-            x = block(x, alpha)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, alpha, None if caches is None else caches[layer])
         return self.predict(self.norm(x))

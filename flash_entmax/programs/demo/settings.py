@@ -26,12 +26,14 @@ class DemoSettings:
     seconds: float
     validation_windows: int
     seed: int = 0
+    generate: bool = False
 
     @property
     def heads(self) -> int:
         return self.width // self.head_size
 
 
+MODEL_FILE = "model.pt"
 SMALLEST = {
     "context": 256,
     "layers": 2,
@@ -68,7 +70,7 @@ CUDA = {
 
 
 def settings_for(
-    device: str, out: Path, text: Path | None, alpha: float, steps: int | None, smallest: bool
+    device: str, out: Path, text: Path | None, alpha: float, steps: int | None, smallest: bool, generate: bool = False
 ) -> DemoSettings:
     """The sizes that fit the machine. ``device`` is "auto", "cpu" or "cuda"; ``steps`` None: as the sizes say."""
     device = device_for(device)
@@ -77,5 +79,10 @@ def settings_for(
     if steps is not None and steps < 1:
         raise CommandError(f"--steps must be at least 1, got {steps}")
     sizes = SMALLEST if smallest else CUDA if device == "cuda" else CPU
-    settings = DemoSettings(device=torch.device(device), out=out, text=text, alpha=alpha, **sizes)
+    if generate and steps is not None and (out / MODEL_FILE).exists():
+        raise CommandError(
+            f"--steps {steps}: with --generate, {out / MODEL_FILE} is not trained again: leave --steps out, or choose "
+            "another --out"
+        )
+    settings = DemoSettings(torch.device(device), out, text, alpha, **sizes, generate=generate)
     return settings if steps is None else replace(settings, steps=steps)

@@ -70,15 +70,15 @@ def test_the_kernels_decode_the_same_tokens(name, cache, backend, calls, monkeyp
         pytest.skip("plain PyTorch is what the kernels are compared with")
     from flash_entmax.backends.triton import attention
 
-    decoded, decode = [], attention.decode_stages
-    monkeypatch.setattr(attention, "decode_stages", lambda *given: decoded.append(given) or decode(*given))
+    calls_of_decoding, decode = [], attention.decoded
+    monkeypatch.setattr(attention, "decoded", lambda *given: calls_of_decoding.append(given) or decode(*given))
     model = model_of(name).to(backend.device)
     inputs = {"padded": True, "new": 4, "cache_implementation": cache}
     calls.impl = "torch"
     plain = generated(model, **inputs)
     calls.impl = "triton"
     assert generated(model, **inputs) == plain
-    assert len(decoded) == 3 * model.config.num_hidden_layers
+    assert len(calls_of_decoding) == 3 * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize(("name", "padded"), [("llama", True), ("mistral", False)])

@@ -44,11 +44,11 @@ LAUNCHING = {"__init__", "attention", "launch", "parts", "plan", "reach", "rows"
 # A stage reads what a stage before it has written, and repeats its bound.
 STAGES_TOGETHER = {
     "scan": {"bound"},
-    "reaching": {"bound", "certify"},
-    "mark": {"reaching"},
-    "solve": {"certify", "reaching"},
-    "share": {"reaching"},
-    "gradient": {"reaching", "share"},
+    "query_lists": {"bound", "certify"},
+    "mark": {"query_lists"},
+    "solve": {"certify", "query_lists"},
+    "share": {"query_lists"},
+    "gradient": {"query_lists", "share"},
 }
 
 

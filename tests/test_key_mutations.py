@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from single_keys import limits, lone_case, with_single_keys
 
-from flash_entmax.backends.triton import certify, gather, gradient, mark, reach, reaching, share, solve
+from flash_entmax.backends.triton import certify, gather, gradient, mark, query_lists, reach, share, solve
 
 # Each with the check that must fail.
 FAULTS = {
@@ -58,10 +58,10 @@ FAULTS = {
         "causal",
     ),
     "keys of pairs that are not marked are left out": (
-        reaching, "list_queries_kernel", "tl.where(taken, 0, 1)", "tl.where(taken, 0, 0)", "causal",
+        query_lists, "list_queries_kernel", "tl.where(taken, 0, 1)", "tl.where(taken, 0, 0)", "causal",
     ),
     "the first tile of queries that sees a tile of keys is left out": (
-        reaching, "first_reaching_tile", "... // C.TILE", "... // C.TILE + 1", "causal",
+        query_lists, "first_reaching_tile", "... // C.TILE", "... // C.TILE + 1", "causal",
     ),
     "every query head has the words of the first of its group": (
         reach, "key_words", "unit * ...", "unit // sizes.group * sizes.group * ...", "grouped heads",
@@ -71,10 +71,10 @@ FAULTS = {
         "tl.cast((unit - first_unit) // sizes.group * sizes.group, tl.int64)", "grouped heads",
     ),
     "words that are computed again go by an offset that is too small": (
-        reaching, "reaching_kernel", "score <= lowest[None, :]", "score <= lowest[None, :] + 3.0", "words again",
+        query_lists, "reaching_kernel", "score <= lowest[None, :]", "score <= lowest[None, :] + 3.0", "words again",
     ),
     "words that are computed again are of the next tile of queries": (
-        reaching, "reaching_kernel", "block.tile * WORDS", "(block.tile + 1) % query_tiles * WORDS", "words again",
+        query_lists, "reaching_kernel", "block.tile * WORDS", "(block.tile + 1) % query_tiles * WORDS", "words again",
     ),
     "single keys count in the threshold only": (
         solve, "solve_kernel", "tl.store(record.row_blocks, row_blocks)", "tl.store(record.row_blocks, 0)", "causal",

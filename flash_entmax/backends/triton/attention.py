@@ -18,8 +18,8 @@ from .mark import mark_kernel
 from .output import output_kernel, support_kernel
 from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of, splits_of
 from .queries import KernelScoreOptions
+from .query_lists import list_queries_kernel, reaching_kernel
 from .reach import reach_shapes
-from .reaching import list_queries_kernel, reaching_kernel
 from .scan import scan_kernel
 from .schedule import Outline
 from .scratch import Scratch

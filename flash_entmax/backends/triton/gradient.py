@@ -19,7 +19,7 @@ from .keys import Keys, open_keys
 from .lists import walk
 from .program import ChunkSizes, open_program
 from .queries import KernelScoreOptions, Queries, Threshold, open_options, open_queries, open_threshold
-from .reaching import block_counts, listed_queries
+from .query_lists import block_counts, listed_queries
 from .score import distance_to_threshold, relative_distance, transposed_scores
 from .share import blocks_between, part_pointers, share_of, store_gradients
 from .tile import (

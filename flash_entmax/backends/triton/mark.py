@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .keys import open_keys
 from .queries import open_options, open_queries
-from .reaching import listed_queries, pair_flags
+from .query_lists import listed_queries, pair_flags
 from .score import transposed_scores
 from .tile import UNSPECIALIZED, Sizes, key_head, open_rows, open_tile, query_head, row_pointers
 

@@ -148,7 +148,7 @@ class Plan:
         return self.query_list(self.query_tiles, max(self.config.QUOTA, self.outline.query_length // 16))
 
     def list_size_of(self, query_list: tuple[int, int]) -> int:
-        """Numbers of a list of queries, see reaching.py."""
+        """Numbers of a list of queries, see query_lists.py."""
         tiles, rows = query_list
         return 4 + 2 * tiles + rows
 

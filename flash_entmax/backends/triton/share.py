@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .lists import BlockList, TileList
-from .reaching import block_counts
+from .query_lists import block_counts
 from .tile import UNSPECIALIZED, Sizes, head_of, store_tile
 
 SPAN = tl.constexpr(128)

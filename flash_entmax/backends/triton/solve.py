@@ -15,8 +15,8 @@ from .certify import PLACES, SAFETY, set_bits, sublist, whole_tiles
 from .gather import RowCount, append_rows, fill_last_block, load_flags
 from .lists import BlockList, TileList, list_place, load_tile_list, row_block_count, store_counts
 from .queries import Threshold, open_options, open_queries
+from .query_lists import pair_flags
 from .reach import open_record, record_index
-from .reaching import pair_flags
 from .sums import sums_at
 from .tile import UNSPECIALIZED, Sizes, heaviest_first, key_head, load_row, open_tile, query_head, store_row
 

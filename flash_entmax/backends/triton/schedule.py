@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...core.call import Problem
+from ...core.pages import Pages
 from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
@@ -36,12 +37,16 @@ class Config:
     PRECISION: str  # of float32 matrix products
     COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
     ROWS: int  # queries of a key head that share its keys in decode.py; 0 in other calls
+    PAGE: int  # keys of a page in decode.py; 0 where the keys of a head lie in one piece
+    PACKED: bool  # the queries of all batch rows lie one after another; only where keys are in pages
     SCANNED: int  # tiles of queries that the scan takes at a time
     SCAN_TILES: int  # tiles of keys that it multiplies at a time where no mask is needed
     LANES: int  # parts in which a row's sums are kept until its last tile
     SETTLE_TOLERANCE: float  # how much of sum u the solve may leave above that of the root
     FAST_LOG2: bool  # the processor's own logarithm is exact enough
-    INTERVALS: bool  # the keys that a query sees are loaded; else they are all keys, or the causal ones
+    INTERVALS: (
+        bool  # a query sees an interval of keys, loaded or (in pages) a window; else all keys, or the causal ones
+    )
     FILTERED: bool  # a filter by tiles hides keys; its tiles may differ by:
     FILTER_BY_BATCH: bool
     FILTER_BY_HEAD: bool
@@ -142,14 +147,17 @@ class Outline(NamedTuple):
     needs_backward: bool
     needs_parameters: bool
     decodes: bool  # few queries, no gradient: see decode.py
+    page: int  # keys of a page; 0 without pages
+    packed: bool  # queries are packed, and keys in pages
 
     @classmethod
     def of(
         cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False,
-        decodes: bool = False,
+        decodes: bool = False, pages: Pages | None = None,
     ) -> "Outline":  # fmt: skip
         alpha, scale, softcap, slopes = problem.score
         intervals, kinds, bits, causal, span = problem.visibility
+        has_intervals = intervals is not None or (pages is not None and pages.has_window)
         if isinstance(alpha, torch.Tensor):
             alpha = scale = None
         filtered = NOT_FILTERED
@@ -157,8 +165,9 @@ class Outline(NamedTuple):
             filtered = True, kinds.shape[0] > 1, kinds.shape[1] > 1, bits.shape[1] > 1
         return cls(
             dtype, problem.batch, problem.heads, problem.key_heads, problem.query_length, problem.key_length,
-            problem.head_size, problem.value_size, alpha, scale, softcap, slopes is not None, causal,
-            intervals is not None, filtered, span, needs_backward, needs_parameters, decodes,
+            problem.head_size, problem.value_size, alpha, scale, softcap, slopes is not None, causal, has_intervals,
+            filtered, span, needs_backward, needs_parameters, decodes, 0 if pages is None else pages.page_size,
+            pages is not None and pages.cu_seq_q is not None,
         )  # fmt: skip
 
 
@@ -181,6 +190,8 @@ def config_of(outline: Outline) -> Config:
         outline.needs_backward,
         outline.needs_parameters,
         padded_size(outline.query_length * outline.heads // outline.key_heads) if outline.decodes else 0,
+        outline.page,
+        outline.packed,
     )
 
 
@@ -199,6 +210,8 @@ def _config(
     needs_backward: bool,
     needs_parameters: bool,
     rows: int,
+    page: int,
+    packed: bool,
 ) -> Config:
     tile = tile_size(dtype, max(head_size, value_size))
     head, value = aligned_size(head_size), aligned_size(value_size)
@@ -219,6 +232,8 @@ def _config(
         PRECISION="ieee",
         COMPENSATED=is_single,
         ROWS=min(max(rows, 16), 64 if head_padded <= WIDEST_PIPELINED else 16) if rows else 0,
+        PAGE=page,
+        PACKED=packed,
         # Neighbouring tiles of queries have about the same list only where every query sees the first keys. Heads of 64
         # lose more by the wider bookkeeping than they gain by the wider products.
         SCANNED=2 if tile == 64 and head_padded == 128 and not (intervals or filtered[0]) else 1,
@@ -267,7 +282,10 @@ def list_settings(config: Config) -> LaunchSettings:
 
 
 def decode_scores_settings(config: Config) -> LaunchSettings:
-    return LaunchSettings(4, 4 if config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED else 2)
+    """Keys in pages wait for the numbers of their pages: twice the stages, less the first, have as many tiles of keys
+    on their way."""
+    stages = 4 if config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED else 2
+    return LaunchSettings(4, 2 * stages - 1 if config.PAGE else stages)
 
 
 def decode_row_settings(config: Config) -> LaunchSettings:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import HAS_CUDA
+from conftest import HAS_CUDA, Backend
 from paged_cases import attend_packed, check_pages, make_paged_case, packed
+from torch.utils.flop_counter import FlopCounterMode
 
-from flash_entmax import entmax_attention_paged
+from flash_entmax import entmax_attention_paged, register_flop_formulas
 from flash_entmax.backends import BACKENDS
 from flash_entmax.core import pages as core_pages
 from flash_entmax.core.call import Problem, ScoreOptions, VisibilityArgs
@@ -249,6 +250,20 @@ def test_no_rows_and_tensors_without_data(backend, device):
             for shape, old in (((5, 2, 1, 16), tensors[0]), ((5, 2), tensors[3]), ((5,), tensors[4]))
         )
         assert entmax_attention_paged(*tensors).shape == (5, 2, 1, 16)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_flops_are_those_of_all_pages_of_a_row(device):
+    """Packed queries do not meet the pages of other rows."""
+    case = make_paged_case(Backend("torch", "cpu"), lengths=(20, 40), page=16, queries=2, heads=4, extra_columns=0)
+    tokens = packed(case, (2, 1))
+    register_flop_formulas()
+    counts = []
+    for query, more in ((case.query, {}), (tokens["query"], {"cu_seq_q": tokens["cu_seq_q"].to(device), "max_q": 2})):
+        with FlopCounterMode(display=False) as counter:
+            entmax_attention_paged(*(t.to(device) for t in (query, *case.paged[1:])), **more)
+        counts.append(counter.get_total_flops())
+    assert counts == [queries * 4 * 48 * 2 * (16 + 16) for queries in (4, 3)]
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")

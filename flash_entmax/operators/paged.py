@@ -1,6 +1,8 @@
-"""The operator of attention over keys in pages, and the way to it. It has no derivatives.
+"""The operator of attention over keys in pages, and the way to it.
 
-flash_entmax::attention_paged  -> output
+    flash_entmax::attention_paged  -> output
+
+It has no derivatives.
 """
 
 from dataclasses import replace
@@ -27,7 +29,6 @@ def attend_paged(
     numbers = (1.5 if isinstance(number, Tensor) else number for number in (alpha, scale))
     block_table, key_lengths, cu_seq_q, left, _ = pages
     tensors = query, key_cache, value_cache, block_table, key_lengths, cu_seq_q, *learned, slopes
-    tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
     return recorded(attention_paged, None, tensors)(*tensors, max_q, left, *numbers, softcap, backend)
 
 

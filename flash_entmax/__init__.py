@@ -8,6 +8,7 @@ from .core.call import KeySummary, Support
 from .functional import entmax_attention, entmax_attention_varlen, summarise_keys
 from .losses import entmax15_loss, entmax_loss, linear_entmax_loss, sparsemax_loss
 from .operators.flops import register_flop_formulas
+from .paged import entmax_attention_paged
 
 if "torch.utils.flop_counter" in sys.modules:
     register_flop_formulas()
@@ -22,6 +23,7 @@ __all__ = [
     "entmax15",
     "entmax15_loss",
     "entmax_attention",
+    "entmax_attention_paged",
     "entmax_attention_varlen",
     "entmax_loss",
     "linear_entmax_loss",

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from flash_entmax.core.call import Problem, ScoreOptions, Tangents, VisibilityArgs
+from flash_entmax.core.pages import Pages
 
 
 class AbsentGpu:
@@ -81,6 +82,19 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
         score, visibility = all_options(4, 512, tile_size(dtype, head_size))
         visibility = visibility._replace(intervals=visibility.intervals[:, :, :5].contiguous())
     attention.attention_forward(Problem.of(few.shape, key.shape, score, visibility), few, key, key, False)
+    for page_size, is_packed in ((16, everything), (128, not everything)):
+        attend_to_pages(few, key, score, page_size, is_packed, 100 if everything else -1)
+
+
+def attend_to_pages(query, key, score, page_size: int, is_packed: bool, left: int) -> None:
+    """One batch row, with its keys in pages."""
+    from flash_entmax.backends.triton import attention
+
+    cache = key[0].transpose(0, 1).unflatten(0, (-1, page_size))
+    table, lengths = torch.zeros(1, len(cache), dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    pages = Pages(table, lengths, torch.zeros(2, dtype=torch.int32) if is_packed else None, left, page_size)
+    unmasked = VisibilityArgs(None, None, None, True, pages.capacity)
+    attention.attention_paged(Problem.of(query.shape, key.shape, score, unmasked), pages, query, cache, cache)
 
 
 def compile_rows(capability: int, dtype: torch.dtype, size: int, alpha: float) -> None:

@@ -20,12 +20,13 @@ WINGS = {
     "backends": {"core"},
     "operators": {"backends", "core"},
     "functional": {"operators", "backends", "core"},
+    "paged": {"operators", "backends", "core"},
     "activations": {"operators", "backends", "core"},
     "losses": {"activations", "operators", "backends", "core"},
     "nn": {"losses", "activations", "functional", "backends", "core"},
     "anneal": {"core"},
     "inspection": {"functional", "operators", "backends", "core"},
-    "": {"losses", "activations", "functional", "operators", "backends", "core"},
+    "": {"losses", "activations", "functional", "paged", "operators", "backends", "core"},
     "testing": set(),
     "integrations": {"anneal", "nn", "inspection", "functional", "core"},
     "show": {"inspection", "core"},
@@ -38,7 +39,7 @@ FURTHER = {"programs.benchmarks": {"testing"}}  # inputs and error measures are 
 # Of the kernels: words that all share, and files that launch or lay out memory. Every other file is a stage.
 KERNEL_WORDS = {
     "tile", "alpha", "visibility", "queries", "keys", "score", "sums", "lists", "gather", "reach", "program",
-    "row_solve",
+    "row_solve", "pages",
 }  # fmt: skip
 LAUNCHING = {"__init__", "attention", "launch", "parts", "plan", "reach", "rows", "schedule", "scratch"}
 # A stage reads what a stage before it has written, and repeats its bound.

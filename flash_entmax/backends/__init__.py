@@ -11,6 +11,7 @@ from torch import Tensor, device, dtype
 
 from ..core.call import KeySummary, Problem, Tangents
 from ..core.loss import LossOptions
+from ..core.pages import Pages
 
 BackendName = Literal["triton", "torch"]  # "auto" takes the first that is a default for the device and has no obstacle
 Impl = Literal["auto", BackendName, "reference"]
@@ -54,6 +55,16 @@ class Backend(Protocol):
         `problem.summary` is that of these keys. Where it is None, a backend that needs one makes it. value_mean is
         O1 = sum u v / sum u, in the shape and dtype of the output. Without `needs_backward` all but the output have no
         element.
+        """
+
+    def attention_paged(
+        self, problem: Problem, pages: Pages, query: Tensor, key_cache: Tensor, value_cache: Tensor
+    ) -> Tensor:
+        """The output for keys and values in pages: caches (pages, page size, key heads, dim).
+
+        The problem has the longest queries of a row, and as many keys as the pages of a row have room for. Packed
+        queries are (1, heads, tokens, head size); tokens of no row get 0. Rows that do not fit get NaN, see
+        `core.pages.rows_fit`.
         """
 
     def attention_backward(

@@ -42,20 +42,22 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (batch, heads, length, dim), got {tuple(tensor.shape)}")
-    _check_dtypes_and_devices(tensors)
+    check_devices_and_dtypes(tensors)
     _check_shapes(query, key, value)
 
 
-def _check_dtypes_and_devices(tensors: dict[str, Tensor]) -> None:
+def check_devices_and_dtypes(tensors: dict[str, Tensor]) -> None:
+    """Of three tensors by their names."""
     query, key, value = tensors.values()
+    names = "{}, {} and {}".format(*tensors)
     if not query.dtype == key.dtype == value.dtype:
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        raise TypeError(f"query, key and value must have one dtype, got {_listed(dtypes)}")
+        raise TypeError(f"{names} must have one dtype, got {_listed(dtypes)}")
     if query.dtype not in DTYPES:
-        raise TypeError(f"query, key and value must be float16, bfloat16, float32 or float64, got {query.dtype}")
+        raise TypeError(f"{names} must be float16, bfloat16, float32 or float64, got {query.dtype}")
     if not query.device == key.device == value.device:
         devices = {name: tensor.device for name, tensor in tensors.items()}
-        raise ValueError(f"query, key and value must be on one device, got {_listed(devices)}")
+        raise ValueError(f"{names} must be on one device, got {_listed(devices)}")
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -67,14 +69,18 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"key and value must have the same number of heads, got {key.shape[1]} and {value.shape[1]}")
     if key.shape[2] != value.shape[2]:
         raise ValueError(f"key and value must have the same length, got {key.shape[2]} and {value.shape[2]}")
-    heads, key_heads = query.shape[1], key.shape[1]
+    check_heads(query.shape[1], key.shape[1], query.shape[3], key.shape[3], value.shape[3])
+
+
+def check_heads(heads: int, key_heads: int, query_size: int, key_size: int, value_size: int) -> None:
+    """Numbers of heads, and head sizes."""
     if heads != key_heads and (key_heads == 0 or heads % key_heads):
         raise ValueError(
             f"query heads must be a multiple of key heads, got {heads} query heads and {key_heads} key heads"
         )
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"query and key must have the same head size, got {query.shape[3]} and {key.shape[3]}")
-    for name, size in (("query and key", query.shape[3]), ("value", value.shape[3])):
+    if query_size != key_size:
+        raise ValueError(f"query and key must have the same head size, got {query_size} and {key_size}")
+    for name, size in (("query and key", query_size), ("value", value_size)):
         if not 1 <= size <= MAX_HEAD_SIZE:
             raise ValueError(f"head size of {name} must be from 1 to {MAX_HEAD_SIZE}, got {size}")
 
@@ -231,10 +237,14 @@ def check_packed(visibility: Visibility) -> None:
         got = type(visibility.query_positions).__name__
         raise TypeError(f"query_positions of packed sequences must be a tensor or None, got {got}")
     for name, longest in (("max_q", visibility.max_q), ("max_k", visibility.max_k)):
-        if not _is_int(longest):
-            raise TypeError(f"{name} must be an integer, got {typed(longest)}")
-        if longest < 0:
-            raise ValueError(f"{name} must be at least 0, got {longest}")
+        check_longest(name, longest, least=0)
+
+
+def check_longest(name: str, longest: object, least: int) -> None:
+    if not _is_int(longest):
+        raise TypeError(f"{name} must be an integer, got {typed(longest)}")
+    if longest < least:
+        raise ValueError(f"{name} must be at least {least}, got {longest}")
 
 
 def _is_int(value: object) -> bool:

@@ -5,7 +5,7 @@ So utilisation is comparable between attentions; the work that was skipped is in
 
 import torch
 
-from . import linear_loss  # noqa: F401  (define the operators)
+from . import linear_loss, paged  # noqa: F401  (define the operators)
 
 
 def register_flop_formulas() -> None:
@@ -23,6 +23,10 @@ def register_flop_formulas() -> None:
     @flop_counter.register_flop_formula(operators.attention)
     def forward(query, key, value, *_, **__) -> int:
         return pairs(query, key) * 2 * (query[-1] + value[-1])
+
+    @flop_counter.register_flop_formula(operators.attention_paged)
+    def pages(query, key_cache, value_cache, block_table, *_, **__) -> int:
+        return query[:3].numel() * block_table[1] * key_cache[1] * 2 * (query[-1] + value_cache[-1])
 
     @flop_counter.register_flop_formula(operators.attention_backward)
     def backward(grad_output, query, key, value, *_, **__) -> int:

@@ -4,6 +4,7 @@ from torch import device, dtype
 
 from .attention import attention_forward, attention_support
 from .gradient import attention_backward, attention_tangent
+from .pages import attention_paged
 from .parts import output_at, row_maxima, sums_at
 from .reach import reach_shapes, reached_tiles
 from .rows import entmax, entmax_backward, loss, loss_backward
@@ -12,6 +13,7 @@ from .tiles import TILE, summarise
 __all__ = [
     "attention_backward",
     "attention_forward",
+    "attention_paged",
     "attention_support",
     "attention_tangent",
     "entmax",

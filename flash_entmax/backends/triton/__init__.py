@@ -33,6 +33,7 @@ HOMES = {
     "reached_tiles": "reach",
     "summarise": "attention",
     "attention_forward": "attention",
+    "attention_paged": "attention",
     "attention_backward": "attention",
     "attention_tangent": "attention",
     "attention_support": "attention",

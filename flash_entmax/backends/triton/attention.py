@@ -1,5 +1,6 @@
 """The stages in order, on a GPU: threshold and output; then the gradient over what they have listed."""
 
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ...core.call import KeySummary, Problem, ScoreOptions, Tangents, VisibilityArgs
+from ...core.intervals import FURTHEST
+from ...core.pages import Pages, attend_gathered
 from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import KernelKeySummary, summary_kernel
@@ -16,6 +19,7 @@ from .gradient import gradient_key_value_kernel, gradient_query_kernel
 from .launch import Direct, SettingsRule, ThroughTriton, can_overlap
 from .mark import mark_kernel
 from .output import output_kernel, support_kernel
+from .pages import kernel_pages
 from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of, splits_of
 from .queries import KernelScoreOptions
 from .query_lists import list_queries_kernel, reaching_kernel
@@ -26,7 +30,7 @@ from .scratch import Scratch
 from .share import add_parts_kernel, share_kernel
 from .solve import solve_kernel
 from .tangent import Directions, tangent_kernel
-from .tile import Matrix, aligned, device_of, matrix, trimmed
+from .tile import Matrix, aligned, device_of, is_aligned, matrix, trimmed
 from .visibility import KernelVisibility
 
 FORWARD = scan_kernel, certify_kernel, solve_kernel, output_kernel
@@ -73,9 +77,9 @@ class CallLaunches(NamedTuple):
     @classmethod
     def of(
         cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False,
-        decodes: bool = False, overlaps: bool = False,
+        decodes: bool = False, overlaps: bool = False, pages: Pages | None = None,
     ) -> "CallLaunches":  # fmt: skip
-        plan = plan_of(Outline.of(problem, dtype, needs_backward, needs_parameters, decodes, overlaps))
+        plan = plan_of(Outline.of(problem, dtype, needs_backward, needs_parameters, decodes, overlaps, pages))
         options = plan.options or kernel_options(problem.score)
         visibility = kernel_visibility(problem.visibility, plan)
         return cls(plan, options, visibility)
@@ -205,34 +209,64 @@ def forward_stages(
 
 def decoded(problem: Problem, *inputs: Tensor) -> Tensor:
     """The output of a call without gradients that has few queries, see decode.py."""
-    query, device = inputs[0], inputs[0].device
-    output = empty_stored_as(query, aligned_size(problem.value_size))
+    output = empty_stored_as(inputs[0], aligned_size(problem.value_size))
     if problem.is_empty:
-        return trimmed(output.zero_(), problem.value_size)
-    overlaps = can_overlap(device)
-    launches = CallLaunches.of(problem, query.dtype, needs_backward=False, decodes=True, overlaps=overlaps)
-    plan, arguments = launches.plan, (*map(aligned, inputs), matrix(output))
-    opened, (query, key, value, rows), scratch = launches.open(DECODE, arguments, plan.decode_scratch, device)
+        output.zero_()
+    else:
+        decode_stages(problem, inputs, output)
+    return trimmed(output, problem.value_size)
+
+
+def attention_paged(problem: Problem, pages: Pages, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+    """The output; see backends.Backend. Few queries read aligned pages in place."""
+    caches = [cache.transpose(1, 2) for cache in (key_cache, value_cache)]
+    if not (schedule.is_decoded(problem, False) and all(is_aligned(matrix(cache)) for cache in caches)):
+        return attend_gathered(attention_forward, problem, pages, query, key_cache, value_cache)
+    score = problem.score
+    if score.alibi_slopes is not None:  # packed queries have one row of them
+        score = score._replace(alibi_slopes=score.alibi_slopes.expand(problem.batch, -1))
+        problem = replace(problem, score=score)
+    with device_of(query):
+        output = empty_stored_as(query, aligned_size(problem.value_size))
+        if pages.cu_seq_q is not None or problem.is_empty:
+            output.zero_()  # tokens of no row
+        if not problem.is_empty:
+            decode_stages(problem, (query, *caches), output, pages)
+    return trimmed(output, problem.value_size)
+
+
+def decode_stages(problem: Problem, inputs: tuple[Tensor, ...], output: Tensor, pages: Pages | None = None) -> None:
+    """Write the output, see decode.py. With pages, keys and values are (pages, key heads, page size, dim)."""
+    device, dtype = output.device, output.dtype
+    launches = CallLaunches.of(problem, dtype, False, decodes=True, overlaps=can_overlap(device), pages=pages)
+    plan, tensors, paging = launches.plan, None, (None, None, None)
+    if pages is not None:
+        left = pages.left if pages.has_window else FURTHEST
+        tensors = kernel_pages(pages)
+        paging = tensors.block_table.stride(0), left, inputs[0].shape[2]
+    arguments = *map(aligned, inputs), matrix(output), tensors
+    opened, (query, key, value, output, tensors), scratch = launches.open(
+        DECODE, arguments, plan.decode_scratch, device
+    )
     scores, support, maxima, live_tiles, bounds, counts, finished, parts = scratch
     scoring, row_rule = schedule.decode_scores_settings, schedule.decode_row_settings
-    for first_unit, units, first_row, count, line in plan.decode_chunks:
-        numbers, programs = (*plan.sizes, first_unit, first_row, count, line), units * count
-        tiles = units * ceil_div(count, plan.config.ROWS)
+    for first_unit, units, first_row, rows, line in plan.decode_chunks:
+        numbers, programs = (*plan.sizes, first_unit, first_row, rows, line, *paging), units * rows
+        tiles = units * ceil_div(rows, plan.config.ROWS)
         splits = splits_of(tiles, plan.key_tiles, schedule.SCORING_PROGRAMS, device)
         opened.launch(
             decode_scores_kernel, tiles * splits, scoring, query, key, scores, maxima, bounds, opened.options,
-            opened.visibility, *numbers, splits,
+            opened.visibility, tensors, *numbers, splits,
         )  # fmt: skip
         opened.launch(
             decode_solve_kernel, programs, row_rule, value, scores, maxima, bounds, live_tiles, support, counts,
-            finished, rows, opened.options, *numbers,
+            finished, output, opened.options, tensors, *numbers,
         )  # fmt: skip
         splits = splits_of(programs, ceil_div(line, PART.value), schedule.ADDING_PROGRAMS, device)
         opened.launch(
-            decode_parts_kernel, programs * splits, row_rule, value, scores, support, counts, finished, parts, rows,
-            *numbers, splits,
+            decode_parts_kernel, programs * splits, row_rule, value, scores, support, counts, finished, parts, output,
+            tensors, *numbers, splits,
         )  # fmt: skip
-    return trimmed(output, problem.value_size)
 
 
 @cache

@@ -12,7 +12,8 @@ keys only: neither how the keys are split nor what else is in the batch changes 
 
 A launch takes `rows` rows, from `first_row` on, of each of some key heads, from number `first_unit` on. Row r of a key
 head is query r % query_length of the head's query head r // query_length. `line` is how many numbers lie between the
-scores of one row and those of the next: those of all tiles of keys.
+scores of one row and those of the next: those of all tiles of keys. `table_stride`, `left` and `tokens` are for keys in
+pages, see pages.py.
 """
 
 from typing import NamedTuple
@@ -23,11 +24,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .alpha import newton_step, probability_and_weight, support_weight
-from .keys import open_keys
+from .pages import interval_of_row, keys_of_batch_row, offsets_of_keys, open_batch_row, open_keys_of_row
 from .queries import Queries, open_options
 from .score import distance_to_threshold, scores
 from .tile import UNSPECIALIZED, Sizes, add_compensated, head_of, open_tile
-from .visibility import visible_interval
 
 PLACES = tl.constexpr(512)  # numbers that one step of a row's program looks at
 PART = tl.constexpr(256)  # keys of a support whose values one program adds up
@@ -55,8 +55,8 @@ class RowScores(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def decode_scores_kernel(
-    query, key, row_scores, maxima, bounds, score_options, visibility, heads, group, query_length, key_length,
-    first_unit, first_row, rows, line, splits, C: tl.constexpr,
+    query, key, row_scores, maxima, bounds, score_options, visibility, pages, heads, group, query_length, key_length,
+    first_unit, first_row, rows, line, table_stride, left, tokens, splits, C: tl.constexpr,
 ):  # fmt: skip
     """Scores of each row and key that any row of its tile sees, -inf where the row does not see the key; their maxima
     by tile of keys; and the tiles of keys that a row sees, from bounds[row, 0] up to bounds[row, 1]."""
@@ -66,8 +66,11 @@ def decode_scores_kernel(
     tiles = tl.cdiv(rows, C.ROWS)
     unit = first_unit + program // tiles
     inner = program % tiles * C.ROWS + tl.arange(0, C.ROWS)  # of the rows of this launch
-    exists = inner < rows
-    queries = open_group(query, unit, first_row + inner, exists, score_options, sizes, visibility, C)
+    exists, row = inner < rows, first_row + inner
+    key_heads = heads // group
+    batch_row = open_batch_row(pages, unit // key_heads, table_stride, tokens, sizes, C)
+    sizes = Sizes(heads, group, query_length, batch_row.key_length)
+    queries = open_group(query, unit, row, exists, batch_row, left, score_options, sizes, visibility, C)
     sees = queries.start < queries.stop
     first_tile = tl.where(sees, queries.start // C.TILE, 0)
     last_tile = tl.where(sees, tl.cdiv(queries.stop, C.TILE), 0)
@@ -80,8 +83,9 @@ def decode_scores_kernel(
     steps = tl.cdiv(tl.maximum(end - begin, 0), splits)
     begin += split * steps
     end = tl.minimum(begin + steps, end)
-    key_heads = heads // group
-    head = head_of(key, unit // key_heads, unit % key_heads)
+    head = keys_of_batch_row(key, unit // key_heads, unit % key_heads, C)
+    if C.PACKED:
+        exists = queries.row < query_length
     places = ScorePlaces(row_scores + place * line, maxima + place * (line // C.TILE), exists)
     # Tiles of which every row sees every key stand between those that need a mask.
     first_whole = tl.maximum(tl.max(tl.where(exists, tl.cdiv(queries.start, C.TILE), 0), 0), begin)
@@ -89,13 +93,13 @@ def decode_scores_kernel(
     if C.FILTERED:
         last_whole = first_whole
     last_whole = tl.maximum(last_whole, first_whole)
-    score_tiles(queries, head, places, begin, tl.minimum(first_whole, end), True, C)
-    score_tiles(queries, head, places, first_whole, last_whole, False, C)
-    score_tiles(queries, head, places, tl.maximum(last_whole, begin), end, True, C)
+    score_tiles(queries, head, batch_row.table, places, begin, tl.minimum(first_whole, end), True, C)
+    score_tiles(queries, head, batch_row.table, places, first_whole, last_whole, False, C)
+    score_tiles(queries, head, batch_row.table, places, tl.maximum(last_whole, begin), end, True, C)
 
 
 @triton.jit
-def score_tiles(queries, key, places, begin, end, MASKED: tl.constexpr, C: tl.constexpr):
+def score_tiles(queries, key, table, places, begin, end, MASKED: tl.constexpr, C: tl.constexpr):
     """Store the scores of some tiles of keys, and their maxima.
 
     NaN counts as infinite in a maximum: that of the row then says that a score is not finite.
@@ -103,7 +107,7 @@ def score_tiles(queries, key, places, begin, end, MASKED: tl.constexpr, C: tl.co
     exists = places.exists
     columns = places.scores[:, None] + tl.arange(0, C.TILE)[None, :]
     for tile in range(begin, end):
-        keys = open_keys(key, open_tile(tile, C), queries.sizes, MASKED, C)
+        keys = open_keys_of_row(key, table, open_tile(tile, C), queries.sizes, MASKED, C)
         score, _ = scores(queries, keys, MASKED, C)
         tl.store(columns + tile * C.TILE, score, mask=exists[:, None])
         tl.store(places.maxima + tile, tl.max(tl.where(score == score, score, float("inf")), 1), mask=exists)
@@ -124,16 +128,22 @@ def wait_for_previous(C: tl.constexpr):
 
 
 @triton.jit
-def open_group(query, unit, row, exists, score_options, sizes, visibility, C: tl.constexpr):
+def open_group(
+    query, unit, row, exists, batch_row, left, score_options, sizes, visibility, C: tl.constexpr
+):  # fmt: skip
     """Rows of one key head as queries. Each has the numbers of its own query head, (rows, 1)."""
     key_heads = sizes.heads // sizes.group
     batch, first_head = unit // key_heads, unit % key_heads * sizes.group
     head = first_head + tl.minimum(row // sizes.query_length, sizes.group - 1)
     number = tl.where(exists, row % sizes.query_length, sizes.query_length)
-    start, stop, position = visible_interval(number, batch * sizes.heads, sizes, visibility, C)
+    if C.PACKED:
+        number = tl.where((number >= batch_row.absent) & batch_row.fits, number, sizes.query_length)
+        exists = number < sizes.query_length
+    start, stop, position = interval_of_row(number, batch, left, sizes, visibility, C)
     head_unit = (batch * sizes.heads + head)[:, None]
     column = tl.arange(0, C.HEAD_PADDED)[None, :]
-    places = tl.cast(head, tl.int64) * query.head_stride + tl.cast(number, tl.int64) * query.row_stride
+    query_row = batch_row.first + number
+    places = tl.cast(head, tl.int64) * query.head_stride + tl.cast(query_row, tl.int64) * query.row_stride
     pointers = query.data + tl.cast(batch, tl.int64) * query.batch_stride + places[:, None] + column
     q = tl.load(pointers, mask=exists[:, None] & (column < C.HEAD), other=0.0)
     options = open_options(score_options, head_unit, sizes, C)
@@ -142,8 +152,8 @@ def open_group(query, unit, row, exists, score_options, sizes, visibility, C: tl
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def decode_solve_kernel(
-    value, row_scores, maxima, bounds, live_tiles, support, counts, finished, output, score_options, heads, group,
-    query_length, key_length, first_unit, first_row, rows, line, C: tl.constexpr,
+    value, row_scores, maxima, bounds, live_tiles, support, counts, finished, output, score_options, pages, heads,
+    group, query_length, key_length, first_unit, first_row, rows, line, table_stride, left, tokens, C: tl.constexpr,
 ):  # fmt: skip
     """The support of one row: how many keys, their numbers in `support`, and their probabilities in place of the row's
     scores. If they are at most PART, the output as well."""
@@ -151,6 +161,7 @@ def decode_solve_kernel(
     sizes = Sizes(heads, group, query_length, key_length)
     place = tl.cast(tl.program_id(0), tl.int64)
     batch, key_head, head, number = head_of_row(place, first_unit, first_row, rows, sizes)
+    batch_row = open_batch_row(pages, batch, table_stride, tokens, sizes, C)
     options = open_options(score_options, batch * heads + head, sizes, C)
     wait_for_previous(C)
     begin, end = tl.load(bounds + 2 * place), tl.load(bounds + 2 * place + 1)
@@ -170,8 +181,12 @@ def decode_solve_kernel(
     tl.store(counts + place, count)
     tl.store(finished + place, 0)
     if count <= PART:
-        total = weighted_values(head_of(value, batch, key_head), keys, weights, 0, count, C)
-        store_output(output, batch, head, number, total, C)
+        total = weighted_values(
+            keys_of_batch_row(value, batch, key_head, C), batch_row.table, keys, weights, 0, count, C
+        )  # fmt: skip
+        if C.PAGE:
+            total = tl.where(batch_row.fits, total, float("nan"))
+        store_output(output, batch, head, number, batch_row, tokens, total, C)
 
 
 @triton.jit
@@ -323,7 +338,7 @@ def spoil(weights, keys, count, spoiled, first_tile, C: tl.constexpr):
 
 
 @triton.jit
-def weighted_values(value, keys, weights, begin, end, C: tl.constexpr):
+def weighted_values(value, table, keys, weights, begin, end, C: tl.constexpr):
     """(VALUE_PADDED,): the sum of the listed values from place `begin` to `end`, each times its weight."""
     PADDED: tl.constexpr = C.VALUE_PADDED
     BLOCK: tl.constexpr = max(4096 // PADDED, 16)
@@ -334,24 +349,28 @@ def weighted_values(value, keys, weights, begin, end, C: tl.constexpr):
         inside = place < end
         key = tl.load(keys + place, mask=inside, other=0)
         weight = tl.load(weights + place, mask=inside, other=0.0)
-        pointers = value.data + (tl.cast(key, tl.int64) * value.row_stride)[:, None] + column
+        pointers = value.data + offsets_of_keys(value, table, key, inside, C)[:, None] + column
         rows = tl.load(pointers, mask=inside[:, None] & (column < C.VALUE), other=0.0)
         total += weight[:, None] * rows.to(tl.float32)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def store_output(output, batch, head, number, total, C: tl.constexpr):
+def store_output(output, batch, head, number, batch_row, tokens, total, C: tl.constexpr):
+    """Write the output of a query. Of packed queries, `output` has one batch row, and a number may have no query."""
     column = tl.arange(0, C.VALUE_PADDED)
     rows = head_of(output, batch, head)
-    pointers = rows.data + tl.cast(number, tl.int64) * rows.row_stride + column
-    tl.store(pointers, total.to(output.data.dtype.element_ty), mask=column < C.VALUE)
+    row, size = batch_row.first + number, C.VALUE
+    if C.PACKED:
+        size = tl.where((number >= batch_row.absent) & (row < tokens), C.VALUE, 0)
+    pointers = rows.data + tl.cast(row, tl.int64) * rows.row_stride + column
+    tl.store(pointers, total.to(output.data.dtype.element_ty), mask=column < size)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def decode_parts_kernel(
-    value, weights, support, counts, finished, parts, output, heads, group, query_length, key_length, first_unit,
-    first_row, rows, line, splits, C: tl.constexpr,
+    value, weights, support, counts, finished, parts, output, pages, heads, group, query_length, key_length,
+    first_unit, first_row, rows, line, table_stride, left, tokens, splits, C: tl.constexpr,
 ):  # fmt: skip
     """The output of a row whose support has more than PART keys. Each program adds up some parts of it. The one that
     finishes last adds the parts, in order."""
@@ -362,16 +381,20 @@ def decode_parts_kernel(
     part_count = tl.where(count > PART, tl.cdiv(count, PART), 0)
     if split < part_count:
         batch, key_head, head, number = head_of_row(place, first_unit, first_row, rows, sizes)
+        batch_row = open_batch_row(pages, batch, table_stride, tokens, sizes, C)
         row_parts = parts + place * tl.cdiv(line, PART) * C.VALUE_PADDED + tl.arange(0, C.VALUE_PADDED)
         keys, row_weights = support + place * line, weights + place * line
         for part in range(split, part_count, splits):
             end = tl.minimum(part * PART + PART, count)
-            total = weighted_values(head_of(value, batch, key_head), keys, row_weights, part * PART, end, C)
+            total = weighted_values(
+                keys_of_batch_row(value, batch, key_head, C), batch_row.table, keys, row_weights, part * PART, end, C
+            )  # fmt: skip
             tl.store(row_parts + part * C.VALUE_PADDED, total)
         tl.debug_barrier()
         if tl.atomic_add(finished + place, 1) == tl.minimum(splits, part_count) - 1:
             tl.debug_barrier()
-            store_output(output, batch, head, number, sum_of_parts(row_parts, part_count, C), C)
+            total = sum_of_parts(row_parts, part_count, C)
+            store_output(output, batch, head, number, batch_row, tokens, total, C)
 
 
 @triton.jit

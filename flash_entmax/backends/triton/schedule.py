@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...core.call import Problem
+from ...core.pages import Pages
 from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
@@ -37,12 +38,16 @@ class Config:
     COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
     ROWS: int  # queries of a key head that share its keys in decode.py; 0 in other calls
     OVERLAPPED: bool  # in decode.py, a kernel starts before the one before it has ended
+    PAGE: int  # keys of a page in decode.py; 0 where the keys of a head lie in one piece
+    PACKED: bool  # the queries of all batch rows lie one after another; only where keys are in pages
     SCANNED: int  # tiles of queries that the scan takes at a time
     SCAN_TILES: int  # tiles of keys that it multiplies at a time where no mask is needed
     LANES: int  # parts in which a row's sums are kept until its last tile
     SETTLE_TOLERANCE: float  # how much of sum u the solve may leave above that of the root
     FAST_LOG2: bool  # the processor's own logarithm is exact enough
-    INTERVALS: bool  # the keys that a query sees are loaded; else they are all keys, or the causal ones
+    INTERVALS: (
+        bool  # a query sees an interval of keys, loaded or (in pages) a window; else all keys, or the causal ones
+    )
     FILTERED: bool  # a filter by tiles hides keys; its tiles may differ by:
     FILTER_BY_BATCH: bool
     FILTER_BY_HEAD: bool
@@ -147,14 +152,17 @@ class Outline(NamedTuple):
     needs_parameters: bool
     decodes: bool  # few queries, no gradient: see decode.py
     overlaps: bool
+    page: int  # keys of a page; 0 without pages
+    packed: bool  # queries are packed, and keys in pages
 
     @classmethod
     def of(
         cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False,
-        decodes: bool = False, overlaps: bool = False,
+        decodes: bool = False, overlaps: bool = False, pages: Pages | None = None,
     ) -> "Outline":  # fmt: skip
         alpha, scale, softcap, slopes = problem.score
         intervals, kinds, bits, causal, span = problem.visibility
+        has_intervals = intervals is not None or (pages is not None and pages.has_window)
         if isinstance(alpha, torch.Tensor):
             alpha = scale = None
         filtered = NOT_FILTERED
@@ -162,8 +170,9 @@ class Outline(NamedTuple):
             filtered = True, kinds.shape[0] > 1, kinds.shape[1] > 1, bits.shape[1] > 1
         return cls(
             dtype, problem.batch, problem.heads, problem.key_heads, problem.query_length, problem.key_length,
-            problem.head_size, problem.value_size, alpha, scale, softcap, slopes is not None, causal,
-            intervals is not None, filtered, span, needs_backward, needs_parameters, decodes, overlaps,
+            problem.head_size, problem.value_size, alpha, scale, softcap, slopes is not None, causal, has_intervals,
+            filtered, span, needs_backward, needs_parameters, decodes, overlaps,
+            0 if pages is None else pages.page_size, pages is not None and pages.cu_seq_q is not None,
         )  # fmt: skip
 
 
@@ -187,6 +196,8 @@ def config_of(outline: Outline) -> Config:
         outline.needs_parameters,
         padded_size(outline.query_length * outline.heads // outline.key_heads) if outline.decodes else 0,
         outline.overlaps,
+        outline.page,
+        outline.packed,
     )
 
 
@@ -206,6 +217,8 @@ def _config(
     needs_parameters: bool,
     rows: int,
     overlaps: bool,
+    page: int,
+    packed: bool,
 ) -> Config:
     tile = tile_size(dtype, max(head_size, value_size))
     head, value = aligned_size(head_size), aligned_size(value_size)
@@ -227,6 +240,8 @@ def _config(
         COMPENSATED=is_single,
         ROWS=min(max(rows, 16), 64 if head_padded <= WIDEST_PIPELINED else 16) if rows else 0,
         OVERLAPPED=overlaps,
+        PAGE=page,
+        PACKED=packed,
         # Neighbouring tiles of queries have about the same list only where every query sees the first keys. Heads of 64
         # lose more by the wider bookkeeping than they gain by the wider products.
         SCANNED=2 if tile == 64 and head_padded == 128 and not (intervals or filtered[0]) else 1,
@@ -275,7 +290,10 @@ def list_settings(config: Config) -> LaunchSettings:
 
 
 def decode_scores_settings(config: Config) -> LaunchSettings:
-    return LaunchSettings(4, 4 if config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED else 2)
+    """Keys in pages wait for the numbers of their pages: twice the stages, less the first, have as many tiles of keys
+    on their way."""
+    stages = 4 if config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED else 2
+    return LaunchSettings(4, 2 * stages - 1 if config.PAGE else stages)
 
 
 def decode_row_settings(config: Config) -> LaunchSettings:

@@ -21,6 +21,7 @@ LONGEST_ROW = 2**24  # elements from row to row, so that offsets inside a tile f
 UNSPECIALIZED = (
     "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile", "capacity", "tiles",
     "first_key", "tile_capacity", "row_capacity", "slots", "is_marked", "first_row", "rows", "line", "splits",
+    "table_stride", "left", "tokens",
 )  # fmt: skip
 
 
@@ -71,14 +72,19 @@ def aligned(tensor: Tensor) -> Matrix:
     memory asynchronously. docs/design.md says what went wrong with others.
     """
     size, m = tensor.shape[-1], matrix(tensor)
-    _, batch_stride, head_stride, row_stride = m
-    steps = size | batch_stride | head_stride | row_stride  # 16 divides this if it divides each of them
-    contiguous = tensor.stride(-1) == 1 and row_stride <= LONGEST_ROW
-    if contiguous and steps % ROW_ALIGNMENT == 0 and tensor.data_ptr() % 16 == 0:
+    if is_aligned(m):
         return m
     copy = tensor.new_zeros(*tensor.shape[:-1], aligned_size(size))
     copy[..., :size] = tensor
     return matrix(copy)
+
+
+def is_aligned(m: Matrix) -> bool:
+    """16 divides the head size, and rows start at multiples of 16 elements and 16 bytes."""
+    data, batch_stride, head_stride, row_stride = m
+    steps = data.shape[-1] | batch_stride | head_stride | row_stride  # 16 divides this if it divides each of them
+    contiguous = data.stride(-1) == 1 and row_stride <= LONGEST_ROW
+    return contiguous and steps % ROW_ALIGNMENT == 0 and data.data_ptr() % 16 == 0
 
 
 def trimmed(tensor: Tensor, size: int) -> Tensor:

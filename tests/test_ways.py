@@ -24,7 +24,8 @@ if not find_spec("triton"):
     pytest.skip("needs Triton", allow_module_level=True)
 
 TOOLS = {
-    "aligned", "as_autocast", "as_given", "below_autograd", "device_of", "empty_stored_as", "has_tangent", "is_eager",
+    "aligned", "as_autocast", "as_given", "below_autograd", "device_of", "empty_stored_as", "has_tangent", "is_aligned",
+    "is_eager",
     "is_plain", "is_recorded", "is_transformed", "matrix", "recorded", "row_dtype", "tile_of", "trimmed", "unrecorded",
     "<genexpr>", "<listcomp>",
 }  # fmt: skip

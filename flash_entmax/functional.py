@@ -5,11 +5,12 @@ from torch import Tensor
 
 from .backends import Impl, choose
 from .core.call import KeySummary, ScoreOptions, Support
-from .core.checks import check_flag, check_keys, checked_inputs, refuse_nested
+from .core.checks import check_flag, check_keys, check_summaries, checked_inputs, refuse_nested
 from .core.intervals import UNLIMITED
 from .core.modes import as_autocast
 from .core.tensors import is_jagged, longest_sequence
 from .core.visibility import Visibility
+from .key_summaries import KeySummaries
 from .operators.attention import summarise
 from .operators.dispatch import attend
 
@@ -29,7 +30,7 @@ def entmax_attention(
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     block_mask=None,
-    key_summary: KeySummary | None = None,
+    key_summary: KeySummary | KeySummaries | None = None,
     impl: Impl = "auto",
     return_support: bool = False,
 ) -> Tensor | tuple[Tensor, Support]:
@@ -78,8 +79,10 @@ def entmax_attention(
             that it reads is another or is written to; if it reads anything else (an object's attributes, inference
             tensors), it is evaluated by each call. Not inside ``torch.compile``.
         key_summary: what :func:`flash_entmax.summarise_keys` returned for these keys. Calls that share their keys then
-            read all of them once less. A summary of other keys gives wrong results. Plain PyTorch, the specification
-            and softmax have no use for it, and give the same result.
+            read all of them once less. Or, for decoding, the :class:`flash_entmax.KeySummaries` that these keys were
+            appended to: a call then reads half of the bytes of the keys, for at most 16 queries and without gradients.
+            A summary of other keys gives wrong results. Plain PyTorch, the specification and softmax have no use for
+            either, and give the same result.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton on CUDA where it can run, else
             torch. An explicit choice never falls back.
@@ -195,11 +198,14 @@ def jagged_attention(
 
 def checked_attention(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: Impl,
-    return_support: bool, summary: KeySummary | None = None,
+    return_support: bool, summary: KeySummary | KeySummaries | None = None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
+    if isinstance(summary, KeySummaries):
+        check_summaries(summary.sizes, inputs[1])
+        summary = summary.rounded_keys
     return attend(*inputs, score, visibility, impl, return_support, summary)
 
 

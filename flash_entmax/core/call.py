@@ -11,6 +11,11 @@ from .tensors import WORD_BITS, ceil_div, clamped
 MAX_HEAD_SIZE = 512
 ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
 SCALES = 1e-6, 1e6  # and a tensor scale to these
+MOST_DECODED = 16  # queries of a call that is decoded: few queries, many keys, no gradients
+SUMMARY_BLOCK = 64  # keys of which KeySummaries keep one bound; a multiple of every tile of keys
+LARGEST_ROUNDED = 127.0  # number of 8 bits
+SMALLEST_ROUNDED_KEY = 2.0**-100  # a key whose components are all below it is rounded to zeros
+NORM_ROUNDING = 1.0 + 2.0**-10  # what float32 sums, and 16 bits, may take from a length
 
 
 class Support(NamedTuple):
@@ -128,6 +133,30 @@ class KeySummary(NamedTuple):
     largest: Tensor
 
 
+class RoundedKeys(NamedTuple):
+    """Keys in 8 bits, and how far they are from the keys: ``unit * rounded`` stands for a key.
+
+    Attributes:
+        rounded: (batch, key heads, capacity, head size up to a multiple of 16) int8.
+        unit: (batch, key heads, capacity) float32. NaN where no key was appended, or one that is not finite: such a key
+            is read as it is.
+        error: (batch, key heads, blocks of SUMMARY_BLOCK keys) float32. A score by ``unit * rounded`` is within
+            ``|query| * error`` of the score by the key, rounding of float32 included.
+    """
+
+    rounded: Tensor
+    unit: Tensor
+    error: Tensor
+
+
+def score_rounding(head_size: int) -> float:
+    """Two float32 sums of the products of a query and a key differ by at most this share of |query| |key|.
+
+    docs/math.md has the head size times 2^-22. The rest is for the few operations beside the sums.
+    """
+    return (head_size + 32) * 2.0**-22
+
+
 class Tangents(NamedTuple):
     """The direction that a forward-mode derivative is taken in: one tensor like each input, None where it is 0."""
 
@@ -161,6 +190,7 @@ class Problem:
     score: ScoreOptions
     visibility: VisibilityArgs
     summary: KeySummary | None = None
+    rounded_keys: RoundedKeys | None = None
 
     @classmethod
     def of(
@@ -170,11 +200,13 @@ class Problem:
         score: ScoreOptions,
         visibility: VisibilityArgs,
         summary: KeySummary | None = None,
+        rounded_keys: RoundedKeys | None = None,
     ) -> "Problem":
         """For a query and a value of these shapes."""
         batch, heads, query_length, head_size = query
         _, key_heads, key_length, value_size = value
-        return cls(batch, heads, key_heads, query_length, key_length, head_size, value_size, score, visibility, summary)
+        sizes = batch, heads, key_heads, query_length, key_length, head_size, value_size
+        return cls(*sizes, score, visibility, summary, rounded_keys)
 
     @property
     def group(self) -> int:

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from ..backends import BACKENDS, choose, reference
-from ..core.call import KeySummary, Problem, ScoreOptions, Support
-from ..core.checks import check_key_summary
+from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Support
+from ..core.checks import check_decoded, check_key_summary
 from ..core.modes import as_given, is_recorded
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
@@ -14,14 +14,17 @@ from .eager import recorded
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
-    return_support: bool, summary: KeySummary | None = None,
+    return_support: bool, summary: KeySummary | RoundedKeys | None = None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """A call that is checked."""
     backend = choose(query.dtype, query.device, impl, others=("reference",))
     score = score.lowered(query.shape, row_dtype(query), query.device)
+    needs_backward = return_support or is_recorded((query, key, value, score.alpha, score.scale, score.alibi_slopes))
     has_tiles = backend in BACKENDS and not score.is_softmax()
     tile = attention_operators.tile_of(backend, query, value) if has_tiles else None
-    if summary is not None:
+    if isinstance(summary, RoundedKeys):
+        check_decoded(query, needs_backward)
+    elif summary is not None:
         check_key_summary(summary, key, tile)
         summary = KeySummary(*(tensor.detach() for tensor in summary))
     if not has_tiles:
@@ -29,7 +32,6 @@ def attend(
     tensors, numbers = attention_operators.flattened(
         score, visibility.lowered(query, key.shape[2], tile), summary, backend
     )
-    needs_backward = return_support or is_recorded((query, key, value, score.alpha, score.scale, score.alibi_slopes))
     call = recorded(attention_operators.attention, attention_operators.Attention, (query, key, value, *tensors))
     output, _, *state = call(query, key, value, needs_backward, *tensors, *numbers)
     if not return_support:

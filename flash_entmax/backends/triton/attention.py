@@ -5,12 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.call import KeySummary, Problem, ScoreOptions, Tangents, VisibilityArgs
+from ...core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Tangents, VisibilityArgs
 from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import KernelKeySummary, summary_kernel
 from .certify import certify_kernel
 from .decode import decode_parts_kernel, decode_scores_kernel, decode_solve_kernel
+from .decode_summaries import KernelRoundedKeys, rounded_scores_kernel, rounded_solve_kernel
 from .gradient import gradient_key_value_kernel, gradient_query_kernel
 from .launch import Direct, SettingsRule, ThroughTriton
 from .mark import mark_kernel
@@ -33,6 +34,7 @@ MARK = list_queries_kernel, mark_kernel
 BACKWARD = gradient_query_kernel, list_queries_kernel, gradient_key_value_kernel
 SHARE = share_kernel, add_parts_kernel
 DECODE = decode_scores_kernel, decode_solve_kernel, decode_parts_kernel
+DECODE_ROUNDED = rounded_scores_kernel, rounded_solve_kernel, decode_parts_kernel
 
 
 class OpenedKernels(NamedTuple):
@@ -141,7 +143,7 @@ def attention_forward(
             for tensor, number in zip(results, (0, 0, torch.inf, 1), strict=False):
                 tensor.fill_(number)
         elif decodes:
-            decode_stages(launches, (query, key, value), output)
+            decode_stages(launches, problem.rounded_keys, (query, key, value), output)
         else:
             forward_stages(launches, problem, (query, key, value), results)
     output = trimmed(output, problem.value_size)
@@ -202,25 +204,44 @@ def forward_stages(
         )  # fmt: skip
 
 
-def decode_stages(launches: CallLaunches, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Write the output, see decode.py."""
+def decode_stages(
+    launches: CallLaunches, rounded_keys: RoundedKeys | None, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    """Write the output, see decode.py, and decode_summaries.py where there are keys in 8 bits."""
     plan, device = launches.plan, output.device
-    arguments = *map(aligned, inputs), matrix(output)
-    opened, (query, key, value, output), scratch = launches.open(DECODE, arguments, plan.decode_scratch, device)
-    scores, support, maxima, live_tiles, bounds, counts, finished, parts = scratch
+    kernels, layout, capacity = DECODE, plan.decode_scratch, 0
+    if rounded_keys is not None:
+        kernels, layout, capacity = DECODE_ROUNDED, plan.rounded_scratch, rounded_keys.rounded.shape[2]
+        rounded, *numbers = rounded_keys
+        rounded_keys = KernelRoundedKeys(matrix(rounded), *numbers)
+    arguments = *map(aligned, inputs), matrix(output), rounded_keys
+    opened, arguments, scratch = launches.open(kernels, arguments, layout, device)
+    query, key, value, output, rounded_keys = arguments
+    scores, support, maxima, live_tiles, bounds, counts, finished, parts, *lowest = scratch
     scoring, row_rule = schedule.decode_scores_settings, schedule.decode_row_settings
     for first_unit, units, first_row, rows, line in plan.decode_chunks:
         numbers, programs = (*plan.sizes, first_unit, first_row, rows, line), units * rows
         tiles = units * ceil_div(rows, plan.config.ROWS)
         splits = splits_of(tiles, plan.key_tiles, schedule.SCORING_PROGRAMS, device)
-        opened.launch(
-            decode_scores_kernel, tiles * splits, scoring, query, key, scores, maxima, bounds, opened.options,
-            opened.visibility, *numbers, splits,
-        )  # fmt: skip
-        opened.launch(
-            decode_solve_kernel, programs, row_rule, value, scores, maxima, bounds, live_tiles, support, counts,
-            finished, output, opened.options, *numbers,
-        )  # fmt: skip
+        if rounded_keys is None:
+            opened.launch(
+                decode_scores_kernel, tiles * splits, scoring, query, key, scores, maxima, bounds, opened.options,
+                opened.visibility, *numbers, splits,
+            )  # fmt: skip
+            opened.launch(
+                decode_solve_kernel, programs, row_rule, value, scores, maxima, bounds, live_tiles, support, counts,
+                finished, output, opened.options, *numbers,
+            )  # fmt: skip
+        else:
+            opened.launch(
+                rounded_scores_kernel, tiles * splits, schedule.rounded_scores_settings, query, rounded_keys, scores,
+                maxima, *lowest, bounds, opened.options, opened.visibility, *plan.sizes, capacity, first_unit,
+                first_row, rows, line, splits,
+            )  # fmt: skip
+            opened.launch(
+                rounded_solve_kernel, programs, row_rule, query, key, value, scores, maxima, *lowest, bounds,
+                live_tiles, support, counts, finished, output, opened.options, opened.visibility, *numbers,
+            )  # fmt: skip
         splits = splits_of(programs, ceil_div(line, PART), schedule.ADDING_PROGRAMS, device)
         opened.launch(
             decode_parts_kernel, programs * splits, row_rule, value, scores, support, counts, finished, parts, output,

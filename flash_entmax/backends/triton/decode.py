@@ -44,6 +44,16 @@ class ScorePlaces(NamedTuple):
     exists: Tensor
 
 
+class TileRange(NamedTuple):
+    """Tiles of keys from `begin` up to `end`. Every row sees every key of those from `first_whole` up to `last_whole`,
+    which need no mask."""
+
+    begin: int
+    first_whole: int
+    last_whole: int
+    end: int
+
+
 class RowScores(NamedTuple):
     """Scores of one row, or maxima of them, and what turns them into distances to the threshold."""
 
@@ -67,30 +77,35 @@ def decode_scores_kernel(
     inner = program % tiles * C.ROWS + tl.arange(0, C.ROWS)  # of the rows of this launch
     exists = inner < rows
     queries = open_group(query, unit, first_row + inner, exists, score_options, sizes, visibility, C)
+    place = tl.cast(program // tiles, tl.int64) * rows + inner
+    tiles = tiles_of_split(queries, exists, bounds + 2 * place, split, splits, C)
+    key_heads = heads // group
+    head = head_of(key, unit // key_heads, unit % key_heads)
+    places = ScorePlaces(row_scores + place * line, maxima + place * (line // C.TILE), exists)
+    score_tiles(queries, head, places, tiles.begin, tl.minimum(tiles.first_whole, tiles.end), True, C)
+    score_tiles(queries, head, places, tiles.first_whole, tiles.last_whole, False, C)
+    score_tiles(queries, head, places, tl.maximum(tiles.last_whole, tiles.begin), tiles.end, True, C)
+
+
+@triton.jit
+def tiles_of_split(queries, exists, bounds, split, splits, C: tl.constexpr):
+    """The tiles of keys of one of `splits` programs. The first of these stores which tiles a row sees."""
     sees = queries.start < queries.stop
     first_tile = tl.where(sees, queries.start // C.TILE, 0)
     last_tile = tl.where(sees, tl.cdiv(queries.stop, C.TILE), 0)
-    place = tl.cast(program // tiles, tl.int64) * rows + inner
     if split == 0:
-        tl.store(bounds + 2 * place, first_tile, mask=exists)
-        tl.store(bounds + 2 * place + 1, last_tile, mask=exists)
-    begin = tl.min(tl.where(sees, first_tile, key_length), 0)
+        tl.store(bounds, first_tile, mask=exists)
+        tl.store(bounds + 1, last_tile, mask=exists)
+    begin = tl.min(tl.where(sees, first_tile, queries.sizes.key_length), 0)
     end = tl.max(last_tile, 0)
     steps = tl.cdiv(tl.maximum(end - begin, 0), splits)
     begin += split * steps
     end = tl.minimum(begin + steps, end)
-    key_heads = heads // group
-    head = head_of(key, unit // key_heads, unit % key_heads)
-    places = ScorePlaces(row_scores + place * line, maxima + place * (line // C.TILE), exists)
-    # Tiles of which every row sees every key stand between those that need a mask.
     first_whole = tl.maximum(tl.max(tl.where(exists, tl.cdiv(queries.start, C.TILE), 0), 0), begin)
-    last_whole = tl.minimum(tl.min(tl.where(exists, queries.stop // C.TILE, key_length), 0), end)
+    last_whole = tl.minimum(tl.min(tl.where(exists, queries.stop // C.TILE, queries.sizes.key_length), 0), end)
     if C.FILTERED:
         last_whole = first_whole
-    last_whole = tl.maximum(last_whole, first_whole)
-    score_tiles(queries, head, places, begin, tl.minimum(first_whole, end), True, C)
-    score_tiles(queries, head, places, first_whole, last_whole, False, C)
-    score_tiles(queries, head, places, tl.maximum(last_whole, begin), end, True, C)
+    return TileRange(begin, first_whole, tl.maximum(last_whole, first_whole), end)
 
 
 @triton.jit

@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from ...core.call import Problem
+from ...core.call import MOST_DECODED, Problem
 from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
-MOST_DECODED = 16  # queries: calls of more have whole tiles of queries
 SCORING_PROGRAMS, ADDING_PROGRAMS = 2, 2  # of decode.py on a multiprocessor
 KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
 OTHER_BYTES = 32  # of these: maximum and offset, four more numbers in either pass, the summary, the words of a record
@@ -257,6 +256,10 @@ def scan_settings(config: Config) -> LaunchSettings:
     return mark_settings(config)
 
 
+def append_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4 if config.HEAD_PADDED <= WIDEST_PIPELINED else 8, 1)
+
+
 def certify_settings(config: Config) -> LaunchSettings:
     return LaunchSettings(2, 1)
 
@@ -268,6 +271,10 @@ def list_settings(config: Config) -> LaunchSettings:
 
 def decode_scores_settings(config: Config) -> LaunchSettings:
     return LaunchSettings(4, 4 if config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED else 2)
+
+
+def rounded_scores_settings(config: Config) -> LaunchSettings:
+    return decode_scores_settings(config)
 
 
 def decode_row_settings(config: Config) -> LaunchSettings:

@@ -1,0 +1,50 @@
+"""Keys in 8 bits, in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from ...core.call import (
+    LARGEST_ROUNDED,
+    NORM_ROUNDING,
+    SMALLEST_ROUNDED_KEY,
+    SUMMARY_BLOCK,
+    RoundedKeys,
+    score_rounding,
+)
+
+
+def append_keys(rounded_keys: RoundedKeys, key: Tensor, lengths: Tensor) -> None:
+    """See backends.Backend."""
+    capacity, size = rounded_keys.rounded.shape[2:]
+    if not (key.numel() and capacity):
+        return
+    padded = torch.nn.functional.pad(key.float(), (0, size - key.shape[3]))
+    numbers, unit, error = rounded_of(padded)
+    position = lengths.long().unsqueeze(1) + torch.arange(key.shape[2], device=key.device)
+    inside = (position >= 0) & (position < capacity)
+    row, new = inside.nonzero(as_tuple=True)
+    place = position[row, new]
+    rounded_keys.rounded[row, :, place] = numbers[row, :, new]
+    rounded_keys.unit[row, :, place] = unit[row, :, new]
+    block = (position.clamp(0, capacity - 1) // SUMMARY_BLOCK).unsqueeze(1).expand_as(error)
+    rounded_keys.error.scatter_reduce_(2, block, torch.where(inside.unsqueeze(1), error, 0.0), "amax")
+
+
+def rounded_of(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rounded, unit, error) of keys (..., size) in float32: unit * rounded stands for a key."""
+    largest = k.abs().amax(-1, keepdim=True)
+    is_finite = largest < torch.inf
+    k, largest = torch.where(is_finite, k, 0.0), torch.where(is_finite, largest, 0.0)
+    is_rounded = largest >= SMALLEST_ROUNDED_KEY
+    unit = torch.where(is_rounded, largest * (1.0 / LARGEST_ROUNDED), 0.0)
+    inverse = largest.new_full((), LARGEST_ROUNDED) / largest  # not as a number: PyTorch would round its quotient twice
+    numbers = torch.floor(k * torch.where(is_rounded, inverse, 0.0) + 0.5)
+    error = (norm(k - unit * numbers) + score_rounding(k.shape[-1]) * norm(k)) * NORM_ROUNDING
+    return numbers.to(torch.int8), torch.where(is_finite, unit, torch.nan).squeeze(-1), error
+
+
+def norm(x: Tensor) -> Tensor:
+    """Euclidean lengths along the last dimension. No square under- or overflows."""
+    largest = x.abs().amax(-1, keepdim=True)
+    ratio = x / torch.where(largest > 0, largest, 1.0)
+    return (largest * (ratio * ratio).sum(-1, keepdim=True).sqrt()).squeeze(-1)

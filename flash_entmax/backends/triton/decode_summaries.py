@@ -1,0 +1,253 @@
+"""Decoding that reads keys in 8 bits, and single keys as they are: exact, for half of the bytes.
+
+Two kernels stand in for decode_scores and decode_solve:
+
+    rounded_scores    keys in 8 bits -> a bound from above on each score, and by tile of keys bounds on its largest
+    rounded_solve     one program a row: the keys that may have support, their scores, and all that decode_solve does
+
+A key k is within `error` of `unit * rounded`, the error of its block. So a score is within the margin |q| error of that
+by the 8 bits, and the largest score of a tile is too. The lower bounds on the tiles' largest scores certify a threshold
+at or below the true one. A key whose upper bound is not above it has no support. docs/math.md has the proof.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core import call
+from .bound import NORM_ROUNDING, norm
+from .decode import (
+    PART,
+    RowScores,
+    certified_offset,
+    head_of_row,
+    highest,
+    is_spoiled,
+    keep_support,
+    list_candidates,
+    list_live_tiles,
+    open_group,
+    solve_offset,
+    spoil,
+    store_output,
+    tiles_of_split,
+    weighted_values,
+)
+from .keys import Keys
+from .queries import Queries, open_options
+from .score import alibi_penalty, apply_score_options, apply_softcap
+from .tile import UNSPECIALIZED, Matrix, Sizes, head_of, open_tile
+from .visibility import visible_interval
+
+SUMMARY_BLOCK = tl.constexpr(call.SUMMARY_BLOCK)
+GATHERED = tl.constexpr(2**13)  # numbers of the keys that a row's program loads at a time
+
+
+class KernelRoundedKeys(NamedTuple):
+    """core.call.RoundedKeys as a launch takes them. unit and error are contiguous, or those of one key head."""
+
+    rounded: Matrix
+    unit: Tensor
+    error: Tensor
+
+
+class BoundPlaces(NamedTuple):
+    """Pointers to the bounds on the scores of each row of a tile, and on the largest of a tile of keys."""
+
+    highest_scores: Tensor
+    highest: Tensor
+    lowest: Tensor
+    exists: Tensor
+
+
+class Margin(NamedTuple):
+    """Two numbers of each row, (rows, 1): `length * error + rest` is how far a score is from that by the 8 bits."""
+
+    length: Tensor
+    rest: Tensor
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def rounded_scores_kernel(
+    query, rounded_keys, highest_scores, highest_of_tiles, lowest_of_tiles, bounds, score_options, visibility, heads,
+    group, query_length, key_length, capacity, first_unit, first_row, rows, line, splits, C: tl.constexpr,
+):  # fmt: skip
+    """A number that the score of each row and key is not above, -inf where the row does not see the key; and of each
+    tile, numbers that its largest score is not above, and not below. `bounds` as of decode_scores_kernel."""
+    sizes = Sizes(heads, group, query_length, key_length)
+    program, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    row_tiles = tl.cdiv(rows, C.ROWS)
+    unit = first_unit + program // row_tiles
+    inner = program % row_tiles * C.ROWS + tl.arange(0, C.ROWS)  # of the rows of this launch
+    exists = inner < rows
+    queries = open_group(query, unit, first_row + inner, exists, score_options, sizes, visibility, C)
+    queries, margin = open_margin(queries, C)
+    place = tl.cast(program // row_tiles, tl.int64) * rows + inner
+    tiles = tiles_of_split(queries, exists, bounds + 2 * place, split, splits, C)
+    keys = rounded_head(rounded_keys, unit, capacity, sizes)
+    tile_place = place * (line // C.TILE)
+    places = BoundPlaces(
+        highest_scores + place * line, highest_of_tiles + tile_place, lowest_of_tiles + tile_place, exists
+    )
+    bound_tiles(queries, margin, keys, places, tiles.begin, tl.minimum(tiles.first_whole, tiles.end), True, C)
+    bound_tiles(queries, margin, keys, places, tiles.first_whole, tiles.last_whole, False, C)
+    bound_tiles(queries, margin, keys, places, tl.maximum(tiles.last_whole, tiles.begin), tiles.end, True, C)
+
+
+@triton.jit
+def rounded_head(keys, unit, capacity, sizes):
+    """The keys of one key head."""
+    key_heads = sizes.heads // sizes.group
+    unit = tl.cast(unit, tl.int64)
+    rounded = head_of(keys.rounded, unit // key_heads, unit % key_heads)
+    return KernelRoundedKeys(rounded, keys.unit + unit * capacity, keys.error + unit * tl.cdiv(capacity, SUMMARY_BLOCK))
+
+
+@triton.jit
+def open_margin(queries, C: tl.constexpr):
+    """(queries, margin). A query whose products may overflow is replaced by 0, and its margin is infinite or NaN.
+
+    A softcap rises by at most what its score does, and its tanh, computed twice, is off by less than 2^-20. ALiBi is
+    the same in both scores. An infinite slope hides its keys, and adds no error.
+    """
+    options = queries.options
+    q = queries.q.to(tl.float32)
+    is_bounded = tl.sum(tl.abs(q), 1) * call.LARGEST_ROUNDED < float("inf")
+    length = tl.where(is_bounded, norm(q, 1) * NORM_ROUNDING, float("inf"))[:, None]
+    rest = tl.zeros_like(length)
+    if C.SOFTCAP:
+        rest += options.softcap * 2.0**-20
+    if C.ALIBI:
+        furthest = tl.maximum(tl.abs(queries.position - queries.start), tl.abs(queries.position - queries.stop))
+        finite = tl.where(options.alibi_slopes == float("inf"), 0.0, tl.abs(options.alibi_slopes))
+        rest += finite * furthest[:, None].to(tl.float32) * 2.0**-20
+    bounded = tl.where(is_bounded[:, None], queries.q, 0.0).to(queries.q.dtype)
+    queries = Queries(
+        queries.unit, queries.tile, queries.row, queries.start, queries.stop, queries.position, bounded, options,
+        queries.sizes, queries.visibility,
+    )  # fmt: skip
+    return queries, Margin(length, rest)
+
+
+@triton.jit
+def bound_tiles(queries, margin, keys, places, begin, end, MASKED: tl.constexpr, C: tl.constexpr):
+    """Store the bounds of some tiles of keys. A score that is not known is bounded by inf; its tile has no lower bound.
+
+    A key without a unit makes its scores NaN, and so does a margin that is no number.
+    """
+    exists = places.exists
+    column = tl.arange(0, C.HEAD_PADDED)
+    columns = places.highest_scores[:, None] + tl.arange(0, C.TILE)[None, :]
+    for tile in range(begin, end):
+        block = open_tile(tile, C)
+        rounded, unit = load_rounded(keys, block, column, queries.sizes.key_length, MASKED, C)
+        product = tl.dot(queries.q, tl.trans(rounded.to(queries.q.dtype)), input_precision=C.PRECISION)
+        tile_keys = Keys(tile, block.first, block.column, rounded)
+        score, _ = apply_score_options(product * unit[None, :], queries, tile_keys, MASKED, False, C)
+        row_margin = margin.length * tl.load(keys.error + block.first // SUMMARY_BLOCK) + margin.rest
+        upper = score + row_margin
+        upper = tl.where(upper == upper, upper, float("inf"))
+        if MASKED or C.ALIBI:
+            upper = tl.where(score == float("-inf"), score, upper)  # hidden, also where the margin is infinite
+        tl.store(columns + tile * C.TILE, upper, mask=exists[:, None])
+        largest = tl.max(upper, 1)
+        lower = tl.where(largest < float("inf"), largest - 2.0 * tl.max(row_margin, 1), float("-inf"))
+        tl.store(places.highest + tile, largest, mask=exists)
+        tl.store(places.lowest + tile, lower, mask=exists)
+
+
+@triton.jit
+def load_rounded(keys, block, column, key_length, MASKED: tl.constexpr, C: tl.constexpr):
+    """(rounded, unit) of a tile of keys. Without a mask, none of them is past the last."""
+    inside = block.column[:, None] * keys.rounded.row_stride + column[None, :]
+    pointers = keys.rounded.data + tl.cast(block.first, tl.int64) * keys.rounded.row_stride + inside
+    units = keys.unit + block.first + block.column
+    if MASKED:
+        exists = block.column < key_length - block.first
+        rounded = tl.load(pointers, mask=exists[:, None] & (column < C.HEAD)[None, :], other=0)
+        unit = tl.load(units, mask=exists, other=0.0)
+    elif C.HEAD == C.HEAD_PADDED:
+        rounded, unit = tl.load(pointers), tl.load(units)
+    else:
+        rounded, unit = tl.load(pointers, mask=(column < C.HEAD)[None, :], other=0), tl.load(units)
+    return rounded, unit
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def rounded_solve_kernel(
+    query, key, value, highest_scores, highest_of_tiles, lowest_of_tiles, bounds, live_tiles, support, counts, finished,
+    output, score_options, visibility, heads, group, query_length, key_length, first_unit, first_row, rows, line,
+    C: tl.constexpr,
+):  # fmt: skip
+    """As decode_solve_kernel, from bounds on the scores: of the keys that may have support, the scores are computed."""
+    sizes = Sizes(heads, group, query_length, key_length)
+    place = tl.cast(tl.program_id(0), tl.int64)
+    batch, key_head, head, number = head_of_row(place, first_unit, first_row, rows, sizes)
+    unit = batch * heads + head
+    options = open_options(score_options, unit, sizes, C)
+    begin, end = tl.load(bounds + 2 * place), tl.load(bounds + 2 * place + 1)
+    tile_place = place * (line // C.TILE)
+    weights, keys = highest_scores + place * line, support + place * line
+
+    least = highest(lowest_of_tiles + tile_place, begin, end)
+    lower = RowScores(lowest_of_tiles + tile_place, least, options.z_scale, options.exponent)
+    offset = certified_offset(lower, begin, tl.where(least > float("-inf"), end, begin), C)
+    upper = RowScores(highest_of_tiles + tile_place, least, options.z_scale, options.exponent)
+    listed = list_live_tiles(upper, live_tiles + tile_place, begin, end, offset)
+    upper = RowScores(weights, least, options.z_scale, options.exponent)
+    count = list_candidates(upper, keys, live_tiles + tile_place, listed, offset, C)
+
+    _, _, position = visible_interval(number + tl.arange(0, 1), unit, sizes, visibility, C)
+    q = load_query(head_of(query, batch, head), number, C)
+    score_candidates(q, position, head_of(key, batch, key_head), weights, keys, count, options, C)
+    maximum = highest(weights, 0, count)
+    row = RowScores(weights, maximum, options.z_scale, options.exponent)
+    known = tl.where((maximum > float("-inf")) & (maximum < float("inf")), count, 0)
+    offset, last_step = solve_offset(row, known, moved_offset(offset, least, row), C)
+    count = keep_support(row, keys, known, offset, last_step, C)
+    count = spoil(weights, keys, count, (begin < end) & is_spoiled(maximum, C), begin, C)
+    tl.store(counts + place, count)
+    tl.store(finished + place, 0)
+    if count <= PART:
+        total = weighted_values(head_of(value, batch, key_head), keys, weights, 0, count, C)
+        store_output(output, batch, head, number, total, C)
+
+
+@triton.jit
+def load_query(query, number, C: tl.constexpr):
+    """(1, HEAD_PADDED) in float32."""
+    column = tl.arange(0, C.HEAD_PADDED)
+    pointers = query.data + tl.cast(number, tl.int64) * query.row_stride + column
+    return tl.load(pointers, mask=column < C.HEAD, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def score_candidates(q, position, key, numbers, keys, count, options, C: tl.constexpr):
+    """The scores of the listed keys, in place of their bounds. NaN counts as infinite: see `score_tiles` of decode.py.
+
+    The row sees all of them: a hidden key's bound is -inf.
+    """
+    PADDED: tl.constexpr = C.HEAD_PADDED
+    BLOCK: tl.constexpr = max(GATHERED // PADDED, 16)
+    column = tl.arange(0, PADDED)[None, :]
+    tl.debug_barrier()
+    for first in range(0, count, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        inside = place < count
+        number = tl.load(keys + place, mask=inside, other=0)
+        pointers = key.data + (tl.cast(number, tl.int64) * key.row_stride)[:, None] + column
+        k = tl.load(pointers, mask=inside[:, None] & (column < C.HEAD), other=0.0)
+        score, _ = apply_softcap(tl.sum(q * k.to(tl.float32), 1), options.softcap, C)
+        if C.ALIBI:
+            score -= alibi_penalty(tl.abs(position - number), options.alibi_slopes)
+        tl.store(numbers + place, tl.where(score == score, score, float("inf")), mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def moved_offset(offset, least, row):
+    """An offset below the row's maximum for one below the lower bound `least` on it: tau stays, up to its rounding."""
+    moved = (offset + (row.maximum - least) * row.z_scale) * (1.0 + 2.0**-20)
+    return tl.where(moved < 1.0, moved, 1.0)

@@ -82,7 +82,7 @@ def entmax_attention(
             read all of them once less. Or, for decoding, the :class:`flash_entmax.KeySummaries` that these keys were
             appended to: a call then reads half of the bytes of the keys, for at most 16 queries and without gradients.
             A summary of other keys gives wrong results. Plain PyTorch, the specification and softmax have no use for
-            either, and give the same result.
+            either, and give the same result; so has decoding (the call just described) for the former.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton on CUDA where it can run, else
             torch. An explicit choice never falls back.
@@ -203,10 +203,11 @@ def checked_attention(
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
+    rounded_keys = None
     if isinstance(summary, KeySummaries):
         check_summaries(summary.sizes, inputs[1])
-        summary = summary.rounded_keys
-    return attend(*inputs, score, visibility, impl, return_support, summary)
+        summary, rounded_keys = None, summary.rounded_keys
+    return attend(*inputs, score, visibility, impl, return_support, summary, rounded_keys)
 
 
 def summarise_keys(key: Tensor, *, value_size: int | None = None, impl: Impl = "auto") -> KeySummary:

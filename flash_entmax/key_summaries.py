@@ -72,6 +72,8 @@ class KeySummaries:
         check_keys(key, None)
         batch, key_heads, length, head_size = key.shape
         capacity = length if capacity is None else capacity
+        if isinstance(capacity, int) and capacity < length:
+            raise ValueError(f"capacity must be at least {length}, the length of the keys, got {capacity}")
         summaries = cls(batch, key_heads, capacity, head_size, dtype=key.dtype, device=key.device, impl=impl)
         numbers = batch * key_heads * head_size * SUMMARY_BLOCK
         for part in key.split(max(1, APPENDED // max(1, numbers)) * SUMMARY_BLOCK, 2):

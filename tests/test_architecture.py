@@ -19,13 +19,14 @@ WINGS = {
     "core": set(),
     "backends": {"core"},
     "operators": {"backends", "core"},
-    "functional": {"operators", "backends", "core"},
+    "key_summaries": {"operators", "backends", "core"},
+    "functional": {"key_summaries", "operators", "backends", "core"},
     "activations": {"operators", "backends", "core"},
     "losses": {"activations", "operators", "backends", "core"},
     "nn": {"losses", "activations", "functional", "backends", "core"},
     "anneal": {"core"},
     "inspection": {"functional", "operators", "backends", "core"},
-    "": {"losses", "activations", "functional", "operators", "backends", "core"},
+    "": {"losses", "activations", "functional", "key_summaries", "operators", "backends", "core"},
     "testing": set(),
     "integrations": {"anneal", "nn", "inspection", "functional", "core"},
     "show": {"inspection", "core"},
@@ -40,7 +41,7 @@ KERNEL_WORDS = {
     "tile", "alpha", "visibility", "queries", "keys", "score", "sums", "lists", "gather", "reach", "program",
     "row_solve",
 }  # fmt: skip
-LAUNCHING = {"__init__", "attention", "launch", "parts", "plan", "reach", "rows", "schedule", "scratch"}
+LAUNCHING = {"__init__", "append", "attention", "launch", "parts", "plan", "reach", "rows", "schedule", "scratch"}
 # A stage reads what a stage before it has written, and repeats its bound.
 STAGES_TOGETHER = {
     "scan": {"bound"},
@@ -48,6 +49,8 @@ STAGES_TOGETHER = {
     "mark": {"reaching"},
     "solve": {"certify", "reaching"},
     "share": {"reaching"},
+    "decode": {"plan"},
+    "decode_summaries": {"bound", "decode"},
     "gradient": {"reaching", "share"},
 }
 

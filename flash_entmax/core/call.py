@@ -13,8 +13,9 @@ ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
 SCALES = 1e-6, 1e6  # and a tensor scale to these
 MOST_DECODED = 16  # queries of a call that is decoded: few queries, many keys, no gradients
 SUMMARY_BLOCK = 64  # keys of which KeySummaries keep one bound; a multiple of every tile of keys
-LARGEST_ROUNDED = 127.0  # number of 8 bits
-SMALLEST_ROUNDED_KEY = 2.0**-100  # a key whose components are all below it is rounded to zeros
+LARGEST_ROUNDED = 127.0  # of a key: the largest number of 8 bits
+LARGEST_ROUNDED_QUERY = 127.0 * 256.0 + 127.0  # of a query: 256 high + low, both of 8 bits
+SMALLEST_ROUNDED = 2.0**-100  # a key or query whose components are all below it is rounded to zeros
 NORM_ROUNDING = 1.0 + 2.0**-10  # what float32 sums, and 16 bits, may take from a length
 
 
@@ -140,8 +141,8 @@ class RoundedKeys(NamedTuple):
         rounded: (batch, key heads, capacity, head size up to a multiple of 16) int8.
         unit: (batch, key heads, capacity) float32. NaN where no key was appended, or one that is not finite: such a key
             is read as it is.
-        error: (batch, key heads, blocks of SUMMARY_BLOCK keys) float32. A score by ``unit * rounded`` is within
-            ``|query| * error`` of the score by the key, rounding of float32 included.
+        error: (batch, key heads, blocks of SUMMARY_BLOCK keys) float32. A score by ``unit * rounded``, and a query
+            rounded to 16 bits, is within ``|query| * error`` of the score, rounding of float32 included.
     """
 
     rounded: Tensor
@@ -149,12 +150,13 @@ class RoundedKeys(NamedTuple):
     error: Tensor
 
 
-def score_rounding(head_size: int) -> float:
-    """Two float32 sums of the products of a query and a key differ by at most this share of |query| |key|.
+def rounding_share(head_size: int) -> float:
+    """By how much a score may be off beside what the 8 bits of the key leave out, as a share of |query| |key|.
 
-    docs/math.md has the head size times 2^-22. The rest is for the few operations beside the sums.
+    The first term is for the rounding of the query, the second for the float32 sum that is the score. docs/math.md has
+    the proof.
     """
-    return (head_size + 32) * 2.0**-22
+    return head_size**0.5 / (2.0 * LARGEST_ROUNDED_QUERY) + (head_size + 32) * 2.0**-22
 
 
 class Tangents(NamedTuple):

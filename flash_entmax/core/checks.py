@@ -194,7 +194,7 @@ def check_summary_sizes(sizes: SummarySizes) -> None:
         if not least <= size <= most:
             raise ValueError(f"{name} must be from {least} to {most}, got {size}")
     if sizes.dtype not in SUMMARY_DTYPES:
-        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {said(sizes.dtype)}")
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {sizes.dtype}")
 
 
 def check_appended(sizes: SummarySizes, key: object, key_lengths: object) -> None:

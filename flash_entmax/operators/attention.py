@@ -64,25 +64,23 @@ _TENSORS_BATCH = OptionTensors(
 )  # fmt: skip
 _TANGENTS_BATCH = Tangents(query=0, key=0, value=0, alpha=None, scale=None, alibi_slopes=0)
 TENSORS, NUMBERS, TANGENTS = (len(names._fields) for names in (OptionTensors, OptionNumbers, Tangents))
-ROUNDED = len(RoundedKeys._fields)
+SUMMARY, ROUNDED = len(KeySummary._fields), len(RoundedKeys._fields)
 STATE = len(_STATE_BATCH)
 SAVED = 4 + STATE  # query, key, value, value_mean and the state
 
 
 def flattened(
-    score: ScoreOptions, visibility: VisibilityArgs, summary: KeySummary | RoundedKeys | None, backend: str
-) -> tuple[OptionTensors, OptionNumbers]:
+    score: ScoreOptions, visibility: VisibilityArgs, summary: KeySummary | None, rounded_keys: RoundedKeys | None,
+    backend: str,
+) -> tuple[OptionTensors, OptionNumbers]:  # fmt: skip
     """The options in the order of the operators' arguments."""
     alpha, scale, softcap, slopes = score
     intervals, kinds, bits, is_causal, span = visibility
     learned, numbers = (None, None), (alpha, scale)
     if isinstance(alpha, Tensor):
         learned, numbers = (alpha, scale), (1.5, 1.0)
-    tensors = OptionTensors(*learned, slopes, intervals, kinds, bits)
-    if isinstance(summary, RoundedKeys):
-        tensors = OptionTensors(*tensors[:-ROUNDED], *summary)
-    elif summary is not None:
-        tensors = OptionTensors(*tensors[:6], *summary)
+    summary, rounded_keys = summary or (None,) * SUMMARY, rounded_keys or (None,) * ROUNDED
+    tensors = OptionTensors(*learned, slopes, intervals, kinds, bits, *summary, *rounded_keys)
     return tensors, OptionNumbers(*numbers, softcap, is_causal, span, backend)
 
 

@@ -14,7 +14,7 @@ from .eager import recorded
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
-    return_support: bool, summary: KeySummary | RoundedKeys | None = None,
+    return_support: bool, summary: KeySummary | None = None, rounded_keys: RoundedKeys | None = None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """A call that is checked."""
     backend = choose(query.dtype, query.device, impl, others=("reference",))
@@ -22,15 +22,15 @@ def attend(
     needs_backward = return_support or is_recorded((query, key, value, score.alpha, score.scale, score.alibi_slopes))
     has_tiles = backend in BACKENDS and not score.is_softmax()
     tile = attention_operators.tile_of(backend, query, value) if has_tiles else None
-    if isinstance(summary, RoundedKeys):
+    if rounded_keys is not None:
         check_decoded(query, needs_backward)
-    elif summary is not None:
+    if summary is not None:
         check_key_summary(summary, key, tile)
         summary = KeySummary(*(tensor.detach() for tensor in summary))
     if not has_tiles:
         return attend_without_tiles(query, key, value, score, visibility, backend, return_support)
     tensors, numbers = attention_operators.flattened(
-        score, visibility.lowered(query, key.shape[2], tile), summary, backend
+        score, visibility.lowered(query, key.shape[2], tile), summary, rounded_keys, backend
     )
     call = recorded(attention_operators.attention, attention_operators.Attention, (query, key, value, *tensors))
     output, _, *state = call(query, key, value, needs_backward, *tensors, *numbers)

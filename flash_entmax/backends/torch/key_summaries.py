@@ -6,10 +6,10 @@ from torch import Tensor
 from ...core.call import (
     LARGEST_ROUNDED,
     NORM_ROUNDING,
-    SMALLEST_ROUNDED_KEY,
+    SMALLEST_ROUNDED,
     SUMMARY_BLOCK,
     RoundedKeys,
-    score_rounding,
+    rounding_share,
 )
 
 
@@ -35,11 +35,11 @@ def rounded_of(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = k.abs().amax(-1, keepdim=True)
     is_finite = largest < torch.inf
     k, largest = torch.where(is_finite, k, 0.0), torch.where(is_finite, largest, 0.0)
-    is_rounded = largest >= SMALLEST_ROUNDED_KEY
+    is_rounded = largest >= SMALLEST_ROUNDED
     unit = torch.where(is_rounded, largest * (1.0 / LARGEST_ROUNDED), 0.0)
     inverse = largest.new_full((), LARGEST_ROUNDED) / largest  # not as a number: PyTorch would round its quotient twice
     numbers = torch.floor(k * torch.where(is_rounded, inverse, 0.0) + 0.5)
-    error = (norm(k - unit * numbers) + score_rounding(k.shape[-1]) * norm(k)) * NORM_ROUNDING
+    error = (norm(k - unit * numbers) + rounding_share(k.shape[-1]) * norm(k)) * NORM_ROUNDING
     return numbers.to(torch.int8), torch.where(is_finite, unit, torch.nan).squeeze(-1), error
 
 

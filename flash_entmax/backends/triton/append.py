@@ -2,10 +2,11 @@
 
 A block of keys keeps the largest of
 
-    |k - unit * rounded| + score_rounding |k|
+    |k - unit * rounded| + rounding_share |k|
 
-By Cauchy and Schwarz, |query| times this bounds how far a score by the 8 bits is from the score by the key. What
-float32 rounds in either is the second term. Each program has a block of its own, so no two of them write to one number.
+By Cauchy and Schwarz, |query| times this bounds how far a score by the 8 bits is from the score by the key. The second
+term is for the rounding of the query and of float32. Each program has a block of its own, so no two of them write to
+one number.
 """
 
 import triton
@@ -22,8 +23,8 @@ from .tile import UNSPECIALIZED, aligned, device_of, head_of
 
 BLOCK = tl.constexpr(call.SUMMARY_BLOCK)
 LARGEST_ROUNDED = tl.constexpr(call.LARGEST_ROUNDED)
-SMALLEST_ROUNDED_KEY = tl.constexpr(call.SMALLEST_ROUNDED_KEY)
-score_rounding = triton.constexpr_function(call.score_rounding)
+SMALLEST_ROUNDED = tl.constexpr(call.SMALLEST_ROUNDED)
+rounding_share = triton.constexpr_function(call.rounding_share)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -58,11 +59,11 @@ def rounded_of(k, C: tl.constexpr):
     largest = tl.max(tl.where(k == k, tl.abs(k), float("inf")), 1)
     is_finite = largest < float("inf")
     k = tl.where(is_finite[:, None], k, 0.0)
-    is_rounded = is_finite & (largest >= SMALLEST_ROUNDED_KEY)
+    is_rounded = is_finite & (largest >= SMALLEST_ROUNDED)
     unit = tl.where(is_rounded, largest * (1.0 / LARGEST_ROUNDED), 0.0)
     inverse = tl.where(is_rounded, tl.div_rn(LARGEST_ROUNDED, tl.where(is_rounded, largest, 1.0)), 0.0)
     numbers = tl.floor(k * inverse[:, None] + 0.5)
-    error = norm(k - unit[:, None] * numbers, 1) + score_rounding(C.HEAD) * norm(k, 1)
+    error = norm(k - unit[:, None] * numbers, 1) + rounding_share(C.HEAD) * norm(k, 1)
     return numbers.to(tl.int8), tl.where(is_finite, unit, float("nan")), error * NORM_ROUNDING
 
 

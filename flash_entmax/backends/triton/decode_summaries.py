@@ -5,9 +5,10 @@ Two kernels stand in for decode_scores and decode_solve:
     rounded_scores    keys in 8 bits -> a bound from above on each score, and by tile of keys bounds on its largest
     rounded_solve     one program a row: the keys that may have support, their scores, and all that decode_solve does
 
-A key k is within `error` of `unit * rounded`, the error of its block. So a score is within the margin |q| error of that
-by the 8 bits, and the largest score of a tile is too. The lower bounds on the tiles' largest scores certify a threshold
-at or below the true one. A key whose upper bound is not above it has no support. docs/math.md has the proof.
+A query is rounded to two numbers of 8 bits, 256 high + low, so that its products with the keys are sums of integers,
+without any rounding. A score by these is within the margin |q| error of the score, with the error of the key's block,
+and the largest score of a tile is too. The lower bounds on the largest scores of tiles certify a threshold at or below
+the true one. A key whose upper bound is not above it has no support. docs/math.md has the proof.
 """
 
 from typing import NamedTuple
@@ -36,12 +37,14 @@ from .decode import (
     weighted_values,
 )
 from .keys import Keys
-from .queries import Queries, open_options
+from .queries import open_options
 from .score import alibi_penalty, apply_score_options, apply_softcap
-from .tile import UNSPECIALIZED, Matrix, Sizes, head_of, open_tile
+from .tile import UNSPECIALIZED, Matrix, Sizes, head_of, load_block, open_tile
 from .visibility import visible_interval
 
 SUMMARY_BLOCK = tl.constexpr(call.SUMMARY_BLOCK)
+LARGEST_QUERY = tl.constexpr(call.LARGEST_ROUNDED_QUERY)
+SMALLEST_ROUNDED = tl.constexpr(call.SMALLEST_ROUNDED)
 GATHERED = tl.constexpr(2**13)  # numbers of the keys that a row's program loads at a time
 
 
@@ -62,9 +65,15 @@ class BoundPlaces(NamedTuple):
     exists: Tensor
 
 
-class Margin(NamedTuple):
-    """Two numbers of each row, (rows, 1): `length * error + rest` is how far a score is from that by the 8 bits."""
+class RoundedQueries(NamedTuple):
+    """Queries as unit * (256 high + low), the last two int8; and the two numbers of their margins.
 
+    A score is within `length * error + rest` of that by the rounded query and key. All but high and low are (rows, 1).
+    """
+
+    high: Tensor
+    low: Tensor
+    unit: Tensor
     length: Tensor
     rest: Tensor
 
@@ -83,7 +92,7 @@ def rounded_scores_kernel(
     inner = program % row_tiles * C.ROWS + tl.arange(0, C.ROWS)  # of the rows of this launch
     exists = inner < rows
     queries = open_group(query, unit, first_row + inner, exists, score_options, sizes, visibility, C)
-    queries, margin = open_margin(queries, C)
+    rounded_queries = round_queries(queries, C)
     place = tl.cast(program // row_tiles, tl.int64) * rows + inner
     tiles = tiles_of_split(queries, exists, bounds + 2 * place, split, splits, C)
     keys = rounded_head(rounded_keys, unit, capacity, sizes)
@@ -91,9 +100,9 @@ def rounded_scores_kernel(
     places = BoundPlaces(
         highest_scores + place * line, highest_of_tiles + tile_place, lowest_of_tiles + tile_place, exists
     )
-    bound_tiles(queries, margin, keys, places, tiles.begin, tl.minimum(tiles.first_whole, tiles.end), True, C)
-    bound_tiles(queries, margin, keys, places, tiles.first_whole, tiles.last_whole, False, C)
-    bound_tiles(queries, margin, keys, places, tl.maximum(tiles.last_whole, tiles.begin), tiles.end, True, C)
+    bound_scores(queries, rounded_queries, keys, places, tiles.begin, tl.minimum(tiles.first_whole, tiles.end), True, C)
+    bound_scores(queries, rounded_queries, keys, places, tiles.first_whole, tiles.last_whole, False, C)
+    bound_scores(queries, rounded_queries, keys, places, tl.maximum(tiles.last_whole, tiles.begin), tiles.end, True, C)
 
 
 @triton.jit
@@ -106,16 +115,22 @@ def rounded_head(keys, unit, capacity, sizes):
 
 
 @triton.jit
-def open_margin(queries, C: tl.constexpr):
-    """(queries, margin). A query whose products may overflow is replaced by 0, and its margin is infinite or NaN.
+def round_queries(queries, C: tl.constexpr):
+    """Each component is off by half a unit at most. Where a query is not finite, or so small that its unit is not, it
+    is replaced by 0, and its margin is infinite or NaN.
 
     A softcap rises by at most what its score does, and its tanh, computed twice, is off by less than 2^-20. ALiBi is
     the same in both scores. An infinite slope hides its keys, and adds no error.
     """
     options = queries.options
     q = queries.q.to(tl.float32)
-    is_bounded = tl.sum(tl.abs(q), 1) * call.LARGEST_ROUNDED < float("inf")
-    length = tl.where(is_bounded, norm(q, 1) * NORM_ROUNDING, float("inf"))[:, None]
+    largest = tl.max(tl.where(q == q, tl.abs(q), float("inf")), 1)
+    is_rounded = (largest >= SMALLEST_ROUNDED) & (largest < float("inf"))
+    unit = tl.where(is_rounded, largest * (1.0 / LARGEST_QUERY), 0.0)
+    inverse = tl.where(is_rounded, LARGEST_QUERY / tl.where(is_rounded, largest, 1.0), 0.0)
+    number = tl.floor(tl.where(is_rounded[:, None], q, 0.0) * inverse[:, None] + 0.5).to(tl.int32)
+    low = ((number + 128) & 255) - 128
+    length = tl.where(is_rounded | (largest == 0), norm(q, 1) * NORM_ROUNDING, float("inf"))[:, None]
     rest = tl.zeros_like(length)
     if C.SOFTCAP:
         rest += options.softcap * 2.0**-20
@@ -123,56 +138,56 @@ def open_margin(queries, C: tl.constexpr):
         furthest = tl.maximum(tl.abs(queries.position - queries.start), tl.abs(queries.position - queries.stop))
         finite = tl.where(options.alibi_slopes == float("inf"), 0.0, tl.abs(options.alibi_slopes))
         rest += finite * furthest[:, None].to(tl.float32) * 2.0**-20
-    bounded = tl.where(is_bounded[:, None], queries.q, 0.0).to(queries.q.dtype)
-    queries = Queries(
-        queries.unit, queries.tile, queries.row, queries.start, queries.stop, queries.position, bounded, options,
-        queries.sizes, queries.visibility,
-    )  # fmt: skip
-    return queries, Margin(length, rest)
+    high = ((number - low) >> 8).to(tl.int8)
+    return RoundedQueries(high, low.to(tl.int8), unit[:, None], length, rest)
 
 
 @triton.jit
-def bound_tiles(queries, margin, keys, places, begin, end, MASKED: tl.constexpr, C: tl.constexpr):
+def bound_scores(queries, rounded_queries, keys, places, begin, end, MASKED: tl.constexpr, C: tl.constexpr):
     """Store the bounds of some tiles of keys. A score that is not known is bounded by inf; its tile has no lower bound.
 
-    A key without a unit makes its scores NaN, and so does a margin that is no number.
+    A key without a unit makes its scores NaN, and so does a margin that is no number. The units and the error of a tile
+    are loaded while the tile before it is multiplied.
     """
     exists = places.exists
-    column = tl.arange(0, C.HEAD_PADDED)
     columns = places.highest_scores[:, None] + tl.arange(0, C.TILE)[None, :]
+    unit, error = load_units(keys, begin, end, queries.sizes.key_length, C)
     for tile in range(begin, end):
+        next_unit, next_error = load_units(keys, tile + 1, end, queries.sizes.key_length, C)
         block = open_tile(tile, C)
-        rounded, unit = load_rounded(keys, block, column, queries.sizes.key_length, MASKED, C)
-        product = tl.dot(queries.q, tl.trans(rounded.to(queries.q.dtype)), input_precision=C.PRECISION)
+        rounded = load_block(keys.rounded, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
+        product = product_of_integers(rounded_queries, tl.trans(rounded)).to(tl.float32)
+        product = product * unit[None, :] * rounded_queries.unit
         tile_keys = Keys(tile, block.first, block.column, rounded)
-        score, _ = apply_score_options(product * unit[None, :], queries, tile_keys, MASKED, False, C)
-        row_margin = margin.length * tl.load(keys.error + block.first // SUMMARY_BLOCK) + margin.rest
-        upper = score + row_margin
+        score, _ = apply_score_options(product, queries, tile_keys, MASKED, False, C)
+        margin = rounded_queries.length * error + rounded_queries.rest
+        upper = score + margin
         upper = tl.where(upper == upper, upper, float("inf"))
         if MASKED or C.ALIBI:
             upper = tl.where(score == float("-inf"), score, upper)  # hidden, also where the margin is infinite
         tl.store(columns + tile * C.TILE, upper, mask=exists[:, None])
         largest = tl.max(upper, 1)
-        lower = tl.where(largest < float("inf"), largest - 2.0 * tl.max(row_margin, 1), float("-inf"))
+        lower = tl.where(largest < float("inf"), largest - 2.0 * tl.max(margin, 1), float("-inf"))
         tl.store(places.highest + tile, largest, mask=exists)
         tl.store(places.lowest + tile, lower, mask=exists)
+        unit = next_unit
+        error = next_error
 
 
 @triton.jit
-def load_rounded(keys, block, column, key_length, MASKED: tl.constexpr, C: tl.constexpr):
-    """(rounded, unit) of a tile of keys. Without a mask, none of them is past the last."""
-    inside = block.column[:, None] * keys.rounded.row_stride + column[None, :]
-    pointers = keys.rounded.data + tl.cast(block.first, tl.int64) * keys.rounded.row_stride + inside
-    units = keys.unit + block.first + block.column
-    if MASKED:
-        exists = block.column < key_length - block.first
-        rounded = tl.load(pointers, mask=exists[:, None] & (column < C.HEAD)[None, :], other=0)
-        unit = tl.load(units, mask=exists, other=0.0)
-    elif C.HEAD == C.HEAD_PADDED:
-        rounded, unit = tl.load(pointers), tl.load(units)
-    else:
-        rounded, unit = tl.load(pointers, mask=(column < C.HEAD)[None, :], other=0), tl.load(units)
-    return rounded, unit
+def load_units(keys, tile, end, key_length, C: tl.constexpr):
+    """(units of the keys of a tile, error of its block); 0 from the tile `end` on."""
+    limit = tl.minimum(end * C.TILE, key_length)
+    number = tile * C.TILE + tl.arange(0, C.TILE)
+    unit = tl.load(keys.unit + number, mask=number < limit, other=0.0)
+    return unit, tl.load(keys.error + tile * C.TILE // SUMMARY_BLOCK, mask=tile * C.TILE < limit, other=0.0)
+
+
+@triton.jit
+def product_of_integers(queries, keys):
+    """(256 high + low) . rounded, below 2^31 for heads of 512."""
+    product = tl.dot(queries.high, keys, out_dtype=tl.int32) * 256
+    return tl.dot(queries.low, keys, acc=product, out_dtype=tl.int32)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

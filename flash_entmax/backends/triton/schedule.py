@@ -205,6 +205,8 @@ def _config(
     if max(head_padded, value_padded) > WIDEST_PIPELINED:
         # Where loads are not asynchronous, Triton 3.6 may multiply wrongly by values narrower than the keys.
         head_padded = value_padded = max(head_padded, value_padded)
+    if rows:
+        head_padded = max(head_padded, 32)  # of numbers of 8 bits, matrix units multiply so many at a time
     is_single = dtype == torch.float32
     quota, stored_tiles = reach_limits(dtype, value_size, tile)
     return Config(
@@ -274,7 +276,7 @@ def decode_scores_settings(config: Config) -> LaunchSettings:
 
 
 def rounded_scores_settings(config: Config) -> LaunchSettings:
-    return decode_scores_settings(config)
+    return LaunchSettings(4, 4 if config.HEAD_PADDED <= 2 * WIDEST_PIPELINED else 2)
 
 
 def decode_row_settings(config: Config) -> LaunchSettings:

@@ -50,7 +50,8 @@ STAGES_TOGETHER = {
     "solve": {"certify", "reaching"},
     "share": {"reaching"},
     "decode": {"plan"},
-    "decode_summaries": {"bound", "decode"},
+    "decode_blocks": {"bound", "decode"},
+    "decode_summaries": {"decode", "decode_blocks"},
     "gradient": {"reaching", "share"},
 }
 

@@ -25,8 +25,11 @@ def decode(case: Case, impl: str, summaries: KeySummaries) -> Tensor:
 
 
 def check(case: Case, impl: str, summaries: KeySummaries | None = None) -> Tensor:
-    """The output against the float64 reference."""
-    summaries = KeySummaries.of(case.key, impl=impl) if summaries is None else summaries
+    """The output against the float64 reference, with summaries of both kinds."""
+    if summaries is None:
+        summaries = KeySummaries.of(case.key, impl=impl)
+        if impl == "triton":
+            check(case, impl, KeySummaries.of(case.key, skips_blocks=True, impl=impl))
     actual = decode(case, impl, summaries)
     exact = attend(case.in_float64(), "reference")
     dense = run_dense(case, case.grad_output()).output
@@ -55,6 +58,33 @@ def sparse(backend, dtype=torch.float32) -> tuple[Case, Tensor]:
     near[[3, 64, 130, 199]] = True
     case.query[..., 0], case.key[..., 0] = 8.0, torch.where(near, 8.0, -8.0).to(dtype)
     return case, near
+
+
+def blocks_apart(backend) -> tuple[Case, Tensor]:
+    """Blocks of similar keys, of which one is near all queries; and which keys are in it."""
+    case = few_queries(backend, heads=4, key_heads=2, keys=256, dim=32)
+    near = torch.arange(256, device=backend.device) // 64 == 2
+    case.query[..., 0], case.key[..., 0] = 8.0, torch.where(near, 8.0, -8.0)
+    return case, near
+
+
+def blocks_side_by_side(backend) -> Case:
+    """Two blocks of equal keys share the support. The z of the second is 0.1 below the maximum."""
+    case = few_queries(backend, keys=256, dim=32)
+    case.query[..., 0] = 8.0
+    case.key.zero_()
+    place = torch.arange(256, device=backend.device) // 64
+    case.key[..., 0] = torch.where(place == 0, 8.0, torch.where(place == 1, 8.0 - 0.1 * 2 * 32**0.5 / 8, -8.0))
+    return case
+
+
+def support_in_a_wide_block(backend) -> Case:
+    """The first block of keys has all the support, but its mean is far from the queries and from the other keys."""
+    case = few_queries(backend, keys=192)
+    case.query[..., 0] += 8.0
+    case.key[..., 0] += 6.0
+    case.key[:, :, :64, 0] = torch.tensor([16.0, -16.0], device=backend.device).repeat(32)
+    return case
 
 
 def keys_of_whole_numbers(backend) -> Case:
@@ -174,6 +204,44 @@ def test_only_keys_that_may_have_support_are_read(backend):
     assert decode(replace(case, key=key), backend.impl, summaries).isnan().all()
 
 
+def test_blocks_that_are_ruled_out_are_not_read(backend):
+    if backend.impl == "torch":
+        pytest.skip("plain PyTorch reads all keys")
+    case, near = blocks_apart(backend)
+    expected = decode(case, backend.impl, KeySummaries.of(case.key, impl=backend.impl))
+    bad = replace(case, key=torch.where(near[:, None], case.key, torch.nan))
+    for skips_blocks in (True, False):
+        summaries = KeySummaries.of(case.key, skips_blocks=skips_blocks, impl=backend.impl)
+        summaries.rounded_keys.unit[:, :, ~near] = torch.nan  # who reads it reads the key
+        output = decode(bad, backend.impl, summaries)
+        assert torch.equal(output, expected) if skips_blocks else output.isnan().all()
+
+
+def test_blocks_side_by_side(backend):
+    check(blocks_side_by_side(backend), backend.impl)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"alibi_slopes": (0.3, -0.2)}, {"softcap": 20.0}])
+def test_support_in_a_wide_block(backend, options):
+    case = support_in_a_wide_block(backend)
+    if "alibi_slopes" in options:
+        options = {"alibi_slopes": torch.tensor(options["alibi_slopes"], device=backend.device)}
+    check(replace(case, is_causal=options.pop("is_causal", False), options=options), backend.impl)
+
+
+def test_bounds_of_blocks_hold(backend):
+    key = few_queries(backend, keys=140, dim=40).key
+    _, _, _, centre, radius, error = KeySummaries.of(key, skips_blocks=True, impl=backend.impl).rounded_keys
+    for index, block in enumerate(key.double().split(64, 2)):
+        c = centre[:, :, index, :40].double()
+        if index == 2:
+            assert radius[0, 0, 2] == error[0, 0, 2] == torch.inf  # it is not full
+            continue
+        assert ((block - c.unsqueeze(2)).norm(dim=-1) <= radius[:, :, index, None]).all()
+        assert ((block.mean(2) - c).norm(dim=-1) <= error[:, :, index]).all()
+        assert (radius < 10).any()
+
+
 def test_keys_that_were_not_appended_are_read(backend):
     case = few_queries(backend, keys=200, batch=2)
     summaries = KeySummaries(2, 1, 300, 16, dtype=case.key.dtype, device=backend.device, impl=backend.impl)
@@ -235,7 +303,7 @@ def test_scores_that_overflow_spoil_their_rows(backend):
 
 
 def tensors_of(summaries: KeySummaries) -> list[Tensor]:
-    return [tensor.nan_to_num(-1.0) for tensor in (summaries.lengths, *summaries.rounded_keys)]
+    return [tensor.nan_to_num(-1.0) for tensor in summaries.tensors()]
 
 
 def assert_equal(one: KeySummaries, other: KeySummaries) -> None:
@@ -246,12 +314,14 @@ def assert_equal(one: KeySummaries, other: KeySummaries) -> None:
 def test_one_by_one_is_as_at_once(backend, dtype):
     key = few_queries(backend, keys=140, batch=2, key_heads=2, dim=40, dtype=dtype).key
     key[0, 0, 3, 1] = torch.nan
-    expected = KeySummaries.of(key, capacity=150, impl=backend.impl)
-    summaries = KeySummaries(2, 2, 150, 40, dtype=dtype, device=backend.device, impl=backend.impl)
+    expected = KeySummaries.of(key, capacity=150, skips_blocks=True, impl=backend.impl)
+    kind = {"dtype": dtype, "device": backend.device, "skips_blocks": True, "impl": backend.impl}
+    summaries = KeySummaries(2, 2, 150, 40, **kind)
     for part in key.split([1, 1, 61, 2, 64, 11], 2):
         summaries.append(part)
     assert_equal(summaries, expected)
     assert summaries.lengths.tolist() == [140, 140]
+    assert (summaries.rounded_keys.radius < torch.inf).sum() == 7  # two of each head, but for the block with the NaN
 
 
 def test_batch_rows_of_their_own_lengths(backend):
@@ -277,7 +347,7 @@ def test_what_lies_past_the_capacity_is_left_out(backend):
 def test_the_error_bounds_what_is_left_out(backend):
     key = few_queries(backend, keys=130, dim=40).key
     key[:, :, 70:] *= 1e-3
-    rounded, unit, error = KeySummaries.of(key, impl=backend.impl).rounded_keys
+    rounded, unit, error, *_ = KeySummaries.of(key, impl=backend.impl).rounded_keys
     left = (key.double() - (unit.double().unsqueeze(-1) * rounded)[..., :40]).norm(dim=-1)
     for block, own in enumerate(left.split(64, 2)):
         assert (own <= error[:, :, block, None]).all()
@@ -287,35 +357,41 @@ def test_the_error_bounds_what_is_left_out(backend):
 @pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
 def test_plain_pytorch_rounds_alike(backend):
     key = few_queries(backend, keys=130, dim=40, dtype=torch.float16).key
-    ours, plain = (KeySummaries.of(key, impl=impl).rounded_keys for impl in (backend.impl, "torch"))
+    made = (KeySummaries.of(key, skips_blocks=True, impl=impl) for impl in (backend.impl, "torch"))
+    ours, plain = (summaries.rounded_keys for summaries in made)
     assert torch.equal(ours.unit, plain.unit)
     different = (ours.rounded.int() - plain.rounded.int()).abs()
     assert different.max() <= (1 if HAS_CUDA else 0)  # a product and a sum may be one operation there
-    torch.testing.assert_close(ours.error, plain.error)
+    for name in ("error", "centre", "radius", "centre_error"):
+        torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-3, atol=1e-5)
 
 
 def test_reset_forgets_all_keys(backend):
     key = few_queries(backend, keys=70).key
-    summaries = KeySummaries.of(1e3 * key, impl=backend.impl)
+    summaries = KeySummaries.of(1e3 * key, skips_blocks=True, impl=backend.impl)
     summaries.reset()
     assert summaries.rounded_keys.unit.isnan().all()
+    assert summaries.rounded_keys.radius.isinf().all()
     summaries.append(key)
-    assert_equal(summaries, KeySummaries.of(key, impl=backend.impl))
+    assert_equal(summaries, KeySummaries.of(key, skips_blocks=True, impl=backend.impl))
 
 
 def test_reorder_copies_batch_rows(backend):
     key = few_queries(backend, keys=70, batch=3).key
     summaries, indices = KeySummaries.of(key, impl=backend.impl), torch.tensor([2, 0, 0], device=backend.device)
-    addresses = [tensor.data_ptr() for tensor in summaries.rounded_keys]
+    addresses = [tensor.data_ptr() for tensor in summaries.tensors()]
     summaries.reorder(indices)
     assert_equal(summaries, KeySummaries.of(key[indices], impl=backend.impl))
-    assert [tensor.data_ptr() for tensor in summaries.rounded_keys] == addresses
+    assert [tensor.data_ptr() for tensor in summaries.tensors()] == addresses
 
 
 def test_bytes():
     """Of 16-bit keys of 128, half, and 4 bytes for each key."""
     summaries = KeySummaries(2, 3, 640, 128, dtype=torch.bfloat16, device="cpu")
-    assert summaries.nbytes == 2 * 3 * 640 * (128 + 4) + 2 * 3 * 10 * 4 + 2 * 4
+    plain = 2 * 3 * 640 * (128 + 4) + 2 * 3 * 10 * 4 + 2 * 4
+    assert summaries.nbytes == plain
+    summaries = KeySummaries(2, 3, 640, 128, dtype=torch.bfloat16, device="cpu", skips_blocks=True)
+    assert summaries.nbytes == plain + 2 * 3 * 10 * (2 * 128 + 8)
 
 
 # How it is called
@@ -337,7 +413,7 @@ def test_implementations_without_a_use_for_it_give_the_same_result():
 
 def test_operators(backend):
     case = few_queries(backend, 2, 70)
-    summaries = KeySummaries.of(case.key[:, :, :60], capacity=80, impl=backend.impl)
+    summaries = KeySummaries.of(case.key[:, :, :60], capacity=80, skips_blocks=True, impl=backend.impl)
     found = operator_arguments(replace(case, options={"key_summary": summaries}), backend.impl)
     assert all(any(own is given for given in found) for own in summaries.rounded_keys)
     torch.library.opcheck(attention, found)
@@ -347,7 +423,7 @@ def test_operators(backend):
 
 def test_compiled(backend):
     case = few_queries(backend, 1, 70)
-    summaries = KeySummaries.of(case.key[:, :, :69], capacity=80, impl=backend.impl)
+    summaries = KeySummaries.of(case.key[:, :, :69], capacity=80, skips_blocks=True, impl=backend.impl)
 
     def step(query, key, value):
         summaries.append(key[:, :, 69:])
@@ -431,6 +507,7 @@ def test_summaries_of_other_keys_are_refused(backend):
         ({"head_size": 513}, ValueError, "head_size must be from 1 to 512, got 513"),
         ({"dtype": torch.float64}, TypeError, "dtype must be float16, bfloat16 or float32, got torch.float64"),
         ({"impl": "reference"}, ValueError, "impl must be one of"),
+        ({"skips_blocks": 1}, TypeError, "skips_blocks must be True or False, got 1"),
     ],
 )
 def test_sizes_that_are_refused(wrong, error, message):
@@ -475,7 +552,7 @@ def test_nothing_to_append(backend):
 if not HAS_CUDA and find_spec("triton"):
     from conftest import Backend
 
-    from flash_entmax.backends.triton import append, decode_summaries
+    from flash_entmax.backends.triton import append, decode_blocks, decode_summaries
 
     FAULTS = {
         "the margin is forgotten": (
@@ -496,6 +573,13 @@ if not HAS_CUDA and find_spec("triton"):
         "the last key's error is forgotten": (
             append, "append_kernel", "tl.max(tl.where(inside, key_errors, 0.0), 0)", "0.0", "nearly one",
         ),
+        "blocks are taken for points": (
+            append, "bounds_of", "tl.max(norm(x - c[None, :], 1), 0)", "0.0", "wide block",
+        ),
+        "tau is taken to be nearer to the maximum": (
+            decode_blocks, "list_reached_tiles", "-1.0 - ...", "-0.05", "side by side",
+        ),
+        "a listed tile is dropped": (decode_blocks, "list_reached_tiles", "return ...", "return ... - 1", "side by side"),
         "a key that is not finite is rounded": (
             append, "rounded_of", 'tl.where(is_finite, unit, float("nan"))', "unit", "bad key",
         ),
@@ -505,6 +589,8 @@ if not HAS_CUDA and find_spec("triton"):
         "nearly one": lambda: check(near_ties(INTERPRETER), "triton"),
         "whole numbers": lambda: check(keys_of_whole_numbers(INTERPRETER), "triton"),
         "planted": lambda: check(sparse(INTERPRETER)[0], "triton"),
+        "wide block": lambda: check(support_in_a_wide_block(INTERPRETER), "triton"),
+        "side by side": lambda: check(blocks_side_by_side(INTERPRETER), "triton"),
         "bad key": lambda: test_a_bad_key_spoils_the_rows_that_see_it(INTERPRETER, torch.nan),
     }
 

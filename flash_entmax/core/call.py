@@ -143,11 +143,19 @@ class RoundedKeys(NamedTuple):
             is read as it is.
         error: (batch, key heads, blocks of SUMMARY_BLOCK keys) float32. A score by ``unit * rounded``, and a query
             rounded to 16 bits, is within ``|query| * error`` of the score, rounding of float32 included.
+        centre: (batch, key heads, blocks, head size up to a multiple of 16), close to the mean of each block, in the
+            dtype of the keys. None, like the rest, where no blocks are to be skipped.
+        radius: (batch, key heads, blocks) float32, at least the largest distance of a key of the block to the centre;
+            inf where the block is not full.
+        centre_error: of this shape, at least the distance of the block's mean to the centre.
     """
 
     rounded: Tensor
     unit: Tensor
     error: Tensor
+    centre: Tensor | None = None
+    radius: Tensor | None = None
+    centre_error: Tensor | None = None
 
 
 def rounding_share(head_size: int) -> float:
@@ -156,7 +164,7 @@ def rounding_share(head_size: int) -> float:
     The first term is for the rounding of the query, the second for the float32 sum that is the score. docs/math.md has
     the proof.
     """
-    return head_size**0.5 / (2.0 * LARGEST_ROUNDED_QUERY) + (head_size + 32) * 2.0**-22
+    return 0.51 * head_size**0.5 / LARGEST_ROUNDED_QUERY + (head_size + 32) * 2.0**-22
 
 
 class Tangents(NamedTuple):

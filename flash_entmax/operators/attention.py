@@ -38,6 +38,9 @@ class OptionTensors(NamedTuple):
     rounded: Tensor | None = None
     unit: Tensor | None = None
     rounding_error: Tensor | None = None
+    block_centre: Tensor | None = None
+    block_radius: Tensor | None = None
+    block_error: Tensor | None = None
 
 
 class OptionNumbers(NamedTuple):
@@ -60,7 +63,7 @@ _TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
 _INPUTS_BATCH, _STATE_BATCH = (0, 0, 0), (0, 0, 0, 0)
 _TENSORS_BATCH = OptionTensors(
     alpha=None, scale=None, alibi_slopes=0, intervals=0, tile_kinds=0, tile_bits=None, centre=0, radius=0, error=0,
-    largest=0, rounded=0, unit=0, rounding_error=0,
+    largest=0, rounded=0, unit=0, rounding_error=0, block_centre=0, block_radius=0, block_error=0,
 )  # fmt: skip
 _TANGENTS_BATCH = Tangents(query=0, key=0, value=0, alpha=None, scale=None, alibi_slopes=0)
 TENSORS, NUMBERS, TANGENTS = (len(names._fields) for names in (OptionTensors, OptionNumbers, Tangents))
@@ -88,7 +91,7 @@ def unpack_arguments(query: Tensor, value: Tensor, tensors: tuple, numbers: tupl
     """The problem that an operator's arguments pose, and the name of the backend for it."""
     alphas, scales, slopes, *masks = tensors[:6]  # in the order of OptionTensors
     summary = None if tensors[6] is None else KeySummary(*tensors[6:-ROUNDED])
-    rounded_keys = None if tensors[-1] is None else RoundedKeys(*tensors[-ROUNDED:])
+    rounded_keys = None if tensors[-ROUNDED] is None else RoundedKeys(*tensors[-ROUNDED:])
     alpha, scale, softcap, is_causal, span, backend = numbers  # in the order of OptionNumbers
     if alphas is not None:
         alpha, scale = alphas, scales

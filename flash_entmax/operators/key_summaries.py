@@ -10,14 +10,20 @@ from ..core.call import RoundedKeys
 from ..core.registration import fake, operator
 from .eager import unrecorded
 
+_ROUNDED = (
+    "Tensor(a!) rounded, Tensor(b!) unit, Tensor(c!) error, Tensor(d!)? centre, Tensor(e!)? radius, "
+    "Tensor(f!)? centre_error"
+)
 
-@operator("Tensor(a!) rounded, Tensor(b!) unit, Tensor(c!) error, Tensor key, Tensor lengths, str backend", results=0)
-def append_keys(rounded, unit, error, key, lengths, backend):
-    BACKENDS[backend].append_keys(RoundedKeys(rounded, unit, error), key, lengths)
+
+@operator(f"{_ROUNDED}, Tensor key, Tensor lengths, str backend", results=0)
+def append_keys(*arguments):
+    *rounded_keys, key, lengths, backend = arguments
+    BACKENDS[backend].append_keys(RoundedKeys(*rounded_keys), key, lengths)
 
 
 @fake("append_keys")
-def _(rounded, unit, error, key, lengths, backend):
+def _(*arguments):
     return None
 
 

@@ -11,6 +11,7 @@ from ...core.call import (
     RoundedKeys,
     rounding_share,
 )
+from ...core.tensors import ceil_div
 
 
 def append_keys(rounded_keys: RoundedKeys, key: Tensor, lengths: Tensor) -> None:
@@ -28,6 +29,29 @@ def append_keys(rounded_keys: RoundedKeys, key: Tensor, lengths: Tensor) -> None
     rounded_keys.unit[row, :, place] = unit[row, :, new]
     block = (position.clamp(0, capacity - 1) // SUMMARY_BLOCK).unsqueeze(1).expand_as(error)
     rounded_keys.error.scatter_reduce_(2, block, torch.where(inside.unsqueeze(1), error, 0.0), "amax")
+    if rounded_keys.centre is not None:
+        store_bounds(rounded_keys, lengths.long(), key.shape[2])
+
+
+def store_bounds(rounded_keys: RoundedKeys, lengths: Tensor, new: int) -> None:
+    """The bounds of the blocks of so many new keys, from positions `lengths` on; inf where one is not full."""
+    rounded, unit, error, centre, radius, centre_error = rounded_keys
+    capacity, slots = rounded.shape[2], ceil_div(new - 1, SUMMARY_BLOCK) + 1
+    blocks = lengths.unsqueeze(1) // SUMMARY_BLOCK + torch.arange(slots, device=lengths.device)
+    row, slot = ((blocks >= 0) & (blocks < radius.shape[2])).nonzero(as_tuple=True)
+    block = blocks[row, slot]
+    end = (block + 1) * SUMMARY_BLOCK
+    place = block.unsqueeze(1) * SUMMARY_BLOCK + torch.arange(SUMMARY_BLOCK, device=lengths.device)
+    rows, place = row.unsqueeze(1), place.clamp_max(capacity - 1)
+    x = (rounded[rows, :, place] * unit[rows, :, place].unsqueeze(-1)).transpose(1, 2)  # (blocks, heads, keys, size)
+    mean = x.mean(2)
+    c = mean.to(centre.dtype)
+    away, missed = norm(x - c.float().unsqueeze(2)).amax(-1), norm(mean - c.float())
+    spare = error[row, :, block] + 2.0 * rounding_share(x.shape[-1]) * (norm(c.float()) + away)
+    is_full = ((end <= lengths[row] + new) & (end <= capacity)).unsqueeze(1) & ~mean.isnan().any(-1)
+    centre[row, :, block] = torch.where(is_full.unsqueeze(-1), c, 0.0)
+    radius[row, :, block] = torch.where(is_full, (away + spare) * NORM_ROUNDING, torch.inf)
+    centre_error[row, :, block] = torch.where(is_full, (missed + spare) * NORM_ROUNDING, torch.inf)
 
 
 def rounded_of(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,9 @@ A block of keys keeps the largest of
 By Cauchy and Schwarz, |query| times this bounds how far a score by the 8 bits is from the score by the key. The second
 term is for the rounding of the query and of float32. Each program has a block of its own, so no two of them write to
 one number.
+
+A block that is full may have a centre c, which is close to the mean of its keys, and two bounds. The first is on
+|k - c|, the second on |mean - c|. Both are computed from the keys in 8 bits, which are near.
 """
 
 import triton
@@ -28,7 +31,10 @@ rounding_share = triton.constexpr_function(call.rounding_share)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def append_kernel(key, lengths, rounded, unit, error, heads, key_length, capacity, slots, C: tl.constexpr):
+def append_kernel(
+    key, lengths, rounded, unit, error, centre, radius, centre_error, heads, key_length, capacity, slots,
+    C: tl.constexpr,
+):  # fmt: skip
     """Round the new keys of one block of one key head. They stand at positions lengths[batch] + 0, 1, ..."""
     key_unit = tl.cast(tl.program_id(0) // slots, tl.int64)
     batch = key_unit // heads
@@ -51,6 +57,33 @@ def append_kernel(key, lengths, rounded, unit, error, heads, key_length, capacit
     largest = tl.load(error + key_unit * blocks + block, mask=exists, other=0.0)
     largest = tl.maximum(largest, tl.max(tl.where(inside, key_errors, 0.0), 0))
     tl.store(error + key_unit * blocks + block, largest, mask=exists)
+    if centre is not None:
+        kept = (number < 0) & (position >= 0) & (position < capacity)
+        kept_numbers = tl.load(
+            rounded + place[:, None] * C.HEAD + column, mask=kept[:, None] & (column < C.HEAD), other=0
+        )
+        kept_units = tl.load(unit + place, mask=kept, other=0.0)
+        block_units = tl.where(inside, key_units, kept_units)
+        x = tl.where(inside[:, None], numbers, kept_numbers).to(tl.float32) * block_units[:, None]
+        is_full = exists & (block * BLOCK + BLOCK <= tl.minimum(before + key_length, capacity))
+        is_full = is_full & (tl.sum(block_units, 0) >= 0)  # no unit is NaN
+        c, block_radius, missed = bounds_of(x, largest, centre.dtype.element_ty, C)
+        pointers = centre + (key_unit * blocks + block) * C.HEAD + tl.arange(0, C.HEAD_PADDED)
+        tl.store(pointers, tl.where(is_full, c, 0.0), mask=tl.arange(0, C.HEAD_PADDED) < tl.where(exists, C.HEAD, 0))
+        tl.store(radius + key_unit * blocks + block, tl.where(is_full, block_radius, float("inf")), mask=exists)
+        tl.store(centre_error + key_unit * blocks + block, tl.where(is_full, missed, float("inf")), mask=exists)
+
+
+@triton.jit
+def bounds_of(x, error, dtype: tl.constexpr, C: tl.constexpr):
+    """(centre, radius, centre_error) of a full block of keys that are within `error` of x."""
+    mean = tl.sum(x, 0) / BLOCK
+    centre = mean.to(dtype)
+    c = centre.to(tl.float32)
+    radius = tl.max(norm(x - c[None, :], 1), 0)
+    missed = tl.max(norm((mean - c)[None, :], 1), 0)
+    spare = error + 2.0 * rounding_share(C.HEAD) * (tl.max(norm(c[None, :], 1), 0) + radius)
+    return centre, (radius + spare) * NORM_ROUNDING, (missed + spare) * NORM_ROUNDING
 
 
 @triton.jit

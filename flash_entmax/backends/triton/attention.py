@@ -11,6 +11,7 @@ from . import schedule
 from .bound import KernelKeySummary, summary_kernel
 from .certify import certify_kernel
 from .decode import decode_parts_kernel, decode_scores_kernel, decode_solve_kernel
+from .decode_blocks import KernelBlocks, block_bounds_kernel
 from .decode_summaries import KernelRoundedKeys, rounded_scores_kernel, rounded_solve_kernel
 from .gradient import gradient_key_value_kernel, gradient_query_kernel
 from .launch import Direct, SettingsRule, ThroughTriton
@@ -209,15 +210,18 @@ def decode_stages(
 ) -> None:
     """Write the output, see decode.py, and decode_summaries.py where there are keys in 8 bits."""
     plan, device = launches.plan, output.device
-    kernels, layout, capacity = DECODE, plan.decode_scratch, 0
+    kernels, layout, capacity, blocks = DECODE, plan.decode_scratch, 0, None
     if rounded_keys is not None:
         kernels, layout, capacity = DECODE_ROUNDED, plan.rounded_scratch, rounded_keys.rounded.shape[2]
-        rounded, *numbers = rounded_keys
-        rounded_keys = KernelRoundedKeys(matrix(rounded), *numbers)
-    arguments = *map(aligned, inputs), matrix(output), rounded_keys
+        if rounded_keys.centre is not None:
+            kernels, layout = (block_bounds_kernel, *kernels), plan.block_scratch
+            blocks = KernelBlocks(matrix(rounded_keys.centre), rounded_keys.radius, rounded_keys.centre_error)
+        rounded_keys = KernelRoundedKeys(matrix(rounded_keys.rounded), rounded_keys.unit, rounded_keys.error)
+    arguments = *map(aligned, inputs), matrix(output), rounded_keys, blocks
     opened, arguments, scratch = launches.open(kernels, arguments, layout, device)
-    query, key, value, output, rounded_keys = arguments
-    scores, support, maxima, live_tiles, bounds, counts, finished, parts, *lowest = scratch
+    query, key, value, output, rounded_keys, blocks = arguments
+    scores, support, maxima, live_tiles, bounds, counts, finished, parts, *further = scratch
+    lowest, least = further + [None] * (2 - len(further))
     scoring, row_rule = schedule.decode_scores_settings, schedule.decode_row_settings
     for first_unit, units, first_row, rows, line in plan.decode_chunks:
         numbers, programs = (*plan.sizes, first_unit, first_row, rows, line), units * rows
@@ -233,13 +237,18 @@ def decode_stages(
                 finished, output, opened.options, *numbers,
             )  # fmt: skip
         else:
+            split_numbers = *plan.sizes, capacity, first_unit, first_row, rows, line, splits
+            if blocks is not None:
+                opened.launch(
+                    block_bounds_kernel, tiles * splits, row_rule, query, blocks, maxima, least, bounds, opened.options,
+                    opened.visibility, *split_numbers,
+                )  # fmt: skip
             opened.launch(
-                rounded_scores_kernel, tiles * splits, schedule.rounded_scores_settings, query, rounded_keys, scores,
-                maxima, *lowest, bounds, opened.options, opened.visibility, *plan.sizes, capacity, first_unit,
-                first_row, rows, line, splits,
+                rounded_scores_kernel, tiles * splits, schedule.rounded_scores_settings, query, rounded_keys, least,
+                live_tiles, scores, maxima, lowest, bounds, opened.options, opened.visibility, *split_numbers,
             )  # fmt: skip
             opened.launch(
-                rounded_solve_kernel, programs, row_rule, query, key, value, scores, maxima, *lowest, bounds,
+                rounded_solve_kernel, programs, row_rule, query, key, value, scores, maxima, lowest, bounds,
                 live_tiles, support, counts, finished, output, opened.options, opened.visibility, *numbers,
             )  # fmt: skip
         splits = splits_of(programs, ceil_div(line, PART), schedule.ADDING_PROGRAMS, device)

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import call
-from .bound import NORM_ROUNDING, norm
 from .decode import (
     PART,
     RowScores,
@@ -36,6 +35,7 @@ from .decode import (
     tiles_of_split,
     weighted_values,
 )
+from .decode_blocks import list_reached_tiles, load_least, margin_of, rows_of_program
 from .keys import Keys
 from .queries import open_options
 from .score import alibi_penalty, apply_score_options, apply_softcap
@@ -44,7 +44,7 @@ from .visibility import visible_interval
 
 SUMMARY_BLOCK = tl.constexpr(call.SUMMARY_BLOCK)
 LARGEST_QUERY = tl.constexpr(call.LARGEST_ROUNDED_QUERY)
-SMALLEST_ROUNDED = tl.constexpr(call.SMALLEST_ROUNDED)
+NO_TILE = tl.constexpr(2**24)
 GATHERED = tl.constexpr(2**13)  # numbers of the keys that a row's program loads at a time
 
 
@@ -80,29 +80,46 @@ class RoundedQueries(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def rounded_scores_kernel(
-    query, rounded_keys, highest_scores, highest_of_tiles, lowest_of_tiles, bounds, score_options, visibility, heads,
-    group, query_length, key_length, capacity, first_unit, first_row, rows, line, splits, C: tl.constexpr,
+    query, rounded_keys, least, listed, highest_scores, highest_of_tiles, lowest_of_tiles, bounds, score_options,
+    visibility, heads, group, query_length, key_length, capacity, first_unit, first_row, rows, line, splits,
+    C: tl.constexpr,
 ):  # fmt: skip
     """A number that the score of each row and key is not above, -inf where the row does not see the key; and of each
-    tile, numbers that its largest score is not above, and not below. `bounds` as of decode_scores_kernel."""
+    tile, numbers that its largest score is not above, and not below. `bounds` as of decode_scores_kernel.
+
+    With `least`, decode_blocks.py has bounded all tiles. Those that no row may reach are not read, and the others are
+    listed at `listed`.
+    """
     sizes = Sizes(heads, group, query_length, key_length)
-    program, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    row_tiles = tl.cdiv(rows, C.ROWS)
-    unit = first_unit + program // row_tiles
-    inner = program % row_tiles * C.ROWS + tl.arange(0, C.ROWS)  # of the rows of this launch
-    exists = inner < rows
-    queries = open_group(query, unit, first_row + inner, exists, score_options, sizes, visibility, C)
+    own, inner = rows_of_program(first_unit, rows, splits, C)
+    queries = open_group(query, own.unit, first_row + inner, own.exists, score_options, sizes, visibility, C)
     rounded_queries = round_queries(queries, C)
-    place = tl.cast(program // row_tiles, tl.int64) * rows + inner
-    tiles = tiles_of_split(queries, exists, bounds + 2 * place, split, splits, C)
-    keys = rounded_head(rounded_keys, unit, capacity, sizes)
-    tile_place = place * (line // C.TILE)
+    tiles = tiles_of_split(queries, own.exists, bounds + 2 * own.place, own.split, splits, C)
+    keys = rounded_head(rounded_keys, own.unit, capacity, sizes)
+    line_of_tiles = own.place * (line // C.TILE)
     places = BoundPlaces(
-        highest_scores + place * line, highest_of_tiles + tile_place, lowest_of_tiles + tile_place, exists
+        highest_scores + own.place * line, highest_of_tiles + line_of_tiles, lowest_of_tiles + line_of_tiles, own.exists
     )
-    bound_scores(queries, rounded_queries, keys, places, tiles.begin, tl.minimum(tiles.first_whole, tiles.end), True, C)
-    bound_scores(queries, rounded_queries, keys, places, tiles.first_whole, tiles.last_whole, False, C)
-    bound_scores(queries, rounded_queries, keys, places, tl.maximum(tiles.last_whole, tiles.begin), tiles.end, True, C)
+    if least is not None:
+        least = load_least(least + line_of_tiles, splits, C)
+        listed += own.first_place * (line // C.TILE)
+    first_end, last_begin = tl.minimum(tiles.first_whole, tiles.end), tl.maximum(tiles.last_whole, tiles.begin)
+    bound_tiles(queries, rounded_queries, keys, places, least, listed, tiles.begin, first_end, True, C)
+    bound_tiles(queries, rounded_queries, keys, places, least, listed, tiles.first_whole, tiles.last_whole, False, C)
+    bound_tiles(queries, rounded_queries, keys, places, least, listed, last_begin, tiles.end, True, C)
+
+
+@triton.jit
+def bound_tiles(
+    queries, rounded_queries, keys, places, least, listed, begin, end, MASKED: tl.constexpr, C: tl.constexpr
+):
+    """Store the bounds of some tiles of keys."""
+    if least is None:
+        bound_scores(queries, rounded_queries, keys, places, None, begin, end, MASKED, C)
+    else:
+        listed += begin
+        count = list_reached_tiles(listed, places, least, queries.options.z_scale, begin, end, C)
+        bound_scores(queries, rounded_queries, keys, places, listed, 0, count, MASKED, C)
 
 
 @triton.jit
@@ -116,44 +133,33 @@ def rounded_head(keys, unit, capacity, sizes):
 
 @triton.jit
 def round_queries(queries, C: tl.constexpr):
-    """Each component is off by half a unit at most. Where a query is not finite, or so small that its unit is not, it
-    is replaced by 0, and its margin is infinite or NaN.
-
-    A softcap rises by at most what its score does, and its tanh, computed twice, is off by less than 2^-20. ALiBi is
-    the same in both scores. An infinite slope hides its keys, and adds no error.
-    """
-    options = queries.options
-    q = queries.q.to(tl.float32)
-    largest = tl.max(tl.where(q == q, tl.abs(q), float("inf")), 1)
-    is_rounded = (largest >= SMALLEST_ROUNDED) & (largest < float("inf"))
-    unit = tl.where(is_rounded, largest * (1.0 / LARGEST_QUERY), 0.0)
-    inverse = tl.where(is_rounded, LARGEST_QUERY / tl.where(is_rounded, largest, 1.0), 0.0)
-    number = tl.floor(tl.where(is_rounded[:, None], q, 0.0) * inverse[:, None] + 0.5).to(tl.int32)
+    """Each component is off by half a unit, or little more. A query that is not finite, or so small that its unit is
+    not, is replaced by 0; its margin is infinite or NaN."""
+    margin = margin_of(queries, C)
+    divisor = tl.where(margin.is_rounded, margin.largest, 1.0)
+    unit = tl.where(margin.is_rounded, margin.largest * (1.0 / LARGEST_QUERY), 0.0)
+    inverse = tl.where(margin.is_rounded, tl.div_rn(LARGEST_QUERY, divisor), 0.0)
+    q = tl.where(margin.is_rounded, queries.q.to(tl.float32), 0.0)
+    number = tl.floor(q * inverse + 0.5).to(tl.int32)
     low = ((number + 128) & 255) - 128
-    length = tl.where(is_rounded | (largest == 0), norm(q, 1) * NORM_ROUNDING, float("inf"))[:, None]
-    rest = tl.zeros_like(length)
-    if C.SOFTCAP:
-        rest += options.softcap * 2.0**-20
-    if C.ALIBI:
-        furthest = tl.maximum(tl.abs(queries.position - queries.start), tl.abs(queries.position - queries.stop))
-        finite = tl.where(options.alibi_slopes == float("inf"), 0.0, tl.abs(options.alibi_slopes))
-        rest += finite * furthest[:, None].to(tl.float32) * 2.0**-20
     high = ((number - low) >> 8).to(tl.int8)
-    return RoundedQueries(high, low.to(tl.int8), unit[:, None], length, rest)
+    return RoundedQueries(high, low.to(tl.int8), unit, margin.length, margin.rest)
 
 
 @triton.jit
-def bound_scores(queries, rounded_queries, keys, places, begin, end, MASKED: tl.constexpr, C: tl.constexpr):
-    """Store the bounds of some tiles of keys. A score that is not known is bounded by inf; its tile has no lower bound.
+def bound_scores(queries, rounded_queries, keys, places, listed, begin, end, MASKED: tl.constexpr, C: tl.constexpr):
+    """Store the bounds of the tiles of keys from `begin` up to `end`, or of those at these places of a list.
 
-    A key without a unit makes its scores NaN, and so does a margin that is no number. The units and the error of a tile
-    are loaded while the tile before it is multiplied.
+    A score that is not known is bounded by inf; its tile has no lower bound. A key without a unit makes its scores NaN,
+    and so does a margin that is no number. The units and the error of a tile are loaded while the tile before it is
+    multiplied.
     """
     exists = places.exists
     columns = places.highest_scores[:, None] + tl.arange(0, C.TILE)[None, :]
-    unit, error = load_units(keys, begin, end, queries.sizes.key_length, C)
-    for tile in range(begin, end):
-        next_unit, next_error = load_units(keys, tile + 1, end, queries.sizes.key_length, C)
+    unit, error = load_units(keys, tile_at(listed, begin, end), queries.sizes.key_length, C)
+    for number in range(begin, end):
+        tile = tile_at(listed, number, end)
+        next_unit, next_error = load_units(keys, tile_at(listed, number + 1, end), queries.sizes.key_length, C)
         block = open_tile(tile, C)
         rounded = load_block(keys.rounded, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
         product = product_of_integers(rounded_queries, tl.trans(rounded)).to(tl.float32)
@@ -175,12 +181,21 @@ def bound_scores(queries, rounded_queries, keys, places, begin, end, MASKED: tl.
 
 
 @triton.jit
-def load_units(keys, tile, end, key_length, C: tl.constexpr):
-    """(units of the keys of a tile, error of its block); 0 from the tile `end` on."""
-    limit = tl.minimum(end * C.TILE, key_length)
+def tile_at(listed, number, end):
+    """The tile at a place of a list, or of this number; one past all keys from `end` on."""
+    if listed is None:
+        tile = tl.where(number < end, number, NO_TILE)
+    else:
+        tile = tl.load(listed + number, mask=number < end, other=NO_TILE)
+    return tile
+
+
+@triton.jit
+def load_units(keys, tile, key_length, C: tl.constexpr):
+    """(units of the keys of a tile, error of its block); 0 past the last key."""
     number = tile * C.TILE + tl.arange(0, C.TILE)
-    unit = tl.load(keys.unit + number, mask=number < limit, other=0.0)
-    return unit, tl.load(keys.error + tile * C.TILE // SUMMARY_BLOCK, mask=tile * C.TILE < limit, other=0.0)
+    unit = tl.load(keys.unit + number, mask=number < key_length, other=0.0)
+    return unit, tl.load(keys.error + tile * C.TILE // SUMMARY_BLOCK, mask=tile * C.TILE < key_length, other=0.0)
 
 
 @triton.jit

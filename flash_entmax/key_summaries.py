@@ -18,7 +18,7 @@ class KeySummaries:
 
     A decoding call reads these in place of the keys, half of their bytes, with a bound on what the 8 bits leave out. It
     then reads the few keys that may have support, and computes their scores from the keys themselves. So the result is
-    as exact as without. It takes half a byte for each byte of the keys, and 4 bytes for each key.
+    as exact as without. A key of 128 numbers takes 132 bytes more: where it is of 16 bits, it has 256 itself.
 
     A key that the call sees and that was not appended is read as it is, which is right and takes longer. A key that
     changed after it was appended gives wrong results. ``append`` it again, at its place::
@@ -29,8 +29,8 @@ class KeySummaries:
             summaries.append(new_key.unsqueeze(2))
             output = entmax_attention(query, key, value, key_lengths=..., key_summary=summaries)
 
-    All buffers keep their addresses, and nothing waits for the device. So a CUDA graph of ``append`` and attention
-    replays.
+    All buffers keep their addresses, and with the kernels nothing waits for the device. So a CUDA graph of ``append``
+    and attention replays.
 
     Args:
         batch, key_heads, head_size: those of the keys.
@@ -62,8 +62,8 @@ class KeySummaries:
         blocks, bounds = ceil_div(capacity, SUMMARY_BLOCK), ()
         if skips_blocks:
             centre = torch.zeros(batch, key_heads, blocks, aligned_size(head_size), dtype=dtype, device=device)
-            unknown = torch.full((2, batch, key_heads, blocks), torch.inf, dtype=torch.float32, device=device)
-            bounds = centre, *unknown.unbind()
+            numbers = batch, key_heads, blocks
+            bounds = centre, *(torch.full(numbers, torch.inf, dtype=torch.float32, device=device) for _ in range(2))
         self.rounded_keys = RoundedKeys(
             torch.zeros(batch, key_heads, capacity, aligned_size(head_size), dtype=torch.int8, device=device),
             torch.full((batch, key_heads, capacity), torch.nan, dtype=torch.float32, device=device),

@@ -129,7 +129,7 @@ class KeySummaries:
         Raises:
             TypeError, ValueError: indices of another kind.
         """
-        check_index("indices", indices, self.lengths, ((self.sizes.batch,),))
+        check_index("indices", indices, self.lengths, ((self.sizes.batch,),), "these summaries")
         for tensor in self.tensors():
             tensor.copy_(tensor.index_select(0, indices))
 

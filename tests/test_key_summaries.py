@@ -80,6 +80,24 @@ def test_options(backend, name):
     check(few_queries(backend, 5, 130, batch=2, heads=4, key_heads=2, **options), backend.impl)
 
 
+@pytest.mark.parametrize("summaries", [True, False])
+def test_whole_tiles_that_a_mask_hides(backend, summaries):
+    """Beside tiles of which it hides some keys: the first of these has every other key."""
+    case = few_queries(backend, 3, 300, batch=2)
+    mask = torch.ones(2, 300, dtype=torch.bool, device=backend.device)
+    mask[0, 1:64:2], mask[0, 64:256], mask[1] = False, False, False
+    case = replace(case, options={"key_mask": mask})
+    if summaries:
+        check(case, backend.impl)
+    with torch.no_grad():
+        output = attend(case, backend.impl)
+    assert (output[1] == 0).all()
+    seen = replace(
+        case, key=case.key[:1, :, mask[0]], value=case.value[:1, :, mask[0]], query=case.query[:1], options={}
+    )
+    torch.testing.assert_close(output[:1], attend(seen, "torch"), rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("alpha", [1.1, 1.5, 2.0])
 def test_keys_that_are_nearly_one(backend, alpha):
     case = replace(near_ties(backend), alpha=alpha)
@@ -216,6 +234,23 @@ def test_a_bad_query_spoils_its_row(backend, bad):
     spoiled = torch.zeros_like(result, dtype=torch.bool)
     spoiled[0, 1, 0] = True
     torch.testing.assert_close(result[~spoiled], clean[~spoiled])
+
+
+@pytest.mark.parametrize("name", ["alpha", "scale", "alibi_slopes"])
+@pytest.mark.parametrize("summaries", [True, False])
+def test_a_bad_number_of_a_head_spoils_its_rows(backend, name, summaries):
+    """Also beside a mask that may hide every key, but not in a row that sees none."""
+    numbers = torch.tensor([torch.nan, 1.5], device=backend.device)
+    mask = torch.ones(2, 700, dtype=torch.bool, device=backend.device)
+    mask[1] = False
+    case = few_queries(backend, batch=2)
+    given = {"key_summary": KeySummaries.of(case.key, impl=backend.impl)} if summaries else {}
+    with torch.no_grad():
+        assert attend(case, backend.impl, **{name: numbers}, **given)[:, 0].isnan().all()
+        masked = attend(case, backend.impl, **{name: numbers}, key_mask=mask[:, : case.key.shape[2]], **given)
+    assert masked[0, 0].isnan().all()
+    assert masked[:, 1].isfinite().all()
+    assert (masked[1] == 0).all()
 
 
 def test_scores_that_overflow_spoil_their_rows(backend):

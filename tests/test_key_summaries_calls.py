@@ -251,6 +251,11 @@ def test_keys_that_are_refused():
             summaries.append(key, lengths)
         with pytest.raises(error, match="indices must"):
             summaries.reorder(lengths)
+    lengths = torch.zeros(2, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="key_lengths must be on the device of the key, cpu, got meta"):
+        summaries.append(key, lengths)
+    with pytest.raises(ValueError, match="indices must be on the device of these summaries, cpu, got meta"):
+        summaries.reorder(lengths)
     with pytest.raises(ValueError, match="capacity must be at least 3, the length of the keys, got 2"):
         KeySummaries.of(key, capacity=2)
 

@@ -212,7 +212,7 @@ def check_appended(sizes: SummarySizes, key: object, key_lengths: object) -> Non
     if key.device != sizes.device:
         raise ValueError(f"key must be on {sizes.device}, the device of these summaries, got {key.device}")
     if key_lengths is not None:
-        check_index("key_lengths", key_lengths, key, ((sizes.batch,),))
+        check_index("key_lengths", key_lengths, key, ((sizes.batch,),), "the key")
 
 
 def check_softcap(softcap: object) -> None:
@@ -314,17 +314,22 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def check_index(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
-    _check_tensor(name, tensor, query, shapes)
+def check_index(
+    name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None, beside: str = "the query"
+) -> None:
+    """`beside` says in messages what `query` is."""
+    _check_tensor(name, tensor, query, shapes, beside)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
 
 
-def _check_tensor(name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
+def _check_tensor(
+    name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None, beside: str = "the query"
+) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.device != query.device:
-        raise ValueError(f"{name} must be on the device of the query, {query.device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on the device of {beside}, {query.device}, got {tensor.device}")
     if shapes is not None and tuple(tensor.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
 

@@ -226,7 +226,8 @@ def decode_stages(
     for first_unit, units, first_row, rows, line in plan.decode_chunks:
         numbers, programs = (*plan.sizes, first_unit, first_row, rows, line), units * rows
         tiles = units * ceil_div(rows, plan.config.ROWS)
-        splits = splits_of(tiles, plan.key_tiles, schedule.SCORING_PROGRAMS, device)
+        programs_at_once = schedule.SCORING_PROGRAMS if rounded_keys is None else schedule.ROUNDED_SCORING_PROGRAMS
+        splits = splits_of(tiles, plan.key_tiles, programs_at_once, device)
         if rounded_keys is None:
             opened.launch(
                 decode_scores_kernel, tiles * splits, scoring, query, key, scores, maxima, bounds, opened.options,
@@ -238,14 +239,16 @@ def decode_stages(
             )  # fmt: skip
         else:
             split_numbers = *plan.sizes, capacity, first_unit, first_row, rows, line, splits
+            scoring = schedule.rounded_scores_settings
             if blocks is not None:
+                scoring = schedule.listed_scores_settings
                 opened.launch(
                     block_bounds_kernel, tiles * splits, row_rule, query, blocks, maxima, least, bounds, opened.options,
                     opened.visibility, *split_numbers,
                 )  # fmt: skip
             opened.launch(
-                rounded_scores_kernel, tiles * splits, schedule.rounded_scores_settings, query, rounded_keys, least,
-                live_tiles, scores, maxima, lowest, bounds, opened.options, opened.visibility, *split_numbers,
+                rounded_scores_kernel, tiles * splits, scoring, query, rounded_keys, least, live_tiles, scores, maxima,
+                lowest, bounds, opened.options, opened.visibility, *split_numbers,
             )  # fmt: skip
             opened.launch(
                 rounded_solve_kernel, programs, row_rule, query, key, value, scores, maxima, lowest, bounds,

@@ -164,7 +164,7 @@ def decode_solve_kernel(
     count = list_candidates(row, keys, live_tiles + place * tiles, listed, offset, C)
     offset, last_step = solve_offset(row, count, offset, C)
     count = keep_support(row, keys, count, offset, last_step, C)
-    count = spoil(weights, keys, count, (begin < end) & is_spoiled(maximum, C), begin, C)
+    count = spoil(weights, keys, count, (begin < end) & is_spoiled(row, C), begin, C)
     tl.store(counts + place, count)
     tl.store(finished + place, 0)
     if count <= PART:
@@ -303,9 +303,11 @@ def keep_support(row, keys, count, offset, last_step, C: tl.constexpr):
 
 
 @triton.jit
-def is_spoiled(maximum, C: tl.constexpr):
-    """Whether the maximum of a row that sees keys says that a score is NaN or infinite."""
-    spoiled = maximum == float("inf")
+def is_spoiled(row, C: tl.constexpr):
+    """Whether the maximum of a row that sees keys says that a score is NaN or infinite, or whether its alpha or scale
+    is NaN."""
+    maximum = row.maximum
+    spoiled = (maximum == float("inf")) | ((maximum > float("-inf")) & (row.z_scale != row.z_scale))
     if not (C.FILTERED or C.ALIBI):  # either may hide every key
         spoiled = spoiled | (maximum == float("-inf"))
     return spoiled

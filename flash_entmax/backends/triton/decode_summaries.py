@@ -224,9 +224,10 @@ def rounded_solve_kernel(
     least = highest(lowest_of_tiles + tile_place, begin, end)
     lower = RowScores(lowest_of_tiles + tile_place, least, options.z_scale, options.exponent)
     offset = certified_offset(lower, begin, tl.where(least > float("-inf"), end, begin), C)
-    upper = RowScores(highest_of_tiles + tile_place, least, options.z_scale, options.exponent)
+    z_scale = tl.where(options.z_scale == options.z_scale, options.z_scale, 0.0)  # where NaN, all keys are candidates
+    upper = RowScores(highest_of_tiles + tile_place, least, z_scale, options.exponent)
     listed = list_live_tiles(upper, live_tiles + tile_place, begin, end, offset)
-    upper = RowScores(weights, least, options.z_scale, options.exponent)
+    upper = RowScores(weights, least, z_scale, options.exponent)
     count = list_candidates(upper, keys, live_tiles + tile_place, listed, offset, C)
 
     _, _, position = visible_interval(number + tl.arange(0, 1), unit, sizes, visibility, C)
@@ -237,7 +238,7 @@ def rounded_solve_kernel(
     known = tl.where((maximum > float("-inf")) & (maximum < float("inf")), count, 0)
     offset, last_step = solve_offset(row, known, moved_offset(offset, least, row), C)
     count = keep_support(row, keys, known, offset, last_step, C)
-    count = spoil(weights, keys, count, (begin < end) & is_spoiled(maximum, C), begin, C)
+    count = spoil(weights, keys, count, (begin < end) & is_spoiled(row, C), begin, C)
     tl.store(counts + place, count)
     tl.store(finished + place, 0)
     if count <= PART:

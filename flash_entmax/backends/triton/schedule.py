@@ -16,6 +16,7 @@ from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
 SCORING_PROGRAMS, ADDING_PROGRAMS = 2, 2  # of decode.py on a multiprocessor
+ROUNDED_SCORING_PROGRAMS = 4  # of decode_summaries.py: half of the bytes, and more steps for each of them
 KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
 OTHER_BYTES = 32  # of these: maximum and offset, four more numbers in either pass, the summary, the words of a record
 WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared memory
@@ -276,6 +277,12 @@ def decode_scores_settings(config: Config) -> LaunchSettings:
 
 
 def rounded_scores_settings(config: Config) -> LaunchSettings:
+    limit = registers(config, ROUNDED_SCORING_PROGRAMS) if config.HEAD_PADDED <= WIDEST_PIPELINED else None
+    return LaunchSettings(4, listed_scores_settings(config).stages, limit)
+
+
+def listed_scores_settings(config: Config) -> LaunchSettings:
+    """A list of tiles takes more registers than four programs of a multiprocessor have."""
     return LaunchSettings(4, 4 if config.HEAD_PADDED <= 2 * WIDEST_PIPELINED else 2)
 
 

@@ -82,7 +82,7 @@ def entmax_attention(
             read all of them once less. Or, for decoding, the :class:`flash_entmax.KeySummaries` that these keys were
             appended to: a call then reads half of the bytes of the keys, for at most 16 queries and without gradients.
             A summary of other keys gives wrong results. Plain PyTorch, the specification and softmax have no use for
-            either, and give the same result; so has decoding (the call just described) for the former.
+            either, nor have calls of at most 16 queries without gradients for the first. The result is the same.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton on CUDA where it can run, else
             torch. An explicit choice never falls back.
@@ -97,7 +97,8 @@ def entmax_attention(
 
     Raises:
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
-        ValueError: shapes, devices or options that do not fit or exclude each other.
+        ValueError: shapes, devices or options that do not fit or exclude each other; ``KeySummaries`` where gradients,
+            ``return_support`` or more than 16 queries are asked for.
     """
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):

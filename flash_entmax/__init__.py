@@ -6,6 +6,7 @@ from .activations import entmax, entmax15, sparsemax
 from .backends import Impl
 from .core.call import KeySummary, Support
 from .functional import entmax_attention, entmax_attention_varlen, summarise_keys
+from .key_summaries import KeySummaries
 from .losses import entmax15_loss, entmax_loss, linear_entmax_loss, sparsemax_loss
 from .operators.flops import register_flop_formulas
 from .paged import entmax_attention_paged
@@ -16,6 +17,7 @@ if "torch.utils.flop_counter" in sys.modules:
 __version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = [
     "Impl",
+    "KeySummaries",
     "KeySummary",
     "Support",
     "__version__",

@@ -10,6 +10,7 @@ from .core.intervals import UNLIMITED
 from .core.modes import as_autocast
 from .core.tensors import is_jagged, longest_sequence
 from .core.visibility import Visibility
+from .key_summaries import KeySummaries
 from .operators.attention import summarise
 from .operators.kept_calls import attend
 
@@ -29,7 +30,7 @@ def entmax_attention(
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     block_mask=None,
-    key_summary: KeySummary | None = None,
+    key_summary: KeySummary | KeySummaries | None = None,
     impl: Impl = "auto",
     return_support: bool = False,
 ) -> Tensor | tuple[Tensor, Support]:
@@ -78,8 +79,10 @@ def entmax_attention(
             that it reads is another or is written to; if it reads anything else (an object's attributes, inference
             tensors), it is evaluated by each call. Not inside ``torch.compile``.
         key_summary: what :func:`flash_entmax.summarise_keys` returned for these keys. Calls that share their keys then
-            read all of them once less. A summary of other keys gives wrong results. Plain PyTorch, the specification
-            and softmax have no use for it, and give the same result.
+            read all of them once less. Or, for decoding, the :class:`flash_entmax.KeySummaries` that these keys were
+            appended to: a call then reads half of the bytes of the keys, for at most 16 queries and without gradients.
+            A summary of other keys gives wrong results. Plain PyTorch, the specification and softmax have no use for
+            either, nor have calls of at most 16 queries without gradients for the first. The result is the same.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton on CUDA where it can run, else
             torch. An explicit choice never falls back.
@@ -94,7 +97,8 @@ def entmax_attention(
 
     Raises:
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
-        ValueError: shapes, devices or options that do not fit or exclude each other.
+        ValueError: shapes, devices or options that do not fit or exclude each other; ``KeySummaries`` where gradients,
+            ``return_support`` or more than 16 queries are asked for.
     """
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
@@ -103,7 +107,10 @@ def entmax_attention(
             raise ValueError(f"{refused} are for tensors of one length, not for nested ones")
         return jagged_attention(query, key, value, score, is_causal, window_size, impl, return_support)
     visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
-    return attend(query, key, value, score, visibility, impl, return_support, key_summary)
+    rounded = None
+    if isinstance(key_summary, KeySummaries):
+        key_summary, rounded = None, (key_summary.sizes, key_summary.rounded_keys)
+    return attend(query, key, value, score, visibility, impl, return_support, key_summary, rounded)
 
 
 def entmax_attention_varlen(

@@ -6,12 +6,13 @@ bytes. The interpreter runs Python; only this shows that Triton's compiler takes
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from flash_entmax.core.call import Problem, ScoreOptions, Tangents, VisibilityArgs
+from flash_entmax.core.call import SUMMARY_BLOCK, Problem, RoundedKeys, ScoreOptions, Tangents, VisibilityArgs
 from flash_entmax.core.pages import Pages
 
 
@@ -47,7 +48,7 @@ def all_options(heads: int, length: int, tile: int) -> tuple[ScoreOptions, Visib
 
 def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, everything: bool) -> None:
     driver.set_active(AbsentGpu(capability))
-    from flash_entmax.backends.triton import attention, launch, parts, plan, schedule
+    from flash_entmax.backends.triton import append, attention, launch, parts, plan, schedule
     from flash_entmax.backends.triton.schedule import tile_size
 
     def compile_only(kernel, programs, setting, config, *arguments):
@@ -81,9 +82,22 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
     if everything:
         score, visibility = all_options(4, 512, tile_size(dtype, head_size))
         visibility = visibility._replace(intervals=visibility.intervals[:, :, :5].contiguous())
-    attention.attention_forward(Problem.of(few.shape, key.shape, score, visibility), few, key, key, False)
+    problem = Problem.of(few.shape, key.shape, score, visibility)
+    attention.attention_forward(problem, few, key, key, False)
+    rounded_keys = rounded_keys_of(key)
+    for given in (rounded_keys, rounded_keys._replace(centre=None, radius=None, centre_error=None)):
+        append.append_keys(given, key, torch.zeros(1, dtype=torch.int32))
+        attention.attention_forward(replace(problem, rounded_keys=given), few, key, key, False)
     for page_size, is_packed in ((16, everything), (128, not everything)):
         attend_to_pages(few, key, score, page_size, is_packed, 100 if everything else -1)
+
+
+def rounded_keys_of(key: torch.Tensor) -> RoundedKeys:
+    size, blocks = (*key.shape[:2], key.shape[2]), (*key.shape[:2], key.shape[2] // SUMMARY_BLOCK)
+    rounded = torch.zeros(*size, key.shape[3], dtype=torch.int8)
+    centre = torch.zeros(*blocks, key.shape[3], dtype=key.dtype)
+    error, radius, centre_error = (torch.zeros(blocks) for _ in range(3))
+    return RoundedKeys(rounded, torch.zeros(size), error, centre, radius, centre_error)
 
 
 def attend_to_pages(query, key, score, page_size: int, is_packed: bool, left: int) -> None:

@@ -108,8 +108,9 @@ def steady_products() -> None:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        assert a.data.dtype.kind == "f", f"held as integers in the interpreter: {a.dtype}"
-        product = numpy.matmul(a.data, b.data, dtype=numpy.float64)
+        is_integer = a.dtype.scalar.is_int8()
+        assert is_integer or a.data.dtype.kind == "f", f"held as integers in the interpreter: {a.dtype}"
+        product = numpy.matmul(a.data, b.data, dtype=numpy.int32 if is_integer else numpy.float64)
         return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot

@@ -19,14 +19,15 @@ WINGS = {
     "core": set(),
     "backends": {"core"},
     "operators": {"backends", "core"},
-    "functional": {"operators", "backends", "core"},
+    "key_summaries": {"operators", "backends", "core"},
+    "functional": {"key_summaries", "operators", "backends", "core"},
     "paged": {"operators", "backends", "core"},
     "activations": {"operators", "backends", "core"},
     "losses": {"activations", "operators", "backends", "core"},
     "nn": {"losses", "activations", "functional", "backends", "core"},
     "anneal": {"core"},
     "inspection": {"functional", "operators", "backends", "core"},
-    "": {"losses", "activations", "functional", "paged", "operators", "backends", "core"},
+    "": {"losses", "activations", "functional", "paged", "key_summaries", "operators", "backends", "core"},
     "testing": set(),
     "integrations": {"anneal", "nn", "inspection", "functional", "core"},
     "show": {"inspection", "core"},
@@ -41,7 +42,10 @@ KERNEL_WORDS = {
     "tile", "alpha", "visibility", "queries", "keys", "score", "sums", "lists", "gather", "reach", "program",
     "row_solve", "pages",
 }  # fmt: skip
-LAUNCHING = {"__init__", "attention", "launch", "parts", "plan", "reach", "rows", "schedule", "scratch"}
+LAUNCHING = {
+    "__init__", "append", "attention", "call_launches", "decoding", "launch", "parts", "plan", "reach", "rows",
+    "schedule", "scratch",
+}  # fmt: skip
 # A stage reads what a stage before it has written, and repeats its bound.
 STAGES_TOGETHER = {
     "scan": {"bound"},
@@ -49,6 +53,8 @@ STAGES_TOGETHER = {
     "mark": {"query_lists"},
     "solve": {"certify", "query_lists"},
     "share": {"query_lists"},
+    "decode_blocks": {"bound", "decode"},
+    "decode_summaries": {"decode", "decode_blocks"},
     "gradient": {"query_lists", "share"},
 }
 

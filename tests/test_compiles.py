@@ -13,6 +13,8 @@ KERNELS = {
     "summary_kernel", "scan_kernel", "certify_kernel", "list_queries_kernel", "mark_kernel", "solve_kernel",
     "output_kernel", "gradient_query_kernel", "reaching_kernel", "share_kernel", "gradient_key_value_kernel",
     "add_parts_kernel", "support_kernel", "tangent_kernel", "row_maxima_kernel", "sums_kernel", "output_at_kernel",
+    "decode_scores_kernel", "decode_solve_kernel", "decode_parts_kernel", "append_kernel", "block_bounds_kernel",
+    "rounded_scores_kernel", "rounded_solve_kernel",
 }  # fmt: skip
 KERNELS_OF_ROWS = {"entmax_kernel", "entmax_backward_kernel", "loss_kernel", "loss_backward_kernel"}
 SMALLEST_SHARED = 99 * 1024  # of GPUs of capability 8.6 and 8.9; 8.0 has 163 KiB, 9.0 has 227

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, get_args
 
 from torch import Tensor, device, dtype
 
-from ..core.call import KeySummary, Problem, Tangents
+from ..core.call import KeySummary, Problem, RoundedKeys, Tangents
 from ..core.loss import LossOptions
 from ..core.pages import Pages
 
@@ -47,12 +47,17 @@ class Backend(Protocol):
     def summarise(self, key: Tensor, value_size: int) -> KeySummary:
         """The summary of blocks of keys, for calls whose values have this head size."""
 
+    def append_keys(self, rounded_keys: RoundedKeys, key: Tensor, lengths: Tensor) -> None:
+        """Write keys (batch, key heads, new keys, head size) to the positions from lengths (batch,) int32 on. What lies
+        past the capacity is left out."""
+
     def attention_forward(
         self, problem: Problem, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(output, value_mean, maximum, offset, reached_keys, reaching_queries).
 
-        `problem.summary` is that of these keys. Where it is None, a backend that needs one makes it. value_mean is
+        `problem.summary` is that of these keys. Where it is None, a backend that needs one makes it.
+        `problem.rounded_keys` holds these keys, where a call is decoded and the caller keeps them. value_mean is
         O1 = sum u v / sum u, in the shape and dtype of the output. Without `needs_backward` all but the output have no
         element.
         """

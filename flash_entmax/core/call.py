@@ -11,6 +11,12 @@ from .tensors import WORD_BITS, ceil_div, clamped
 MAX_HEAD_SIZE = 512
 ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
 SCALES = 1e-6, 1e6  # and a tensor scale to these
+MOST_DECODED = 16  # queries of a call that is decoded: few queries, many keys, no gradients
+SUMMARY_BLOCK = 64  # keys of which KeySummaries keep one bound; a multiple of every tile of keys
+LARGEST_ROUNDED = 127.0  # of a key: the largest number of 8 bits
+LARGEST_ROUNDED_QUERY = 127.0 * 256.0 + 127.0  # of a query: 256 high + low, both of 8 bits
+SMALLEST_ROUNDED = 2.0**-100  # a key or query whose components are all below it is rounded to zeros
+NORM_ROUNDING = 1.0 + 2.0**-10  # what float32 sums, and 16 bits, may take from a length
 
 
 class Support(NamedTuple):
@@ -128,6 +134,39 @@ class KeySummary(NamedTuple):
     largest: Tensor
 
 
+class RoundedKeys(NamedTuple):
+    """Keys in 8 bits, and how far they are from the keys: ``unit * rounded`` stands for a key.
+
+    Attributes:
+        rounded: (batch, key heads, capacity, head size up to a multiple of 16) int8.
+        unit: (batch, key heads, capacity) float32. NaN where no key was appended, or one that is not finite: such a key
+            is read as it is.
+        error: (batch, key heads, blocks of SUMMARY_BLOCK keys) float32. A score by ``unit * rounded``, and a query
+            rounded to 16 bits, is within ``|query| * error`` of the score, rounding of float32 included.
+        centre: (batch, key heads, blocks, head size up to a multiple of 16), close to the mean of each block, in the
+            dtype of the keys. None, like the rest, where no blocks are to be skipped.
+        radius: (batch, key heads, blocks) float32, at least the largest distance of a key of the block to the centre;
+            inf where the block is not full.
+        centre_error: of this shape, at least the distance of the block's mean to the centre.
+    """
+
+    rounded: Tensor
+    unit: Tensor
+    error: Tensor
+    centre: Tensor | None = None
+    radius: Tensor | None = None
+    centre_error: Tensor | None = None
+
+
+def rounding_share(head_size: int) -> float:
+    """By how much a score may be off beside what the 8 bits of the key leave out, as a share of |query| |key|.
+
+    The first term is for the rounding of the query, the second for the float32 sum that is the score. docs/math.md has
+    the proof.
+    """
+    return 0.51 * head_size**0.5 / LARGEST_ROUNDED_QUERY + (head_size + 32) * 2.0**-22
+
+
 class Tangents(NamedTuple):
     """The direction that a forward-mode derivative is taken in: one tensor like each input, None where it is 0."""
 
@@ -161,6 +200,7 @@ class Problem:
     score: ScoreOptions
     visibility: VisibilityArgs
     summary: KeySummary | None = None
+    rounded_keys: RoundedKeys | None = None
 
     @classmethod
     def of(
@@ -170,11 +210,13 @@ class Problem:
         score: ScoreOptions,
         visibility: VisibilityArgs,
         summary: KeySummary | None = None,
+        rounded_keys: RoundedKeys | None = None,
     ) -> "Problem":
         """For a query and a value of these shapes."""
         batch, heads, query_length, head_size = query
         _, key_heads, key_length, value_size = value
-        return cls(batch, heads, key_heads, query_length, key_length, head_size, value_size, score, visibility, summary)
+        sizes = batch, heads, key_heads, query_length, key_length, head_size, value_size
+        return cls(*sizes, score, visibility, summary, rounded_keys)
 
     @property
     def group(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..core.call import KeySummary, Problem, ScoreOptions, Tangents, VisibilityArgs
+from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Tangents, VisibilityArgs
 from ..core.modes import as_given
 from ..core.registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from ..core.tensors import ceil_div, empty_stored_as, row_dtype
@@ -23,7 +23,7 @@ from .eager import unrecorded
 
 
 class OptionTensors(NamedTuple):
-    """The options of a call that are tensors, or None; see ScoreOptions, VisibilityArgs and KeySummary."""
+    """The options of a call that are tensors, or None; see ScoreOptions, VisibilityArgs, KeySummary, RoundedKeys."""
 
     alpha: Tensor | None
     scale: Tensor | None
@@ -35,6 +35,12 @@ class OptionTensors(NamedTuple):
     radius: Tensor | None = None
     error: Tensor | None = None
     largest: Tensor | None = None
+    rounded: Tensor | None = None
+    unit: Tensor | None = None
+    rounding_error: Tensor | None = None
+    block_centre: Tensor | None = None
+    block_radius: Tensor | None = None
+    block_error: Tensor | None = None
 
 
 class OptionNumbers(NamedTuple):
@@ -57,37 +63,41 @@ _TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
 _INPUTS_BATCH, _STATE_BATCH = (0, 0, 0), (0, 0, 0, 0)
 _TENSORS_BATCH = OptionTensors(
     alpha=None, scale=None, alibi_slopes=0, intervals=0, tile_kinds=0, tile_bits=None, centre=0, radius=0, error=0,
-    largest=0,
+    largest=0, rounded=0, unit=0, rounding_error=0, block_centre=0, block_radius=0, block_error=0,
 )  # fmt: skip
 _TANGENTS_BATCH = Tangents(query=0, key=0, value=0, alpha=None, scale=None, alibi_slopes=0)
 TENSORS, NUMBERS, TANGENTS = (len(names._fields) for names in (OptionTensors, OptionNumbers, Tangents))
+SUMMARY, ROUNDED = len(KeySummary._fields), len(RoundedKeys._fields)
 STATE = len(_STATE_BATCH)
 SAVED = 4 + STATE  # query, key, value, value_mean and the state
 
 
 def flattened(
-    score: ScoreOptions, visibility: VisibilityArgs, summary: KeySummary | None, backend: str
-) -> tuple[OptionTensors, OptionNumbers]:
+    score: ScoreOptions, visibility: VisibilityArgs, summary: KeySummary | None, rounded_keys: RoundedKeys | None,
+    backend: str,
+) -> tuple[OptionTensors, OptionNumbers]:  # fmt: skip
     """The options in the order of the operators' arguments."""
     alpha, scale, softcap, slopes = score
     intervals, kinds, bits, is_causal, span = visibility
     learned, numbers = (None, None), (alpha, scale)
     if isinstance(alpha, Tensor):
         learned, numbers = (alpha, scale), (1.5, 1.0)
-    tensors = OptionTensors(*learned, slopes, intervals, kinds, bits, *(summary or ()))
+    summary, rounded_keys = summary or (None,) * SUMMARY, rounded_keys or (None,) * ROUNDED
+    tensors = OptionTensors(*learned, slopes, intervals, kinds, bits, *summary, *rounded_keys)
     return tensors, OptionNumbers(*numbers, softcap, is_causal, span, backend)
 
 
 def unpack_arguments(query: Tensor, value: Tensor, tensors: tuple, numbers: tuple) -> tuple[Problem, str]:
     """The problem that an operator's arguments pose, and the name of the backend for it."""
     alphas, scales, slopes, *masks = tensors[:6]  # in the order of OptionTensors
-    summary = None if tensors[6] is None else KeySummary(*tensors[6:])
+    summary = None if tensors[6] is None else KeySummary(*tensors[6:-ROUNDED])
+    rounded_keys = None if tensors[-ROUNDED] is None else RoundedKeys(*tensors[-ROUNDED:])
     alpha, scale, softcap, is_causal, span, backend = numbers  # in the order of OptionNumbers
     if alphas is not None:
         alpha, scale = alphas, scales
     score = ScoreOptions(alpha, scale, softcap, slopes)
     visibility = VisibilityArgs(*masks, is_causal, span)
-    return Problem.of(query.shape, value.shape, score, visibility, summary), backend
+    return Problem.of(query.shape, value.shape, score, visibility, summary, rounded_keys), backend
 
 
 def tile_of(backend: str, query: Tensor, value: Tensor) -> int:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..backends import BACKENDS, choose, reference
-from ..core.call import KeySummary, Problem, ScoreOptions, Support
-from ..core.checks import check_key_summary
+from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Support
+from ..core.checks import check_decoded, check_key_summary
 from ..core.modes import as_given, is_recorded
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
@@ -37,19 +37,22 @@ def keep(like: tuple, lowered: Lowered) -> None:
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
-    return_support: bool, summary: KeySummary | None, like: tuple | None,
+    return_support: bool, summary: KeySummary | None, rounded_keys: RoundedKeys | None, like: tuple | None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """A call that is checked. What it is lowered to is kept for calls that are `like` it."""
     backend = choose(query.dtype, query.device, impl, others=("reference",))
     score = score.lowered(query.shape, row_dtype(query), query.device)
     has_tiles = backend in BACKENDS and not score.is_softmax()
     tile = tile_of(backend, query, value) if has_tiles else None
+    if rounded_keys is not None:
+        check_decoded(query, return_support or is_recorded((query, key, value, *score)))
     if summary is not None:
         check_key_summary(summary, key, tile)
         summary = KeySummary(*(tensor.detach() for tensor in summary))
     if not has_tiles:
         return attend_without_tiles(query, key, value, score, visibility, backend, return_support)
-    lowered = Lowered(*flattened(score, visibility.lowered(query, key.shape[2], tile), summary, backend))
+    lowered = visibility.lowered(query, key.shape[2], tile)
+    lowered = Lowered(*flattened(score, lowered, summary, rounded_keys, backend))
     if like is not None:
         keep(like, lowered)
     return attend_lowered(query, key, value, lowered, return_support)

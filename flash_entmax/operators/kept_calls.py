@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..core.call import KeySummary, ScoreOptions, Support
-from ..core.checks import check_flag, checked_inputs
+from ..core.call import KeySummary, RoundedKeys, ScoreOptions, Support
+from ..core.checks import SummarySizes, check_flag, check_summaries, checked_inputs
 from ..core.visibility import Visibility
 from . import dispatch
 from .eager import PLAIN
@@ -19,20 +19,24 @@ NUMBERS = float, int, bool, str, type(None)
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: str,
-    return_support: bool, summary: KeySummary | None = None,
+    return_support: bool, summary: KeySummary | None = None, rounded: tuple[SummarySizes, RoundedKeys] | None = None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
-    like = likeness((query, key, value), score, visibility, impl, return_support, summary)
+    like = likeness((query, key, value), score, visibility, impl, return_support, rounded or summary)
     if (lowered := dispatch.kept.get(like)) is not None:
         return dispatch.attend_lowered(query, key, value, lowered, False)
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
-    return dispatch.attend(*inputs, score, visibility, impl, return_support, summary, like)
+    rounded_keys = None
+    if rounded is not None:
+        sizes, rounded_keys = rounded
+        check_summaries(sizes, inputs[1])
+    return dispatch.attend(*inputs, score, visibility, impl, return_support, summary, rounded_keys, like)
 
 
 def likeness(
     tensors: tuple[Tensor, ...], score: ScoreOptions, visibility: Visibility, impl: str, return_support: bool,
-    summary: KeySummary | None,
+    summary: tuple | None,
 ) -> tuple | None:  # fmt: skip
     """What is equal in calls that are checked and lowered alike; None where more than this decides.
 

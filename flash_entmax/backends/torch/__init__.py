@@ -4,6 +4,7 @@ from torch import device, dtype
 
 from .attention import attention_forward, attention_support
 from .gradient import attention_backward, attention_tangent
+from .key_summaries import append_keys
 from .pages import attention_paged
 from .parts import output_at, row_maxima, sums_at
 from .reach import reach_shapes, reached_tiles
@@ -11,6 +12,7 @@ from .rows import entmax, entmax_backward, loss, loss_backward
 from .tiles import TILE, summarise
 
 __all__ = [
+    "append_keys",
     "attention_backward",
     "attention_forward",
     "attention_paged",

@@ -32,6 +32,7 @@ HOMES = {
     "reach_shapes": "reach",
     "reached_tiles": "reach",
     "summarise": "attention",
+    "append_keys": "append",
     "attention_forward": "attention",
     "attention_paged": "attention",
     "attention_backward": "attention",

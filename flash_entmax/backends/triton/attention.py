@@ -1,110 +1,34 @@
 """The stages in order, on a GPU: threshold and output; then the gradient over what they have listed."""
 
-from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core.call import KeySummary, Problem, ScoreOptions, Tangents, VisibilityArgs
-from ...core.intervals import FURTHEST
 from ...core.pages import Pages, attend_gathered
 from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import KernelKeySummary, summary_kernel
+from .call_launches import CallLaunches
 from .certify import certify_kernel
-from .decode import PART, decode_parts_kernel, decode_scores_kernel, decode_solve_kernel
+from .decoding import decoded, decoded_in_pages
 from .gradient import gradient_key_value_kernel, gradient_query_kernel
-from .launch import Direct, SettingsRule, ThroughTriton, can_overlap
 from .mark import mark_kernel
 from .output import output_kernel, support_kernel
-from .pages import kernel_pages
-from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of, splits_of
-from .queries import KernelScoreOptions
 from .query_lists import list_queries_kernel, reaching_kernel
 from .reach import reach_shapes
 from .scan import scan_kernel
-from .schedule import Outline
-from .scratch import Scratch
 from .share import add_parts_kernel, share_kernel
 from .solve import solve_kernel
 from .tangent import Directions, tangent_kernel
 from .tile import Matrix, aligned, device_of, is_aligned, matrix, trimmed
-from .visibility import KernelVisibility
 
 FORWARD = scan_kernel, certify_kernel, solve_kernel, output_kernel
 MARK = list_queries_kernel, mark_kernel
 BACKWARD = gradient_query_kernel, list_queries_kernel, gradient_key_value_kernel
 SHARE = share_kernel, add_parts_kernel
 STATE_DTYPES = torch.float32, torch.int32
-DECODE = decode_scores_kernel, decode_solve_kernel, decode_parts_kernel
-
-
-class OpenedKernels(NamedTuple):
-    """Kernels that run over the tiles of a plan, and what all of them take: addresses, where launches are direct."""
-
-    launch: Direct | ThroughTriton
-    plan: Plan
-    options: KernelScoreOptions
-    visibility: KernelVisibility
-
-    def run(self, kernel, chunk: Chunk, rule: SettingsRule, *arguments, numbers: tuple = ()) -> None:
-        """Launch a kernel with one program for each tile of queries of the chunk."""
-        first_unit, units, first_tile, tiles, capacity = chunk
-        self.launch(
-            kernel, units * tiles, rule, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit, units,
-            first_tile, capacity, *numbers,
-        )  # fmt: skip
-
-    def run_over_tiles(
-        self, kernel, first_unit: int, units: int, tiles: int, rule: SettingsRule, *arguments, numbers: tuple
-    ) -> None:
-        """Launch a kernel with `tiles` programs for each unit."""
-        self.launch(
-            kernel, units * tiles, rule, *arguments, self.options, self.visibility, *self.plan.sizes, first_unit, units,
-            *numbers,
-        )  # fmt: skip
-
-
-class CallLaunches(NamedTuple):
-    """What all launches of one call share. The problem is not empty."""
-
-    plan: Plan
-    options: KernelScoreOptions
-    visibility: KernelVisibility
-
-    @classmethod
-    def of(
-        cls, problem: Problem, dtype: torch.dtype, needs_backward: bool = True, needs_parameters: bool = False,
-        decodes: bool = False, overlaps: bool = False, pages: Pages | None = None,
-    ) -> "CallLaunches":  # fmt: skip
-        plan = plan_of(Outline.of(problem, dtype, needs_backward, needs_parameters, decodes, overlaps, pages))
-        options = plan.options or kernel_options(problem.score)
-        visibility = kernel_visibility(problem.visibility, plan)
-        return cls(plan, options, visibility)
-
-    def open(
-        self, kernels: tuple, arguments: tuple, scratch: Scratch | None, device: torch.device
-    ) -> tuple[OpenedKernels, list, list]:
-        """(opened, arguments, scratch) of some kernels, both as its launches take them."""
-        plan, options, visibility = self
-        if options is not plan.options or visibility is not NO_MASKS:  # some of them are tensors
-            arguments = *arguments, options, visibility
-        launch, arguments, arrays = plan.launcher.open(kernels, arguments, scratch, device, plan.largest)
-        if options is not plan.options or visibility is not NO_MASKS:
-            *arguments, options, visibility = arguments
-        return OpenedKernels(launch, plan, options, visibility), arguments, arrays
-
-    def over_tiles_of_queries(
-        self, kernel, rule: SettingsRule, inputs: tuple, results: tuple, device: torch.device
-    ) -> None:
-        """Launch one kernel over all tiles of queries, which takes lists of tiles between its inputs and results."""
-        plan = self.plan
-        opened, arguments, (lists,) = self.open((kernel,), (*inputs, *results), plan.list_scratch, device)
-        inputs, results = arguments[: len(inputs)], arguments[len(inputs) :]
-        for chunk in plan.query_chunks:
-            opened.run(kernel, chunk, rule, *inputs, lists, *results)
 
 
 def summarise(key: Tensor, value_size: int) -> KeySummary:
@@ -207,66 +131,13 @@ def forward_stages(
         )  # fmt: skip
 
 
-def decoded(problem: Problem, *inputs: Tensor) -> Tensor:
-    """The output of a call without gradients that has few queries, see decode.py."""
-    output = empty_stored_as(inputs[0], aligned_size(problem.value_size))
-    if problem.is_empty:
-        output.zero_()
-    else:
-        decode_stages(problem, inputs, output)
-    return trimmed(output, problem.value_size)
-
-
 def attention_paged(problem: Problem, pages: Pages, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
     """The output; see backends.Backend. Few queries read aligned pages in place."""
     caches = [cache.transpose(1, 2) for cache in (key_cache, value_cache)]
     if not (schedule.is_decoded(problem, False) and all(is_aligned(matrix(cache)) for cache in caches)):
         return attend_gathered(attention_forward, problem, pages, query, key_cache, value_cache)
-    score = problem.score
-    if score.alibi_slopes is not None:  # packed queries have one row of them
-        score = score._replace(alibi_slopes=score.alibi_slopes.expand(problem.batch, -1))
-        problem = replace(problem, score=score)
     with device_of(query):
-        output = empty_stored_as(query, aligned_size(problem.value_size))
-        if pages.cu_seq_q is not None or problem.is_empty:
-            output.zero_()  # tokens of no row
-        if not problem.is_empty:
-            decode_stages(problem, (query, *caches), output, pages)
-    return trimmed(output, problem.value_size)
-
-
-def decode_stages(problem: Problem, inputs: tuple[Tensor, ...], output: Tensor, pages: Pages | None = None) -> None:
-    """Write the output, see decode.py. With pages, keys and values are (pages, key heads, page size, dim)."""
-    device, dtype = output.device, output.dtype
-    launches = CallLaunches.of(problem, dtype, False, decodes=True, overlaps=can_overlap(device), pages=pages)
-    plan, tensors, paging = launches.plan, None, (None, None, None)
-    if pages is not None:
-        left = pages.left if pages.has_window else FURTHEST
-        tensors = kernel_pages(pages)
-        paging = tensors.block_table.stride(0), left, inputs[0].shape[2]
-    arguments = *map(aligned, inputs), matrix(output), tensors
-    opened, (query, key, value, output, tensors), scratch = launches.open(
-        DECODE, arguments, plan.decode_scratch, device
-    )
-    scores, support, maxima, live_tiles, bounds, counts, finished, parts = scratch
-    scoring, row_rule = schedule.decode_scores_settings, schedule.decode_row_settings
-    for first_unit, units, first_row, rows, line in plan.decode_chunks:
-        numbers, programs = (*plan.sizes, first_unit, first_row, rows, line, *paging), units * rows
-        tiles = units * ceil_div(rows, plan.config.ROWS)
-        splits = splits_of(tiles, plan.key_tiles, schedule.SCORING_PROGRAMS, device)
-        opened.launch(
-            decode_scores_kernel, tiles * splits, scoring, query, key, scores, maxima, bounds, opened.options,
-            opened.visibility, tensors, *numbers, splits,
-        )  # fmt: skip
-        opened.launch(
-            decode_solve_kernel, programs, row_rule, value, scores, maxima, bounds, live_tiles, support, counts,
-            finished, output, opened.options, tensors, *numbers,
-        )  # fmt: skip
-        splits = splits_of(programs, ceil_div(line, PART.value), schedule.ADDING_PROGRAMS, device)
-        opened.launch(
-            decode_parts_kernel, programs * splits, row_rule, value, scores, support, counts, finished, parts, output,
-            tensors, *numbers, splits,
-        )  # fmt: skip
+        return decoded_in_pages(problem, pages, query, *caches)
 
 
 @cache

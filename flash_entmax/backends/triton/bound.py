@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core import call
 from .lists import append_tiles, close_list
 from .score import alibi_penalty, apply_softcap
 from .tile import UNSPECIALIZED, Matrix, head_of, key_head, load_tile
 from .visibility import HIDDEN, WHOLE, are_whole, kinds_of, seen_tiles
 
 BLOCKS = tl.constexpr(64)  # blocks of keys that one step looks at
-NORM_ROUNDING = tl.constexpr(1.0 + 2.0**-10)  # what float32 sums, and 16 bits, may take from a length
+NORM_ROUNDING = tl.constexpr(call.NORM_ROUNDING)
 
 
 class KernelKeySummary(NamedTuple):

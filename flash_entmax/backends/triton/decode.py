@@ -44,6 +44,16 @@ class ScorePlaces(NamedTuple):
     exists: Tensor
 
 
+class TileRange(NamedTuple):
+    """Tiles of keys from `begin` up to `end`. Every row sees every key of those from `first_whole` up to `last_whole`,
+    which need no mask."""
+
+    begin: int
+    first_whole: int
+    last_whole: int
+    end: int
+
+
 class RowScores(NamedTuple):
     """Scores of one row, or maxima of them, and what turns them into distances to the threshold."""
 
@@ -71,31 +81,37 @@ def decode_scores_kernel(
     batch_row = open_batch_row(pages, unit // key_heads, table_stride, tokens, sizes, C)
     sizes = Sizes(heads, group, query_length, batch_row.key_length)
     queries = open_group(query, unit, row, exists, batch_row, left, score_options, sizes, visibility, C)
+    place = tl.cast(program // tiles, tl.int64) * rows + inner
+    tiles = tiles_of_split(queries, exists, bounds + 2 * place, split, splits, C)
+    head = keys_of_batch_row(key, unit // key_heads, unit % key_heads, C)
+    exists = queries.row < query_length
+    places = ScorePlaces(row_scores + place * line, maxima + place * (line // C.TILE), exists)
+    first_end, last_begin = tl.minimum(tiles.first_whole, tiles.end), tl.maximum(tiles.last_whole, tiles.begin)
+    score_tiles(queries, head, batch_row.table, places, tiles.begin, first_end, True, C)
+    score_tiles(queries, head, batch_row.table, places, tiles.first_whole, tiles.last_whole, False, C)
+    score_tiles(queries, head, batch_row.table, places, last_begin, tiles.end, True, C)
+
+
+@triton.jit
+def tiles_of_split(queries, exists, bounds, split, splits, C: tl.constexpr):
+    """The tiles of keys of one of `splits` programs. The first of these stores which tiles a row sees."""
     sees = queries.start < queries.stop
     first_tile = tl.where(sees, queries.start // C.TILE, 0)
     last_tile = tl.where(sees, tl.cdiv(queries.stop, C.TILE), 0)
-    place = tl.cast(program // tiles, tl.int64) * rows + inner
     if split == 0:
-        tl.store(bounds + 2 * place, first_tile, mask=exists)
-        tl.store(bounds + 2 * place + 1, last_tile, mask=exists)
-    begin = tl.min(tl.where(sees, first_tile, key_length), 0)
+        tl.store(bounds, first_tile, mask=exists)
+        tl.store(bounds + 1, last_tile, mask=exists)
+    begin = tl.min(tl.where(sees, first_tile, queries.sizes.key_length), 0)
     end = tl.max(last_tile, 0)
     steps = tl.cdiv(tl.maximum(end - begin, 0), splits)
     begin += split * steps
     end = tl.minimum(begin + steps, end)
-    head = keys_of_batch_row(key, unit // key_heads, unit % key_heads, C)
-    if C.PACKED:
-        exists = queries.row < query_length
-    places = ScorePlaces(row_scores + place * line, maxima + place * (line // C.TILE), exists)
-    # Tiles of which every row sees every key stand between those that need a mask.
+    exists = queries.row < queries.sizes.query_length
     first_whole = tl.maximum(tl.max(tl.where(exists, tl.cdiv(queries.start, C.TILE), 0), 0), begin)
-    last_whole = tl.minimum(tl.min(tl.where(exists, queries.stop // C.TILE, key_length), 0), end)
+    last_whole = tl.minimum(tl.min(tl.where(exists, queries.stop // C.TILE, queries.sizes.key_length), 0), end)
     if C.FILTERED:
         last_whole = first_whole
-    last_whole = tl.maximum(last_whole, first_whole)
-    score_tiles(queries, head, batch_row.table, places, begin, tl.minimum(first_whole, end), True, C)
-    score_tiles(queries, head, batch_row.table, places, first_whole, last_whole, False, C)
-    score_tiles(queries, head, batch_row.table, places, tl.maximum(last_whole, begin), end, True, C)
+    return TileRange(begin, first_whole, tl.maximum(last_whole, first_whole), end)
 
 
 @triton.jit
@@ -125,6 +141,13 @@ def wait_for_previous(C: tl.constexpr):
     """All that the kernels before have written is there."""
     if C.OVERLAPPED:
         gdc_wait()
+
+
+@triton.jit
+def open_queries_of_group(query, unit, row, exists, score_options, sizes, visibility, C: tl.constexpr):
+    """`open_group` where keys are not in pages."""
+    batch_row = open_batch_row(None, unit // (sizes.heads // sizes.group), 0, 0, sizes, C)
+    return open_group(query, unit, row, exists, batch_row, 0, score_options, sizes, visibility, C)
 
 
 @triton.jit
@@ -177,7 +200,7 @@ def decode_solve_kernel(
     count = list_candidates(row, keys, live_tiles + place * tiles, listed, offset, C)
     offset, last_step = solve_offset(row, count, offset, C)
     count = keep_support(row, keys, count, offset, last_step, C)
-    count = spoil(weights, keys, count, (begin < end) & is_spoiled(maximum, C), begin, C)
+    count = spoil(weights, keys, count, (begin < end) & is_spoiled(row, C), begin, C)
     tl.store(counts + place, count)
     tl.store(finished + place, 0)
     if count <= PART:
@@ -320,9 +343,11 @@ def keep_support(row, keys, count, offset, last_step, C: tl.constexpr):
 
 
 @triton.jit
-def is_spoiled(maximum, C: tl.constexpr):
-    """Whether the maximum of a row that sees keys says that a score is NaN or infinite."""
-    spoiled = maximum == float("inf")
+def is_spoiled(row, C: tl.constexpr):
+    """Whether the maximum of a row that sees keys says that a score is NaN or infinite, or whether its alpha or scale
+    is NaN."""
+    maximum = row.maximum
+    spoiled = (maximum == float("inf")) | ((maximum > float("-inf")) & (row.z_scale != row.z_scale))
     if not (C.FILTERED or C.ALIBI):  # either may hide every key
         spoiled = spoiled | (maximum == float("-inf"))
     return spoiled

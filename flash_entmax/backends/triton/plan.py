@@ -264,6 +264,16 @@ class Plan:
         )  # fmt: skip
 
     @cached_property
+    def rounded_scratch(self) -> Scratch:
+        """That of decoding by keys in 8 bits: further maxima by tile of keys."""
+        return Scratch(*self.decode_scratch.arrays, (torch.float32, self.decode_scratch.arrays[2][1]))
+
+    @cached_property
+    def block_scratch(self) -> Scratch:
+        """That of decoding by blocks of keys as well: further numbers by split."""
+        return Scratch(*self.rounded_scratch.arrays, self.rounded_scratch.arrays[-1])
+
+    @cached_property
     def list_scratch(self) -> Scratch:
         """Lists of tiles of keys."""
         return Scratch((torch.int32, most_places(self.query_chunks)))

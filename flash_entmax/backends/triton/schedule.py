@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from ...core.call import Problem
+from ...core.call import MOST_DECODED, Problem
 from ...core.pages import Pages
 from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
-MOST_DECODED = 16  # queries: calls of more have whole tiles of queries
 SCORING_PROGRAMS, ADDING_PROGRAMS = 2, 2  # of decode.py on a multiprocessor
+ROUNDED_SCORING_PROGRAMS = 4  # of decode_summaries.py: half of the bytes, and more steps for each of them
 KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
 OTHER_BYTES = 32  # of these: maximum and offset, four more numbers in either pass, the summary, the words of a record
 WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared memory
@@ -226,6 +226,8 @@ def _config(
     if max(head_padded, value_padded) > WIDEST_PIPELINED:
         # Where loads are not asynchronous, Triton 3.6 may multiply wrongly by values narrower than the keys.
         head_padded = value_padded = max(head_padded, value_padded)
+    if rows:
+        head_padded = max(head_padded, 32)  # of numbers of 8 bits, matrix units multiply so many at a time
     is_single = dtype == torch.float32
     quota, stored_tiles = reach_limits(dtype, value_size, tile)
     return Config(
@@ -280,6 +282,10 @@ def scan_settings(config: Config) -> LaunchSettings:
     return mark_settings(config)
 
 
+def append_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4 if config.HEAD_PADDED <= WIDEST_PIPELINED else 8, 1)
+
+
 def certify_settings(config: Config) -> LaunchSettings:
     return LaunchSettings(2, 1)
 
@@ -294,6 +300,20 @@ def decode_scores_settings(config: Config) -> LaunchSettings:
     on their way."""
     stages = 4 if config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED else 2
     return LaunchSettings(4, 2 * stages - 1 if config.PAGE else stages)
+
+
+def rounded_scores_settings(config: Config) -> LaunchSettings:
+    limit = registers(config, ROUNDED_SCORING_PROGRAMS) if config.HEAD_PADDED <= WIDEST_PIPELINED else None
+    return LaunchSettings(4, listed_scores_settings(config).stages, limit)
+
+
+def listed_scores_settings(config: Config) -> LaunchSettings:
+    """A list of tiles takes more registers than four programs of a multiprocessor have."""
+    return LaunchSettings(4, 4 if config.HEAD_PADDED <= 2 * WIDEST_PIPELINED else 2)
+
+
+def block_bounds_settings(config: Config) -> LaunchSettings:
+    return LaunchSettings(4, 2)
 
 
 def decode_row_settings(config: Config) -> LaunchSettings:

@@ -154,4 +154,6 @@ def hide_filtered(score, row, column, queries, key_tile, C: tl.constexpr):
     if C.TILE > WORD:
         word = tl.where(column < WORD, word, tl.load(words + 1))
     seen = ((word >> (column % WORD)) & 1) | tl.where(kind == WHOLE, 1, 0)
+    if C.ROWS:  # decoding visits hidden tiles as well: they have no bits
+        seen = tl.where(kind == HIDDEN, 0, seen)
     return tl.where(seen != 0, score, float("-inf"))

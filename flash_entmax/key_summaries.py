@@ -1,0 +1,143 @@
+"""What a caller keeps beside a key cache, so that decoding reads fewer bytes."""
+
+import torch
+from torch import Tensor
+
+from .backends import Impl, choose
+from .core.call import SUMMARY_BLOCK, RoundedKeys
+from .core.checks import SummarySizes, check_appended, check_flag, check_index, check_keys, check_summary_sizes
+from .core.modes import as_autocast
+from .core.tensors import aligned_size, ceil_div
+from .operators.key_summaries import append
+
+APPENDED = 2**22  # numbers that one call of `append` takes in KeySummaries.of
+
+
+class KeySummaries:
+    """The keys of a cache in 8 bits, for ``entmax_attention(key_summary=...)``, appended to as the cache grows.
+
+    A decoding call reads these in place of the keys, half of their bytes, with a bound on what the 8 bits leave out. It
+    then reads the few keys that may have support, and computes their scores from the keys themselves. So the result is
+    as exact as without. A key of 128 numbers takes 132 bytes more: where it is of 16 bits, it has 256 itself.
+
+    A key that the call sees and that was not appended is read as it is, which is right and takes longer. A key that
+    changed after it was appended gives wrong results. ``append`` it again, at its place::
+
+        summaries = KeySummaries.of(key[:, :, :length], capacity=key.shape[2])
+        for each token:
+            key[:, :, length] = new_key
+            summaries.append(new_key.unsqueeze(2))
+            output = entmax_attention(query, key, value, key_lengths=..., key_summary=summaries)
+
+    All buffers keep their addresses, and with the kernels nothing waits for the device. So a CUDA graph of ``append``
+    and attention replays.
+
+    Args:
+        batch, key_heads, head_size: those of the keys.
+        capacity: the most keys of a batch row.
+        dtype: of the keys: float16, bfloat16 or float32.
+        device: of the keys.
+        skips_blocks: also keep a centre and a radius of each block of 64 keys. Blocks that these prove to have no
+            support are not read. This pays where blocks hold similar keys, such as topics. On the trained models that
+            were looked at it ruled out nothing (docs/log.md), and costs some microseconds.
+        impl: who appends, as for :func:`flash_entmax.entmax_attention`: ``"triton"``, ``"torch"`` or ``"auto"``.
+
+    Attributes:
+        lengths: (batch,) int32, how many keys of each batch row were appended.
+
+    Raises:
+        TypeError, ValueError: sizes out of range, another dtype, or an ``impl`` that cannot run here.
+    """
+
+    def __init__(
+        self, batch: int, key_heads: int, capacity: int, head_size: int, *, dtype: torch.dtype,
+        device: torch.device | str, skips_blocks: bool = False, impl: Impl = "auto",
+    ) -> None:  # fmt: skip
+        sizes = SummarySizes(batch, key_heads, capacity, head_size, dtype, torch.device(device))
+        check_summary_sizes(sizes)
+        check_flag("skips_blocks", skips_blocks)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.sizes = sizes._replace(device=self.lengths.device)  # with the number of the device
+        self.backend = choose(dtype, self.lengths.device, impl)
+        blocks, bounds = ceil_div(capacity, SUMMARY_BLOCK), ()
+        if skips_blocks:
+            centre = torch.zeros(batch, key_heads, blocks, aligned_size(head_size), dtype=dtype, device=device)
+            numbers = batch, key_heads, blocks
+            bounds = centre, *(torch.full(numbers, torch.inf, dtype=torch.float32, device=device) for _ in range(2))
+        self.rounded_keys = RoundedKeys(
+            torch.zeros(batch, key_heads, capacity, aligned_size(head_size), dtype=torch.int8, device=device),
+            torch.full((batch, key_heads, capacity), torch.nan, dtype=torch.float32, device=device),
+            torch.zeros(batch, key_heads, blocks, dtype=torch.float32, device=device),
+            *bounds,
+        )
+
+    @classmethod
+    def of(
+        cls, key: Tensor, *, capacity: int | None = None, skips_blocks: bool = False, impl: Impl = "auto"
+    ) -> "KeySummaries":
+        """Those of keys (batch, key heads, key length, head size), with room for ``capacity``, by default just these.
+
+        Raises:
+            TypeError, ValueError: a key of another kind, or a capacity that is smaller than its length.
+        """
+        (key,) = as_autocast(key)
+        check_keys(key, None)
+        batch, key_heads, length, head_size = key.shape
+        capacity = length if capacity is None else capacity
+        if isinstance(capacity, int) and capacity < length:
+            raise ValueError(f"capacity must be at least {length}, the length of the keys, got {capacity}")
+        kind = {"dtype": key.dtype, "device": key.device, "skips_blocks": skips_blocks, "impl": impl}
+        summaries = cls(batch, key_heads, capacity, head_size, **kind)
+        numbers = batch * key_heads * head_size * SUMMARY_BLOCK
+        for part in key.split(max(1, APPENDED // max(1, numbers)) * SUMMARY_BLOCK, 2):
+            summaries.append(part)
+        return summaries
+
+    def append(self, key: Tensor, key_lengths: Tensor | None = None) -> None:
+        """Take these keys for those from position ``lengths`` on.
+
+        What stood there before is replaced. What lies past the capacity is left out; no call may have such keys.
+
+        Args:
+            key: (batch, key heads, new keys, head size), of any strides, in the dtype of these summaries.
+            key_lengths: (batch,) int32 or int64, in place of ``lengths``: how many keys of each batch row stand before
+                these. ``lengths`` then goes on from them.
+
+        Raises:
+            TypeError, ValueError: a key of another kind, or more new keys than the capacity.
+        """
+        (key,) = as_autocast(key)
+        check_appended(self.sizes, key, key_lengths)
+        with torch.no_grad():
+            if key_lengths is not None:
+                self.lengths.copy_(key_lengths)
+            append(self.rounded_keys, key.detach(), self.lengths, self.backend)
+            self.lengths.add_(key.shape[2])
+
+    def reset(self) -> None:
+        """Forget all keys."""
+        self.lengths.zero_()
+        self.rounded_keys.unit.fill_(torch.nan)
+        self.rounded_keys.error.zero_()
+        if self.rounded_keys.radius is not None:
+            self.rounded_keys.radius.fill_(torch.inf)
+            self.rounded_keys.centre_error.fill_(torch.inf)
+
+    def reorder(self, indices: Tensor) -> None:
+        """Batch row n becomes a copy of batch row indices[n], (batch,) int32 or int64, as a beam search does it.
+
+        Raises:
+            TypeError, ValueError: indices of another kind.
+        """
+        check_index("indices", indices, self.lengths, ((self.sizes.batch,),), "these summaries")
+        for tensor in self.tensors():
+            tensor.copy_(tensor.index_select(0, indices))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All buffers; the batch is the first dimension of each."""
+        return [tensor for tensor in (self.lengths, *self.rounded_keys) if tensor is not None]

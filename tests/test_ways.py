@@ -1,7 +1,7 @@
 """The way of a query, of alpha and of a mask from the public call to the first launch: check, lower, call.
 
 A way is the sequence of files whose functions hold the tensor: as an argument or a local name, alone or within a tuple.
-Functions that ask one thing about a tensor (TOOLS) are no stay. A file stands on the floor above all that it imports. A
+Functions that ask one thing about a tensor, or take its address, are no stay (TOOLS). A file stands on the floor above all that it imports. A
 way climbs where it goes to a file on a higher floor.
 """
 
@@ -24,9 +24,9 @@ if not find_spec("triton"):
     pytest.skip("needs Triton", allow_module_level=True)
 
 TOOLS = {
-    "aligned", "as_autocast", "as_given", "below_autograd", "device_of", "empty_stored_as", "has_tangent", "is_aligned",
+    "addressed", "aligned", "as_autocast", "as_given", "below_autograd", "device_of", "empty_stored_as", "has_tangent", "is_aligned",
     "is_eager",
-    "is_plain", "is_recorded", "is_transformed", "matrix", "recorded", "row_dtype", "tile_of", "trimmed", "unrecorded",
+    "is_plain", "is_recorded", "is_transformed", "matrix", "open", "recorded", "row_dtype", "tile_of", "trimmed", "unrecorded",
     "<genexpr>", "<listcomp>",
 }  # fmt: skip
 

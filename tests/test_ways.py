@@ -1,8 +1,8 @@
 """The way of a query, of alpha and of a mask from the public call to the first launch: check, lower, call.
 
 A way is the sequence of files whose functions hold the tensor: as an argument or a local name, alone or within a tuple.
-Functions that ask one thing about a tensor, or take its address, are no stay (TOOLS). A file stands on the floor above all that it imports. A
-way climbs where it goes to a file on a higher floor.
+Functions that ask one thing about a tensor, or take its address, are no stay (TOOLS). A file stands on the floor above
+all that it imports. A way climbs where it goes to a file on a higher floor.
 """
 
 import dataclasses
@@ -24,10 +24,9 @@ if not find_spec("triton"):
     pytest.skip("needs Triton", allow_module_level=True)
 
 TOOLS = {
-    "addressed", "aligned", "as_autocast", "as_given", "below_autograd", "device_of", "empty_stored_as", "has_tangent", "is_aligned",
-    "is_eager",
-    "is_plain", "is_recorded", "is_transformed", "matrix", "open", "recorded", "row_dtype", "tile_of", "trimmed", "unrecorded",
-    "<genexpr>", "<listcomp>",
+    "addressed", "aligned", "as_autocast", "as_given", "below_autograd", "device_of", "empty_stored_as", "has_tangent",
+    "is_aligned", "is_eager", "is_plain", "is_recorded", "is_transformed", "matrix", "open", "recorded", "row_dtype",
+    "tile_of", "trimmed", "unrecorded", "<genexpr>", "<listcomp>",
 }  # fmt: skip
 
 

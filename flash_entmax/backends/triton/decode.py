@@ -30,6 +30,7 @@ from .score import distance_to_threshold, scores
 from .tile import UNSPECIALIZED, Sizes, add_compensated, head_of, open_tile
 
 PLACES = tl.constexpr(512)  # numbers that one step of a row's program looks at
+LISTED = tl.constexpr(1024)  # scores that one step of its list of keys looks at: the steps wait for one another
 PART = tl.constexpr(256)  # keys of a support whose values one program adds up
 CERTIFY_STEPS = tl.constexpr(3)
 MOST_STEPS = tl.constexpr(100)
@@ -290,8 +291,8 @@ def list_candidates(row, keys, places, tiles, offset, C: tl.constexpr):
     The scores of the n-th listed tile lie behind n tiles of scores or more. So what is written over has been read.
     """
     count = 0
-    for first in range(0, tiles * C.TILE, PLACES):
-        number = first + tl.arange(0, PLACES)
+    for first in range(0, tiles * C.TILE, LISTED):
+        number = first + tl.arange(0, LISTED)
         inside = number < tiles * C.TILE
         key = tl.load(places + number // C.TILE, mask=inside, other=0) * C.TILE + number % C.TILE
         score = tl.load(row.numbers + key, mask=inside, other=float("-inf"))
@@ -366,7 +367,7 @@ def spoil(weights, keys, count, spoiled, first_tile, C: tl.constexpr):
 def weighted_values(value, table, keys, weights, begin, end, C: tl.constexpr):
     """(VALUE_PADDED,): the sum of the listed values from place `begin` to `end`, each times its weight."""
     PADDED: tl.constexpr = C.VALUE_PADDED
-    BLOCK: tl.constexpr = max(4096 // PADDED, 16)
+    BLOCK: tl.constexpr = max(8192 // PADDED, 16)
     column = tl.arange(0, PADDED)[None, :]
     total = tl.zeros((BLOCK, PADDED), tl.float32)
     for first in range(begin, end, BLOCK):

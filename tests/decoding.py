@@ -1,11 +1,22 @@
 """Decoding calls as the tests pose them: few queries against many keys, with every option."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from unittest import mock
+
 import torch
 from cases import Case, attend, make_case, run_dense
 from checks import PAIRS, check_layout
+from single_keys import limits
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flash_entmax.testing import FLOOR, assert_within_budget
+
+if find_spec("triton"):
+    import triton.language as tl
+
+    from flash_entmax.backends.triton import attention, decode, plan
 
 
 def check_decode(case: Case, impl: str, more: float = 0.0) -> torch.Tensor:
@@ -104,3 +115,16 @@ TORCH = Torch()
 
 def torch_case(queries=2, keys=700, **options) -> Case:
     return few_queries(TORCH, queries, keys, **options)
+
+
+@contextmanager
+def small_steps(part: int = 16, places: int = 64, processors: int = 3, decoded: int = 2**27) -> Iterator[None]:
+    """Inside, the kernels in the interpreter take few keys at a time, and split and chunk short calls."""
+    part = tl.constexpr(part)
+    with (
+        limits(DECODED=decoded),
+        mock.patch.multiple(decode, PART=part, PLACES=tl.constexpr(places)),
+        mock.patch.object(attention, "PART", part),
+        mock.patch.multiple(plan, PART=part, processors_of=lambda device: processors),
+    ):
+        yield

@@ -258,8 +258,8 @@ class Plan:
         return chunks(self.units // self.group, rows, line, limit)
 
     def decode_numbers(self, rows: int, scores: int) -> tuple[int, ...]:
-        """Of so many rows with so many scores: scores, listed keys, maxima by tile of keys, listed tiles, the tiles that
-        each row sees, the size of its support, how many programs have finished with it, and sums of parts."""
+        """Of so many rows with so many scores: scores, listed keys, maxima by tile of keys, listed tiles; the tiles
+        that a row sees, the size of its support, how many programs have finished with it; and sums of parts."""
         tiles = scores // self.config.TILE
         return scores, scores, tiles, tiles, 2 * rows, rows, rows, rows * self.decode_parts * self.config.VALUE_PADDED
 

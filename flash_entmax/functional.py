@@ -163,6 +163,8 @@ def entmax_attention_varlen(
         refuse_nested(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have shape (tokens, heads, dim), got {tuple(tensor.shape)}")
+    if not isinstance(cu_seq_q, Tensor):
+        raise TypeError(f"cu_seq_q must be a torch.Tensor, got {type(cu_seq_q).__name__}")
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     boundaries = cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k
     visibility = Visibility(is_causal, window_size, query_positions, None, None, None, *boundaries, max_q, max_k)

@@ -1,22 +1,34 @@
 """Decoding calls as the tests pose them: few queries against many keys, with every option."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from unittest import mock
+
 import torch
 from cases import Case, attend, make_case, run_dense
 from checks import PAIRS, check_layout
+from single_keys import limits
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flash_entmax.testing import assert_within_budget
+from flash_entmax.testing import FLOOR, assert_within_budget
+
+if find_spec("triton"):
+    import triton.language as tl
+
+    from flash_entmax.backends.triton import attention, decode, plan
 
 
-def check_decode(case: Case, impl: str) -> torch.Tensor:
-    """The output without gradients against the float64 reference."""
+def check_decode(case: Case, impl: str, more: float = 0.0) -> torch.Tensor:
+    """The output without gradients against the float64 reference; `more` is added to the floor of a few roundings."""
     actual = attend(case, impl)
     exact = attend(case.in_float64(), "reference")
     dense = run_dense(case, case.grad_output()).output
     size = case.value.double().abs().amax().item() if case.value.numel() else 0.0
     assert actual.dtype == case.query.dtype
     check_layout(case, actual)
-    assert_within_budget(actual, exact, dense, name="output", magnitude=size)
+    floor = FLOOR[case.query.dtype] + more
+    assert_within_budget(actual, exact, dense, name="output", magnitude=size, floor=floor)
     return actual
 
 
@@ -27,6 +39,11 @@ def few_queries(backend, queries=2, keys=None, **options) -> Case:
 
 def sees(batch, head, query, key):
     return (key + query + head) % 3 > 0
+
+
+def sees_few(batch, head, query, key):
+    """Hides whole tiles of keys behind one that is seen."""
+    return (key < 40 - 30 * (head % 2)) & ((key + query) % 3 > 0)
 
 
 def options_of(name: str, device: str, keys: int) -> dict:
@@ -47,12 +64,16 @@ def options_of(name: str, device: str, keys: int) -> dict:
         "key lengths": lambda: {"key_lengths": numbers(keys - 3, 17)},
         "a row without keys": lambda: {"key_lengths": numbers(keys, 0), "is_causal": True},
         "left padding": lambda: {"key_mask": torch.arange(keys, device=device) >= numbers(70, 3).unsqueeze(-1)},
+        "right padding": lambda: {"key_mask": torch.arange(keys, device=device) < numbers(20, 100).unsqueeze(-1)},
         "key mask": lambda: {"key_mask": torch.arange(2 * keys, device=device).view(2, keys) % 7 % 2 > 0},
         "key mask, window": lambda: {
             "key_mask": torch.arange(2 * keys, device=device).view(2, keys) % 7 % 2 > 0, "window_size": (20, 2),
         },
         "no key": lambda: {"key_mask": torch.zeros(2, keys, dtype=torch.bool, device=device)},
         "block mask": lambda: {"block_mask": create_block_mask(sees, None, 4, 5, keys, device=device)},
+        "hidden blocks": lambda: {
+            "block_mask": create_block_mask(sees_few, None, 4, 5, keys, device=device), "is_causal": True,
+        },
         "softcap": lambda: {"softcap": 1.0, "scale": 1.0},
         "ALiBi": lambda: {"alibi_slopes": numbers(0.1, 0.01, 0.0, -0.02)},
         "infinite ALiBi": lambda: {"alibi_slopes": numbers(torch.inf, 0.1, torch.inf, 0.0), "is_causal": True},
@@ -70,8 +91,8 @@ def options_of(name: str, device: str, keys: int) -> dict:
 
 OPTIONS = (
     "causal", "window", "window, causal", "first position", "positions", "positions of batch rows", "key lengths",
-    "a row without keys", "left padding", "key mask", "key mask, window", "no key", "block mask", "softcap", "ALiBi",
-    "infinite ALiBi", "ALiBi of batch rows", "learned", "together",
+    "a row without keys", "left padding", "right padding", "key mask", "key mask, window", "no key", "block mask",
+    "hidden blocks", "softcap", "ALiBi", "infinite ALiBi", "ALiBi of batch rows", "learned", "together",
 )  # fmt: skip
 
 
@@ -94,3 +115,16 @@ TORCH = Torch()
 
 def torch_case(queries=2, keys=700, **options) -> Case:
     return few_queries(TORCH, queries, keys, **options)
+
+
+@contextmanager
+def small_steps(part: int = 16, places: int = 64, processors: int = 3, decoded: int = 2**27) -> Iterator[None]:
+    """Inside, the kernels in the interpreter take few keys at a time, and split and chunk short calls."""
+    part = tl.constexpr(part)
+    with (
+        limits(DECODED=decoded),
+        mock.patch.multiple(decode, PART=part, PLACES=tl.constexpr(places)),
+        mock.patch.object(attention, "PART", part),
+        mock.patch.multiple(plan, PART=part, processors_of=lambda device: processors),
+    ):
+        yield

@@ -8,15 +8,16 @@ from functools import partial
 
 import pytest
 import torch
-from cases import Case, make_case, names, packed_case, run
+from cases import Case, attend, make_case, names, packed_case, run
 from checks import check_attention, score_rounding
 from conftest import FUZZ_EXAMPLES, PROFILE
+from decoding import check_decode
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from single_keys import limits_of, lone_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flash_entmax.testing import KEY_PATTERNS, key_sparse_inputs
+from flash_entmax.testing import KEY_PATTERNS, key_sparse_inputs, poisoned
 
 numbers = st.sampled_from
 alphas = (st.just(1.5), st.just(2.0), st.one_of(st.just(1.25), st.floats(1.05, 2.0)))
@@ -116,12 +117,13 @@ def masks(draw, kit: Kit, batch: int, heads: int, queries: int, keys: int, devic
 
 
 @st.composite
-def padded_calls(draw, backend, shard: int, longest: int) -> Case:
+def padded_calls(draw, backend, shard: int, longest: int, most_queries: int | None = None) -> Case:
     kit = draw(kits(backend, shard))
     key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     group = 1 if backend.is_interpreted and key_heads == 2 else group
     batch, heads = kit.pick([1] if backend.is_interpreted else [1, 2]), key_heads * group
-    queries, keys = draw(lengths(longest)), draw(lengths(longest))
+    queries = draw(st.integers(1, most_queries) if most_queries else lengths(longest))
+    keys = draw(lengths(longest))
     seed, device = draw(st.integers(0, 10**6)), backend.device
     options = draw(scores(kit, batch, heads, device)) | draw(intervals(kit))
     options |= draw(positions(kit, batch, queries, keys, device, seed))
@@ -135,6 +137,13 @@ def padded_calls(draw, backend, shard: int, longest: int) -> Case:
     if draw(st.booleans()):
         case.query, case.key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (case.query, case.key))
     return case
+
+
+@st.composite
+def decoding_calls(draw, backend, shard: int, longest: int) -> tuple[Case, dict]:
+    """A padded call of few queries, and how many bytes the scratch of one chunk has: all, one row's, or some rows'."""
+    case = draw(padded_calls(backend, shard, longest, most_queries=16))
+    return case, {"DECODED": draw(numbers([2**27, 10**5, 10**4]))}
 
 
 @st.composite
@@ -194,17 +203,25 @@ def check_drawn(case: Case, impl: str) -> None:
         assert torch.equal(ours, theirs), f"{name}: other bits"
 
 
-def check_calls(backend, calls, shard: int, examples: int) -> None:
+def check_decoded(case: Case, impl: str) -> None:
+    """Without gradients: within budget, finite, and the same bits whatever its memory held before."""
+    actual = check_decode(case, impl, more=score_rounding(case))
+    assert actual.isfinite().all()
+    with poisoned():
+        assert torch.equal(attend(case, impl), actual), "memory that was not written reached the output"
+
+
+def check_calls(backend, calls, shard: int, examples: int, check_call=check_drawn) -> None:
     # To shrink a failure would take the interpreter minutes.
     phases = [phase for phase in Phase if phase is not Phase.shrink or not backend.is_interpreted]
-    examples = FUZZ_EXAMPLES // (3 * SHARDS) if PROFILE == "fuzz" else examples
+    examples = FUZZ_EXAMPLES // (4 * SHARDS) if PROFILE == "fuzz" else examples
 
     @settings(max_examples=examples, phases=phases)
     @given(calls(backend, shard, backend.sizes(80, 200, 1000)))
     def check(call):
         case, numbers = call if isinstance(call, tuple) else (call, {})
         with limits_of(backend, **numbers):
-            check_drawn(case, backend.impl)
+            check_call(case, backend.impl)
 
     check()
 
@@ -222,3 +239,8 @@ def test_any_packed_call(backend, shard):
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_any_key_sparse_call(backend, shard):
     check_calls(backend, key_sparse_calls, 2 * SHARDS + shard, backend.sizes(10, 30, 50))
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_any_decoding_call(backend, shard):
+    check_calls(backend, decoding_calls, 3 * SHARDS + shard, backend.sizes(10, 30, 50), check_decoded)

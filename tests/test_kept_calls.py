@@ -1,5 +1,9 @@
 """What a call is lowered to is kept for calls like it: these have the same results, and the same refusals."""
 
+import sys
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -12,7 +16,7 @@ OPTIONS = {"alpha": 1.5, "is_causal": True, "scale": 1.0, "window_size": (-1, -1
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept(monkeypatch):
-    monkeypatch.setattr(dispatch, "kept", {})
+    monkeypatch.setattr(dispatch, "kept", OrderedDict())
 
 
 @pytest.fixture
@@ -74,3 +78,21 @@ def test_the_oldest_call_goes(monkeypatch):
     for length in range(1, 9):
         entmax_attention(*iid_inputs(1, 1, length, 16))
     assert len(dispatch.kept) == 3
+
+
+def test_threads_keep_calls_at_the_same_time(monkeypatch):
+    """Every step of a decoder has a length of its own: threads drop old calls while others keep new ones."""
+    monkeypatch.setattr(dispatch, "MOST_KEPT", 3)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(keep_calls, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(dispatch.kept) <= 3 + 4
+
+
+def keep_calls(thread: int) -> None:
+    for number in range(50_000):
+        dispatch.keep((thread, number), dispatch.Lowered((None,), ()))

@@ -120,6 +120,17 @@ def test_a_hidden_bad_key_changes_nothing(backend, name, bad):
     assert_unchanged(attend(case, backend.impl), clean)
 
 
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_key_behind_an_infinite_slope_changes_nothing(backend, bad):
+    """Of whole tiles of queries, and of few. The first keys are at no query's own position."""
+    slopes = torch.tensor([torch.inf, torch.inf], device=backend.device)
+    for queries in (40, 5):
+        case = make_case(backend, length=queries, key_length=130, alibi_slopes=slopes)
+        clean = attend(case, backend.impl)
+        case.key[:, :, 7] = bad
+        assert_unchanged(attend(case, backend.impl), clean)
+
+
 @pytest.mark.parametrize("name", ["alibi_slopes", "softcap"])
 @pytest.mark.parametrize("bad", BAD[:2])
 def test_a_bad_visible_key_spoils_its_rows(backend, name, bad):

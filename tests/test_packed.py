@@ -205,6 +205,14 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("cu_seq_q", [None, [0, 8]])
+def test_boundaries_that_are_no_tensor_are_refused(cu_seq_q):
+    """Without boundaries every token would see every other."""
+    tensors = (torch.zeros(8, 1, 16) for _ in range(3))
+    with pytest.raises(TypeError, match=r"cu_seq_q must be a torch.Tensor, got (NoneType|list)"):
+        entmax_attention_varlen(*tensors, cu_seq_q, torch.tensor([0, 8]), 8, 8)
+
+
 @pytest.mark.parametrize(("cu_seq_q", "cu_seq_k", "most", "match"), WRONG)
 def test_wrong_boundaries_are_refused(cu_seq_q, cu_seq_k, most, match):
     tensors = (torch.zeros(10, 1, 8) for _ in range(3))

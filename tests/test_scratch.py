@@ -80,8 +80,8 @@ def test_queries_of_many_heads_and_few_keys_are_bounded():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [64, 128, 512])
 def test_scratch_of_decoding_is_bounded(dtype, dim):
-    for batch, heads, key_heads in ((1, 32, 8), (16, 32, 8), (64, 8, 8), (1, 64, 1), (4, 128, 2)):
-        for queries, keys in ((1, 2**20), (16, 2**20), (16, 2**17), (5, 3000), (16, 1)):
+    for batch, heads, key_heads in ((1, 32, 8), (16, 32, 8), (64, 8, 8), (1, 64, 1), (4, 128, 2), (2**12, 16, 16)):
+        for queries, keys in ((1, 2**20), (16, 2**20), (16, 2**17), (5, 3000), (16, 272), (16, 64), (16, 1)):
             visibility = VisibilityArgs(None, None, None, False, keys)
             query, value = torch.Size((batch, heads, queries, dim)), torch.Size((batch, key_heads, keys, dim))
             problem = Problem.of(query, value, ScoreOptions(1.5, 0.125), visibility)

@@ -1,5 +1,7 @@
 """From the public call to what computes it: choose the backend, lower the options, call."""
 
+from collections import OrderedDict
+from contextlib import suppress
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,15 +25,16 @@ class Lowered(NamedTuple):
 
 
 MOST_KEPT = 256
-kept: dict[tuple, Lowered] = {}
+kept: OrderedDict[tuple, Lowered] = OrderedDict()
 
 
 def keep(like: tuple, lowered: Lowered) -> None:
     """Keep what a call was lowered to; the oldest goes. Tensors may be of a mode, or of a graph, that ends."""
     if any(tensor is not None for tensor in lowered.tensors):
         return
-    if len(kept) >= MOST_KEPT:
-        kept.pop(next(iter(kept)), None)
+    while len(kept) >= MOST_KEPT:
+        with suppress(KeyError):  # other threads have taken all
+            kept.popitem(last=False)
     kept[like] = lowered
 
 

@@ -25,7 +25,7 @@ QUERY_LISTS = 13 * 2**20  # listed queries and tiles of queries, and words, like
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
 REACHING = 9 * 2**22  # listed queries and tiles, words and sums of parts of the backward, likewise: 144 MiB
 MOST_SLOTS = 64  # of a key head, at most share.SLOTS
-DECODED = 224 * 2**20  # bytes of scores, listed keys and sums of parts in the scratch of one chunk of decode.py
+DECODED = 224 * 2**20  # bytes of the scratch of one chunk of decode.py
 FEWEST_MARKED = 8  # tiles of keys: with fewer, single keys are not looked for
 FEWEST_SHARED = 32  # tiles of queries of a group of heads: with fewer, no tile of keys is split
 
@@ -245,23 +245,30 @@ class Plan:
         return self.slots + 2 * self.key_tiles if self.slots else 0
 
     @cached_property
+    def decode_parts(self) -> int:
+        """How many sums of parts a row of decode.py may have: none where PART holds every key."""
+        parts = ceil_div(self.key_tiles * self.config.TILE, PART.value)
+        return parts if parts > 1 else 0
+
+    @cached_property
     def decode_chunks(self) -> list[Chunk]:
         """Chunks of key heads and, of each, rows, whose lines of scores have `capacity` numbers each."""
-        rows, bytes_of_score = self.group * self.outline.query_length, 8 + 4 * self.config.VALUE_PADDED // PART.value
-        return chunks(self.units // self.group, rows, self.key_tiles * self.config.TILE, DECODED // bytes_of_score)
+        rows, line = self.group * self.outline.query_length, self.key_tiles * self.config.TILE
+        limit = DECODED // (4 * sum(self.decode_numbers(1, line))) * line
+        return chunks(self.units // self.group, rows, line, limit)
+
+    def decode_numbers(self, rows: int, scores: int) -> tuple[int, ...]:
+        """Of so many rows with so many scores: scores, listed keys, maxima by tile of keys, listed tiles; the tiles
+        that a row sees, the size of its support, how many programs have finished with it; and sums of parts."""
+        tiles = scores // self.config.TILE
+        return scores, scores, tiles, tiles, 2 * rows, rows, rows, rows * self.decode_parts * self.config.VALUE_PADDED
 
     @cached_property
     def decode_scratch(self) -> Scratch:
-        """Of each row: scores, listed keys, maxima by tile of keys, listed tiles, the tiles that it sees, the size of
-        its support, how many programs have finished with it, and sums of parts."""
-        rows = max(chunk.programs for chunk in self.decode_chunks)
-        scores = max(chunk.places for chunk in self.decode_chunks)
-        tiles = scores // self.config.TILE
-        parts = rows * ceil_div(self.key_tiles * self.config.TILE, PART.value) * self.config.VALUE_PADDED
-        return Scratch(
-            (torch.float32, scores), (torch.int32, scores), (torch.float32, tiles), (torch.int32, tiles),
-            (torch.int32, 2 * rows), (torch.int32, rows), (torch.int32, rows), (torch.float32, parts),
-        )  # fmt: skip
+        """The numbers of the largest chunk, of 4 bytes each."""
+        rows, scores = (max(getattr(chunk, name) for chunk in self.decode_chunks) for name in ("programs", "places"))
+        dtypes = (torch.float32, torch.int32) * 2 + (torch.int32,) * 3 + (torch.float32,)
+        return Scratch(*zip(dtypes, self.decode_numbers(rows, scores), strict=True))
 
     @cached_property
     def rounded_scratch(self) -> Scratch:

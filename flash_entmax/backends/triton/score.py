@@ -31,7 +31,8 @@ def apply_score_options(product, queries, keys, MASKED: tl.constexpr, TRANSPOSED
     column = by_key(keys.column, TRANSPOSED)
     if C.ALIBI:
         position = by_query(queries.position - keys.first, TRANSPOSED)
-        score -= alibi_penalty(tl.abs(position - column), options.alibi_slopes)
+        penalty = alibi_penalty(tl.abs(position - column), options.alibi_slopes)
+        score = tl.where(penalty == float("inf"), float("-inf"), score - penalty)  # hides NaN too
     if MASKED:
         start, stop = queries.start - keys.first, queries.stop - keys.first
         score = hide(score, column, by_query(start, TRANSPOSED), by_query(stop, TRANSPOSED), C)

@@ -18,7 +18,8 @@ class KeySummaries:
 
     A decoding call reads these in place of the keys, half of their bytes, with a bound on what the 8 bits leave out. It
     then reads the few keys that may have support, and computes their scores from the keys themselves. So the result is
-    as exact as without. A key of 128 numbers takes 132 bytes more: where it is of 16 bits, it has 256 itself.
+    as exact as without. A key of 128 numbers takes 132 bytes more: where it is of 16 bits, it has 256 itself. On
+    an H200 this pays where there is much to read: from some 100,000 keys on, or with several batch rows.
 
     A key that the call sees and that was not appended is read as it is, which is right and takes longer. A key that
     changed after it was appended gives wrong results. ``append`` it again, at its place::

@@ -16,7 +16,7 @@ from flash_entmax.testing import FLOOR, assert_within_budget
 if find_spec("triton"):
     import triton.language as tl
 
-    from flash_entmax.backends.triton import attention, decode, plan
+    from flash_entmax.backends.triton import decode, decoding, plan
 
 
 def check_decode(case: Case, impl: str, more: float = 0.0) -> torch.Tensor:
@@ -123,8 +123,8 @@ def small_steps(part: int = 16, places: int = 64, processors: int = 3, decoded: 
     part = tl.constexpr(part)
     with (
         limits(DECODED=decoded),
-        mock.patch.multiple(decode, PART=part, PLACES=tl.constexpr(places)),
-        mock.patch.object(attention, "PART", part),
+        mock.patch.multiple(decode, PART=part, PLACES=tl.constexpr(places), LISTED=tl.constexpr(places)),
+        mock.patch.object(decoding, "PART", part),
         mock.patch.multiple(plan, PART=part, processors_of=lambda device: processors),
     ):
         yield

@@ -13,23 +13,23 @@ from mutants import Mutant, plant
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
-from flash_entmax.backends.triton import decode, visibility
+from flash_entmax.backends.triton import decode, pages, visibility
 from flash_entmax.testing import inputs_with_scores, poisoned, score_rows
 
 # Each with the check that must fail.
 FAULTS = {
     "the last tile has no mask": (
-        decode, "decode_scores_kernel", "queries.stop // C.TILE", "tl.cdiv(queries.stop, C.TILE)", "causal",
+        decode, "tiles_of_split", "queries.stop // C.TILE", "tl.cdiv(queries.stop, C.TILE)", "causal",
     ),
     "the first tile has no mask": (
-        decode, "decode_scores_kernel", "tl.cdiv(queries.start, C.TILE)", "queries.start // C.TILE", "window",
+        decode, "tiles_of_split", "tl.cdiv(queries.start, C.TILE)", "queries.start // C.TILE", "window",
     ),
     "a row ends at its last whole tile": (
-        decode, "decode_scores_kernel", "tl.where(sees, tl.cdiv(queries.stop, C.TILE), 0)",
+        decode, "tiles_of_split", "tl.where(sees, tl.cdiv(queries.stop, C.TILE), 0)",
         "tl.where(sees, queries.stop // C.TILE, 0)", "long",
     ),
     "a split leaves out its last tile": (
-        decode, "decode_scores_kernel", "tl.minimum(begin + steps, end)", "tl.minimum(begin + steps - 1, end)", "long",
+        decode, "tiles_of_split", "tl.minimum(begin + steps, end)", "tl.minimum(begin + steps - 1, end)", "long",
     ),
     "every chunk has the first key heads": (
         decode, "decode_scores_kernel", "first_unit + program // tiles", "program // tiles", "chunks",
@@ -49,7 +49,7 @@ FAULTS = {
         "long",
     ),
     "every batch row has the intervals of the first": (
-        decode, "open_group", "visible_interval(number, batch * sizes.heads, ...)",
+        pages, "interval_of_row", "visible_interval(number, batch * sizes.heads, ...)",
         "visible_interval(number, batch * 0, ...)", "key lengths",
     ),
     "the output goes to another query head": (
@@ -62,8 +62,8 @@ FAULTS = {
         decode, "list_live_tiles", "return count", "return tl.maximum(count - 1, 0)", "long",
     ),
     "candidates of the first step only": (
-        decode, "list_candidates", "range(0, tiles * C.TILE, PLACES)",
-        "range(0, tl.minimum(tiles * C.TILE, PLACES), PLACES)", "long",
+        decode, "list_candidates", "range(0, tiles * C.TILE, LISTED)",
+        "range(0, tl.minimum(tiles * C.TILE, LISTED), LISTED)", "long",
     ),
     "each step writes over the keys of the one before": (
         decode, "append_keys", "count + tl.cumsum(alive, 0) - 1", "tl.cumsum(alive, 0) - 1", "long",

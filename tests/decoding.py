@@ -1,8 +1,10 @@
 """Decoding calls as the tests pose them: few queries against many keys, with every option."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -16,7 +18,7 @@ from flash_entmax.testing import FLOOR, assert_within_budget
 if find_spec("triton"):
     import triton.language as tl
 
-    from flash_entmax.backends.triton import decode, decoding, plan
+    from flash_entmax.backends.triton import decode, plan
 
 
 def check_decode(case: Case, impl: str, more: float = 0.0) -> torch.Tensor:
@@ -120,11 +122,15 @@ def torch_case(queries=2, keys=700, **options) -> Case:
 @contextmanager
 def small_steps(part: int = 16, places: int = 64, processors: int = 3, decoded: int = 2**27) -> Iterator[None]:
     """Inside, the kernels in the interpreter take few keys at a time, and split and chunk short calls."""
-    part = tl.constexpr(part)
-    with (
-        limits(DECODED=decoded),
-        mock.patch.multiple(decode, PART=part, PLACES=tl.constexpr(places), LISTED=tl.constexpr(places)),
-        mock.patch.object(decoding, "PART", part),
-        mock.patch.multiple(plan, PART=part, processors_of=lambda device: processors),
-    ):
+    part, holders = tl.constexpr(part), [module for module in sys.modules.values() if holds_part(module)]
+    with ExitStack() as stack:
+        stack.enter_context(limits(DECODED=decoded))
+        stack.enter_context(mock.patch.multiple(decode, PLACES=tl.constexpr(places), LISTED=tl.constexpr(places)))
+        stack.enter_context(mock.patch.object(plan, "processors_of", lambda device: processors))
+        for module in holders:
+            stack.enter_context(mock.patch.object(module, "PART", part))
         yield
+
+
+def holds_part(module: ModuleType) -> bool:
+    return module.__name__.startswith("flash_entmax.") and getattr(module, "PART", None) is decode.PART

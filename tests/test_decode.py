@@ -19,6 +19,13 @@ def test_queries_and_groups(backend, queries, heads):
     check_decode(few_queries(backend, queries, heads=heads[0], key_heads=heads[1], batch=2), backend.impl)
 
 
+@pytest.mark.parametrize("dim", [16, 144])
+def test_more_rows_than_a_tile(backend, dim):
+    """75 queries share each key head: the last tile of them is not full. Heads over 128 have smaller tiles."""
+    options = {"heads": 10, "key_heads": 2, "dim": dim, "is_causal": True}
+    check_decode(few_queries(backend, 15, 70, **options), backend.impl)
+
+
 @pytest.mark.parametrize("keys", [1, 2, 16, 63, 64, 65, 127, 128, 129, 200])
 def test_numbers_of_keys(backend, keys):
     for queries in (1, 5):

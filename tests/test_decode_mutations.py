@@ -95,11 +95,8 @@ FAULTS = {
     "programs count on from what memory held": (
         decode, "decode_solve_kernel", "tl.store(finished + place, 0)", "None", "long",
     ),
-    "hidden tiles are seen": (
-        visibility, "hide_filtered", "tl.where(kind == WHOLE, 1, 0)", "tl.where(kind == WHOLE, 1, 1)", "right padding",
-    ),
     "hidden tiles are seen by the bits of another": (
-        visibility, "hide_filtered", "kind < FIRST_PARTIAL", "kind == WHOLE", "right padding",
+        visibility, "hide_filtered", "tl.where(kind == HIDDEN, 0, seen)", "seen", "right padding",
     ),
 }  # fmt: skip
 

@@ -146,12 +146,14 @@ def hide(score, column, start, stop, C: tl.constexpr):
 def hide_filtered(score, row, column, queries, key_tile, C: tl.constexpr):
     """-inf where the filter's bits say so. Row and column count inside the tile."""
     kind = kinds_of(queries.unit, queries.tile, key_tile, queries.sizes, queries.visibility, C)
-    place = tl.cast(tl.maximum(kind - FIRST_PARTIAL, 0), tl.int64)  # a hidden or a whole tile has no bits
+    place = tl.cast(tl.maximum(kind - FIRST_PARTIAL, 0), tl.int64)  # the bits of a whole tile are not looked at
     if C.FILTER_BY_QUERY:
         place = place * C.TILE + row
     words = queries.visibility.tile_bits + place * ((C.TILE + WORD - 1) // WORD)
     word = tl.load(words)
     if C.TILE > WORD:
         word = tl.where(column < WORD, word, tl.load(words + 1))
-    seen = tl.where(kind < FIRST_PARTIAL, tl.where(kind == WHOLE, 1, 0), (word >> (column % WORD)) & 1)
+    seen = ((word >> (column % WORD)) & 1) | tl.where(kind == WHOLE, 1, 0)
+    if C.ROWS:  # decoding visits hidden tiles as well: they have no bits
+        seen = tl.where(kind == HIDDEN, 0, seen)
     return tl.where(seen != 0, score, float("-inf"))

@@ -24,6 +24,7 @@ WINGS = {
     "losses": {"activations", "operators", "backends", "core"},
     "nn": {"losses", "activations", "functional", "backends", "core"},
     "anneal": {"core"},
+    "distributed": {"operators", "backends", "core"},
     "inspection": {"functional", "operators", "backends", "core"},
     "": {"losses", "activations", "functional", "operators", "backends", "core"},
     "testing": set(),

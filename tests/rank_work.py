@@ -7,6 +7,7 @@ import torch
 from rank_pool import RANKS, TIMEOUT
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 
 from flash_entmax.distributed import context_parallel_attention, decode_sharded, positions, shard, unshard
 
@@ -50,6 +51,21 @@ def forward(group, by_rank: list[dict] | None = None, **options) -> torch.Tensor
     if "mesh" in options:
         group = DeviceMesh("cpu", options.pop("mesh"))
     return context_parallel_attention(query, key, query, group=options.pop("group", group), **options)
+
+
+def called(group, tensors: dict, how: str) -> dict:
+    """Output and gradients of the same call: as it is, in a checkpoint, or in a compiled function."""
+
+    def run(query, key, value):
+        return 2 * context_parallel_attention(query + 0, key, value, group=group, is_causal=True)
+
+    own = leaves({name: shard(tensors[name], 2, group) for name in LEARNED[:3]})
+    if how == "checkpoint":
+        output = checkpoint(run, *own.values(), use_reentrant=False)
+    else:
+        output = (torch.compile(run, backend="eager") if how == "compiled" else run)(*own.values())
+    output.backward(shard(tensors["grad_output"], 2, group))
+    return {"output": output.detach(), **{name: tensor.grad for name, tensor in own.items()}}
 
 
 def layouts(group, length: int) -> dict:

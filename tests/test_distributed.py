@@ -8,6 +8,7 @@ from rank_pool import RANKS, TIMEOUT, Failure, RankPool
 from rank_work import (
     LEARNED,
     attention,
+    called,
     decode,
     dtypes_of,
     forward,
@@ -172,6 +173,14 @@ def test_16_bit_types_and_autocast(pool, dtype, method):
             size = expected[name].abs().max().item()
             torch.testing.assert_close(whole, expected[name], rtol=0, atol=tolerance * size)
     assert all(torch.equal(a["output"], b["output"]) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "compiled"])
+def test_in_a_checkpoint_and_in_a_compiled_function(pool, how):
+    """The same bits. A compiled function runs the call between two graphs."""
+    tensors = inputs(4, 2)
+    for own, plain in zip(pool.run(2, called, tensors, how), pool.run(2, called, tensors, "plain"), strict=True):
+        assert all(torch.equal(own[name], plain[name]) for name in plain)
 
 
 def test_each_rank_may_keep_its_share_of_a_parameters_gradient(pool):

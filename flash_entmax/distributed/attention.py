@@ -76,7 +76,7 @@ def context_parallel_attention(
             whole sequence, of a batch of 1, for queries and keys. They need not be those of the parts. Tokens past the
             last boundary get output 0. Not together with ``key_lengths``.
         heads_at_a_time: with ``"gather"``, so many key heads are gathered at a time, while those before are computed;
-            default all at once.
+            by default, and with more than there are, all at once.
         sum_parameter_gradients: the gradient of a tensor ``alpha``, ``scale`` or ``alibi_slopes`` is summed over the
             ranks, in their order. With False each rank keeps its own share, for parameters whose gradients FSDP or DDP
             reduces over the same ranks, together with those of all other weights.
@@ -134,8 +134,8 @@ class Call:
         if self.method not in get_args(Method):
             raise ValueError(f"method must be {' or '.join(map(repr, get_args(Method)))}, got {said(self.method)}")
         check_layout(self.layout)
-        packed, visibility = self.visibility.cu_seq_q, replace(self.visibility, cu_seq_q=None, cu_seq_k=None)
-        query, key, value = checked_inputs(*self.inputs, self.score, visibility)
+        of_parts = replace(self.visibility, cu_seq_q=None, cu_seq_k=None)  # boundaries are those of the whole sequence
+        query, key, value = checked_inputs(*self.inputs, self.score, of_parts)
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"query and key must have one local length, got {query.shape[2]} and {key.shape[2]}")
         check_length(query.shape[2] * self.ranks.size, self.ranks.size, self.layout)
@@ -144,7 +144,7 @@ class Call:
             raise ValueError("softcap with alpha=1 (softmax) is not computed here: use alpha above 1")
         check_heads(self.method, self.heads_at_a_time, query.shape[1], key.shape[1], self.ranks.size)
         call = replace(self, inputs=(query, key, value))
-        return call if packed is None else replace(call, visibility=visibility, intervals=call.packed_intervals())
+        return call if self.visibility.cu_seq_q is None else replace(call, intervals=call.packed_intervals())
 
     def packed_intervals(self) -> Tensor:
         """Of all queries of the whole sequence."""
@@ -163,7 +163,7 @@ class Call:
             "is_causal": self.visibility.is_causal,
             "window_size": tuple(self.visibility.window_size),
             "key_lengths": self.visibility.key_lengths,
-            "intervals": self.intervals,
+            "cu_seq_q": self.visibility.cu_seq_q,
             "method": self.method,
             "layout": self.layout,
             "impl": self.impl,
@@ -229,6 +229,7 @@ def by_gather(call: Call) -> Tensor:
         tensors = key[:, own], value[:, own]
         ready, arriving = arriving, None if following is None else start(call, following)
         whole = [gather(tensor, 2, ranks, layout, one) for tensor, one in zip(tensors, ready, strict=True)]
+        del ready  # the parts are in their order, and need no memory any more
         heads = slice(shared * own.start, shared * own.stop)
         score = of_heads(call.score, heads)
         outputs.append(attend(query[:, heads], *whole, score, visibility, call.impl, False))

@@ -81,7 +81,7 @@ def decode_sharded(
         inputs = checked_inputs(query, key, value, score, visibility)
         check_decoding((*inputs, alpha, scale, alibi_slopes), score, first_key, query_positions)
         backend = choose(inputs[0].dtype, inputs[0].device, impl)
-        parts = {"query": query, "key heads": key.shape[1], "value size": value.shape[3]}
+        parts = {"query": inputs[0], "key heads": key.shape[1], "value size": value.shape[3]}
         parts |= {"key length": key.shape[2]} if first_key is None else {}
         shared = score._asdict() | {
             "is_causal": is_causal, "window_size": tuple(window_size), "query_positions": query_positions,

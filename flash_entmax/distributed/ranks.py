@@ -36,8 +36,8 @@ class Ranks(NamedTuple):
             raise ValueError("group must be one that this process belongs to, got a group of others")
         if not isinstance(group, ProcessGroup):
             raise TypeError(
-                "group must be a torch.distributed.ProcessGroup or a one-dimensional DeviceMesh, got "
-                f"{said(group)} (torch.distributed.group.WORLD is the group of all processes)"
+                f"group must be a torch.distributed.ProcessGroup or a one-dimensional DeviceMesh, got {said(group)} "
+                "(after init_process_group, torch.distributed.group.WORLD is the group of all processes)"
             )
         rank = distributed.get_rank(group)
         if rank < 0:

@@ -85,6 +85,13 @@ def round_trip(group, whole: torch.Tensor, dim: int, layout: str):
     return back, leaf.grad, part.grad, positions(whole.shape[dim], group, layout)
 
 
+def sum_of(group, numbers: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of one number from each, as a gradient."""
+    part = torch.ones(1, dtype=numbers.dtype, requires_grad=True)
+    (unshard(part, 0, group, "contiguous") * numbers[distributed.get_rank(group)]).sum().backward()
+    return part.grad
+
+
 def dtypes_of(group, tensors: dict, dtype: torch.dtype, under_autocast: bool, method: str):
     """Output and gradients of inputs of this dtype, or of float32 inputs under autocast."""
     own = {name: shard(tensor, 2, group).to(torch.float32 if under_autocast else dtype) for name, tensor in

@@ -17,6 +17,7 @@ from rank_work import (
     one_missing,
     refused_decode,
     round_trip,
+    sum_of,
 )
 
 from flash_entmax import entmax_attention, entmax_attention_varlen
@@ -131,7 +132,7 @@ def test_packed_sequences_cross_the_parts(pool, size):
     output = entmax_attention_varlen(*rows, boundaries, None, LENGTH, LENGTH, **packed).transpose(0, 1)[None]
     output.backward(tensors["grad_output"])
     expected = {"output": output.detach(), **{name: tensor.grad for name, tensor in own.items()}}
-    options["cu_seq_q"] = boundaries
+    options["cu_seq"] = boundaries
     for answers in zip(*pool.run(size, attention, tensors, options, WAYS), strict=True):
         check(answers, expected)
 
@@ -216,6 +217,20 @@ def test_parts_are_put_together_again(pool, dtype, layout):
             assert torch.equal(of_part, 6 * whole[:, places])  # (1 + 2 + 3) times: the losses of three ranks
 
 
+def test_sums_over_ranks_of_16_bit_types_are_added_in_float32(pool):
+    """256 + 1 is 256 in bfloat16."""
+    for total in pool.run(RANKS, sum_of, torch.tensor([256, 1, 1, 2], dtype=torch.bfloat16)):
+        assert total.item() == 260
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, LENGTH), (2, 0)])
+def test_empty_inputs_have_empty_outputs(pool, batch, length):
+    tensors = inputs(2, 2, length=length, batch=batch)
+    for answers in zip(*pool.run(2, attention, tensors, {"is_causal": True}, WAYS), strict=True):
+        assert all(answer["output"].shape == (batch, 2, length // 2, 6) for answer in answers)
+        assert all(answer["key"].shape == (batch, 2, length // 2, 8) for answer in answers)
+
+
 ALL_RANKS = {  # the same wrong call on all ranks
     "method": ({"method": "ring"}, "ValueError", "method must be 'gather' or 'heads', got 'ring'"),
     "layout": ({"layout": "striped"}, "ValueError", "layout must be 'balanced' or 'contiguous', got 'striped'"),
@@ -228,9 +243,10 @@ ALL_RANKS = {  # the same wrong call on all ranks
     "both": ({"heads_at_a_time": 1, "method": "heads", "heads": 3}, "ValueError", "is for method 'gather'"),
     "flag": ({"check_ranks": 1}, "TypeError", "check_ranks must be True or False, got 1"),
     "sum": ({"sum_parameter_gradients": "no"}, "TypeError", "sum_parameter_gradients must be True or False, got 'no'"),
-    "boundaries": ({"cu_seq_q": torch.tensor([0, 99])}, "ValueError", "must rise from 0 to at most 24 tokens"),
+    "boundaries": ({"cu_seq": torch.tensor([0, 99])}, "ValueError", "must rise from 0 to at most 24 tokens"),
+    "index": ({"cu_seq": [0, 9]}, "TypeError", "cu_seq must be a torch.Tensor, got list"),
     "packed": (
-        {"cu_seq_q": torch.tensor([0, 9]), "key_lengths": torch.tensor([9])}, "ValueError", "exclude each other"
+        {"cu_seq": torch.tensor([0, 9]), "key_lengths": torch.tensor([9])}, "ValueError", "exclude each other"
     ),
     "softcap": ({"alpha": 1.0, "softcap": 2.0}, "ValueError", "softcap with alpha=1"),
     "impl": ({"impl": "fastest"}, "ValueError", "impl must be one of .*'fastest'"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import Impl, choose
 from ..core.call import ScoreOptions
-from ..core.checks import check_boundaries, check_flag, checked_inputs, said, typed
+from ..core.checks import check_boundaries, check_flag, check_index, checked_inputs, said, typed
 from ..core.intervals import UNLIMITED
 from ..core.visibility import Visibility
 from ..operators.kept_calls import attend
@@ -43,7 +43,7 @@ def context_parallel_attention(
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
-    cu_seq_q: Tensor | None = None,
+    cu_seq: Tensor | None = None,
     impl: Impl = "auto",
     heads_at_a_time: int | None = None,
     sum_parameter_gradients: bool = True,
@@ -72,7 +72,7 @@ def context_parallel_attention(
         alibi_slopes: (heads,) or (batch, heads), the same on all ranks.
         key_lengths: (batch,) int32 or int64, the same on all ranks: of each whole sequence, only so many keys exist.
         key_mask: (batch, local length) bool, this rank's part: True where the key may be seen.
-        cu_seq_q: (sequences + 1,) int32 or int64, the same on all ranks: the boundaries of packed sequences in the
+        cu_seq: (sequences + 1,) int32 or int64, the same on all ranks: the boundaries of packed sequences in the
             whole sequence, of a batch of 1, for queries and keys. They need not be those of the parts. Tokens past the
             last boundary get output 0. Not together with ``key_lengths``.
         heads_at_a_time: with ``"gather"``, so many key heads are gathered at a time, while those before are computed;
@@ -97,7 +97,7 @@ def context_parallel_attention(
     check_flag("check_ranks", check_ranks)
 
     def prepare() -> tuple[Call, dict[str, str]]:
-        visibility = Visibility(is_causal, window_size, None, key_lengths, key_mask, None, cu_seq_q, cu_seq_q)
+        visibility = Visibility(is_causal, window_size, None, key_lengths, key_mask, None, cu_seq, cu_seq)
         score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
         call = Call((query, key, value), score, visibility, method, layout, impl, heads_at_a_time, ranks)
         check_flag("sum_parameter_gradients", sum_parameter_gradients)
@@ -150,9 +150,10 @@ class Call:
         """Of all queries of the whole sequence."""
         query, visibility = self.inputs[0], self.visibility
         if query.shape[0] != 1:
-            raise ValueError(f"cu_seq_q packs the sequences of a batch of 1, got a batch of {query.shape[0]}")
+            raise ValueError(f"cu_seq packs the sequences of a batch of 1, got a batch of {query.shape[0]}")
         if visibility.key_lengths is not None:
-            raise ValueError("cu_seq_q and key_lengths exclude each other: let the last boundary end the sequences")
+            raise ValueError("cu_seq and key_lengths exclude each other: let the last boundary end the sequences")
+        check_index("cu_seq", visibility.cu_seq_q, query, None)
         check_boundaries(query, visibility)
         whole = query[:, :1, :1].expand(-1, -1, self.length, -1)
         return replace(visibility, max_q=self.length, max_k=self.length).intervals(whole, self.length)
@@ -163,7 +164,7 @@ class Call:
             "is_causal": self.visibility.is_causal,
             "window_size": tuple(self.visibility.window_size),
             "key_lengths": self.visibility.key_lengths,
-            "cu_seq_q": self.visibility.cu_seq_q,
+            "cu_seq": self.visibility.cu_seq_q,
             "method": self.method,
             "layout": self.layout,
             "impl": self.impl,

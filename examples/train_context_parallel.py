@@ -81,7 +81,7 @@ def main() -> None:
             speed = step * BATCH * TOKENS / (time.perf_counter() - begin)
             if rank == 0:
                 print(f"step {step}: loss {mean.item() / ranks:.6f}, {speed:,.0f} tokens a second", flush=True)
-    distributed.barrier()  # no process leaves while another one still needs it
+    distributed.barrier()  # the threads of gloo have let go of all tensors before Python ends
     distributed.destroy_process_group()
 
 

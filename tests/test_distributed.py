@@ -238,6 +238,11 @@ ALL_RANKS = {  # the same wrong call on all ranks
     "heads": ({"method": "heads"}, "ValueError", "must be multiples of 3, the number of ranks, got 4 and 4"),
     "alpha": ({"alpha": 2.5}, "ValueError", r"alpha must be in \[1, 2\].*got 2.5"),
     "lengths": ({"key": torch.ones(1, 4, 6, 4)}, "ValueError", "key and value must have the same length, got 6 and 8"),
+    "nested": (
+        {"key": torch.nested.nested_tensor([torch.ones(4, 4)] * 2, layout=torch.jagged)},
+        "ValueError",
+        "key must be a tensor that is not nested",
+    ),
     "at a time": ({"heads_at_a_time": 0}, "ValueError", "heads_at_a_time must be at least 1, got 0"),
     "half": ({"heads_at_a_time": 1.5}, "TypeError", "heads_at_a_time must be an integer or None, got float 1.5"),
     "both": ({"heads_at_a_time": 1, "method": "heads", "heads": 3}, "ValueError", "is for method 'gather'"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import Impl, choose
 from ..core.call import ScoreOptions
-from ..core.checks import check_boundaries, check_flag, check_index, checked_inputs, said, typed
+from ..core.checks import check_boundaries, check_flag, check_index, checked_inputs, refuse_nested, said, typed
 from ..core.intervals import UNLIMITED
 from ..core.visibility import Visibility
 from ..operators.kept_calls import attend
@@ -134,6 +134,8 @@ class Call:
         if self.method not in get_args(Method):
             raise ValueError(f"method must be {' or '.join(map(repr, get_args(Method)))}, got {said(self.method)}")
         check_layout(self.layout)
+        for name, tensor in zip(("query", "key", "value"), self.inputs, strict=True):
+            refuse_nested(name, tensor)
         of_parts = replace(self.visibility, cu_seq_q=None, cu_seq_k=None)  # boundaries are those of the whole sequence
         query, key, value = checked_inputs(*self.inputs, self.score, of_parts)
         if query.shape[2] != key.shape[2]:

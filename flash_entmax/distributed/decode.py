@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS, Impl, choose
 from ..core.call import Problem, ScoreOptions
-from ..core.checks import check_flag, checked_inputs, typed
+from ..core.checks import check_flag, checked_inputs, refuse_nested, typed
 from ..core.intervals import FURTHEST, UNLIMITED
 from ..core.modes import as_given, is_recorded
 from ..core.tensors import row_dtype
@@ -78,6 +78,8 @@ def decode_sharded(
     def prepare():
         score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
         visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask)
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            refuse_nested(name, tensor)
         inputs = checked_inputs(query, key, value, score, visibility)
         check_decoding((*inputs, alpha, scale, alibi_slopes), score, first_key, query_positions)
         backend = choose(inputs[0].dtype, inputs[0].device, impl)

@@ -26,6 +26,7 @@ WINGS = {
     "losses": {"activations", "operators", "backends", "core"},
     "nn": {"losses", "activations", "functional", "backends", "core"},
     "anneal": {"core"},
+    "distributed": {"operators", "backends", "core"},
     "inspection": {"functional", "operators", "backends", "core"},
     "": {"losses", "activations", "functional", "paged", "key_summaries", "operators", "backends", "core"},
     "testing": set(),

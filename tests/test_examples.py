@@ -17,8 +17,11 @@ SCRIPTS = {
     "attention_layer.py": (("120",), r"\n\s+16\s+\d+ %\s+[\d.]+, [\d.]+ of 17", None),
     "anneal_softmax_to_entmax.py": (("20",), r"alpha annealed to 1.5:\s+validation loss \d\.\d+", None),
     "transformers_model.py": ((), r"\S", "transformers"),
+    "train_context_parallel.py": (("5", "64"), r"2 processes, 32 of 64 tokens.*step 5: loss [34]\.\d+", None),
     "see_attention.py": ((), r"attends to\n  0\.\d{4}  token", "matplotlib"),
 }
+
+LAUNCHERS = {"train_context_parallel.py": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")}
 
 
 def test_no_example_is_left_out():
@@ -31,7 +34,7 @@ def test_example(script, tmp_path):
     if package is not None and not find_spec(package):
         pytest.skip(f"needs {package}")
     done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *arguments],
+        [sys.executable, *LAUNCHERS.get(script, ()), EXAMPLES / script, *arguments],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -39,4 +42,4 @@ def test_example(script, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(pattern, done.stdout), done.stdout
+    assert re.search(pattern, done.stdout, re.DOTALL), done.stdout

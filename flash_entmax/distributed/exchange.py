@@ -1,0 +1,123 @@
+"""What the ranks of a group exchange, with gradients. Sums over ranks are added in the order of the ranks.
+
+Every rank adds the same numbers in the same order, so repeated runs agree bit for bit, and so do the ranks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+
+from .layout import Layout, joined, split
+from .ranks import Ranks, all_gather
+
+
+class Arriving(NamedTuple):
+    """The parts of all ranks, (ranks, *shape of a part), while they travel."""
+
+    parts: Tensor
+    wait: Callable[[], object]
+
+
+def start_gathering(part: Tensor, ranks: Ranks) -> Arriving:
+    """Send this rank's part to all ranks; the call does not wait."""
+    part = part.detach().contiguous()
+    parts = part.new_empty(ranks.size, *part.shape)
+    if not part.numel():
+        return Arriving(parts, lambda: None)
+    sent, received = part.flatten(), parts.flatten()
+    if part.dtype == torch.bool:
+        sent, received = sent.view(torch.uint8), received.view(torch.uint8)
+    return Arriving(parts, all_gather(received, sent, group=ranks.group, async_op=True).wait)
+
+
+def gathered(part: Tensor, ranks: Ranks) -> Tensor:
+    """(ranks, *shape): the parts of all ranks, without gradient."""
+    arriving = start_gathering(part, ranks)
+    arriving.wait()
+    return arriving.parts
+
+
+def exchanged(parts: Tensor, ranks: Ranks) -> Tensor:
+    """(ranks, *shape), one part for each rank -> (ranks, *shape), one part from each rank."""
+    parts = parts.contiguous()
+    received = torch.empty_like(parts)
+    if parts.numel():
+        distributed.all_to_all_single(received, parts, group=ranks.group)
+    return received
+
+
+def sum_in_order(parts: Tensor) -> Tensor:
+    """The sum over dimension 0, added in its order; in float32 for 16-bit types."""
+    wide = torch.float32 if parts.dtype.itemsize == 2 else parts.dtype
+    total = parts[0].to(wide)
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts.dtype)
+
+
+class Gather(torch.autograd.Function):
+    """The whole sequence of the ranks' parts; a part's gradient is the sum of what the whole gets on each rank."""
+
+    @staticmethod
+    def forward(ctx, part, arriving, dim, ranks, layout):
+        ctx.of = dim, ranks, layout
+        arriving.wait()
+        return joined(arriving.parts.unbind(0), dim, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_whole):
+        dim, ranks, layout = ctx.of
+        parts = torch.stack(split(grad_whole, dim, ranks.size, layout))
+        return sum_in_order(exchanged(parts, ranks)), None, None, None, None
+
+
+def gather(part: Tensor, dim: int, ranks: Ranks, layout: Layout, arriving: Arriving | None = None) -> Tensor:
+    """The whole sequence along a dimension, of parts that may be on their way."""
+    return Gather.apply(part, start_gathering(part, ranks) if arriving is None else arriving, dim, ranks, layout)
+
+
+class Exchange(torch.autograd.Function):
+    """(batch, heads, length, dim): all heads of a part of the sequence <-> some heads of the whole sequence."""
+
+    @staticmethod
+    def forward(ctx, tensor, to_heads, ranks, layout):
+        ctx.of = to_heads, ranks, layout
+        return moved(tensor, to_heads, ranks, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        to_heads, ranks, layout = ctx.of
+        return moved(grad, not to_heads, ranks, layout), None, None, None
+
+
+def moved(tensor: Tensor, to_heads: bool, ranks: Ranks, layout: Layout) -> Tensor:
+    if to_heads:
+        parts = tensor.unflatten(1, (ranks.size, tensor.shape[1] // ranks.size)).movedim(1, 0)
+        return joined(exchanged(parts, ranks).unbind(0), 2, layout)
+    parts = torch.stack(split(tensor, 2, ranks.size, layout))
+    return exchanged(parts, ranks).movedim(0, 1).flatten(1, 2)
+
+
+class SumGradients(torch.autograd.Function):
+    """A parameter that all ranks have; its gradient is the sum of those of the ranks."""
+
+    @staticmethod
+    def forward(ctx, parameter, ranks):
+        ctx.ranks = ranks
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return sum_in_order(gathered(grad, ctx.ranks)), None
+
+
+def sum_gradients(parameter, ranks: Ranks):
+    """The parameter, if it is a tensor that learns, with a gradient that is summed over ranks."""
+    learns = isinstance(parameter, Tensor) and parameter.requires_grad and torch.is_grad_enabled()
+    return SumGradients.apply(parameter, ranks) if learns else parameter

@@ -126,7 +126,7 @@ def small_steps(part: int = 16, places: int = 64, processors: int = 3, decoded: 
     with ExitStack() as stack:
         stack.enter_context(limits(DECODED=decoded))
         stack.enter_context(mock.patch.object(decode, "PLACES", tl.constexpr(places)))
-        stack.enter_context(mock.patch.object(plan, "processors_of", lambda device: processors))
+        stack.enter_context(mock.patch.object(plan, "processors_of", return_value=processors))
         for module in holders:
             stack.enter_context(mock.patch.object(module, "PART", part))
         yield

@@ -8,7 +8,7 @@ Without the cache each tensor is an allocation of its own, so that a step past i
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flash_entmax import entmax_attention, entmax_attention_varlen
+from flash_entmax import KeySummaries, entmax_attention, entmax_attention_paged, entmax_attention_varlen
 from flash_entmax.testing import iid_inputs, key_sparse_inputs
 
 ON_GPU = {"dtype": torch.bfloat16, "device": "cuda"}
@@ -34,6 +34,22 @@ def packed(query, key, value, **options):
     return entmax_attention_varlen(*tensors, boundaries, None, 115, 115, **options)
 
 
+@torch.no_grad()
+def decode(queries: int, keys: int, dim: int, dtype=torch.bfloat16, **options) -> None:
+    """Few queries of keys in one piece, in pages, and by keys in 8 bits."""
+    query, key, value = iid_inputs(2, 4, queries, dim, key_heads=2, key_length=keys, dtype=dtype, device="cuda")
+    lengths = torch.tensor([keys - 5, keys // 3], device="cuda")
+    results = [entmax_attention(query, key, value, key_lengths=lengths, impl="triton", **options)]
+    for skips_blocks in (False, True):
+        summaries = KeySummaries.of(key, skips_blocks=skips_blocks)
+        results.append(entmax_attention(query, key, value, key_lengths=lengths, key_summary=summaries, **options))
+    caches = (tensor.transpose(1, 2).reshape(-1, 16, 2, dim) for tensor in (key, value))
+    table = torch.arange(2 * keys // 16, dtype=torch.int32, device="cuda").view(2, -1)
+    results.append(entmax_attention_paged(query, *caches, table, lengths, impl="triton", **options))
+    torch.cuda.synchronize()
+    assert all(result.isfinite().all() for result in results)
+
+
 def main() -> None:
     heads = torch.tensor([1.2, 1.5, 1.8, 2.0], device="cuda")
     slopes = torch.tensor([0.5, 0.25, 0.0, -0.01], device="cuda")
@@ -48,6 +64,9 @@ def main() -> None:
     step(packed, *inputs(200, 64, batch=1), window_size=(50, 3), alibi_slopes=slopes)
     step(entmax_attention, *inputs(150, 64), key_mask=key_mask, key_lengths=torch.tensor([150, 60], device="cuda"))
     step(entmax_attention, *inputs(200, 64), block_mask=block_mask, alpha=heads, alibi_slopes=slopes, softcap=20.0)
+    decode(1, 2_304, 128)
+    decode(16, 144, 64, torch.float16, alpha=heads, softcap=5.0, alibi_slopes=slopes)
+    decode(3, 2_304, 64, scale=1e-3)  # a support of many parts
     print("done")
 
 

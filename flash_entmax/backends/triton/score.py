@@ -37,8 +37,8 @@ def apply_score_options(product, queries, keys, MASKED: tl.constexpr, TRANSPOSED
         start, stop = queries.start - keys.first, queries.stop - keys.first
         score = hide(score, column, by_query(start, TRANSPOSED), by_query(stop, TRANSPOSED), C)
         if C.FILTERED:
-            row = by_query(queries.row - queries.tile * C.TILE, TRANSPOSED)
-            score = hide_filtered(score, row, column, queries, keys.tile, C)
+            row = tl.minimum(queries.row - queries.tile * C.TILE, C.TILE - 1)  # also where there is no query
+            score = hide_filtered(score, by_query(row, TRANSPOSED), column, queries, keys.tile, C)
     return score, softcap_slope
 
 

@@ -203,7 +203,10 @@ def threads() -> None:
 
 # Whose every case the interpreter would take many minutes for; it takes a third, another one each day, in each test at
 # least one case. ENTMAX_THIRD=0, 1 or 2 picks it; workers of pytest-xdist find what the first process has set.
-MANY_CASES = ("test_biases", "test_learned", "test_masks", "test_numerics", "test_packed")
+MANY_CASES = (
+    "test_biases", "test_decode", "test_key_summaries", "test_key_summaries_calls", "test_learned", "test_masks",
+    "test_nn_cache", "test_numerics", "test_packed", "test_paged",
+)  # fmt: skip
 THIRD = int(os.environ.setdefault("ENTMAX_THIRD", str(date.today().toordinal() % 3)))
 
 # Fixtures of a module that run for long: the tests of each go to one worker, and start first (--dist loadgroup).

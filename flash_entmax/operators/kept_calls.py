@@ -23,7 +23,7 @@ def attend(
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
     like = likeness((query, key, value), score, visibility, impl, return_support, rounded or summary)
-    if (lowered := dispatch.kept.get(like)) is not None:
+    if like is not None and (lowered := dispatch.kept.get(like)) is not None:
         return dispatch.attend_lowered(query, key, value, lowered, False)
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)

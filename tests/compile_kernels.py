@@ -85,11 +85,11 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
     problem = Problem.of(few.shape, key.shape, score, visibility)
     attention.attention_forward(problem, few, key, key, False)
     rounded_keys = rounded_keys_of(key)
-    if not everything:
-        rounded_keys = rounded_keys._replace(centre=None, radius=None, centre_error=None)
-    append.append_keys(rounded_keys, key, torch.zeros(1, dtype=torch.int32))
-    attention.attention_forward(replace(problem, rounded_keys=rounded_keys), few, key, key, False)
-    attend_to_pages(few, key, score, 16 if everything else 128, everything, 100 if everything else -1)
+    for given in (rounded_keys, rounded_keys._replace(centre=None, radius=None, centre_error=None)):
+        append.append_keys(given, key, torch.zeros(1, dtype=torch.int32))
+        attention.attention_forward(replace(problem, rounded_keys=given), few, key, key, False)
+    for page_size, is_packed in ((16, everything), (128, not everything)):
+        attend_to_pages(few, key, score, page_size, is_packed, 100 if everything else -1)
 
 
 def rounded_keys_of(key: torch.Tensor) -> RoundedKeys:

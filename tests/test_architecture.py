@@ -41,7 +41,7 @@ FURTHER = {"programs.benchmarks": {"testing"}}  # inputs and error measures are 
 # Of the kernels: words that all share, and files that launch or lay out memory. Every other file is a stage.
 KERNEL_WORDS = {
     "tile", "alpha", "visibility", "queries", "keys", "score", "sums", "lists", "gather", "reach", "program",
-    "row_solve", "pages",
+    "row_solve", "pages", "decode_values",
 }  # fmt: skip
 LAUNCHING = {
     "__init__", "append", "attention", "call_launches", "decoding", "launch", "parts", "plan", "reach", "rows",

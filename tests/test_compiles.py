@@ -13,7 +13,7 @@ KERNELS = {
     "summary_kernel", "scan_kernel", "certify_kernel", "list_queries_kernel", "mark_kernel", "solve_kernel",
     "output_kernel", "gradient_query_kernel", "reaching_kernel", "share_kernel", "gradient_key_value_kernel",
     "add_parts_kernel", "support_kernel", "tangent_kernel", "row_maxima_kernel", "sums_kernel", "output_at_kernel",
-    "decode_scores_kernel", "decode_solve_kernel", "decode_parts_kernel", "append_kernel",
+    "decode_scores_kernel", "decode_solve_kernel", "decode_parts_kernel", "append_kernel", "block_bounds_kernel",
     "rounded_scores_kernel", "rounded_solve_kernel",
 }  # fmt: skip
 KERNELS_OF_ROWS = {"entmax_kernel", "entmax_backward_kernel", "loss_kernel", "loss_backward_kernel"}
@@ -43,10 +43,6 @@ def test_every_kernel_compiles(capability, dtype, size, alpha, options, tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines())}
-    options_kernels = {
-        (): KERNELS,
-        ("everything",): KERNELS | {"bounds_kernel", "block_bounds_kernel"},
-        ("rows",): KERNELS_OF_ROWS,
-    }
+    options_kernels = {(): KERNELS, ("everything",): KERNELS | {"bounds_kernel"}, ("rows",): KERNELS_OF_ROWS}
     assert shared.keys() == options_kernels[options]
     assert max(shared.values()) <= SMALLEST_SHARED

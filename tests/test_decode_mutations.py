@@ -13,7 +13,7 @@ from mutants import Mutant, plant
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
-from flash_entmax.backends.triton import decode, pages, visibility
+from flash_entmax.backends.triton import decode, decode_values, pages, visibility
 from flash_entmax.testing import inputs_with_scores, poisoned, score_rows
 
 # Each with the check that must fail.
@@ -83,7 +83,7 @@ FAULTS = {
         decode, "decode_parts_kernel", "tl.minimum(part * PART + PART, count)",
         "tl.minimum(part * PART + PART + 1, count)", "long",
     ),
-    "the last part is not added": (decode, "sum_of_parts", "range(part_count)", "range(part_count - 1)", "long"),
+    "the last part is not added": (decode_values, "sum_of_parts", "range(part_count)", "range(part_count - 1)", "long"),
     "keys beyond the first part are dropped": (
         decode, "decode_parts_kernel", "tl.where(count > PART, tl.cdiv(count, PART), 0)",
         "tl.where(count > PART, 1, 0)", "long",

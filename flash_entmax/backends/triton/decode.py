@@ -24,10 +24,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .alpha import newton_step, probability_and_weight, support_weight
-from .pages import interval_of_row, keys_of_batch_row, offsets_of_keys, open_batch_row, open_keys_of_row
+from .decode_values import store_output, sum_of_parts, weighted_values
+from .pages import interval_of_row, keys_of_batch_row, open_batch_row, open_keys_of_row
 from .queries import Queries, open_options
 from .score import distance_to_threshold, scores
-from .tile import UNSPECIALIZED, Sizes, add_compensated, head_of, open_tile
+from .tile import UNSPECIALIZED, Sizes, add_compensated, open_tile
 
 PLACES = tl.constexpr(512)  # numbers that one step of a row's program looks at
 LISTED = tl.constexpr(1024)  # scores that one step of its list of keys looks at: the steps wait for one another
@@ -363,36 +364,6 @@ def spoil(weights, keys, count, spoiled, first_tile, C: tl.constexpr):
     return tl.where(spoiled, 1, count)
 
 
-@triton.jit
-def weighted_values(value, table, keys, weights, begin, end, C: tl.constexpr):
-    """(VALUE_PADDED,): the sum of the listed values from place `begin` to `end`, each times its weight."""
-    PADDED: tl.constexpr = C.VALUE_PADDED
-    BLOCK: tl.constexpr = max(8192 // PADDED, 16)
-    column = tl.arange(0, PADDED)[None, :]
-    total = tl.zeros((BLOCK, PADDED), tl.float32)
-    for first in range(begin, end, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        inside = place < end
-        key = tl.load(keys + place, mask=inside, other=0)
-        weight = tl.load(weights + place, mask=inside, other=0.0)
-        pointers = value.data + offsets_of_keys(value, table, key, inside, C)[:, None] + column
-        rows = tl.load(pointers, mask=inside[:, None] & (column < C.VALUE), other=0.0)
-        total += weight[:, None] * rows.to(tl.float32)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def store_output(output, batch, head, number, batch_row, tokens, total, C: tl.constexpr):
-    """Write the output of a query. Of packed queries, `output` has one batch row, and a number may have no query."""
-    column = tl.arange(0, C.VALUE_PADDED)
-    rows = head_of(output, batch, head)
-    row, size = batch_row.first + number, C.VALUE
-    if C.PACKED:
-        size = tl.where((number >= batch_row.absent) & (row < tokens), C.VALUE, 0)
-    pointers = rows.data + tl.cast(row, tl.int64) * rows.row_stride + column
-    tl.store(pointers, total.to(output.data.dtype.element_ty), mask=column < size)
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def decode_parts_kernel(
     value, weights, support, counts, finished, parts, output, pages, heads, group, query_length, key_length,
@@ -421,12 +392,3 @@ def decode_parts_kernel(
             tl.debug_barrier()
             total = sum_of_parts(row_parts, part_count, C)
             store_output(output, batch, head, number, batch_row, tokens, total, C)
-
-
-@triton.jit
-def sum_of_parts(row_parts, part_count, C: tl.constexpr):
-    total = tl.zeros(row_parts.shape, tl.float32)
-    error = tl.zeros(row_parts.shape, tl.float32)
-    for part in range(part_count):
-        total, error = add_compensated(total, error, tl.load(row_parts + part * C.VALUE_PADDED))
-    return total

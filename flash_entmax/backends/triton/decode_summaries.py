@@ -32,12 +32,11 @@ from .decode import (
     solve_offset,
     spoil,
     start_next,
-    store_output,
     tiles_of_split,
     wait_for_previous,
-    weighted_values,
 )
 from .decode_blocks import list_reached_tiles, load_least, margin_of, rows_of_program
+from .decode_values import store_output, weighted_values
 from .keys import Keys
 from .pages import open_batch_row
 from .queries import open_options

@@ -10,7 +10,7 @@ EVIDENCE ?=
 FUZZ ?= 10000
 
 # What make test takes without a GPU, estimated from processor time
-TEST_TIME := 7 to 8 minutes on 2 cores
+TEST_TIME := 12 to 15 minutes on 2 cores
 
 # Threads that wait sleep instead of spin: cores may be shared.
 export OMP_WAIT_POLICY := passive
@@ -28,7 +28,7 @@ evidence: $(VENV)/ready
 
 test: $(VENV)/ready
 	@echo "The tests take about $(TEST_TIME)."
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadgroup --max-worker-restart 0
 
 fuzz: $(VENV)/ready
 	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py -n auto

@@ -116,9 +116,94 @@ def steady_products() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
+def checked_memory() -> None:
+    """A kernel that reads or writes outside of the tensors that it was given would go on with whatever lies there, or
+    crash later tests. Here such reads give zeros, such writes are left out, and the launch ends in an AssertionError.
+    """
+    import numpy
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+    start_launch, end_launch = GridExecutor._init_args_hst, GridExecutor._restore_args_dev
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic, exchange = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
+    starts, ends = numpy.zeros(0, numpy.uint64), numpy.zeros(0, numpy.uint64)
+    strayed = []
+
+    def storages(argument):
+        if isinstance(argument, (tuple, list)):
+            for part in argument:
+                yield from storages(part)
+        elif hasattr(argument, "untyped_storage"):
+            storage = argument.untyped_storage()
+            yield storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+    def start(self, arguments, keywords):
+        nonlocal starts, ends
+        on_host, keywords_on_host = start_launch(self, arguments, keywords)
+        bounds = sorted({*storages(on_host), *storages(list(keywords_on_host.values()))})
+        starts, ends = (numpy.array(side, dtype=numpy.uint64) for side in zip((0, 0), *bounds, strict=True))
+        strayed.clear()
+        return on_host, keywords_on_host
+
+    def end(self, *arguments):
+        end_launch(self, *arguments)
+        assert not strayed, f"{self.fn.__name__} goes outside of its tensors: {strayed[0]} places, the first time"
+
+    def inside(pointers, mask):
+        """The mask without places outside of the launch's tensors."""
+        wanted = numpy.broadcast_to(mask.data, pointers.data.shape)
+        places = pointers.data[wanted]
+        if not places.size:
+            return mask
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        number = numpy.searchsorted(starts, places.min(), side="right") - 1
+        if starts[number] <= places.min() and places.max() + size <= ends[number]:
+            return mask
+        number = numpy.searchsorted(starts, pointers.data, side="right") - 1
+        is_inside = pointers.data + numpy.uint64(size) <= ends[number]
+        if is_inside[wanted].all():
+            return mask
+        strayed.append(int((~is_inside[wanted]).sum()))
+        return TensorHandle(wanted & is_inside, mask.dtype)
+
+    def everywhere(pointers):
+        from triton.language import int1
+
+        return TensorHandle(numpy.ones_like(pointers.data, dtype=bool), int1)
+
+    def checked_load(self, pointers, mask, *rest):
+        return load(self, pointers, inside(pointers, mask), *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        return store(self, pointers, value, inside(pointers, mask), *rest)
+
+    def checked_atomic(self, operation, pointers, value, mask, *rest):
+        return atomic(self, operation, pointers, value, inside(pointers, mask), *rest)
+
+    def checked_exchange(self, pointers, *rest):
+        assert inside(pointers, everywhere(pointers)).data.all(), "an exchange goes outside of its tensors"
+        return exchange(self, pointers, *rest)
+
+    GridExecutor._init_args_hst, GridExecutor._restore_args_dev = start, end
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = checked_load, checked_store
+    InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas = checked_atomic, checked_exchange
+
+
+def spoiled_scratch() -> None:
+    """New scratch holds NaN and -1: what is read before it is written shows, and shows each time."""
+    from flash_entmax.backends.triton.scratch import Scratch
+
+    def allocate(self, device):
+        return torch.full((self.size,), 255, dtype=torch.uint8, device=device)
+
+    Scratch.allocate = allocate
+
+
 if not HAS_CUDA and find_spec("triton"):
     quicken_the_interpreter()
     steady_products()
+    checked_memory()
+    spoiled_scratch()
 
 
 def with_room(function):

@@ -163,12 +163,13 @@ def seen_by_rows(queries, tile, block, C: tl.constexpr):
 
 
 @triton.jit
-def load_least(least, splits, C: tl.constexpr):
+def load_least(least, exists, splits, C: tl.constexpr):
     """(rows, 1): the largest of what all splits found. `least` points to the first split of each row."""
     row_least = tl.full(least.shape, float("-inf"), tl.float32)
     for first in range(0, splits, TILES):
         split = first + tl.arange(0, TILES)
-        numbers = tl.load(least[:, None] + split[None, :], mask=(split < splits)[None, :], other=float("-inf"))
+        inside = exists[:, None] & (split < splits)[None, :]
+        numbers = tl.load(least[:, None] + split[None, :], mask=inside, other=float("-inf"))
         row_least = tl.maximum(row_least, tl.max(numbers, 1))
     return row_least[:, None]
 

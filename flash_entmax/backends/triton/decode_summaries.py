@@ -104,7 +104,7 @@ def rounded_scores_kernel(
         highest_scores + own.place * line, highest_of_tiles + line_of_tiles, lowest_of_tiles + line_of_tiles, own.exists
     )
     if least is not None:
-        least = load_least(least + line_of_tiles, splits, C)
+        least = load_least(least + line_of_tiles, own.exists, splits, C)
         listed += own.first_place * (line // C.TILE)
     first_end, last_begin = tl.minimum(tiles.first_whole, tiles.end), tl.maximum(tiles.last_whole, tiles.begin)
     bound_tiles(queries, rounded_queries, keys, places, least, listed, tiles.begin, first_end, True, C)

@@ -1,4 +1,4 @@
-"""The shape of the package: imports go down only, importing it is light, and the README's tree is the real one."""
+"""The shape of the package: imports go down only, importing it is light, and docs/files.md has the real tree."""
 
 import ast
 import re
@@ -210,10 +210,10 @@ def test_a_checkout_that_is_not_installed_knows_its_version(tmp_path):
     assert not re.search(r"^version", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
 
 
-def tree_in_readme() -> set[str]:
+def listed_tree() -> set[str]:
     """Paths below the repository in the first ```text block: indented names, then, after two spaces, a comment."""
-    block = re.search(r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert block, "README.md has no fenced ```text block with the tree of flash_entmax/"
+    block = re.search(r"^```text\n(.*?)^```", (ROOT / "docs" / "files.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert block, "docs/files.md has no fenced ```text block with the tree of flash_entmax/"
     paths, folders = set(), []
     for line in block[1].splitlines():
         if not line.strip():
@@ -227,18 +227,18 @@ def tree_in_readme() -> set[str]:
     return {path for path in paths if path.startswith("flash_entmax/")}
 
 
-def test_readme_tree_is_the_real_tree():
+def test_listed_tree_is_the_real_tree():
     files = {p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     folders = {parent for path in files for parent in path.parents if parent.is_relative_to(PACKAGE)}
     real = {f.relative_to(ROOT).as_posix() for f in files} | {f"{f.relative_to(ROOT).as_posix()}/" for f in folders}
-    listed = tree_in_readme()
+    listed = listed_tree()
     unlisted = {path for path in real - listed if not path.endswith(("/__init__.py", "py.typed"))}
     assert listed <= real, f"listed, but not there: {sorted(listed - real)}"
     assert not unlisted, f"there, but not listed: {sorted(unlisted)}"
 
 
-def test_readme_names_tests_that_exist():
-    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "README.md").read_text())
+def test_what_is_supported_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "docs" / "supported.md").read_text())
     assert len(named) > 20
     missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
-    assert not missing, f"named in README.md, but not there: {missing}"
+    assert not missing, f"named in docs/supported.md, but not there: {missing}"

@@ -125,7 +125,7 @@ class KeySummary(NamedTuple):
         centre: (batch, key heads, blocks, head size), close to the mean of each block, in the dtype of the keys.
         radius: (batch, key heads, blocks) float32, at least the largest distance of a key of the block to the centre.
         error: of this shape, at least the distance of the block's mean to the centre.
-        largest: of this shape, the largest |component| of the block; not finite if a component is not.
+        largest: of this shape, the largest absolute component of the block; not finite if a component is not.
     """
 
     centre: Tensor

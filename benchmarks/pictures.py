@@ -1,0 +1,46 @@
+"""Draws docs/speed.png, the picture of the README, from result files: python benchmarks/pictures.py."""
+
+import json
+from pathlib import Path
+from statistics import mean
+
+from flash_entmax.show.plot.shared import save_figure
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LAYERS = RESULTS / "2026-11-29-h200-trained-layers.json"
+CAPTURED = RESULTS / "2026-11-29-h200-keys.json"
+OURS, SOFTMAX = "#d7301f", "#969696"
+
+
+def main() -> None:
+    import matplotlib.pyplot as plt
+
+    bars = bars_of(json.loads(LAYERS.read_text())["layers"], json.loads(CAPTURED.read_text())["rows"])
+    figure, axes = plt.subplots(figsize=(8, 2.3), layout="constrained")
+    axes.barh(range(len(bars)), list(bars.values()), color=OURS, height=0.6)
+    axes.axvline(1, color=SOFTMAX, linewidth=2)
+    axes.text(0.99, len(bars) - 0.45, "softmax by cuDNN", color=SOFTMAX, va="center", ha="right")
+    for place, ratio in enumerate(bars.values()):
+        axes.text(ratio - 0.01, place, f"{ratio:.2f}", color="white", va="center", ha="right", weight="bold")
+    axes.set(yticks=range(len(bars)), yticklabels=list(bars), xlim=(0, 1.02), ylim=(-0.5, len(bars) - 0.2))
+    axes.set_xlabel("step of attention, time relative to cuDNN")
+    axes.spines[["top", "right"]].set_visible(False)
+    print(save_figure(figure, ROOT / "docs" / "speed.png"))
+
+
+def bars_of(layers: dict, captured: dict) -> dict[str, float]:
+    """The time over cuDNN's, as a CUDA graph, by what was measured; the slowest first, so that it stands lowest."""
+    (smollm2,) = (row for name, row in captured.items() if "smollm2" in name)
+    bars = {
+        f"small language model, {tokens:,} tokens": mean(
+            each["ratio"]["graph"] for each in layers[f"{tokens}"].values()
+        )
+        for tokens in (8_192, 32_768)
+    }
+    bars["SmolLM2-135M, layer 20, 8,192 tokens"] = smollm2["ratio"]["graph"]
+    return dict(sorted(bars.items(), key=lambda bar: -bar[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""How Sphinx makes the pages (`make docs`). Its source folder is the repository, so that links lead to the same files."""
+"""How Sphinx makes the pages (`make docs`). Its source folder is the repository, where links lead to the same files."""
 
 import flash_entmax
 

@@ -111,8 +111,8 @@ def linear_form(
 
     Returns:
         A :class:`LinearForm`. The output is in the dtype of the inputs (of autocast, where that is on), and has the
-        gradients of attention, through the states. A query without a visible key has output 0. One that sees a score
-        that is not finite has no support, and its output is NaN.
+        gradients of attention, through the states. A query without a visible key has output 0. One that sees a score of
+        NaN or inf, or only scores of -inf, has no support, and its output is NaN.
 
     Raises:
         TypeError, ValueError: as ``entmax_attention``, and ValueError for another alpha.
@@ -129,7 +129,7 @@ def linear_form(
         states = states_of(support, key, value, distance.to(wide) if alibi_slopes is not None else None, degree)
         output = states.read(in_units_of_z(query, score))
     output = output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    output = output.masked_fill((visible & ~z.isfinite()).any(-1, keepdim=True), torch.nan)
+    output = output.masked_fill(visible.any(-1, keepdim=True) & (support.sum(-1, keepdim=True) == 0), torch.nan)
     return LinearForm(support, states, output.to(given))
 
 

@@ -83,8 +83,8 @@ def writes(
             :func:`flash_entmax.entmax_attention`.
 
     Returns:
-        :class:`Writes`, computed in float64. From the first visible score of a row that is not finite on, its tau is
-        NaN, and nothing is written or evicted.
+        :class:`Writes`, computed in float64. From the first visible score of NaN or inf on, the tau of a row is NaN and
+        nothing is written or evicted. A score of -inf never writes.
 
     Raises:
         TypeError, ValueError: as ``entmax_attention``, and for an alpha that is softmax or a tensor.
@@ -107,7 +107,7 @@ def recurrence(z: Tensor, visible: Tensor, alpha: float) -> tuple[Tensor, Tensor
     taus, evicted_by = torch.empty_like(z), torch.full_like(z, -1, dtype=torch.int64)
     wrote, state = torch.zeros_like(visible), torch.zeros_like(visible)
     tau = torch.full_like(z.sum(-1), -torch.inf)
-    is_spoiled = visible & ~z.isfinite()
+    is_spoiled = visible & ~(z < torch.inf)
     for t in range(z.shape[-1]):
         tau = tau.masked_fill(is_spoiled[:, t], torch.nan)
         writing = (z[:, t] > tau).nonzero().flatten()  # no score is above NaN

@@ -137,6 +137,20 @@ def test_bad_numbers_spoil_the_rows_that_see_them():
     assert torch.equal(record.tau.isnan(), (is_bad[:, None] & (torch.arange(20) >= 8)).expand_as(record.tau))
 
 
+def test_a_score_of_minus_inf_never_writes():
+    """A row of them alone is NaN, as attention is; one beside finite scores has probability 0."""
+    query, key, value = inputs(key_length=2)
+    query = query.abs() + 0.1
+    key[:, :, 0] = -torch.inf
+    support, _, output = linear_attention.linear_form(query, key, value, is_causal=True, query_positions=-10)
+    expected = entmax_attention(query, key, value, is_causal=True, query_positions=-10, impl="torch")
+    torch.testing.assert_close(output, expected, equal_nan=True)
+    assert torch.equal(output.isnan().all(-1)[0, 0], torch.arange(12) == 10)  # which sees key 0 only
+    record = recurrence.writes(query, key, is_causal=True, query_positions=-10)
+    assert torch.equal(record.support, support)
+    assert not record.tau.isnan().any()
+
+
 def test_queries_without_a_key():
     """Output and gradient are 0, even where NaN comes in."""
     made, tensors, options = leaves(inputs(), {"key_lengths": torch.tensor([0, 7])})
@@ -272,12 +286,11 @@ FAULTS = {
     ),
     "the scale is left out": (linear_attention, "in_units_of_z", "return ...", "return query.shape[-1] ** 0.5 * ..."),
     "slopes pull": (linear_attention, "in_units_of_z", "slopes.masked_fill(...)", "-slopes.masked_fill(...)"),
-    "bad scores are not seen": (linear_attention, "linear_form", "visible & ~z.isfinite()", "visible & False"),
-    "hidden keys are bad": (linear_attention, "linear_form", "visible & ~z.isfinite()", "~z.isfinite()"),
+    "bad scores are not seen": (linear_attention, "linear_form", "torch.nan", "0.0"),
     "every key writes": (recurrence, "recurrence", "z[:, t] > tau", "visible[:, t]"),
     "evictions are not noted": (recurrence, "recurrence", "torch.where(left, t, ...)", "torch.where(left, -1, ...)"),
     "tau does not move": (recurrence, "recurrence", "maximum - offset", "tau[writing].clamp_min(-9.0)"),
-    "a bad score is passed over": (recurrence, "recurrence", "visible & ~z.isfinite()", "visible & False"),
+    "a bad score is passed over": (recurrence, "recurrence", "visible & ~(z < torch.inf)", "visible & False"),
     "keys leave one step late": (
         recurrence.Writes, "size", "self.evicted_by.clamp_min(0)", "(self.evicted_by + 1).clamp(0, 19)",
     ),

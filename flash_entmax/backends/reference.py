@@ -157,6 +157,7 @@ def attention(
     else:
         z = ((alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha) - 1.0) * scores
         z = z.masked_fill(~visible, -torch.inf)
+        z = z.masked_fill((z == -torch.inf).all(-1, keepdim=True) & visible, torch.nan)  # no key is the largest
         if isinstance(alpha, Tensor):
             heads = [entmax_rows(z[:, h], a) for h, a in enumerate(alpha)] or [entmax_rows(z.sum(1), 1.5)]
             probability, maximum, offset = (

@@ -7,9 +7,11 @@ from .backends import Impl
 from .core.call import KeySummary, Support
 from .functional import entmax_attention, entmax_attention_varlen, summarise_keys
 from .key_summaries import KeySummaries
+from .linear_attention import LinearForm, LinearStates, linear_form
 from .losses import entmax15_loss, entmax_loss, linear_entmax_loss, sparsemax_loss
 from .operators.flops import register_flop_formulas
 from .paged import entmax_attention_paged
+from .recurrence import Writes, writes
 
 if "torch.utils.flop_counter" in sys.modules:
     register_flop_formulas()
@@ -19,7 +21,10 @@ __all__ = [
     "Impl",
     "KeySummaries",
     "KeySummary",
+    "LinearForm",
+    "LinearStates",
     "Support",
+    "Writes",
     "__version__",
     "entmax",
     "entmax15",
@@ -29,8 +34,10 @@ __all__ = [
     "entmax_attention_varlen",
     "entmax_loss",
     "linear_entmax_loss",
+    "linear_form",
     "register_flop_formulas",
     "sparsemax",
     "sparsemax_loss",
     "summarise_keys",
+    "writes",
 ]

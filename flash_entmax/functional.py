@@ -92,8 +92,9 @@ def entmax_attention(
         The output, (batch, heads, query length, value size) in the dtype of the inputs (of autocast, where that is on,
         as for ``scaled_dot_product_attention``), stored in the order of the query's dimensions, as gradients are; with
         ``return_support`` a pair of it and the ``Support``, which carries no gradient. A query that sees no key gets
-        output 0 and gradient 0. A NaN or inf in a row's scores, or in a value that it attends to, makes it NaN; so
-        padding must be finite. A NaN in a tensor alpha, scale or slope makes its head NaN.
+        output 0 and gradient 0. A NaN or inf among a row's scores, scores that are all -inf, or a NaN or inf in a value
+        that it attends to, make it NaN; so padding must be finite. A NaN in a tensor alpha, scale or slope makes its
+        head NaN.
 
     Raises:
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.

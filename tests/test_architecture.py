@@ -24,17 +24,22 @@ WINGS = {
     "paged": {"operators", "backends", "core"},
     "activations": {"operators", "backends", "core"},
     "losses": {"activations", "operators", "backends", "core"},
+    "linear_attention": {"backends", "core"},
+    "recurrence": {"linear_attention", "backends", "core"},
     "nn": {"losses", "activations", "functional", "backends", "core"},
     "anneal": {"core"},
     "distributed": {"operators", "backends", "core"},
     "inspection": {"functional", "operators", "backends", "core"},
-    "": {"losses", "activations", "functional", "paged", "key_summaries", "operators", "backends", "core"},
+    "": {
+        "losses", "activations", "functional", "paged", "key_summaries", "linear_attention", "recurrence", "operators",
+        "backends", "core",
+    },
     "testing": set(),
     "integrations": {"anneal", "nn", "inspection", "functional", "core"},
-    "show": {"inspection", "core"},
+    "show": {"inspection", "recurrence", "core"},
     "programs": {"", "show", "integrations", "inspection", "anneal", "nn", "functional", "backends", "core"},
     "__main__": {"programs"},
-}
+}  # fmt: skip
 # Of the backends, wings above the operators use the specification only, or ask which one can run.
 OPEN_TO_ALL = {"backends", "backends.reference"}
 FURTHER = {"programs.benchmarks": {"testing"}}  # inputs and error measures are shared with the tests

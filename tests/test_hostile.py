@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, attend, crowd, run
-from checks import assert_unchanged, check_attention, check_bad_key, check_bad_query, check_row_sums
+from checks import assert_unchanged, check_attention, check_bad_key, check_bad_query, check_row_sums, check_spoiled
+from decoded_by_summaries import decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
-from flash_entmax import entmax_attention
+from flash_entmax import KeySummaries, entmax_attention
 from flash_entmax.testing import iid_inputs, poisoned, score_rows, topic_inputs
 
 BAD = (torch.nan, torch.inf, -torch.inf)
@@ -29,6 +31,69 @@ def test_a_bad_query_spoils_its_own_row_only(backend, bad, is_causal, alpha):
 @pytest.mark.parametrize("alpha", [1.5, 1.3])
 def test_a_bad_key_spoils_the_rows_that_see_it(backend, bad, is_causal, alpha):
     check_bad_key(bad, alpha, is_causal, backend.impl, backend.device)
+
+
+OVERFLOWING = "none", "key mask", "hides whole tiles", "block mask", "slopes", "infinite slopes"
+
+
+def overflowing(mask, queries, device):
+    """All scores of query 1 that it sees overflow to -inf, and those of hidden keys to inf. Other rows are harmless."""
+    keys = 70
+    query, key, value = iid_inputs(1, 2, queries, 16, key_length=keys, key_heads=1, device=device)
+    seen, options = torch.arange(keys) % 3 > 0, {}
+    if mask == "hides whole tiles":
+        seen = torch.arange(keys) >= 64
+    if mask == "block mask":
+        by_key = seen.to(device)
+        options["block_mask"] = create_block_mask(
+            lambda b, h, i, j: by_key[j], None, None, queries, keys, device=device, BLOCK_SIZE=64
+        )
+    elif mask == "slopes":
+        seen, options["alibi_slopes"] = torch.ones(keys, dtype=torch.bool), torch.tensor([0.1, 0.0], device=device)
+    elif mask == "infinite slopes":
+        seen = torch.arange(keys) == keys - queries + 1
+        options["alibi_slopes"] = torch.tensor([torch.inf, torch.inf], device=device)
+    elif mask != "none":
+        options["key_mask"] = seen.to(device).unsqueeze(0)
+    sign = torch.where(seen if mask != "none" else torch.ones(keys, dtype=torch.bool), -1.0, 1.0).to(device)
+    key = sign[:, None] * (key.abs() + 0.1) * 1e10
+    query = query * 1e-10
+    query[:, :, 1] = 1e30
+    return Case(query, key, value, options=options)
+
+
+@pytest.mark.parametrize(("mask", "queries"), [*((mask, 2) for mask in OVERFLOWING), ("key mask", 20), ("slopes", 20)])
+def test_scores_that_are_all_minus_inf_spoil_their_row(backend, mask, queries):
+    """Hidden keys have -inf as well: a row that sees keys is not taken for one that sees none. By tiles, decoding, with
+    keys in 8 bits, and by the specification."""
+    case = overflowing(mask, queries, backend.device)
+    harmless = case.query.clone()
+    harmless[:, :, 1] = 0.0
+    expected = torch.arange(queries, device=backend.device).expand(2, -1) == 1
+    for impl in (backend.impl, "reference"):
+        clean = attend(replace(case, query=harmless), impl)
+        check_spoiled(case, clean, expected, impl)
+        check_spoiled(replace(case, query=case.query.clone().requires_grad_()), clean, expected, impl)
+    if queries == 2:
+        for skips_blocks in (False, True):
+            summaries = KeySummaries.of(case.key, skips_blocks=skips_blocks, impl=backend.impl)
+            output = decode(case, backend.impl, summaries)[0]
+            assert torch.equal(output.isnan().all(-1), expected)
+            assert_unchanged(output[~expected], clean[0][~expected])
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_a_score_of_minus_inf_beside_finite_ones_is_probability_zero(backend, is_masked):
+    query, key, value = iid_inputs(1, 1, 20, 16, key_length=70, device=backend.device)
+    query = query.abs() + 0.1
+    key[:, :, 50] = -1e38
+    mask = {"key_mask": (torch.arange(70, device=backend.device) % 3 > 0)[None]} if is_masked else {}
+    case = Case(100 * query, key, value, scale=0.0025, options=mask)
+    for impl in (backend.impl, "reference"):
+        output = attend(case, impl)
+        key[:, :, 50] = -1e30
+        torch.testing.assert_close(output, attend(case, impl), rtol=1e-4, atol=1e-5)
+        key[:, :, 50] = -1e38
 
 
 @each_bad

@@ -34,7 +34,7 @@ def names_in_math() -> set[str]:
     quoted = re.findall(r"`([^`\n]+)`", text)
     defined = re.findall(r"^    (\w+)(?: = |:  |      )", text, flags=re.MULTILINE)
     words = {word for word in (*quoted, *defined) if word.isidentifier()}
-    return {word for word in words if len(word.removesuffix("_j")) > 2}
+    return {word for word in words if len(re.sub("_[ajt]$", "", word)) > 2}
 
 
 def test_every_name_of_the_mathematics_is_in_the_code():

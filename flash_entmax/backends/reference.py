@@ -115,6 +115,24 @@ def alibi(slopes: Tensor, distance: Tensor) -> Tensor:
     return torch.where(distance == 0, 0.0, slopes[:, :, None, None] * distance.to(slopes.dtype))
 
 
+def scores_by_definition(
+    problem: Problem, query: Tensor, key: Tensor, visibility: Visibility
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (batch, heads, query length, key length), of hidden keys too; then, of such or broadcastable shapes, True
+    where the query sees the key, and the distance from the query's position to the key. An infinite slope hides keys.
+    """
+    _, scale, softcap, slopes = problem.score
+    key = key.repeat_interleave(problem.group, dim=1)
+    visible, distance = visible_mask(problem, visibility, query.device)
+    scores = (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale) * (query @ key.mT)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        visible = visible & ~((slopes == torch.inf)[:, :, None, None] & (distance > 0))
+        scores = torch.where(visible, scores - alibi(slopes, distance).to(scores.dtype), 0.0)
+    return scores, visible, distance
+
+
 def attention(
     problem: Problem,
     query: Tensor,
@@ -128,16 +146,9 @@ def attention(
     Masks are read as the caller gave them. Without them, the problem's own is_causal holds.
     """
     visibility = Visibility(problem.visibility.is_causal) if visibility is None else visibility
-    alpha, scale, softcap, slopes = problem.score
-    key = key.repeat_interleave(problem.group, dim=1)
+    alpha = problem.score.alpha
     value = value.repeat_interleave(problem.group, dim=1)
-    visible, distance = visible_mask(problem, visibility, query.device)
-    scores = (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale) * (query @ key.mT)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if slopes is not None:
-        visible = visible & ~((slopes == torch.inf)[:, :, None, None] & (distance > 0))
-        scores = torch.where(visible, scores - alibi(slopes, distance).to(scores.dtype), 0.0)
+    scores, visible, _ = scores_by_definition(problem, query, key, visibility)
     if not isinstance(alpha, Tensor) and alpha == 1.0:
         scores = scores.masked_fill(~visible, -torch.inf)
         probability = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
@@ -146,6 +157,7 @@ def attention(
     else:
         z = ((alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha) - 1.0) * scores
         z = z.masked_fill(~visible, -torch.inf)
+        z = z.masked_fill((z == -torch.inf).all(-1, keepdim=True) & visible, torch.nan)  # no key is the largest
         if isinstance(alpha, Tensor):
             heads = [entmax_rows(z[:, h], a) for h, a in enumerate(alpha)] or [entmax_rows(z.sum(1), 1.5)]
             probability, maximum, offset = (

@@ -27,7 +27,7 @@ from .alpha import newton_step, probability_and_weight, support_weight
 from .decode_values import store_output, sum_of_parts, weighted_values
 from .pages import interval_of_row, keys_of_batch_row, open_batch_row, open_keys_of_row
 from .queries import Queries, open_options
-from .score import distance_to_threshold, scores
+from .score import LOWEST, distance_to_threshold, scores, sees_a_key
 from .tile import UNSPECIALIZED, Sizes, add_compensated, open_tile
 
 PLACES = tl.constexpr(512)  # numbers that one step of a row's program looks at
@@ -202,7 +202,7 @@ def decode_solve_kernel(
     count = list_candidates(row, keys, live_tiles + place * tiles, listed, offset, C)
     offset, last_step = solve_offset(row, count, offset, C)
     count = keep_support(row, keys, count, offset, last_step, C)
-    count = spoil(weights, keys, count, (begin < end) & is_spoiled(row, C), begin, C)
+    count = spoil(weights, keys, count, is_spoiled(row, sees_a_key(maximum, begin < end, C)), begin, C)
     tl.store(counts + place, count)
     tl.store(finished + place, 0)
     if count <= PART:
@@ -345,14 +345,11 @@ def keep_support(row, keys, count, offset, last_step, C: tl.constexpr):
 
 
 @triton.jit
-def is_spoiled(row, C: tl.constexpr):
-    """Whether the maximum of a row that sees keys says that a score is NaN or infinite, or whether its alpha or scale
-    is NaN."""
+def is_spoiled(row, sees):
+    """Whether the maximum of a row that sees keys says that a score is NaN or inf, or that all of them are -inf, or
+    whether its alpha or scale is NaN."""
     maximum = row.maximum
-    spoiled = (maximum == float("inf")) | ((maximum > float("-inf")) & (row.z_scale != row.z_scale))
-    if not (C.FILTERED or C.ALIBI):  # either may hide every key
-        spoiled = spoiled | (maximum == float("-inf"))
-    return spoiled
+    return sees & ((maximum == float("inf")) | (maximum <= LOWEST) | (row.z_scale != row.z_scale))
 
 
 @triton.jit

@@ -40,7 +40,7 @@ from .decode_values import store_output, weighted_values
 from .keys import Keys
 from .pages import open_batch_row
 from .queries import open_options
-from .score import alibi_penalty, apply_score_options, apply_softcap
+from .score import alibi_penalty, apply_score_options, apply_softcap, sees_a_key
 from .tile import UNSPECIALIZED, Matrix, Sizes, head_of, load_block, open_tile
 from .visibility import visible_interval
 
@@ -243,7 +243,8 @@ def rounded_solve_kernel(
     known = tl.where((maximum > float("-inf")) & (maximum < float("inf")), count, 0)
     offset, last_step = solve_offset(row, known, moved_offset(offset, least, row), C)
     count = keep_support(row, keys, known, offset, last_step, C)
-    count = spoil(weights, keys, count, (begin < end) & is_spoiled(row, C), begin, C)
+    sees = sees_a_key(highest(highest_of_tiles + tile_place, begin, end), begin < end, C)
+    count = spoil(weights, keys, count, is_spoiled(row, sees), begin, C)
     tl.store(counts + place, count)
     tl.store(finished + place, 0)
     if count <= PART:

@@ -14,7 +14,7 @@ from .bound import bound_tiles
 from .keys import open_keys, open_listed_keys
 from .lists import copy_list, store_counts, walk
 from .queries import Queries, open_options, open_queries
-from .score import scores, tile_maxima
+from .score import as_computed, scores, sees_a_key, tile_maxima
 from .tile import UNSPECIALIZED, Matrix, Sizes, key_head, open_tile, open_tiles, query_head, store_row
 
 
@@ -80,8 +80,8 @@ def scan_tiles(queries, key, maximum_bound, tiles, column, C: tl.constexpr):
         maxima = tl.max(score, 1)
         tl.store(column + tl.cast(place, tl.int64) * TILE, ((maxima - maximum_bound) * z_scale).to(tl.float16))
         maximum = tl.maximum(maximum, maxima)
-    if C.FILTERED or C.ALIBI:  # either may hide a whole interval; a NaN score stays NaN against any maximum
-        sees = sees & (maximum > float("-inf"))
+    sees = sees_a_key(maximum, sees, C)  # where all scores are NaN it says no: they stay NaN against any maximum
+    maximum = as_computed(maximum, C)
     bound_gap = tl.where(sees, (maximum_bound - maximum) * z_scale, 0.0)
     return tl.where(sees, maximum, float("inf")), bound_gap
 
@@ -99,7 +99,7 @@ def maxima_of_blocks(queries, key, blocks, C: tl.constexpr):
     TILE: tl.constexpr = C.TILE
     maximum = tl.full((TILE,), float("-inf"), tl.float32)
     maximum = walk(add_maximum, maximum, MaximaContext(queries, key), blocks, C)
-    return tl.where(maximum == float("-inf"), float("inf"), maximum)
+    return tl.where(maximum == float("-inf"), float("inf"), as_computed(maximum, C))
 
 
 @triton.jit

@@ -8,10 +8,15 @@ import triton.language as tl
 
 from .visibility import hide, hide_filtered
 
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: a visible score of -inf, where hidden ones are -inf
+
 
 @triton.jit
 def scores(queries, keys, MASKED: tl.constexpr, C: tl.constexpr):
-    """(queries, keys): the scores, -inf where a query does not see the key; and their derivative by query . key."""
+    """(queries, keys): the scores, -inf where a query does not see the key; and their derivative by query . key.
+
+    Beside a filter or ALiBi, which may hide every key, a score of -inf that is seen is LOWEST.
+    """
     product = tl.dot(queries.q, tl.trans(keys.k), input_precision=C.PRECISION)
     return apply_score_options(product, queries, keys, MASKED, False, C)
 
@@ -32,7 +37,9 @@ def apply_score_options(product, queries, keys, MASKED: tl.constexpr, TRANSPOSED
     if C.ALIBI:
         position = by_query(queries.position - keys.first, TRANSPOSED)
         penalty = alibi_penalty(tl.abs(position - column), options.alibi_slopes)
-        score = tl.where(penalty == float("inf"), float("-inf"), score - penalty)  # hides NaN too
+        score = tl.where(penalty == float("inf"), float("-inf"), told_apart(score - penalty, C))  # hides NaN too
+    else:
+        score = told_apart(score, C)
     if MASKED:
         start, stop = queries.start - keys.first, queries.stop - keys.first
         score = hide(score, column, by_query(start, TRANSPOSED), by_query(stop, TRANSPOSED), C)
@@ -40,6 +47,30 @@ def apply_score_options(product, queries, keys, MASKED: tl.constexpr, TRANSPOSED
             row = tl.minimum(queries.row - queries.tile * C.TILE, C.TILE - 1)  # also where there is no query
             score = hide_filtered(score, by_query(row, TRANSPOSED), column, queries, keys.tile, C)
     return score, softcap_slope
+
+
+@triton.jit
+def told_apart(score, C: tl.constexpr):
+    """Visible scores that no hidden one equals. NaN stays NaN."""
+    if C.FILTERED or C.ALIBI:
+        score = tl.maximum(score, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return score
+
+
+@triton.jit
+def sees_a_key(maximum, has_interval, C: tl.constexpr):
+    """Whether a row of this largest score sees a key. A filter or ALiBi may hide all keys of its interval."""
+    if C.FILTERED or C.ALIBI:
+        has_interval = has_interval & (maximum > float("-inf"))
+    return has_interval
+
+
+@triton.jit
+def as_computed(maximum, C: tl.constexpr):
+    """The largest visible score, -inf where it was told apart from hidden ones."""
+    if C.FILTERED or C.ALIBI:
+        maximum = tl.where(maximum <= LOWEST, float("-inf"), maximum)
+    return maximum
 
 
 @triton.jit
@@ -67,6 +98,7 @@ def tile_maxima(queries, keys, C: tl.constexpr):
         product = tl.dot(queries.q, tl.trans(keys.k), input_precision=C.PRECISION)
         maxima = tl.max(tl.reshape(product, (product.shape[0], C.SCAN_TILES, C.TILE)), 2)
         maxima, _ = apply_softcap(maxima, queries.options.softcap, C)
+        maxima = told_apart(maxima, C)
     return maxima
 
 

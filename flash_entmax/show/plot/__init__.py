@@ -3,6 +3,7 @@
 from .calls import map_figure, sparsity_figure, support_figure
 from .passage import LINE_LENGTH, attention_figure, save_attention
 from .shared import require_matplotlib, save_figure
+from .writes import writes_figure
 
 __all__ = [
     "LINE_LENGTH",
@@ -13,4 +14,5 @@ __all__ = [
     "save_figure",
     "sparsity_figure",
     "support_figure",
+    "writes_figure",
 ]

@@ -69,7 +69,8 @@ def measured() -> Iterator[tuple[str, Times]]:
     attends: tuple[Callable[..., Tensor], ...] = partial(entmax_attention, is_causal=True), softmax
     yield "training step", Times(*(graph_ms(partial(step, attend, leaves, grad_output)) for attend in attends))
     with torch.no_grad():
-        yield "forward pass", Times(*(graph_ms(partial(attend, *inputs)) for attend in attends))
+        forward = Times(*(graph_ms(partial(attend, *inputs)) for attend in attends))
+    yield "forward pass", forward
 
 
 def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ TEST_TIME := 12 to 15 minutes on 2 cores
 # Threads that wait sleep instead of spin: cores may be shared.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo bench evidence test fuzz sanitize lint site docs clean
+.PHONY: demo bench evidence test fuzz sanitize lint site docs release clean
 
 demo: $(VENV)/ready
 	$(BIN)/flash-entmax demo $(DEMO)
@@ -42,6 +42,10 @@ sanitize: $(VENV)/ready  # needs a GPU and compute-sanitizer
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+release: $(VENV)/ready
+	$(BIN)/python tests/release.py --torch "$(TORCH)"
 
 site: $(VENV)/ready  # into out/site; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --conf-dir docs . out/site

@@ -16,7 +16,7 @@ from .recurrence import Writes, writes
 if "torch.utils.flop_counter" in sys.modules:
     register_flop_formulas()
 
-__version__ = "0.1.0"  # pyproject.toml reads it here
+__version__ = "0.2.0"  # pyproject.toml reads it here
 __all__ = [
     "Impl",
     "KeySummaries",

@@ -1,5 +1,7 @@
 """Entmax in place of softmax: along any dimension of any tensor."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from .core.checks import DTYPES, refuse_nested, typed
 from .core.modes import as_given
 from .core.tensors import clamped, is_jagged, row_dtype
 from .operators import rows as row_ops
+
+if TYPE_CHECKING:
+    from torch.nested._internal.nested_tensor import NestedTensor
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
@@ -45,7 +50,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
         return entmax_of_jagged(x, alpha, dim, impl)
     check_scores(x, dim)
     check_alpha(alpha, x, dim)
-    impl = choose(x.dtype, x.device, impl)
+    backend = choose(x.dtype, x.device, impl)
     if not isinstance(alpha, Tensor) and alpha == 1.0:
         with as_given(x):
             return softmax(x, dim)
@@ -58,11 +63,11 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
         alphas = alphas.contiguous()
     else:
         number = float(alpha)
-    p = row_ops.entmax(rows.reshape(-1, rows.shape[-1]).contiguous(), alphas, number, impl)
+    p = row_ops.entmax(rows.reshape(-1, rows.shape[-1]).contiguous(), alphas, number, backend)
     return p.view(rows.shape).movedim(-1, dim)
 
 
-def entmax_of_jagged(x: Tensor, alpha: float | Tensor, dim: int, impl: Impl) -> Tensor:
+def entmax_of_jagged(x: "NestedTensor", alpha: float | Tensor, dim: int, impl: Impl) -> Tensor:
     """Entmax of a nested tensor (batch, ragged, ...), along a dimension after the ragged one."""
     check_dim(dim, x.dim())
     if dim % x.dim() < 2:

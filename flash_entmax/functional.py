@@ -1,5 +1,7 @@
 """The public calls of attention: check, lower, call."""
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,40 @@ from .core.visibility import Visibility
 from .key_summaries import KeySummaries
 from .operators.attention import summarise
 from .operators.kept_calls import attend
+
+if TYPE_CHECKING:
+    from torch.nested._internal.nested_tensor import NestedTensor
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@overload
+def entmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = ..., is_causal: bool = ...,
+    scale: float | Tensor | None = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Tensor | None = ..., query_positions: int | Tensor | None = ..., key_lengths: Tensor | None = ...,
+    key_mask: Tensor | None = ..., block_mask: "BlockMask | None" = ...,
+    key_summary: KeySummary | KeySummaries | None = ..., impl: Impl = ..., return_support: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def entmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = ..., is_causal: bool = ...,
+    scale: float | Tensor | None = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Tensor | None = ..., query_positions: int | Tensor | None = ..., key_lengths: Tensor | None = ...,
+    key_mask: Tensor | None = ..., block_mask: "BlockMask | None" = ...,
+    key_summary: KeySummary | KeySummaries | None = ..., impl: Impl = ..., return_support: Literal[True],
+) -> tuple[Tensor, Support]: ...  # fmt: skip
+
+
+@overload
+def entmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = ..., is_causal: bool = ...,
+    scale: float | Tensor | None = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Tensor | None = ..., query_positions: int | Tensor | None = ..., key_lengths: Tensor | None = ...,
+    key_mask: Tensor | None = ..., block_mask: "BlockMask | None" = ...,
+    key_summary: KeySummary | KeySummaries | None = ..., impl: Impl = ..., return_support: bool,
+) -> Tensor | tuple[Tensor, Support]: ...  # fmt: skip
 
 
 def entmax_attention(
@@ -29,7 +65,7 @@ def entmax_attention(
     query_positions: int | Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
-    block_mask=None,
+    block_mask: "BlockMask | None" = None,
     key_summary: KeySummary | KeySummaries | None = None,
     impl: Impl = "auto",
     return_support: bool = False,
@@ -108,10 +144,37 @@ def entmax_attention(
             raise ValueError(f"{refused} are for tensors of one length, not for nested ones")
         return jagged_attention(query, key, value, score, is_causal, window_size, impl, return_support)
     visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask, block_mask)
-    rounded = None
     if isinstance(key_summary, KeySummaries):
-        key_summary, rounded = None, (key_summary.sizes, key_summary.rounded_keys)
-    return attend(query, key, value, score, visibility, impl, return_support, key_summary, rounded)
+        rounded = key_summary.sizes, key_summary.rounded_keys
+        return attend(query, key, value, score, visibility, impl, return_support, None, rounded)
+    return attend(query, key, value, score, visibility, impl, return_support, key_summary)
+
+
+@overload
+def entmax_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int, *,
+    alpha: float | Tensor = ..., is_causal: bool = ..., scale: float | Tensor | None = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Tensor | None = ...,
+    query_positions: Tensor | None = ..., impl: Impl = ..., return_support: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def entmax_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int, *,
+    alpha: float | Tensor = ..., is_causal: bool = ..., scale: float | Tensor | None = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Tensor | None = ...,
+    query_positions: Tensor | None = ..., impl: Impl = ..., return_support: Literal[True],
+) -> tuple[Tensor, Support]: ...  # fmt: skip
+
+
+@overload
+def entmax_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int, *,
+    alpha: float | Tensor = ..., is_causal: bool = ..., scale: float | Tensor | None = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Tensor | None = ...,
+    query_positions: Tensor | None = ..., impl: Impl = ..., return_support: bool,
+) -> Tensor | tuple[Tensor, Support]: ...  # fmt: skip
 
 
 def entmax_attention_varlen(
@@ -169,13 +232,13 @@ def entmax_attention_varlen(
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     boundaries = cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k
     visibility = Visibility(is_causal, window_size, query_positions, None, None, None, *boundaries, max_q, max_k)
-    rows = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    result = attend(*rows, score, visibility, impl, return_support)
-    output, support = result if return_support else (result, None)
-    output = output.squeeze(0).transpose(0, 1)
-    if not return_support:
-        return output
-    return output, Support(*(field.squeeze(0) if isinstance(field, Tensor) else field for field in support))
+    query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    result = attend(query, key, value, score, visibility, impl, return_support)
+    if isinstance(result, Tensor):
+        return result.squeeze(0).transpose(0, 1)
+    output, support = result
+    one_row = Support._make(field.squeeze(0) if isinstance(field, Tensor) else field for field in support)
+    return output.squeeze(0).transpose(0, 1), one_row
 
 
 def jagged_attention(
@@ -183,24 +246,28 @@ def jagged_attention(
     impl: Impl, return_support: bool,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Nested tensors (batch, heads, ragged length, dim), through their values (heads, tokens, dim) and offsets."""
-    tensors = {"query": query, "key": key, "value": value}
-    for name, tensor in tensors.items():
-        if not is_jagged(tensor, ragged=2) or tensor.dim() != 4:
-            got = "another nested tensor" if tensor.is_nested else f"a tensor of shape {tuple(tensor.shape)}"
-            raise ValueError(
-                f"{name} must be a jagged nested tensor (batch, heads, ragged length, dim) without holes, as the other "
-                f"inputs are, got {got}"
-            )
-    boundaries = query.offsets(), key.offsets()
-    if key.shape[2] == query.shape[2]:  # one ragged dimension
-        boundaries = boundaries[0], boundaries[0]
-    longest = (longest_sequence(tensor) for tensor in (query, key))
+    queries, keys, values = checked_jagged("query", query), checked_jagged("key", key), checked_jagged("value", value)
+    offsets = queries.offsets()
+    is_shared = key.shape[2] == query.shape[2]  # one ragged dimension
+    boundaries = offsets, offsets if is_shared else keys.offsets()
+    longest = longest_sequence(queries), longest_sequence(keys)
     visibility = Visibility(is_causal, window_size, None, None, None, None, *boundaries, *longest)
-    values = (tensor.values().unsqueeze(0) for tensor in tensors.values())
-    result = attend(*values, score, visibility, impl, return_support)
-    output, support = result if return_support else (result, None)
-    output = torch.nested.nested_tensor_from_jagged(output.squeeze(0), query.offsets(), jagged_dim=2)
+    query, key, value = (tensor.values().unsqueeze(0) for tensor in (queries, keys, values))
+    result = attend(query, key, value, score, visibility, impl, return_support)
+    output, support = (result, None) if isinstance(result, Tensor) else result
+    output = torch.nested.nested_tensor_from_jagged(output.squeeze(0), offsets, jagged_dim=2)
     return output if support is None else (output, support)
+
+
+def checked_jagged(name: str, tensor: Tensor) -> "NestedTensor":
+    """A jagged nested tensor (batch, heads, ragged length, dim)."""
+    if not is_jagged(tensor, ragged=2) or tensor.dim() != 4:
+        got = "another nested tensor" if tensor.is_nested else f"a tensor of shape {tuple(tensor.shape)}"
+        raise ValueError(
+            f"{name} must be a jagged nested tensor (batch, heads, ragged length, dim) without holes, as the other "
+            f"inputs are, got {got}"
+        )
+    return tensor
 
 
 def summarise_keys(key: Tensor, *, value_size: int | None = None, impl: Impl = "auto") -> KeySummary:

@@ -60,7 +60,8 @@ class KeySummaries:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.sizes = sizes._replace(device=self.lengths.device)  # with the number of the device
         self.backend = choose(dtype, self.lengths.device, impl)
-        blocks, bounds = ceil_div(capacity, SUMMARY_BLOCK), ()
+        blocks = ceil_div(capacity, SUMMARY_BLOCK)
+        bounds: tuple[Tensor, ...] = ()
         if skips_blocks:
             centre = torch.zeros(batch, key_heads, blocks, aligned_size(head_size), dtype=dtype, device=device)
             numbers = batch, key_heads, blocks
@@ -87,8 +88,10 @@ class KeySummaries:
         capacity = length if capacity is None else capacity
         if isinstance(capacity, int) and capacity < length:
             raise ValueError(f"capacity must be at least {length}, the length of the keys, got {capacity}")
-        kind = {"dtype": key.dtype, "device": key.device, "skips_blocks": skips_blocks, "impl": impl}
-        summaries = cls(batch, key_heads, capacity, head_size, **kind)
+        summaries = cls(
+            batch, key_heads, capacity, head_size, dtype=key.dtype, device=key.device, skips_blocks=skips_blocks,
+            impl=impl,
+        )  # fmt: skip
         numbers = batch * key_heads * head_size * SUMMARY_BLOCK
         for part in key.split(max(1, APPENDED // max(1, numbers)) * SUMMARY_BLOCK, 2):
             summaries.append(part)
@@ -120,9 +123,9 @@ class KeySummaries:
         self.lengths.zero_()
         self.rounded_keys.unit.fill_(torch.nan)
         self.rounded_keys.error.zero_()
-        if self.rounded_keys.radius is not None:
-            self.rounded_keys.radius.fill_(torch.inf)
-            self.rounded_keys.centre_error.fill_(torch.inf)
+        for bound in (self.rounded_keys.radius, self.rounded_keys.centre_error):
+            if bound is not None:
+                bound.fill_(torch.inf)
 
     def reorder(self, indices: Tensor) -> None:
         """Batch row n becomes a copy of batch row indices[n], (batch,) int32 or int64, as a beam search does it.

@@ -61,16 +61,16 @@ def entmax_loss(
     check_scores(input, class_dim if isinstance(input, Tensor) and input.dim() > class_dim else 0, "input")
     check_options(alpha, ignore_index, reduction, label_smoothing)
     check_target(input, target, class_dim)
-    impl = choose(input.dtype, input.device, impl)
+    backend = choose(input.dtype, input.device, impl)
     rows = input.movedim(class_dim, -1)
     shape, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1]).contiguous()
-    count = rows.shape[0]
+    count: int | Tensor = rows.shape[0]
     if target.is_floating_point():
         row_target = target.detach().movedim(class_dim, -1).reshape(rows.shape).contiguous()
     else:
         row_target = target.reshape(-1).contiguous()
         count = (row_target != ignore_index).sum()
-    losses, _ = row_ops.loss(rows, row_target, ignore_index, float(label_smoothing), float(alpha), impl)
+    losses, _ = row_ops.loss(rows, row_target, ignore_index, float(label_smoothing), float(alpha), backend)
     if target.is_floating_point():
         losses = losses + entropy_of(row_target, float(alpha), label_smoothing, losses.dtype)
     if reduction == "none":
@@ -78,14 +78,34 @@ def entmax_loss(
     return losses.sum() if reduction == "sum" else divide_by_count(losses.sum(), count)
 
 
-def sparsemax_loss(input: Tensor, target: Tensor, **options) -> Tensor:
+def sparsemax_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    impl: Impl = "auto",
+) -> Tensor:
     """:func:`entmax_loss` with alpha 2 (Martins and Astudillo 2016, arXiv 1602.02068)."""
-    return entmax_loss(input, target, 2.0, **options)
+    return entmax_loss(
+        input, target, 2.0, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, impl=impl
+    )
 
 
-def entmax15_loss(input: Tensor, target: Tensor, **options) -> Tensor:
+def entmax15_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    impl: Impl = "auto",
+) -> Tensor:
     """:func:`entmax_loss` with alpha 1.5."""
-    return entmax_loss(input, target, 1.5, **options)
+    return entmax_loss(
+        input, target, 1.5, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, impl=impl
+    )
 
 
 def linear_entmax_loss(
@@ -131,8 +151,8 @@ def linear_entmax_loss(
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum', got 'none': use entmax_loss for the loss of each token")
     rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
-    impl = choose(hidden.dtype, hidden.device, impl)
-    scalars = ignore_index, float(label_smoothing), float(alpha), impl
+    backend = choose(hidden.dtype, hidden.device, impl)
+    scalars = ignore_index, float(label_smoothing), float(alpha), backend
     total, *_ = linear_loss(rows, weight, bias, classes, False, False, False, *scalars)
     return total if reduction == "sum" else divide_by_count(total, (classes != ignore_index).sum())
 

@@ -74,7 +74,7 @@ def entmax_attention_paged(
     )  # fmt: skip
     left = min(window_size[0], FURTHEST)
     pages = Pages(block_table, key_lengths, cu_seq_q, left, key_cache.shape[1])
-    if cu_seq_q is None:
+    if cu_seq_q is None or max_q is None:  # the checks took both or neither
         return attend_paged(query, key_cache, value_cache, pages, query.shape[2], score, impl)
     rows = query.transpose(0, 1).unsqueeze(0)
     output = attend_paged(rows, key_cache, value_cache, pages, max_q, score, impl)

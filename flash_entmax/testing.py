@@ -1,11 +1,12 @@
 """What tests and benchmarks share: inputs with known properties, error budgets, poisoned memory.
 
-In the package only the benchmarks import this file. It needs torch and nothing else.
+In the package only the benchmarks and the check of speeds import this file. It needs torch and nothing else.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -262,20 +263,21 @@ def decoding_inputs(
     key_heads = heads if key_heads is None else key_heads
     rows = heads // key_heads * queries
     generator = Generator(device=device).manual_seed(seed)
-    settings = {"generator": generator, "dtype": torch.float32, "device": device}
-    directions = torch.linalg.qr(torch.randn(batch, key_heads, dim, rows, **settings)).Q.mT
-    count = (10 * 40 ** torch.rand(batch, key_heads, rows, 1, **settings)).clamp_max(key_length // rows)
-    order = torch.rand(batch, key_heads, 1, key_length, **settings).argsort(-1).argsort(-1)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
+    uniform = partial(torch.rand, generator=generator, dtype=torch.float32, device=device)
+    directions = torch.linalg.qr(normal(batch, key_heads, dim, rows)).Q.mT
+    count = (10 * 40 ** uniform(batch, key_heads, rows, 1)).clamp_max(key_length // rows)
+    order = uniform(batch, key_heads, 1, key_length).argsort(-1).argsort(-1)
     place = order - key_length // rows * torch.arange(rows, device=device).unsqueeze(-1)
-    spread = 2 * (3 / count).sqrt() * torch.rand(batch, key_heads, rows, key_length, **settings)
+    spread = 2 * (3 / count).sqrt() * uniform(batch, key_heads, rows, key_length)
     planted = torch.where((place >= 0) & (place < count), 15 - spread, 0.0)
     length = (15 * dim**0.5) ** 0.5
-    noise = SCORE_DEVIATION * torch.randn(batch, key_heads, key_length, dim, **settings)
+    noise = SCORE_DEVIATION * normal(batch, key_heads, key_length, dim)
     is_planted = planted.amax(-2).unsqueeze(-1) > 0
     noise = torch.where(is_planted, noise - (noise @ directions.mT) @ directions, noise)
     key = noise + planted.mT @ directions * (dim**0.5 / length)
     query = (length * directions).reshape(batch, heads, queries, dim)
-    return query.to(dtype), key.to(dtype), torch.randn(batch, key_heads, key_length, dim, **settings).to(dtype)
+    return query.to(dtype), key.to(dtype), normal(batch, key_heads, key_length, dim).to(dtype)
 
 
 def _gaussian(rows: int, length: int, generator: Generator, deviation: float = 1.0) -> Tensor:
@@ -300,14 +302,14 @@ def _exponential_with_sink(rows: int, length: int, generator: Generator) -> Tens
 
 DISTRIBUTIONS: dict[str, Callable[[int, int, Generator], Tensor]] = {
     "all equal": lambda rows, length, _: torch.zeros(rows, length, dtype=torch.float64),
-    "nearly equal": lambda *size: _gaussian(*size, deviation=1e-4),
+    "nearly equal": partial(_gaussian, deviation=1e-4),
     "one maximum over a crowd": _one_over_a_crowd,
-    "very peaked": lambda *size: _gaussian(*size, deviation=30.0),
+    "very peaked": partial(_gaussian, deviation=30.0),
     "heavy ties": lambda *size: -(4 * _uniform(*size)).floor() / 4,
     "exponential tail with a sink": _exponential_with_sink,
-    "gaussian 0.1": lambda *size: _gaussian(*size, deviation=0.1),
+    "gaussian 0.1": partial(_gaussian, deviation=0.1),
     "gaussian 1": _gaussian,
-    "gaussian 3": lambda *size: _gaussian(*size, deviation=3.0),
+    "gaussian 3": partial(_gaussian, deviation=3.0),
     "uniform on [-3, 0]": lambda *size: -3 * _uniform(*size),
     "around 1000": lambda *size: 1000 + _gaussian(*size),
     "all below -1000": lambda *size: -1000 - _gaussian(*size).abs(),
@@ -381,11 +383,12 @@ def poisoned() -> Iterator[None]:
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # whose attributes are those of a module's properties
+    fill = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

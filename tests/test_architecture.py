@@ -42,7 +42,7 @@ WINGS = {
 }  # fmt: skip
 # Of the backends, wings above the operators use the specification only, or ask which one can run.
 OPEN_TO_ALL = {"backends", "backends.reference"}
-FURTHER = {"programs.benchmarks": {"testing"}}  # inputs and error measures are shared with the tests
+FURTHER = {"programs.benchmarks": {"testing"}, "programs.check_speed": {"testing"}}  # inputs are shared with the tests
 # Of the kernels: words that all share, and files that launch or lay out memory. Every other file is a stage.
 KERNEL_WORDS = {
     "tile", "alpha", "visibility", "queries", "keys", "score", "sums", "lists", "gather", "reach", "program",
@@ -198,7 +198,7 @@ def hidden(name):
 known, metadata.distribution = metadata.distribution, hidden
 sys.path.insert(0, sys.argv[1])
 import flash_entmax
-from flash_entmax.programs.cli import versions
+from flash_entmax.programs.info import versions
 assert pathlib.Path(flash_entmax.__file__).is_relative_to(sys.argv[1])
 print(flash_entmax.__version__, dict(versions())["flash-entmax"])
 """

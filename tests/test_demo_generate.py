@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_command_trains_then_goes_on_without_training(text, tmp_path, capsys):
     code, second, error = demo(capsys, "--text", text, "--out", out)
     assert code == 0, error
     assert "step" not in second
-    assert f"the model is {out / 'model.pt'}, which was trained before" in second
+    assert f"the model is {out / 'model.safetensors'}, which was trained before" in second
     made = [re.search(r"goes on:\n(.*)\nbytes made", printed, re.DOTALL)[1] for printed in (first, second)]
     assert made[0] == made[1]
     assert WORDS.splitlines()[1] in made[0]
@@ -66,7 +67,7 @@ def test_command_trains_then_goes_on_without_training(text, tmp_path, capsys):
 def test_reads_are_counted(tmp_path):
     """Of a random model: all keys, and the values of the supports that a call returns."""
     folder, _ = write_demo(tmp_path)
-    model, settings = checkpoint.load(folder / "model.pt", "cpu")
+    model, settings = checkpoint.load(folder / "model.safetensors", "cpu")
     made = generate.generate(model, settings, b"a beginning of some bytes", 6)
     assert made.steps == 5
     assert len(made.made) == 6
@@ -96,8 +97,11 @@ def test_text_is_shown_as_it_is_made():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--alpha", "1.7", "--steps", "3"), "model.pt is not trained again: leave --steps out, or choose another"),
-        ((), "model.pt was trained with alpha 1.7, and 1.5 is asked for: choose another --out"),
+        (
+            ("--alpha", "1.7", "--steps", "3"),
+            "model.safetensors is not trained again: leave --steps out, or choose",
+        ),
+        ((), "model.safetensors was trained with alpha 1.7, and 1.5 is asked for: choose another --out"),
     ],
 )
 def test_what_a_trained_model_cannot_give_is_refused(text, tmp_path, capsys, arguments, message):
@@ -109,9 +113,8 @@ def test_what_a_trained_model_cannot_give_is_refused(text, tmp_path, capsys, arg
 
 def test_a_larger_model_is_not_the_smallest(tmp_path, capsys, text):
     folder, _ = write_demo(tmp_path)
-    content = torch.load(folder / "model.pt", weights_only=True)
-    content["sizes"]["context"] = 512
-    torch.save(content, folder / "model.pt")
+    model, settings = checkpoint.load(folder / "model.safetensors", "cpu")
+    checkpoint.save(model, replace(settings, context=512))
     code, _, error = demo(capsys, "--out", folder, "--text", text, "--alpha", "1.7", "--smallest")
     assert code == 1
-    assert "model.pt was trained with context 512, and 256 is asked for" in error
+    assert "model.safetensors was trained with context 512, and 256 is asked for" in error

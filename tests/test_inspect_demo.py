@@ -1,6 +1,7 @@
 """The command flash-entmax inspect on the model of the demo."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,12 +36,14 @@ def test_command_on_the_model_of_the_demo(demo_folder, tmp_path, capsys, asked, 
 def test_losses_of_the_model_of_the_demo(demo_folder, tmp_path, capsys):
     """In nats per byte: with its alpha, and with alpha 1; of the bytes after the offset."""
     pytest.importorskip("matplotlib")
+    from flash_entmax.programs.demo import checkpoint
+
     folder, model = demo_folder[0], copy.deepcopy(demo_folder[1])
     with torch.no_grad():
         for part in (model.predict.weight, *(block.attention.out.weight for block in model.blocks)):
             part.normal_(std=0.5)
-    saved = torch.load(folder / "model.pt", weights_only=True)
-    torch.save({"sizes": saved["sizes"], "weights": model.state_dict()}, tmp_path / "model.pt")
+    _, settings = checkpoint.load(folder / "model.safetensors", "cpu")
+    checkpoint.save(model, replace(settings, out=tmp_path))
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(32, 127)) * 3)
     options = "--text", text, "--out", tmp_path / "out", "--offset", 50, "--tokens", 100, "--device", "cpu"

@@ -15,7 +15,7 @@ def test_command_refuses(demo_folder, llama_folder, tmp_path, capsys):
     text, empty = tmp_path / "text.txt", tmp_path / "empty"
     text.write_text("text")
     empty.mkdir()
-    (tmp_path / "wrong.pt").write_text("no model")
+    (tmp_path / "wrong.safetensors").write_text("no model")
     wrong = {
         ("/nowhere/at/all", "--text", text): "no such folder",
         (folder, "--text", tmp_path / "none.txt"): "No such file",
@@ -27,7 +27,7 @@ def test_command_refuses(demo_folder, llama_folder, tmp_path, capsys):
         (folder, "--text", text, "--layers", "a"): "numbers and ranges",
         (folder, "--text", text, "--out", text): "--out",
         (empty, "--text", text): "holds neither",
-        (tmp_path / "wrong.pt", "--text", text): "not a model that the demo wrote",
+        (tmp_path / "wrong.safetensors", "--text", text): "not a model that the demo wrote",
         (llama_folder, "--text", text, "--attention", "entmax", "--device", "cpu"): "needs --alpha",
         (folder, "--text", text, "--offset", -1): "--offset must be at least 0, got -1",
         (folder, "--text", text, "--offset", 4): f"--offset 4: there are 4 bytes in {text}",

@@ -1,5 +1,7 @@
 """The specification: entmax attention by its definition, dense, in plain autograd. Slow on purpose; best in float64."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,9 @@ from ..core.call import Problem, Support
 from ..core.intervals import UNLIMITED
 from ..core.threshold import row_maximum, threshold_by_bisection, threshold_by_sort
 from ..core.visibility import Visibility
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def entmax_rows(z: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,8 +25,11 @@ def entmax_rows(z: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tenso
         return z, torch.full_like(z.sum(-1), torch.inf), torch.ones_like(z.sum(-1))
     r = 1.0 / (alpha - 1.0)
     with torch.no_grad():
-        solve = threshold_by_sort if not isinstance(alpha, Tensor) and alpha in (1.5, 2.0) else threshold_by_bisection
-        maximum, offset = solve(z.detach(), alpha.detach() if isinstance(alpha, Tensor) else alpha)
+        if isinstance(alpha, Tensor):
+            maximum, offset = threshold_by_bisection(z.detach(), alpha.detach())
+        else:
+            solve = threshold_by_sort if alpha in (1.5, 2.0) else threshold_by_bisection
+            maximum, offset = solve(z.detach(), alpha)
     below = z - maximum.unsqueeze(-1)
     moving = offset
     for _ in range(2):
@@ -49,9 +57,10 @@ def visible_mask(problem: Problem, options: Visibility, device: torch.device) ->
     (batch or 1, 1, query length, key length), the distance from the query's position to the key)."""
     query, key = (torch.arange(length, device=device) for length in (problem.query_length, problem.key_length))
     visible = torch.ones(problem.query_length, problem.key_length, dtype=torch.bool, device=device)
-    first, position = 0, query + problem.diagonal
-    if options.cu_seq_q is not None:
-        visible, first, position = sequences(options, query, key)
+    first: int | Tensor = 0
+    position = query + problem.diagonal
+    if options.cu_seq_q is not None and options.cu_seq_k is not None:
+        visible, first, position = sequences(options.cu_seq_q.long(), options.cu_seq_k.long(), query, key)
     if isinstance(options.query_positions, Tensor):
         position = first + options.query_positions.long()
     elif options.query_positions is not None:
@@ -76,10 +85,9 @@ def visible_mask(problem: Problem, options: Visibility, device: torch.device) ->
     return visible, ahead.abs()
 
 
-def sequences(options: Visibility, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sequences(cu_q: Tensor, cu_k: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of packed sequences: (query length, key length) bool, whether query and key are of one sequence; of each query,
     the first key of its sequence, and its position, by which the last query stands at the last key."""
-    cu_q, cu_k = options.cu_seq_q.long(), options.cu_seq_k.long()
     count = cu_q.shape[0] - 1
     own, other = (torch.searchsorted(cu, token, right=True) - 1 for cu, token in ((cu_q, query), (cu_k, key)))
     same = (own.unsqueeze(-1) == other) & (other < count)
@@ -87,7 +95,7 @@ def sequences(options: Visibility, query: Tensor, key: Tensor) -> tuple[Tensor, 
     return same, cu_k[own.clamp_max(count)], cu_k[end] - cu_q[end] + query
 
 
-def blocks_mask(problem: Problem, block_mask) -> Tensor:
+def blocks_mask(problem: Problem, block_mask: "BlockMask") -> Tensor:
     """(batch or 1, heads or 1, query length, key length) bool of a FlexAttention BlockMask."""
     from torch.nn.attention.flex_attention import create_mask
 
@@ -102,7 +110,7 @@ def blocks_mask(problem: Problem, block_mask) -> Tensor:
             for i, count in enumerate(block_mask.kv_num_blocks[b, h].tolist()):
                 for j in block_mask.kv_indices[b, h, i, :count].tolist():
                     listed[b, h, i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] = True
-            if block_mask.full_kv_num_blocks is None:
+            if block_mask.full_kv_num_blocks is None or block_mask.full_kv_indices is None:
                 continue
             for i, count in enumerate(block_mask.full_kv_num_blocks[b, h].tolist()):
                 for j in block_mask.full_kv_indices[b, h, i, :count].tolist():

@@ -6,6 +6,7 @@ Imported by the first call that needs it: the decorator below loads torch._dynam
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def softmax_attention(problem: Problem, query: Tensor, key: Tensor, value: Tenso
         query, scale = (query * scale.view(-1, 1, 1)).to(query.dtype), 1.0
     if problem.is_empty:
         return nothing(problem, query, key, value)
-    attend = partial(scaled_dot_product_attention, scale=scale)
+    attend: Callable[..., Tensor] = partial(scaled_dot_product_attention, scale=scale)
     # Fused kernels have no forward-mode derivatives, and not every level of torch.func lets its tangents be seen.
     is_forward = is_transformed() or has_tangent((query, key, value, slopes))
     if is_forward:
@@ -71,14 +72,16 @@ def visible_mask(problem: Problem, options: Visibility, intervals: Tensor) -> tu
     return visible, (position - key).abs()
 
 
-def nothing(problem: Problem, query, key, value) -> Tensor:
+def nothing(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Zeros, with gradients of zero: PyTorch 2.11 on a CPU divides by the number of heads, be it 0."""
     anything = query.sum(-1, keepdim=True) + key.sum() + value.sum()
     zeros = anything.masked_fill(torch.ones_like(anything, dtype=torch.bool), 0.0)
     return zeros.expand(*query.shape[:-1], problem.value_size).contiguous()
 
 
-def with_backends(backends: list[SDPBackend], attend: Callable[..., Tensor], *tensors: Tensor, **options) -> Tensor:
+def with_backends(
+    backends: list[SDPBackend], attend: Callable[..., Tensor], *tensors: Tensor, **options: Any
+) -> Tensor:
     """The call with only some of PyTorch's backends enabled."""
     if torch.compiler.is_compiling():
         with sdpa_kernel(backends):

@@ -230,7 +230,8 @@ class Problem:
 
     @property
     def z_scale(self) -> float | Tensor:
-        """z = z_scale * (query . key)."""
+        """z = z_scale * (query . key). Both factors are numbers, or tensors."""
+        assert self.score.scale is not None
         return (self.score.alpha - 1.0) * self.score.scale
 
     @property

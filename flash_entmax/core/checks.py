@@ -1,7 +1,7 @@
 """Every refusal of a call: an error that quotes what was passed and says what is accepted, before any kernel runs."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -244,7 +244,7 @@ def typed(value: object) -> str:
     return kind if said(value) == kind else f"{kind} {said(value)}"
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -295,12 +295,13 @@ def check_window(window: object) -> None:
 
 def check_boundaries(query: Tensor, visibility: Visibility) -> None:
     """The boundaries of packed sequences: shapes and dtypes."""
-    for name, boundaries in (("cu_seq_q", visibility.cu_seq_q), ("cu_seq_k", visibility.cu_seq_k)):
+    given: dict[str, Any] = {"cu_seq_q": visibility.cu_seq_q, "cu_seq_k": visibility.cu_seq_k}
+    for name, boundaries in given.items():
         check_index(name, boundaries, query, None)
         if boundaries.dim() != 1 or boundaries.shape[0] == 0:
             raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(boundaries.shape)}")
-    if visibility.cu_seq_q.shape != visibility.cu_seq_k.shape:
-        counts = visibility.cu_seq_q.shape[0], visibility.cu_seq_k.shape[0]
+    counts = [boundaries.shape[0] for boundaries in given.values()]
+    if counts[0] != counts[1]:
         raise ValueError("cu_seq_q and cu_seq_k must have one length, got {} and {}".format(*counts))
 
 
@@ -320,12 +321,12 @@ def check_longest(name: str, longest: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {longest}")
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def check_index(
-    name: str, tensor: object, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None, beside: str = "the query"
+    name: str, tensor: Any, query: Tensor, shapes: tuple[tuple[int, ...], ...] | None, beside: str = "the query"
 ) -> None:
     """`beside` says in messages what `query` is."""
     _check_tensor(name, tensor, query, shapes, beside)

@@ -4,8 +4,8 @@ import dis
 import math
 import operator
 from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import NamedTuple
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,7 +39,7 @@ class _UnknownError(Exception):
     """Something may change, and it cannot be told whether it did."""
 
 
-def _key(value: object, alive: list[object], seen: dict[int, int]) -> object:
+def _key(value: Any, alive: list[object], seen: dict[int, int]) -> object:
     kind = type(value)
     if kind in CONSTANT:
         return kind, value
@@ -89,7 +89,7 @@ def _key_of_function(function: FunctionType, alive: list[object], seen: dict[int
     return FunctionType, function.__code__, _key(parts, alive, seen)
 
 
-def _content(cell) -> object:
+def _content(cell: CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # nothing was assigned yet

@@ -18,17 +18,18 @@ FURTHEST = 2**30  # a position beyond is taken for this one, so that differences
     results=1,
 )
 def intervals(
-    query, query_positions, key_lengths, cu_seq_q, cu_seq_k, key_length, first_position, left, right, max_q, max_k
-):  # fmt: skip
+    query: Tensor, query_positions: Tensor | None, key_lengths: Tensor | None, cu_seq_q: Tensor | None,
+    cu_seq_k: Tensor | None, key_length: int, first_position: int, left: int, right: int, max_q: int, max_k: int,
+) -> Tensor:  # fmt: skip
     sizes = query.shape[0], query.shape[2], key_length
-    if cu_seq_q is not None:
+    if cu_seq_q is not None and cu_seq_k is not None:
         check_packing(cu_seq_q, cu_seq_k, *sizes[1:], max_q, max_k)
     limits = query_positions, key_lengths, cu_seq_q, cu_seq_k
     return intervals_of_rows(*limits, sizes, first_position, (left, right), query.device)
 
 
 @fake("intervals")
-def _(query, *_):
+def _(query: Tensor, *_: object) -> Tensor:
     return query.new_empty(query.shape[0], 3, query.shape[2], dtype=torch.int32)
 
 
@@ -56,14 +57,15 @@ def intervals_of_rows(
         position = query_positions.to(torch.int64).clamp(-FURTHEST, FURTHEST)
     else:
         position = torch.arange(query_length, device=device)
-    first, end = 0, key_length
-    if cu_seq_q is not None:
+    first: int | Tensor = 0
+    end: int | Tensor = key_length
+    if cu_seq_q is not None and cu_seq_k is not None:
         to_last, first, end = packed_rows(query_length, cu_seq_q.to(torch.int64), cu_seq_k.to(torch.int64))
         position = end - to_last if query_positions is None else first + position
     elif query_positions is None:
         position = position + first_position
     if key_lengths is not None:
-        end = key_lengths.clamp(0, end).unsqueeze(-1)
+        end = key_lengths.clamp(0, key_length).unsqueeze(-1)
     left, right = window
     start = position * 0 + first if left == UNLIMITED else (position - left).clamp_min(first)
     stop = position * 0 + end if right == UNLIMITED else (position + (right + 1)).clamp_max(end)

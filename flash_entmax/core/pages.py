@@ -41,6 +41,12 @@ class Pages(NamedTuple):
     def has_window(self) -> bool:
         return self.left != UNLIMITED
 
+    @property
+    def boundaries(self) -> Tensor:
+        """`cu_seq_q`, where queries are packed."""
+        assert self.cu_seq_q is not None
+        return self.cu_seq_q
+
 
 def rows_fit(pages: Pages, longest: int, tokens: int) -> Tensor:
     """(batch,) bool: the keys of a row fit its pages, and its packed queries are of the `tokens`, at most `longest`."""
@@ -63,7 +69,7 @@ def check_values(pages: Pages, page_count: int, longest: int, tokens: int) -> No
     fit = rows_fit(pages, longest, tokens)
     if not fit.all():
         lengths, boundaries = pages.key_lengths, pages.cu_seq_q
-        if not ((lengths >= 0) & (lengths <= pages.capacity)).all():
+        if boundaries is None or not ((lengths >= 0) & (lengths <= pages.capacity)).all():
             raise ValueError(
                 f"key_lengths must be from 0 to {pages.capacity}, the keys of {pages.block_table.shape[1]} pages of "
                 f"{pages.page_size}, got {lengths.tolist()}"
@@ -120,8 +126,11 @@ def gathered_problem(
         key, value = (tensor.transpose(0, 1).flatten(1, 2).unsqueeze(0) for tensor in (key, value))
         intervals, span = packed_intervals(pages, query.shape[2]), key.shape[2]
     visibility = VisibilityArgs(intervals, None, None, False, span)
-    sizes = {"batch": query.shape[0], "query_length": query.shape[2], "key_length": key.shape[2]}
-    return replace(problem, **sizes, visibility=visibility), key, value
+    batch, query_length, key_length = query.shape[0], query.shape[2], key.shape[2]
+    ordinary = replace(
+        problem, batch=batch, query_length=query_length, key_length=key_length, visibility=visibility
+    )  # fmt: skip
+    return ordinary, key, value
 
 
 def last_positions(pages: Pages, query_length: int) -> Tensor:
@@ -143,17 +152,18 @@ def packed_intervals(pages: Pages, tokens: int) -> Tensor:
 def rows_of_tokens(pages: Pages, tokens: int) -> tuple[Tensor, Tensor]:
     """(batch row of each packed query, how far it is before the end of its row's queries: 1 for the last, 0 or less for
     a token of no row)."""
-    token = torch.arange(tokens, device=pages.cu_seq_q.device)
-    last = pages.cu_seq_q.shape[0] - 2
-    batch_row = (torch.searchsorted(pages.cu_seq_q, token.to(pages.cu_seq_q.dtype), right=True) - 1).clamp(0, last)
-    before_end = pages.cu_seq_q[batch_row + 1] - token
-    return batch_row, torch.where(token >= pages.cu_seq_q[0], before_end, 0)
+    boundaries = pages.boundaries
+    token = torch.arange(tokens, device=boundaries.device)
+    last = boundaries.shape[0] - 2
+    batch_row = (torch.searchsorted(boundaries, token.to(boundaries.dtype), right=True) - 1).clamp(0, last)
+    before_end = boundaries[batch_row + 1] - token
+    return batch_row, torch.where(token >= boundaries[0], before_end, 0)
 
 
 def padded(pages: Pages, query: Tensor, longest: int) -> Tensor:
     """(batch, heads, longest, dim): the packed queries of each row, the last of them last; anything before them."""
     back = torch.arange(longest, 0, -1, device=query.device)
-    token = (pages.cu_seq_q[1:, None] - back).clamp(0, max(query.shape[2] - 1, 0))
+    token = (pages.boundaries[1:, None] - back).clamp(0, max(query.shape[2] - 1, 0))
     return query[0][:, token].transpose(0, 1)
 
 

@@ -1,7 +1,12 @@
 """How tensors lie in memory: dtypes of rows, storage orders, packed bits, nested tensors."""
 
+from typing import TYPE_CHECKING, TypeGuard, cast
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nested._internal.nested_tensor import NestedTensor
 
 WORD_BITS = 32
 ROW_ALIGNMENT = 16  # elements; Triton takes a stride for aligned when 16 divides it
@@ -40,14 +45,15 @@ def unpack_tiles(words: Tensor, key_tiles: int) -> Tensor:
     return (words.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :key_tiles].bool()
 
 
-def is_jagged(tensor: object, ragged: int = 1) -> bool:
+def is_jagged(tensor: object, ragged: int = 1) -> "TypeGuard[NestedTensor]":
     """A nested tensor whose ragged dimension is this one, without holes: all that its values and offsets can say."""
     if not isinstance(tensor, Tensor) or not tensor.is_nested or tensor.layout != torch.jagged:
         return False
-    return tensor._ragged_idx == ragged and tensor.lengths() is None
+    jagged = cast("NestedTensor", tensor)
+    return jagged._ragged_idx == ragged and jagged.lengths() is None
 
 
-def longest_sequence(jagged: Tensor) -> int:
+def longest_sequence(jagged: "NestedTensor") -> int:
     """Of a nested tensor that may know it; all tokens are a bound as well."""
     return getattr(jagged, "_maybe_max_seqlen", None) or jagged.values().shape[jagged._ragged_idx - 1]
 

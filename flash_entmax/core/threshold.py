@@ -51,7 +51,7 @@ def support_weight(distance: Tensor, alpha: float) -> Tensor:
     return power(distance, 1.0 / (alpha - 1.0) - 1.0)
 
 
-def newton_step(offset: Tensor, total: Tensor, weight: Tensor, alpha: float) -> Tensor:
+def newton_step(offset: Tensor, total: Tensor, weight: Tensor, alpha: float | Tensor) -> Tensor:
     """Newton's step on the norm F^(alpha - 1) - 1, from total = F and weight = sum u at this offset.
 
     The norm of [z - maximum + offset]_+ is convex in the offset, so its tangent lies below it: from any offset the step
@@ -95,12 +95,14 @@ class Bracket:
     def step(self, offset: Tensor, total: Tensor, weight: Tensor, count: Tensor | None) -> Tensor:
         """Tighten the interval by F at this offset, then step; the midpoint where the step leaves the interval.
 
-        Its ends were tried already: a step back to one could go on for ever between two neighbouring numbers.
+        Its ends were tried already: a step back to one could go on for ever between two neighbouring numbers. Only
+        alpha 1.5 reads `count`.
         """
         is_low = total < 1
         self.low = torch.where(is_low, offset, self.low)
         self.high = torch.where(is_low, self.high, offset)
         if self.alpha == 1.5:
+            assert count is not None
             candidate = quadratic_step(offset, total, weight, count)
         else:
             candidate = newton_step(offset, total, weight, self.alpha)

@@ -35,12 +35,13 @@ class TileFilter(NamedTuple):
 
 
 @operator("Tensor key_mask, int tile", results=2)
-def key_filter(key_mask, tile):
-    return tuple(filter_of_keys(key_mask, tile))
+def key_filter(key_mask: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    kinds, bits = filter_of_keys(key_mask, tile)
+    return kinds, bits
 
 
 @fake("key_filter")
-def _(key_mask, tile):
+def _(key_mask: Tensor, tile: int) -> tuple[Tensor, ...]:
     batch, tiles = key_mask.shape[0], ceil_div(key_mask.shape[1], tile) + 1
     shapes = (batch, 1, 1, tiles), (batch * tiles, 1, ceil_div(tile, WORD_BITS))
     return tuple(key_mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
@@ -90,7 +91,7 @@ def _filter_of_blocks(block_mask: "BlockMask", lengths: tuple[int, int], tile: i
     query_tiles, key_tiles = (ceil_div(length, tile) for length in lengths)
     kinds = torch.full(block_mask.kv_indices.shape, HIDDEN, dtype=torch.int32, device=block_mask.kv_indices.device)
     kinds = _mark(kinds, block_mask.kv_num_blocks, block_mask.kv_indices, FIRST_PARTIAL)
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         kinds = _mark(kinds, block_mask.full_kv_num_blocks, block_mask.full_kv_indices, WHOLE)
     for dim, size in zip((-2, -1), block_mask.BLOCK_SIZE, strict=True):
         kinds = kinds.repeat_interleave(size // tile, dim)

@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import Impl, choose
 from ..core.call import ScoreOptions
@@ -32,7 +34,7 @@ def context_parallel_attention(
     key: Tensor,
     value: Tensor,
     *,
-    group,
+    group: ProcessGroup | DeviceMesh,
     method: Method = "gather",
     layout: Layout = "balanced",
     alpha: float | Tensor = 1.5,
@@ -158,7 +160,9 @@ class Call:
         check_index("cu_seq", visibility.cu_seq_q, query, None)
         check_boundaries(query, visibility)
         whole = query[:, :1, :1].expand(-1, -1, self.length, -1)
-        return replace(visibility, max_q=self.length, max_k=self.length).intervals(whole, self.length)
+        intervals = replace(visibility, max_q=self.length, max_k=self.length).intervals(whole, self.length)
+        assert intervals is not None  # boundaries are no plain mask
+        return intervals
 
     def description(self) -> dict[str, str]:
         """What must be the same on all ranks."""
@@ -196,7 +200,7 @@ class Call:
     def visibility_of_own(self) -> Visibility:
         """What the queries of this rank's part see of the whole sequence."""
         mask, device = self.whole_key_mask(), self.inputs[0].device
-        positions = local_positions(self.length, self.ranks, self.layout, device)
+        positions: int | Tensor = local_positions(self.length, self.ranks, self.layout, device)
         if self.intervals is not None:
             return Visibility(key_mask=mask, known_intervals=self.intervals[:, :, positions].contiguous())
         if self.layout == "contiguous":  # the first position says all, and how many keys a window may span
@@ -230,12 +234,14 @@ def by_gather(call: Call) -> Tensor:
     outputs, arriving = [], start(call, parts[0])
     for own, following in zip(parts, [*parts[1:], None], strict=True):
         tensors = key[:, own], value[:, own]
-        ready, arriving = arriving, None if following is None else start(call, following)
-        whole = [gather(tensor, 2, ranks, layout, one) for tensor, one in zip(tensors, ready, strict=True)]
+        ready, arriving = arriving, [] if following is None else start(call, following)
+        whole_key, whole_value = (
+            gather(tensor, 2, ranks, layout, one) for tensor, one in zip(tensors, ready, strict=True)
+        )
         del ready  # the parts are in their order, and need no memory any more
         heads = slice(shared * own.start, shared * own.stop)
         score = of_heads(call.score, heads)
-        outputs.append(attend(query[:, heads], *whole, score, visibility, call.impl, False))
+        outputs.append(output_of(query[:, heads], whole_key, whole_value, score, visibility, call.impl))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
@@ -250,14 +256,22 @@ def by_heads(call: Call) -> Tensor:
     visibility = call.visibility_of_all()
     share = call.inputs[0].shape[1] // ranks.size
     score = of_heads(call.score, slice(ranks.rank * share, (ranks.rank + 1) * share))
-    whole = (Exchange.apply(tensor, True, ranks, layout) for tensor in call.inputs)
-    output = attend(*whole, score, visibility, call.impl, False)
+    query, key, value = (Exchange.apply(tensor, True, ranks, layout) for tensor in call.inputs)
+    output = output_of(query, key, value, score, visibility, call.impl)
     return Exchange.apply(output, False, ranks, layout)
+
+
+def output_of(
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, impl: Impl
+) -> Tensor:
+    """The call that one process makes."""
+    output = attend(query, key, value, score, visibility, impl, False)
+    assert isinstance(output, Tensor)
+    return output
 
 
 def of_heads(score: ScoreOptions, heads: slice) -> ScoreOptions:
     """The options of some heads."""
-    alpha, scale, softcap, slopes = (
+    return ScoreOptions._make(
         option[..., heads] if isinstance(option, Tensor) and option.dim() else option for option in score
     )
-    return ScoreOptions(alpha, scale, softcap, slopes)

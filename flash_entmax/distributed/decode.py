@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import BACKENDS, Impl, choose
 from ..core.call import Problem, ScoreOptions
@@ -28,7 +30,7 @@ def decode_sharded(
     key: Tensor,
     value: Tensor,
     *,
-    group,
+    group: ProcessGroup | DeviceMesh,
     alpha: float | Tensor = 1.5,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
@@ -75,7 +77,7 @@ def decode_sharded(
     ranks = Ranks.of(group)
     check_flag("check_ranks", check_ranks)
 
-    def prepare():
+    def prepare() -> tuple[tuple, dict[str, str]]:
         score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
         visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask)
         for name, tensor in (("query", query), ("key", key), ("value", value)):

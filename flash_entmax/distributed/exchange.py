@@ -4,7 +4,7 @@ Every rank adds the same numbers in the same order, so repeated runs agree bit f
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -62,14 +62,14 @@ class Gather(torch.autograd.Function):
     """The whole sequence of the ranks' parts; a part's gradient is the sum of what the whole gets on each rank."""
 
     @staticmethod
-    def forward(ctx, part, arriving, dim, ranks, layout):
+    def forward(ctx: Any, part: Tensor, arriving: Arriving, dim: int, ranks: Ranks, layout: Layout) -> Tensor:
         ctx.of = dim, ranks, layout
         arriving.wait()
         return joined(arriving.parts.unbind(0), dim, layout)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_whole):
+    def backward(ctx: Any, grad_whole: Tensor) -> tuple:
         dim, ranks, layout = ctx.of
         parts = torch.stack(split(grad_whole, dim, ranks.size, layout))
         return sum_in_order(exchanged(parts, ranks)), None, None, None, None
@@ -84,13 +84,13 @@ class Exchange(torch.autograd.Function):
     """(batch, heads, length, dim): all heads of a part of the sequence <-> some heads of the whole sequence."""
 
     @staticmethod
-    def forward(ctx, tensor, to_heads, ranks, layout):
+    def forward(ctx: Any, tensor: Tensor, to_heads: bool, ranks: Ranks, layout: Layout) -> Tensor:
         ctx.of = to_heads, ranks, layout
         return moved(tensor, to_heads, ranks, layout)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         to_heads, ranks, layout = ctx.of
         return moved(grad, not to_heads, ranks, layout), None, None, None
 
@@ -107,17 +107,17 @@ class SumGradients(torch.autograd.Function):
     """A parameter that all ranks have; its gradient is the sum of those of the ranks."""
 
     @staticmethod
-    def forward(ctx, parameter, ranks):
+    def forward(ctx: Any, parameter: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
         return parameter.view_as(parameter)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         return sum_in_order(gathered(grad, ctx.ranks)), None
 
 
-def sum_gradients(parameter, ranks: Ranks):
+def sum_gradients(parameter: Any, ranks: Ranks) -> Any:
     """The parameter, if it is a tensor that learns, with a gradient that is summed over ranks."""
     learns = isinstance(parameter, Tensor) and parameter.requires_grad and torch.is_grad_enabled()
     return SumGradients.apply(parameter, ranks) if learns else parameter

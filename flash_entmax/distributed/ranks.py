@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from functools import wraps
 from textwrap import shorten
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..core.checks import said
 
 Prepared = TypeVar("Prepared")
+Inputs = ParamSpec("Inputs")
+Result = TypeVar("Result")
 SHOWN = 300  # characters of a value in a message
 all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # by version
 
@@ -48,14 +50,14 @@ class Ranks(NamedTuple):
         """Where the group exchanges a few numbers with the least effort: on the CPU, if one of its backends can."""
         if "cpu" in distributed.get_backend_config(self.group):
             return torch.device("cpu")
-        return torch.accelerator.current_accelerator()
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def outside_of_graphs(function: Callable) -> Callable:
+def outside_of_graphs(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """torch.compile calls the function as it is, between two graphs. (Its own decorator would load it at once.)"""
 
     @wraps(function)
-    def call(*arguments, **options):
+    def call(*arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
         run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
         return run(*arguments, **options)
 
@@ -70,7 +72,8 @@ def agreed(ranks: Ranks, prepare: Callable[[], tuple[Prepared, dict[str, str]]],
     """
     if not is_checked:
         return prepare()[0]
-    prepared, description, refusal = None, {}, None
+    description: dict[str, str] = {}
+    refusal = None
     try:
         prepared, description = prepare()
     except Exception as error:
@@ -89,7 +92,7 @@ def all_alike(ranks: Ranks, text: str) -> bool:
     return bool((digests.view(ranks.size, -1) == digest).all())
 
 
-def refuse(ranks: Ranks, told: dict[str, str] | str, refusal: Exception | None) -> None:
+def refuse(ranks: Ranks, told: dict[str, str] | str, refusal: Exception | None) -> NoReturn:
     """Raise, on every rank, what is wrong with the calls."""
     everyone: list = [None] * ranks.size
     distributed.all_gather_object(everyone, told, group=ranks.group)

@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..core.checks import typed
 from .exchange import gather
@@ -9,7 +11,13 @@ from .layout import Layout, check_layout, check_length, local_positions, split
 from .ranks import Ranks
 
 
-def positions(length: int, group, layout: Layout = "balanced", *, device: torch.device | str | None = None) -> Tensor:
+def positions(
+    length: int,
+    group: ProcessGroup | DeviceMesh,
+    layout: Layout = "balanced",
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """The positions of this rank's tokens in the whole sequence.
 
     Args:
@@ -35,7 +43,7 @@ def positions(length: int, group, layout: Layout = "balanced", *, device: torch.
     return local_positions(length, ranks, layout, device)
 
 
-def shard(tensor: Tensor, dim: int, group, layout: Layout = "balanced") -> Tensor:
+def shard(tensor: Tensor, dim: int, group: ProcessGroup | DeviceMesh, layout: Layout = "balanced") -> Tensor:
     """This rank's part of a tensor that every rank has whole: tokens, labels, positions.
 
     Nothing is exchanged. The result is a copy, and differentiable: its gradient is that of the own part, 0 elsewhere.
@@ -56,7 +64,7 @@ def shard(tensor: Tensor, dim: int, group, layout: Layout = "balanced") -> Tenso
     return split(tensor, dim, ranks.size, layout)[ranks.rank]
 
 
-def unshard(tensor: Tensor, dim: int, group, layout: Layout = "balanced") -> Tensor:
+def unshard(tensor: Tensor, dim: int, group: ProcessGroup | DeviceMesh, layout: Layout = "balanced") -> Tensor:
     """The whole tensor, on every rank, of parts of one shape: the inverse of :func:`shard`.
 
     Every rank of the group must call it. It is differentiable, once: the gradient of a part is the sum of what the

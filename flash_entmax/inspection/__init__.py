@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +88,10 @@ class RecordedCall:
         inputs, options = arguments[:3], arguments[4:]
         tensors, self._numbers = options[: ops.TENSORS], options[ops.TENSORS :]
         # Let go of the graph that made them. Below autograd a detached tensor does not count the caller's writes.
-        query, key, value, *tensors = (
+        query, key, value, *detached = (
             tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in (*inputs, *tensors)
         )
-        self._tensors = ops.OptionTensors(*tensors)
+        self._tensors = ops.OptionTensors(*detached)
         if self._tensors.alibi_slopes is not None:  # the caller's own, which an optimizer's step may write to
             self._tensors = self._tensors._replace(alibi_slopes=self._tensors.alibi_slopes.clone())
         self.name, self.number, self.dtype = name, number, query.dtype
@@ -284,6 +285,7 @@ class RecordedCall:
     def _head(self, batch: int, head: int) -> Head:
         p = self.problem
         alpha, scale, softcap, slopes = p.score
+        assert scale is not None
         check_place(batch, head, p.batch, p.heads)
         query, key = self.inputs
         return Head(
@@ -310,7 +312,7 @@ class RecordedCall:
         return HeadVisibility(self.intervals[batch].long(), own_kinds, visibility.tile_bits, self._tile)
 
 
-def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0, **options: Any) -> Tensor:
     """The attention of one head as a sparse CSR matrix (query length, key length), without a model.
 
     `RecordedCall.rows` says what it holds.

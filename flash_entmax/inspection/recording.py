@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,9 @@ class CallWatcher(TorchDispatchMode):
         super().__init__()
         self.running, self.on_call, self.count = running, on_call, 0
 
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+    def __torch_dispatch__(
+        self, function: Callable, types: object, arguments: tuple = (), keywords: dict | None = None
+    ) -> Any:
         results = function(*arguments, **(keywords or {}))
         in_backward = torch._C._current_graph_task_id() != -1
         if function is ops.attention and not in_backward:

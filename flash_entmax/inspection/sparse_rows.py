@@ -40,6 +40,8 @@ class HeadVisibility(NamedTuple):
 
     def mask(self, index: int, tiles: Tensor) -> Tensor:
         """(tile or 1, keys of the tiles) bool: what the mask by tiles leaves."""
+        assert self.tile_kinds is not None
+        assert self.tile_bits is not None
         kind = self.tile_kinds[index, tiles]
         bits = unpack_tiles(self.tile_bits[(kind - FIRST_PARTIAL).clamp_min(0)], self.tile)
         seen = torch.where((kind >= FIRST_PARTIAL)[:, None, None], bits, (kind == WHOLE)[:, None, None])
@@ -48,6 +50,7 @@ class HeadVisibility(NamedTuple):
     def visible_keys(self, queries: int) -> list[int]:
         """How many keys each group of `queries` queries sees together, through a mask by tiles."""
         kinds, tiles_together = self.tile_kinds, queries // self.tile
+        assert kinds is not None
         counts = []
         for rows in torch.arange(kinds.shape[0]).split(tiles_together):
             seen = torch.zeros(kinds.shape[1] * self.tile, dtype=torch.bool, device=kinds.device)

@@ -1,6 +1,7 @@
 """Alpha of a module: a fixed number, or a learned parameter."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class WithAlpha(nn.Module):
     def alpha(self, number: float) -> None:
         self.alpha_parameter = AlphaParameter(number, None)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "alpha" and isinstance(value, Tensor):
             raise TypeError(
                 f"alpha must be a number, got {typed(value)}: pass a tensor to each call, as in "
@@ -94,7 +95,7 @@ class WithAlpha(nn.Module):
         super().__setattr__(name, value)
 
 
-def _rename_power(module: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+def _rename_power(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Accept the key ``power.logit`` of older checkpoints."""
     old, new = f"{prefix}power.logit", f"{prefix}alpha_parameter.logit"
     if old in state and new not in state:

@@ -1,6 +1,8 @@
 """Multi-head self-attention whose weights are alpha-entmax."""
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,19 +90,20 @@ class EntmaxAttention(WithAlpha):
         self.num_heads, self.num_key_heads, self.position = num_heads, num_key_heads, position
         self.is_causal, self.window_size, self.softcap = is_causal, window_size, softcap
         self.rope_base = rope_base
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query = nn.Linear(embed_dim, num_heads * self.head_dim, bias=bias, **factory)
         self.key = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
         self.value = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
         self.out = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias, **factory)
         self.alpha_parameter = AlphaParameter(alpha, (num_heads,) if learn_alpha else None, **factory)
-        self.temperature = None
+        self.temperature: AdaptiveTemperature | None = None
         if temperature == "adaptive":
             self.temperature = AdaptiveTemperature(embed_dim, heads_without_slope(position, num_heads), **factory)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, for instance after ``to_empty``."""
-        for module in self.children():
+        modules: Iterator[Any] = self.children()
+        for module in modules:
             module.reset_parameters()
 
     def forward(
@@ -140,7 +143,7 @@ class EntmaxAttention(WithAlpha):
             return torch.nested.nested_tensor_from_jagged(packed, x.offsets())
         self._check_inputs(x, key_lengths, key_mask, cu_seq, max_seq)
         query, key, value = self._project(x, positions_of(x, cu_seq, 0 if cache is None else cache.length))
-        options = {
+        options: dict[str, Any] = {
             "alpha": self.alpha if alpha is None else alpha,
             "is_causal": self.is_causal,
             "window_size": self.window_size,
@@ -148,7 +151,7 @@ class EntmaxAttention(WithAlpha):
             "alibi_slopes": alibi_slopes_of(self.position, self.num_heads, x.device),
             "impl": impl,
         }
-        if cu_seq is not None:
+        if cu_seq is not None and max_seq is not None:
             mixed = entmax_attention_varlen(query, key, value, cu_seq, None, max_seq, max_seq, **options)
         else:
             query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -268,7 +271,7 @@ def check_heads(embed_dim: int, num_heads: int, num_key_heads: int, head_dim: in
         raise ValueError(f"embed_dim must be a multiple of num_heads, or head_dim given, got {embed_dim}, {num_heads}")
 
 
-def check_sizes(sizes: dict[str, object]) -> None:
+def check_sizes(sizes: Mapping[str, object]) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an integer, got {said(size)}")

@@ -12,10 +12,16 @@ class AdaptiveTemperature(nn.Module):
     have the factor 1.
     """
 
-    def __init__(self, embed_dim: int, heads: int, **factory) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.beta = ZeroLinear(embed_dim, heads, **factory)
-        self.gamma = ZeroLinear(embed_dim, heads, **factory)
+        self.beta = ZeroLinear(embed_dim, heads, device=device, dtype=dtype)
+        self.gamma = ZeroLinear(embed_dim, heads, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         self.beta.reset_parameters()

@@ -9,7 +9,7 @@
 backends.Backend says what these are.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,11 +61,8 @@ _TENSORS = ", ".join(f"Tensor? {name}_tensor" for name in OptionTensors._fields)
 _NUMBERS = "float alpha, float scale, float softcap, bool is_causal, SymInt max_visible_span, str backend"
 _TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
 _INPUTS_BATCH, _STATE_BATCH = (0, 0, 0), (0, 0, 0, 0)
-_TENSORS_BATCH = OptionTensors(
-    alpha=None, scale=None, alibi_slopes=0, intervals=0, tile_kinds=0, tile_bits=None, centre=0, radius=0, error=0,
-    largest=0, rounded=0, unit=0, rounding_error=0, block_centre=0, block_radius=0, block_error=0,
-)  # fmt: skip
-_TANGENTS_BATCH = Tangents(query=0, key=0, value=0, alpha=None, scale=None, alibi_slopes=0)
+_TENSORS_BATCH = tuple(None if name in ("alpha", "scale", "tile_bits") else 0 for name in OptionTensors._fields)
+_TANGENTS_BATCH = tuple(None if name in ("alpha", "scale") else 0 for name in Tangents._fields)
 TENSORS, NUMBERS, TANGENTS = (len(names._fields) for names in (OptionTensors, OptionNumbers, Tangents))
 SUMMARY, ROUNDED = len(KeySummary._fields), len(RoundedKeys._fields)
 STATE = len(_STATE_BATCH)
@@ -79,24 +76,25 @@ def flattened(
     """The options in the order of the operators' arguments."""
     alpha, scale, softcap, slopes = score
     intervals, kinds, bits, is_causal, span = visibility
-    learned, numbers = (None, None), (alpha, scale)
+    learned: tuple[Any, Any] = (None, None)
+    numbers: tuple[Any, Any] = (alpha, scale)
     if isinstance(alpha, Tensor):
         learned, numbers = (alpha, scale), (1.5, 1.0)
-    summary, rounded_keys = summary or (None,) * SUMMARY, rounded_keys or (None,) * ROUNDED
-    tensors = OptionTensors(*learned, slopes, intervals, kinds, bits, *summary, *rounded_keys)
+    kept: tuple[Any, ...] = *(summary or (None,) * SUMMARY), *(rounded_keys or (None,) * ROUNDED)
+    tensors = OptionTensors(*learned, slopes, intervals, kinds, bits, *kept)
     return tensors, OptionNumbers(*numbers, softcap, is_causal, span, backend)
 
 
 def unpack_arguments(query: Tensor, value: Tensor, tensors: tuple, numbers: tuple) -> tuple[Problem, str]:
     """The problem that an operator's arguments pose, and the name of the backend for it."""
-    alphas, scales, slopes, *masks = tensors[:6]  # in the order of OptionTensors
+    alphas, scales, slopes, intervals, kinds, bits = tensors[:6]  # in the order of OptionTensors
     summary = None if tensors[6] is None else KeySummary(*tensors[6:-ROUNDED])
     rounded_keys = None if tensors[-ROUNDED] is None else RoundedKeys(*tensors[-ROUNDED:])
     alpha, scale, softcap, is_causal, span, backend = numbers  # in the order of OptionNumbers
     if alphas is not None:
         alpha, scale = alphas, scales
     score = ScoreOptions(alpha, scale, softcap, slopes)
-    visibility = VisibilityArgs(*masks, is_causal, span)
+    visibility = VisibilityArgs(intervals, kinds, bits, is_causal, span)
     return Problem.of(query.shape, value.shape, score, visibility, summary, rounded_keys), backend
 
 
@@ -106,14 +104,14 @@ def tile_of(backend: str, query: Tensor, value: Tensor) -> int:
 
 
 @operator(f"{_INPUTS}, bool needs_backward, {_TENSORS}, {_NUMBERS}", results=6)
-def attention(query, key, value, needs_backward, *options):
+def attention(query: Tensor, key: Tensor, value: Tensor, needs_backward: bool, *options: Any) -> tuple[Tensor, ...]:
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
     with as_given(query):
         return BACKENDS[backend].attention_forward(problem, query, key, value, needs_backward)
 
 
 @fake("attention")
-def _(query, key, value, needs_backward, *options):
+def _(query: Tensor, key: Tensor, value: Tensor, needs_backward: bool, *options: Any) -> tuple[Tensor, ...]:
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
     output = empty_stored_as(query, problem.value_size)
     row = query.new_empty(problem.batch, problem.heads, problem.query_length, dtype=row_dtype(query))
@@ -128,37 +126,41 @@ def _(query, key, value, needs_backward, *options):
     f"Tensor grad_output, {_INPUTS}, Tensor value_mean, {_STATE}, bool needs_parameters, {_TENSORS}, {_NUMBERS}",
     results=4,
 )
-def attention_backward(grad_output, query, key, value, value_mean, *rest):
+def attention_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     state, needs_parameters, options = rest[:STATE], rest[STATE], rest[STATE + 1 :]
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
-    tensors = grad_output, query, key, value, value_mean, *state
+    arguments: tuple[Any, ...] = grad_output, query, key, value, value_mean, *state, needs_parameters
     with as_given(query):
-        return BACKENDS[backend].attention_backward(problem, *tensors, needs_parameters)
+        return BACKENDS[backend].attention_backward(problem, *arguments)
 
 
 @fake("attention_backward")
-def _(grad_output, query, key, value, value_mean, maximum, *rest):
+def _(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, maximum: Tensor, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     needs_parameters = rest[STATE - 1]
     grad_parameters = maximum.new_empty(3 if needs_parameters else 0, *maximum.shape[:2])
     return *(empty_stored_as(tensor, tensor.shape[-1]) for tensor in (query, key, value)), grad_parameters
 
 
 @operator(f"{_INPUTS}, Tensor value_mean, {_STATE}, {_TANGENTS}, {_TENSORS}, {_NUMBERS}", results=1)
-def attention_tangent(query, key, value, value_mean, *rest):
+def attention_tangent(query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, *rest: Any) -> Tensor:
     state, tangents, options = rest[:STATE], rest[STATE : STATE + TANGENTS], rest[STATE + TANGENTS :]
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
-    tensors = query, key, value, value_mean, *state
+    arguments: tuple[Any, ...] = query, key, value, value_mean, *state, Tangents(*tangents)
     with as_given(query):
-        return BACKENDS[backend].attention_tangent(problem, *tensors, Tangents(*tangents))
+        return BACKENDS[backend].attention_tangent(problem, *arguments)
 
 
 @fake("attention_tangent")
-def _(query, key, value, value_mean, *_):
+def _(query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(value_mean)
 
 
 @operator(f"{_INPUTS}, {_TENSORS}, {_STATE}, {_NUMBERS}", results=4)
-def attention_support(query, key, value, *rest):
+def attention_support(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     tensors, state, numbers = rest[:TENSORS], rest[TENSORS:-NUMBERS], rest[-NUMBERS:]
     problem, backend = unpack_arguments(query, value, tensors, numbers)
     with as_given(query):
@@ -166,7 +168,7 @@ def attention_support(query, key, value, *rest):
 
 
 @fake("attention_support")
-def _(query, key, value, *rest):
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     maximum = rest[TENSORS]
     tile = tile_of(rest[-1], query, value)
     query_tiles, key_tiles = (ceil_div(tensor.shape[2], tile) for tensor in (query, key))
@@ -176,12 +178,12 @@ def _(query, key, value, *rest):
 
 
 @operator("Tensor key, int value_size, str backend", results=4)
-def summarise(key, value_size, backend):
+def summarise(key: Tensor, value_size: int, backend: str) -> tuple[Tensor, ...]:
     return tuple(BACKENDS[backend].summarise(key, value_size))
 
 
 @fake("summarise")
-def _(key, value_size, backend):
+def _(key: Tensor, value_size: int, backend: str) -> tuple[Tensor, ...]:
     batch, heads, length, size = key.shape
     blocks = ceil_div(length, BACKENDS[backend].tile_size(key.dtype, max(size, value_size)))
     numbers = (key.new_empty(batch, heads, blocks, dtype=torch.float32) for _ in range(3))
@@ -192,7 +194,7 @@ class Attention(torch.autograd.Function):
     """The derivatives of flash_entmax::attention's output by query, key, value, alpha, scale and ALiBi slopes."""
 
     @staticmethod
-    def forward(ctx, query, key, value, needs_backward, *options):
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, needs_backward: bool, *options: Any) -> tuple:
         compute = unrecorded(attention, (query, key, value, *options[:TENSORS]))
         with below_autograd():
             results = compute(query, key, value, True, *options)
@@ -204,7 +206,7 @@ class Attention(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx, grad_output, *_):
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple:
         absent = (None,) * (TENSORS + NUMBERS)
         if grad_output is None:
             return None, None, None, None, *absent
@@ -220,7 +222,7 @@ class Attention(torch.autograd.Function):
         return *gradients, None, *kept, *absent[3:]
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
         saved = ctx.saved_tensors
         for tensor, own in zip(saved[:3], tangents[:3], strict=True):
             if own is not None and own.dtype != tensor.dtype:

@@ -54,8 +54,8 @@ def attend(
         summary = KeySummary(*(tensor.detach() for tensor in summary))
     if not has_tiles:
         return attend_without_tiles(query, key, value, score, visibility, backend, return_support)
-    lowered = visibility.lowered(query, key.shape[2], tile)
-    lowered = Lowered(*flattened(score, lowered, summary, rounded_keys, backend))
+    visible = visibility.lowered(query, key.shape[2], tile)
+    lowered = Lowered(*flattened(score, visible, summary, rounded_keys, backend))
     if like is not None:
         keep(like, lowered)
     return attend_lowered(query, key, value, lowered, return_support)

@@ -43,14 +43,15 @@ def is_eager(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def recorded(
-    operator: Callable, derivatives: type[torch.autograd.Function], tensors: Sequence[Tensor | None]
+    operator: Callable, derivatives: type[torch.autograd.Function] | None, tensors: Sequence[Tensor | None]
 ) -> Callable:
     """What to call for an operator with these derivatives. `tensors` are those of its arguments, or None."""
     if not is_eager(tensors):
         return operator
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return derivatives.apply
-    return function_of(operator)
+    if derivatives is None or not torch.is_grad_enabled():
+        return function_of(operator)
+    is_needed = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return derivatives.apply if is_needed else function_of(operator)
 
 
 def unrecorded(operator: Callable, tensors: Sequence[Tensor | None]) -> Callable:

@@ -3,6 +3,8 @@
 So utilisation is comparable between attentions; the work that was skipped is in Support.tiles.
 """
 
+from typing import Any
+
 import torch
 
 from . import linear_loss, paged  # noqa: F401  (define the operators)
@@ -21,23 +23,30 @@ def register_flop_formulas() -> None:
         return
 
     @flop_counter.register_flop_formula(operators.attention)
-    def forward(query, key, value, *_, **__) -> int:
+    def forward(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
         return pairs(query, key) * 2 * (query[-1] + value[-1])
 
     @flop_counter.register_flop_formula(operators.attention_paged)
-    def pages(query, key_cache, value_cache, block_table, *_, **__) -> int:
+    def pages(
+        query: torch.Size, key_cache: torch.Size, value_cache: torch.Size, block_table: torch.Size, *_: Any, **__: Any
+    ) -> int:  # fmt: skip
         return query[:3].numel() * block_table[1] * key_cache[1] * 2 * (query[-1] + value_cache[-1])
 
     @flop_counter.register_flop_formula(operators.attention_backward)
-    def backward(grad_output, query, key, value, *_, **__) -> int:
+    def backward(
+        grad_output: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+    ) -> int:  # fmt: skip
         return pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
 
     @flop_counter.register_flop_formula(operators.attention_tangent)
-    def tangent(query, key, value, *_, **__) -> int:
+    def tangent(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
         return pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
 
     @flop_counter.register_flop_formula(operators.linear_loss)
-    def linear(hidden, weight, bias, classes, needs_grad_hidden, needs_grad_weight, *_, **__) -> int:
+    def linear(
+        hidden: torch.Size, weight: torch.Size, bias: torch.Size | None, classes: torch.Size, needs_grad_hidden: bool,
+        needs_grad_weight: bool, *_: Any, **__: Any,
+    ) -> int:  # fmt: skip
         return 2 * hidden[0] * weight[0] * weight[1] * (1 + needs_grad_hidden + needs_grad_weight)
 
 

@@ -52,7 +52,7 @@ def likeness(
     types = tuple(map(type, options))
     if any(kind not in NUMBERS for kind in types):
         return None
-    alike = []
+    alike: list[object] = []
     for tensor in tensors:
         if type(tensor) not in PLAIN or tensor.is_nested or tensor.is_meta:
             return None

@@ -3,6 +3,8 @@
 flash_entmax::append_keys  -> nothing: it writes to the tensors of RoundedKeys
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from ..backends import BACKENDS
@@ -17,13 +19,13 @@ _ROUNDED = (
 
 
 @operator(f"{_ROUNDED}, Tensor key, Tensor lengths, str backend", results=0)
-def append_keys(*arguments):
+def append_keys(*arguments: Any) -> None:
     *rounded_keys, key, lengths, backend = arguments
     BACKENDS[backend].append_keys(RoundedKeys(*rounded_keys), key, lengths)
 
 
 @fake("append_keys")
-def _(*arguments):
+def _(*arguments: Any) -> None:
     return None
 
 

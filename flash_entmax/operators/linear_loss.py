@@ -1,5 +1,7 @@
 """The entmax loss of a linear layer's outputs. The logits of only one chunk of tokens exist at a time."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,10 @@ _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
 @operator(f"{_INPUTS}, {_NEEDS}, {_SCALARS}", results=4)
-def linear_loss(hidden, weight, bias, classes, needs_grad_hidden, needs_grad_weight, needs_grad_bias, *scalars):
+def linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, needs_grad_hidden: bool,
+    needs_grad_weight: bool, needs_grad_bias: bool, *scalars: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The sum of the losses, and the gradients that are needed, in one pass over the tokens.
 
     The gradients of weight and bias are in float32. A mean over many tokens, or a loss scaled up for float16, would
@@ -47,7 +52,10 @@ def linear_loss(hidden, weight, bias, classes, needs_grad_hidden, needs_grad_wei
 
 
 @fake("linear_loss")
-def _(hidden, weight, bias, classes, needs_grad_hidden, needs_grad_weight, needs_grad_bias, *_):
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, needs_grad_hidden: bool,
+    needs_grad_weight: bool, needs_grad_bias: bool, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     total = hidden.new_empty((), dtype=row_dtype(hidden))
     return total, *new_gradients(hidden, weight, needs_grad_hidden, needs_grad_weight, needs_grad_bias)
 
@@ -63,7 +71,10 @@ def new_gradients(hidden: Tensor, weight: Tensor, *needs_grad: bool) -> list[Ten
 
 
 @operator(f"Tensor grad, {_INPUTS}, {_GRADIENTS}, int ignore_index", results=3)
-def linear_loss_backward(grad, hidden, weight, bias, classes, grad_hidden, grad_weight, grad_bias, ignore_index):
+def linear_loss_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, grad_hidden: Tensor,
+    grad_weight: Tensor, grad_bias: Tensor, ignore_index: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients, scaled by `grad`.
 
     Rows that do not count are selected, not multiplied by 0: the incoming gradient of a mean over no rows is inf.
@@ -78,13 +89,19 @@ def linear_loss_backward(grad, hidden, weight, bias, classes, grad_hidden, grad_
 
 
 @fake("linear_loss_backward")
-def _(grad, hidden, weight, bias, classes, grad_hidden, grad_weight, grad_bias, ignore_index):
+def _(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, grad_hidden: Tensor,
+    grad_weight: Tensor, grad_bias: Tensor, ignore_index: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     kinds = (grad_hidden, hidden.dtype), (grad_weight, weight.dtype), (grad_bias, weight.dtype)
     return tuple(torch.empty_like(gradient, dtype=dtype) for gradient, dtype in kinds)
 
 
 @operator(f"{_INPUTS}, {_TANGENTS}, {_SCALARS}", results=1)
-def linear_loss_tangent(hidden, weight, bias, classes, hidden_tangent, weight_tangent, bias_tangent, *scalars):
+def linear_loss_tangent(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, hidden_tangent: Tensor | None,
+    weight_tangent: Tensor | None, bias_tangent: Tensor | None, *scalars: Any,
+) -> Tensor:  # fmt: skip
     """The sum's derivative along the tangents: their products with the sum's gradients."""
     tangents = hidden_tangent, weight_tangent, bias_tangent
     needs_grad = [tangent is not None for tangent in tangents]
@@ -97,7 +114,7 @@ def linear_loss_tangent(hidden, weight, bias, classes, hidden_tangent, weight_ta
 
 
 @fake("linear_loss_tangent")
-def _(hidden, *_):
+def _(hidden: Tensor, *_: Any) -> Tensor:
     return hidden.new_empty((), dtype=row_dtype(hidden))
 
 
@@ -106,8 +123,9 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, classes, needs_grad_hidden, needs_grad_weight, needs_grad_bias, *scalars
-    ):  # fmt: skip
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, needs_grad_hidden: bool,
+        needs_grad_weight: bool, needs_grad_bias: bool, *scalars: Any,
+    ) -> tuple:  # fmt: skip
         needs_grad = (
             needs_grad_hidden or ctx.needs_input_grad[0],
             needs_grad_weight or ctx.needs_input_grad[1],
@@ -123,7 +141,7 @@ class LinearLoss(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         if grad is None:
             return (None,) * 11
         gradients = linear_loss_backward(grad, *ctx.saved_tensors, ctx.scalars[0])
@@ -131,7 +149,7 @@ class LinearLoss(torch.autograd.Function):
         return *(gradient if is_needed else None for gradient, is_needed in pairs), *(None,) * 8
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
         return linear_loss_tangent(*ctx.saved_tensors, *tangents[:3], *ctx.scalars), None, None, None
 
 

@@ -6,6 +6,7 @@ It has no derivatives.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -39,9 +40,10 @@ def attend_paged(
     results=1,
 )
 def attention_paged(
-    query, key_cache, value_cache, block_table, key_lengths, cu_seq_q, alphas, scales, slopes, max_q, left, alpha,
-    scale, softcap, backend,
-):  # fmt: skip
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, key_lengths: Tensor,
+    cu_seq_q: Tensor | None, alphas: Tensor | None, scales: Tensor | None, slopes: Tensor | None, max_q: int, left: int,
+    alpha: float, scale: float, softcap: float, backend: str,
+) -> Tensor:  # fmt: skip
     pages = Pages(block_table, key_lengths, cu_seq_q, left, key_cache.shape[1])
     score = ScoreOptions(alpha if alphas is None else alphas, scale if scales is None else scales, softcap, slopes)
     _, heads, tokens, head_size = query.shape
@@ -61,7 +63,7 @@ def attention_paged(
 
 
 @fake("attention_paged")
-def _(query, key_cache, value_cache, *_):
+def _(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: Any) -> Tensor:
     return empty_stored_as(query, value_cache.shape[3])
 
 

@@ -10,6 +10,8 @@ probabilities (rows, n). `state` is (maximum, offset, last_step) of each row: th
 probabilities again from x and `state`, so nothing of the size of x is kept.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,36 +23,40 @@ from ..core.tensors import row_dtype
 
 
 @operator("Tensor x, Tensor? alphas, float alpha, str impl", results=1)
-def entmax(x, alphas, alpha, impl):
+def entmax(x: Tensor, alphas: Tensor | None, alpha: float, impl: str) -> Tensor:
     with as_given(x):
         return BACKENDS[impl].entmax(x, alphas, alpha)
 
 
 @fake("entmax")
-def _(x, *_):
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
 @operator("Tensor grad, Tensor p, Tensor? alphas, float alpha, bool needs_grad_alpha, str impl", results=2)
-def entmax_backward(grad, p, alphas, alpha, needs_grad_alpha, impl):
+def entmax_backward(
+    grad: Tensor, p: Tensor, alphas: Tensor | None, alpha: float, needs_grad_alpha: bool, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     with as_given(p):
         return BACKENDS[impl].entmax_backward(grad.contiguous(), p, alphas, alpha, needs_grad_alpha)
 
 
 @fake("entmax_backward")
-def _(grad, p, alphas, alpha, needs_grad_alpha, impl):
+def _(
+    grad: Tensor, p: Tensor, alphas: Tensor | None, alpha: float, needs_grad_alpha: bool, impl: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return torch.empty_like(p), p.new_empty(p.shape[0] if needs_grad_alpha else 0, dtype=row_dtype(p))
 
 
 @operator("Tensor x, Tensor target, int ignore_index, float smoothing, float alpha, str impl", results=2)
-def loss(x, target, ignore_index, smoothing, alpha, impl):
+def loss(x: Tensor, target: Tensor, ignore_index: int, smoothing: float, alpha: float, impl: str) -> tuple[Tensor, ...]:
     check_classes(target, ignore_index, x.shape[1])
     with as_given(x):
         return BACKENDS[impl].loss(x, target, LossOptions(ignore_index, smoothing, alpha))
 
 
 @fake("loss")
-def _(x, *_):
+def _(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     losses = x.new_empty(x.shape[0], dtype=row_dtype(x))
     return losses, losses.new_empty(3, x.shape[0])
 
@@ -59,14 +65,17 @@ def _(x, *_):
     "Tensor grad, Tensor x, Tensor target, Tensor state, int ignore_index, float smoothing, float alpha, str impl",
     results=1,
 )
-def loss_backward(grad, x, target, state, ignore_index, smoothing, alpha, impl):
+def loss_backward(
+    grad: Tensor, x: Tensor, target: Tensor, state: Tensor, ignore_index: int, smoothing: float, alpha: float,
+    impl: str,
+) -> Tensor:  # fmt: skip
     options = LossOptions(ignore_index, smoothing, alpha)
     with as_given(x):
         return BACKENDS[impl].loss_backward(grad.contiguous(), x, target, state, options)
 
 
 @fake("loss_backward")
-def _(grad, x, *_):
+def _(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -74,7 +83,7 @@ class Entmax(torch.autograd.Function):
     """Keeps the probabilities, as a softmax does."""
 
     @staticmethod
-    def forward(ctx, x, alphas, alpha, impl):
+    def forward(ctx: Any, x: Tensor, alphas: Tensor | None, alpha: float, impl: str) -> Tensor:
         with below_autograd():
             p = entmax(x, alphas, alpha, impl)
         ctx.save_for_backward(p, alphas)
@@ -83,18 +92,21 @@ class Entmax(torch.autograd.Function):
         return p
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         needs_grad_alpha, (alpha, impl) = ctx.needs_input_grad[1], ctx.scalars
         grad_x, grad_alphas = entmax_backward(grad, *ctx.saved_tensors, alpha, needs_grad_alpha, impl)
         return grad_x, grad_alphas if needs_grad_alpha else None, None, None
 
     @staticmethod
-    def jvp(ctx, x_tangent, alphas_tangent, *_):
+    def jvp(ctx: Any, x_tangent: Tensor | None, alphas_tangent: Tensor | None, *_: Any) -> Tensor | None:
         """dp / dx = diag(u) - u u^T / sum u is symmetric, so the backward operator gives the tangent too."""
         p, alphas = ctx.saved_tensors
         alpha, impl = ctx.scalars
-        tangent = 0.0 if x_tangent is None else entmax_backward(x_tangent, p, alphas, alpha, False, impl)[0]
-        return tangent if alphas_tangent is None else tangent + tangent_along_alpha(p, alphas, alphas_tangent)
+        tangent = None if x_tangent is None else entmax_backward(x_tangent, p, alphas, alpha, False, impl)[0]
+        if alphas_tangent is None:
+            return tangent
+        along_alpha = tangent_along_alpha(p, alphas, alphas_tangent)
+        return along_alpha if tangent is None else tangent + along_alpha
 
 
 def tangent_along_alpha(p: Tensor, alphas: Tensor, alphas_tangent: Tensor) -> Tensor:
@@ -111,7 +123,7 @@ class Loss(torch.autograd.Function):
     """Keeps x and the target, which the caller has anyway, and three numbers of each row."""
 
     @staticmethod
-    def forward(ctx, x, target, *scalars):
+    def forward(ctx: Any, x: Tensor, target: Tensor, *scalars: Any) -> tuple:
         with below_autograd():
             losses, state = loss(x, target, *scalars)
         ctx.save_for_backward(x, target, state)
@@ -122,13 +134,13 @@ class Loss(torch.autograd.Function):
         return losses, state
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple:
         if grad is None:
             return (None,) * 6
         return loss_backward(grad, *ctx.saved_tensors, *ctx.scalars), *(None,) * 5
 
     @staticmethod
-    def jvp(ctx, x_tangent, *_):
+    def jvp(ctx: Any, x_tangent: Tensor | None, *_: Any) -> tuple:
         x, target, state = ctx.saved_tensors
         grad_x = loss_backward(torch.ones_like(state[0]), x, target, state, *ctx.scalars)
         return torch.where(grad_x == 0, 0.0, grad_x.to(state.dtype) * x_tangent).sum(-1), None

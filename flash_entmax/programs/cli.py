@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import CommandError
@@ -26,10 +26,10 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = result.add_subparsers(required=True, metavar="command", dest="name")
 
-    about = "versions, devices, and the implementation that each device and dtype uses"
+    about = "versions, devices, caches, the implementation that each device and dtype uses, and what to try"
     commands.add_parser("info", help=about, description=about).set_defaults(command=info)
 
-    about = "compare the implementations that run here with the float64 reference"
+    about = "compare results with the float64 reference, and a few speeds with those expected of this GPU"
     commands.add_parser("check", help=about, description=about).set_defaults(command=check)
 
     about = "train a small language model with entmax attention on real text, and draw what it attends to"
@@ -119,69 +119,20 @@ def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
 
 
 def info(options: argparse.Namespace) -> int:
-    lines = [*versions(), *devices()]
-    width = max(len(label) for label, _ in lines)
-    for label, text in lines:
-        print(f"{label:{width}}  {text}")
-    print("\nimpl='auto' takes")
-    for line in choices():
-        print(f"  {line}")
+    from .info import print_info
+
+    print_info()
     return 0
-
-
-def versions() -> Iterator[tuple[str, str]]:
-    import platform
-    from importlib.metadata import packages_distributions, version
-    from importlib.util import find_spec
-
-    import torch
-
-    from .. import __version__
-
-    yield "flash-entmax", __version__
-    yield "python", platform.python_version()
-    yield "torch", torch.__version__
-    names = packages_distributions().get("triton", [])  # on ROCm and Windows it has another name
-    known = ", ".join(f"{version(name)}{'' if name == 'triton' else f' ({name})'}" for name in names)
-    yield "triton", known or "installed, of an unknown version" if find_spec("triton") else "not installed"
-
-
-def devices() -> Iterator[tuple[str, str]]:
-    import os
-
-    import torch
-
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    yield "triton interpreter", "on (TRITON_INTERPRET=1)" if interpreted else "off"
-    yield "cpu threads", str(torch.get_num_threads())
-    if not torch.cuda.is_available():
-        yield "gpu", "none"
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        yield f"gpu {index}", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-
-
-def choices() -> Iterator[str]:
-    """For each device and dtype, the implementation that impl="auto" takes, and the reason."""
-    import torch
-
-    from ..backends import BACKENDS, choose
-
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            kind = dtype, torch.device(device)
-            impl, obstacle = choose(*kind, "auto"), BACKENDS["triton"].obstacle(*kind)
-            if impl == "triton":
-                reason = "the kernels run here"
-            else:
-                reason = obstacle or "the interpreter is for checking the kernels: impl='triton' asks for it"
-            yield f"{device:4}  {str(dtype).removeprefix('torch.'):8}  {impl:6}  {reason}"
 
 
 def check(options: argparse.Namespace) -> int:
     from .check import self_check
+    from .check_speed import speed_check
 
-    return 0 if self_check() else 1
+    is_right = self_check()
+    print()
+    speed_check()
+    return 0 if is_right else 1
 
 
 def demo(options: argparse.Namespace) -> int:

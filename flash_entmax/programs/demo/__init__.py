@@ -17,7 +17,7 @@ CLEAR_FALL = 0.9  # the validation loss after training is at most this times the
 
 def run(settings: DemoSettings) -> None:
     """Train, measure and draw; with ``generate``, go on with a text as well, or only, where a model is trained."""
-    require("demo", "matplotlib", "rich")
+    require("demo", "matplotlib", "rich", "safetensors")
     from rich.console import Console
 
     from . import checkpoint

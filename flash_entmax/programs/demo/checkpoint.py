@@ -1,11 +1,10 @@
-"""The trained model as a file, which `flash-entmax inspect` opens."""
+"""The trained model as a file of safetensors, which `flash-entmax inspect` opens. Its metadata say what shapes it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from ..errors import CommandError
+from ..errors import CommandError, require
 from .model import Transformer
 from .settings import CPU, MODEL_FILE, SMALLEST, DemoSettings, settings_for
 
@@ -14,24 +13,28 @@ SIZES = tuple(CPU)
 
 def save(model: Transformer, settings: DemoSettings) -> Path:
     """Write the weights, and the settings that shape them, into the folder of the results."""
+    from safetensors.torch import save_file
+
     path = settings.out / MODEL_FILE
     sizes = {name: getattr(settings, name) for name in (*SIZES, "alpha")}
-    torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
+    save_file(model.state_dict(), path, {"sizes": json.dumps(sizes)})
     return path
 
 
 def load(path: Path, device: str) -> tuple[Transformer, DemoSettings]:
     """The model in evaluation mode on "auto", "cpu" or "cuda". CommandError for a file that `save` did not write."""
+    require("demo", "safetensors")
+    from safetensors import SafetensorError, safe_open
+
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        sizes = content["sizes"]
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            sizes = json.loads((file.metadata() or {})["sizes"])
         settings = settings_for(device, path.parent, None, sizes.pop("alpha"), None, smallest=True)
         settings = replace(settings, **sizes)
         model = Transformer(settings.layers, settings.width, settings.heads, alpha=settings.alpha)
-        model.load_state_dict(content["weights"])
-    except CommandError:
-        raise
-    except Exception as error:  # unpickling a wrong file raises errors of many kinds
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CommandError(f"{path} is not a model that the demo wrote: {error}") from error
     return model.to(settings.device).eval(), settings
 

@@ -33,7 +33,7 @@ class DemoSettings:
         return self.width // self.head_size
 
 
-MODEL_FILE = "model.pt"
+MODEL_FILE = "model.safetensors"
 SMALLEST = {
     "context": 256,
     "layers": 2,

@@ -12,9 +12,9 @@ from .subject import Subject
 def demo_checkpoint(model: str) -> Path | None:
     """The demo's file, if `model` is that file or the folder that holds it; else None."""
     path = Path(model)
-    if path.suffix == ".pt":
+    if path.suffix == ".safetensors":
         return path
-    inside = path / "model.pt"
+    inside = path / "model.safetensors"
     return inside if inside.is_file() and not (path / "config.json").exists() else None
 
 

@@ -17,7 +17,8 @@ from .subject import NO_INTERFACE, Subject
 def open_transformers(settings: InspectSettings) -> "TransformersModel":
     path = Path(settings.model)
     if path.exists() and not (path / "config.json").is_file():
-        raise CommandError(f"{path} holds neither a model of Transformers (config.json) nor the demo's (model.pt)")
+        known = "a model of Transformers (config.json) nor the demo's (model.safetensors)"
+        raise CommandError(f"{path} holds neither {known}")
     if not path.exists() and settings.model.startswith((".", "/", "~")):
         raise CommandError(f"{path}: no such folder")
     require("transformers", "transformers")
@@ -30,6 +31,8 @@ def open_transformers(settings: InspectSettings) -> "TransformersModel":
 
 def in_words(error: Exception) -> str:
     """The message without the advice to use another attn_implementation, which this command does not take."""
+    if "trust_remote_code" in str(error):
+        return "its config.json names Python code of its own, which is not run here"
     problem, *advice = re.split(r"(?:\.|:|;) (use|load the model with) attn_implementation=", str(error), flags=re.I)
     if advice and ("class says that it does not support" in problem or "without a call of its" in problem):
         return NO_INTERFACE
@@ -43,14 +46,14 @@ def load(settings: InspectSettings, content: bytes) -> "TransformersModel":
     from ...integrations.transformers import register
 
     register()
-    config = AutoConfig.from_pretrained(settings.model)
+    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("a model of an encoder and a decoder: the page shows a text that attends to itself")
     attention, _, words = attention_of(settings, config)
     sizes = config.get_text_config()
     check_against(settings, *(getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads")))
     context = getattr(sizes, "max_position_embeddings", None) or settings.tokens
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     ids, tokens = encoded(tokenizer, settings, content, min(settings.tokens, context))
     if settings.alpha is not None:
         sizes.entmax_alpha = settings.alpha
@@ -122,8 +125,9 @@ def load_weights(settings: InspectSettings, config, attention: str):
     device = torch.device(device_for(settings.device))
     dtype = "auto" if device.type == "cuda" else torch.float32
     options = {"config": config, "attn_implementation": attention, "dtype": dtype, "output_loading_info": True}
+    safely = {"use_safetensors": True, "trust_remote_code": False}  # a pickle, or code of a model, may do anything
     with silence():
-        model, loaded = kind.from_pretrained(settings.model, **options)
+        model, loaded = kind.from_pretrained(settings.model, **options, **safely)
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}")

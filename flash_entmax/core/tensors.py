@@ -40,9 +40,13 @@ def unpack_tiles(words: Tensor, key_tiles: int) -> Tensor:
     return (words.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :key_tiles].bool()
 
 
+def is_nested(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_nested
+
+
 def is_jagged(tensor: object, ragged: int = 1) -> bool:
     """A nested tensor whose ragged dimension is this one, without holes: all that its values and offsets can say."""
-    if not isinstance(tensor, Tensor) or not tensor.is_nested or tensor.layout != torch.jagged:
+    if not is_nested(tensor) or tensor.layout != torch.jagged:
         return False
     return tensor._ragged_idx == ragged and tensor.lengths() is None
 

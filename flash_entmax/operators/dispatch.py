@@ -1,6 +1,7 @@
 """From the public call to what computes it: choose the backend, lower the options, call."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -10,10 +11,11 @@ from ..backends import BACKENDS, choose, reference
 from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Support
 from ..core.checks import check_decoded, check_key_summary
 from ..core.modes import as_given, is_recorded
+from ..core.registration import function_of
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
 from . import attention as attention_operators
-from .attention import OptionNumbers, OptionTensors, flattened, tile_of
+from .attention import Attention, OptionNumbers, OptionTensors, flattened, tile_of, unpack_arguments
 from .eager import recorded
 
 
@@ -24,8 +26,23 @@ class Lowered(NamedTuple):
     numbers: OptionNumbers
 
 
+class KeptCall:
+    """What a call was lowered to. Its backend prepares more for the first call like it that nothing differentiates."""
+
+    __slots__ = "compute", "lowered"
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.lowered = lowered
+        self.compute: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = self.prepare
+
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """From now on, what `compute` is comes from the backend, see backends.Backend."""
+        problem, backend = unpack_arguments(query, value, *self.lowered)
+        self.compute = BACKENDS[backend].prepare(problem, query, key, value)
+
+
 MOST_KEPT = 256
-kept: OrderedDict[tuple, Lowered] = OrderedDict()
+kept: OrderedDict[tuple, KeptCall] = OrderedDict()
 
 
 def keep(like: tuple, lowered: Lowered) -> None:
@@ -35,7 +52,7 @@ def keep(like: tuple, lowered: Lowered) -> None:
     while len(kept) >= MOST_KEPT:
         with suppress(KeyError):  # other threads have taken all
             kept.popitem(last=False)
-    kept[like] = lowered
+    kept[like] = KeptCall(lowered)
 
 
 def attend(
@@ -61,6 +78,19 @@ def attend(
     return attend_lowered(query, key, value, lowered, return_support)
 
 
+def attend_again(query: Tensor, key: Tensor, value: Tensor, call: KeptCall) -> Tensor:
+    """A call like one that is kept."""
+    compute, inputs = call.compute, (query, key, value)
+    if compute is not None and recorded(attention_operators.attention, Attention, inputs) is computed:
+        output = compute(*inputs)
+        if output is not None:
+            return output
+    return attend_lowered(*inputs, call.lowered, False)
+
+
+computed = function_of(attention_operators.attention)
+
+
 def attend_lowered(
     query: Tensor, key: Tensor, value: Tensor, lowered: Lowered, return_support: bool
 ) -> Tensor | tuple[Tensor, Support]:
@@ -68,7 +98,7 @@ def attend_lowered(
     tensors, numbers = lowered
     learned = tensors.alpha, tensors.scale, tensors.alibi_slopes
     needs_backward = return_support or is_recorded((query, key, value, *learned))
-    call = recorded(attention_operators.attention, attention_operators.Attention, (query, key, value, *tensors))
+    call = recorded(attention_operators.attention, Attention, (query, key, value, *tensors))
     output, _, *state = call(query, key, value, needs_backward, *tensors, *numbers)
     if not return_support:
         return output

@@ -98,6 +98,8 @@ CALLS = {
     "options": (lambda: inputs(), {"alpha": 1.3, "scale": 0.5, "softcap": 20.0, "is_causal": True}),
     "float32": (lambda: inputs(dtype=torch.float32), {}),
     "rows first": (lambda: list(map(rows_first, inputs())), {"is_causal": True}),
+    "lengths": (lambda: inputs(), {"is_causal": True, "key_lengths": torch.tensor([3, 200])}),
+    "a window": (lambda: inputs(), {"window_size": (20, 0), "query_positions": 150}),
     "a cache with room": (lambda: [inputs()[0], *(cache[:, :, :200] for cache in inputs(keys=300)[1:])], {}),
 }
 
@@ -123,6 +125,7 @@ def test_launches_from_notes_are_those_through_triton(name, launches):
     assert solving["output"][0] == adding["output"][0] == output.data_ptr()
     assert scoring["row_scores"] == solving["row_scores"] == adding["weights"]
     assert scoring["bounds"] == solving["bounds"]
+    assert bool(scoring["visibility"][0]) == (name in ("lengths", "a window"))
 
 
 def test_chunks_of_rows_are_all_launched(launches, monkeypatch):

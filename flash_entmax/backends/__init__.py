@@ -65,10 +65,10 @@ class Backend(Protocol):
 
     def prepare(
         self, problem: Problem, query: Tensor, key: Tensor, value: Tensor
-    ) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
-        """What computes the output of `attention_forward` for this problem without `needs_backward`, from tensors with
-        the shapes, strides, dtypes and devices of these, or returns None where `attention_forward` has to. None where
-        nothing is prepared. The problem holds no tensor.
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None:
+        """What computes the output of `attention_forward` for this problem without `needs_backward`, from query, key,
+        value and intervals with the shapes, strides, dtypes and devices of these, or returns None where
+        `attention_forward` has to. None where nothing is prepared. The problem holds no tensor but its intervals.
         """
 
     def attention_paged(

@@ -25,19 +25,23 @@ class Lowered(NamedTuple):
     tensors: OptionTensors
     numbers: OptionNumbers
 
+    def with_intervals(self, intervals: Tensor | None) -> "Lowered":
+        return Lowered(self.tensors._replace(intervals=intervals), self.numbers)
+
 
 class KeptCall:
-    """What a call was lowered to. Its backend prepares more for the first call like it that nothing differentiates."""
+    """What a call was lowered to, but for its intervals. For the first call like it that nothing differentiates, its
+    backend prepares more."""
 
-    __slots__ = "compute", "lowered"
+    __slots__ = "compute", "has_intervals", "lowered"
 
     def __init__(self, lowered: Lowered) -> None:
-        self.lowered = lowered
-        self.compute: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = self.prepare
+        self.has_intervals, self.lowered = lowered.tensors.intervals is not None, lowered.with_intervals(None)
+        self.compute: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None = self.prepare
 
-    def prepare(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> None:
         """From now on, what `compute` is comes from the backend, see backends.Backend."""
-        problem, backend = unpack_arguments(query, value, *self.lowered)
+        problem, backend = unpack_arguments(query, value, *self.lowered.with_intervals(intervals))
         self.compute = BACKENDS[backend].prepare(problem, query, key, value)
 
 
@@ -47,12 +51,13 @@ kept: OrderedDict[tuple, KeptCall] = OrderedDict()
 
 def keep(like: tuple, lowered: Lowered) -> None:
     """Keep what a call was lowered to; the oldest goes. Tensors may be of a mode, or of a graph, that ends."""
-    if any(tensor is not None for tensor in lowered.tensors):
+    call = KeptCall(lowered)
+    if any(tensor is not None for tensor in call.lowered.tensors):
         return
     while len(kept) >= MOST_KEPT:
         with suppress(KeyError):  # other threads have taken all
             kept.popitem(last=False)
-    kept[like] = KeptCall(lowered)
+    kept[like] = call
 
 
 def attend(
@@ -78,14 +83,16 @@ def attend(
     return attend_lowered(query, key, value, lowered, return_support)
 
 
-def attend_again(query: Tensor, key: Tensor, value: Tensor, call: KeptCall) -> Tensor:
+def attend_again(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, call: KeptCall) -> Tensor:
     """A call like one that is kept."""
-    compute, inputs = call.compute, (query, key, value)
+    intervals = visibility.intervals(query, key.shape[2]) if call.has_intervals else None
+    compute, inputs = call.compute, (query, key, value, intervals)
     if compute is not None and recorded(attention_operators.attention, Attention, inputs) is computed:
         output = compute(*inputs)
         if output is not None:
             return output
-    return attend_lowered(*inputs, call.lowered, False)
+    lowered = call.lowered.with_intervals(intervals) if call.has_intervals else call.lowered
+    return attend_lowered(query, key, value, lowered, False)
 
 
 computed = function_of(attention_operators.attention)

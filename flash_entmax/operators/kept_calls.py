@@ -1,8 +1,8 @@
 """The way of a call: check, lower, call. A call like one before is neither checked nor lowered again.
 
 To check and to lower a call takes the host as long as to launch a short one. Calls with tensors of the same shapes,
-strides, dtypes and devices pass the same checks and are lowered to the same, where their options are equal numbers. A
-backend may prepare more for them.
+strides, dtypes and devices pass the same checks and are lowered to the same, where their options are equal numbers, but
+for the intervals of keys, which `key_lengths` may decide. A backend may prepare more for them.
 """
 
 import torch
@@ -25,7 +25,7 @@ def attend(
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
     like = likeness((query, key, value), score, visibility, impl, return_support, rounded or summary)
     if like is not None and (call := dispatch.kept.get(like)) is not None:
-        return dispatch.attend_again(query, key, value, call)
+        return dispatch.attend_again(query, key, value, visibility, call)
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
     rounded_keys = None
@@ -44,9 +44,7 @@ def likeness(
     An option of another type is another option: 1 is a window, and True is none.
     """
     v, (alpha, scale, softcap, slopes) = visibility, score
-    if not (
-        slopes is v.key_lengths is v.key_mask is v.block_mask is v.cu_seq_q is v.known_intervals is summary is None
-    ):
+    if not (slopes is v.key_mask is v.block_mask is v.cu_seq_q is v.known_intervals is summary is None):
         return None
     if return_support is not False or type(v.window_size) is not tuple or torch.compiler.is_compiling():
         return None
@@ -54,7 +52,8 @@ def likeness(
     types = tuple(map(type, options))
     if not NUMBERS.issuperset(types):
         return None
-    for tensor in tensors:
+    lengths = v.key_lengths
+    for tensor in tensors if lengths is None else (*tensors, lengths):
         if type(tensor) not in PLAIN or tensor.is_nested or tensor.is_meta:
             return None
     query, key, value = tensors
@@ -64,5 +63,5 @@ def likeness(
     return (
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), dtype, key.dtype,
         value.dtype, device, key.device, value.device, choose(dtype, device, impl, others=("reference",)), options,
-        types,
+        types, None if lengths is None else (lengths.shape, lengths.dtype, lengths.device),
     )  # fmt: skip

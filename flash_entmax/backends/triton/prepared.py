@@ -16,6 +16,7 @@ from .launch import SettingsRule, current_stream, is_watched
 from .plan import NO_MASKS, Plan
 from .scratch import ALIGNMENT
 from .tile import device_of, is_aligned, matrix
+from .visibility import KernelVisibility
 
 
 class Place(NamedTuple):
@@ -51,48 +52,53 @@ def prepare(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> "Pre
     if problem.value_size % ROW_ALIGNMENT or not all(is_aligned(matrix(tensor)) for tensor in (query, key, value)):
         return None
     with device_of(query):
-        return PreparedCall(launches_of(problem, query), query, value)
+        return PreparedCall(launches_of(problem, query).plan, query, value)
 
 
 class PreparedCall:
     """The launches of calls whose tensors differ by their addresses only."""
 
-    def __init__(self, launches: CallLaunches, query: Tensor, value: Tensor) -> None:
-        self.launches, self.scratch = launches, launches.plan.decode_scratch
+    def __init__(self, plan: Plan, query: Tensor, value: Tensor) -> None:
+        self.plan, self.scratch = plan, plan.decode_scratch
         output = empty_stored_as(query, value.shape[-1])
         self.output = output.shape, output.stride()
         self.kind = {"dtype": query.dtype, "device": query.device}
         self.steps, self.constants, self.strides = (), (), ()
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> Tensor | None:
         """The output; None where the launches are no direct ones, see launch.py."""
         device = self.kind["device"]
         if is_watched(DECODE) or (query.is_cuda and device.index != torch.cuda.current_device()):
             return None
         output, memory = torch.empty_strided(*self.output, **self.kind), self.scratch.allocate(device)
-        if not (self.steps or self.write_down(query, key, value, output)):
+        if not (self.steps or self.write_down((query, key, value, output), intervals)):
             return None
         addresses = query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr()
+        visibility, bits = NO_MASKS, addresses[0] | addresses[1] | addresses[2] | addresses[3]
+        if intervals is not None:
+            visibility = KernelVisibility(intervals.data_ptr())
+            bits |= visibility.intervals
         first = memory.data_ptr()
-        if (addresses[0] | addresses[1] | addresses[2] | addresses[3] | first) % ALIGNMENT:
+        if (bits | first) % ALIGNMENT:
             return None
         matrices = [(address, *strides) for address, strides in zip(addresses, self.strides, strict=True)]
-        values = *matrices, *[first + start for start in self.scratch.starts], *self.constants
+        values = *matrices, visibility, *[first + start for start in self.scratch.starts], *self.constants
         stream = current_stream(device.index)
         for run, function, metadata, programs, pick in self.steps:
             run(programs, 1, 1, stream, function, metadata, None, None, None, *pick(values))
         return output
 
-    def write_down(self, *tensors: Tensor) -> bool:
+    def write_down(self, tensors: tuple[Tensor, ...], intervals: Tensor | None) -> bool:
         """Whether all kernels of these calls are compiled. Their launches are known from then on."""
-        plan, device = self.launches.plan, self.kind["device"]
-        matrices = [matrix(tensor) for tensor in tensors]
-        compiled = plan.launcher.compiled_for(DECODE, (*matrices, None), device, plan.largest)
+        plan, device, matrices = self.plan, self.kind["device"], [matrix(tensor) for tensor in tensors]
+        visibility = NO_MASKS if intervals is None else KernelVisibility(intervals)
+        arguments = CallLaunches(plan, plan.options, visibility).with_options((*matrices, None))
+        compiled = plan.launcher.compiled_for(DECODE, arguments, device, plan.largest)
         if compiled is None:
             return False
-        notes, places = Notes(), [Place(number) for number in range(len(matrices) + len(self.scratch.starts))]
-        inputs, scratch = (*places[: len(matrices)], None), places[len(matrices) :]
-        launch_decode(OpenedKernels(notes, plan, plan.options, NO_MASKS), inputs, scratch, NO_PAGES, device)
+        notes, places = Notes(), [Place(number) for number in range(5 + len(self.scratch.starts))]
+        opened = OpenedKernels(notes, plan, plan.options, places[4])
+        launch_decode(opened, (*places[:4], None), places[5:], NO_PAGES, device)
         steps, self.constants = steps_of(notes, compiled, len(places), plan)
         self.strides = [m[1:] for m in matrices]
         self.steps = steps  # last: other threads look for it

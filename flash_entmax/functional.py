@@ -10,7 +10,7 @@ from .core.call import KeySummary, ScoreOptions, Support
 from .core.checks import check_keys, refuse_nested
 from .core.intervals import UNLIMITED
 from .core.modes import as_autocast
-from .core.tensors import is_jagged, longest_sequence
+from .core.tensors import is_jagged, is_nested, longest_sequence
 from .core.visibility import Visibility
 from .key_summaries import KeySummaries
 from .operators.attention import summarise
@@ -138,7 +138,7 @@ def entmax_attention(
             ``return_support`` or more than 16 queries are asked for.
     """
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
-    if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
+    if is_nested(query) or is_nested(key) or is_nested(value):
         if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask, key_summary)):
             refused = "query_positions, key_lengths, key_mask, block_mask and key_summary"
             raise ValueError(f"{refused} are for tensors of one length, not for nested ones")

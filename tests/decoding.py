@@ -13,6 +13,7 @@ from checks import PAIRS, check_layout
 from single_keys import limits
 from torch.nn.attention.flex_attention import create_block_mask
 
+from flash_entmax.operators import dispatch
 from flash_entmax.testing import FLOOR, assert_within_budget
 
 if find_spec("triton"):
@@ -122,6 +123,7 @@ def torch_case(queries=2, keys=700, **options) -> Case:
 @contextmanager
 def small_steps(part: int = 16, places: int = 64, processors: int = 3, decoded: int = 2**27) -> Iterator[None]:
     """Inside, the kernels in the interpreter take few keys at a time, and split and chunk short calls."""
+    dispatch.kept.clear()  # what was prepared took other steps
     part, holders = tl.constexpr(part), [module for module in sys.modules.values() if holds_part(module)]
     with ExitStack() as stack:
         stack.enter_context(limits(DECODED=decoded))

@@ -49,8 +49,8 @@ KERNEL_WORDS = {
     "row_solve", "pages", "decode_values",
 }  # fmt: skip
 LAUNCHING = {
-    "__init__", "append", "attention", "call_launches", "decoding", "launch", "parts", "plan", "reach", "rows",
-    "schedule", "scratch",
+    "__init__", "append", "attention", "call_launches", "decoding", "launch", "parts", "plan", "prepared", "reach",
+    "rows", "schedule", "scratch",
 }  # fmt: skip
 # A stage reads what a stage before it has written, and repeats its bound.
 STAGES_TOGETHER = {

@@ -9,6 +9,7 @@ import torch
 
 from flash_entmax import entmax_attention
 from flash_entmax.operators import dispatch
+from flash_entmax.operators.attention import OptionTensors
 from flash_entmax.testing import iid_inputs
 
 OPTIONS = {"alpha": 1.5, "is_causal": True, "scale": 1.0, "window_size": (-1, -1), "softcap": 2.0}
@@ -68,9 +69,34 @@ def test_autocast_counts(inputs):
 
 
 def test_calls_with_tensors_among_their_options_are_not_kept(inputs):
-    for options in ({"alpha": torch.tensor(1.5)}, {"window_size": (3, 0)}, {"key_lengths": torch.tensor([5])}):
+    for options in ({"alpha": torch.tensor(1.5)}, {"key_mask": torch.ones(1, 70, dtype=torch.bool)}):
         entmax_attention(*inputs, **options)
     assert not dispatch.kept
+
+
+def test_intervals_are_those_of_each_call(inputs, monkeypatch):
+    """Windows and lengths are kept without the intervals that they make."""
+    options, lengths = {"window_size": (30, 0)}, [torch.tensor([length]) for length in (70, 5, 70)]
+    fresh = []
+    for length in lengths:
+        fresh.append(entmax_attention(*inputs, **options, key_lengths=length))
+        dispatch.kept.clear()
+    entmax_attention(*inputs, **options, key_lengths=lengths[0])
+    monkeypatch.setattr("flash_entmax.operators.kept_calls.checked_inputs", None)
+    again = [entmax_attention(*inputs, **options, key_lengths=length) for length in lengths]
+    assert all(map(torch.equal, fresh, again))
+    assert not torch.equal(fresh[0], fresh[1])
+    query = inputs[0].requires_grad_()
+    entmax_attention(query, *inputs[1:], **options, key_lengths=lengths[1]).sum().backward()
+    assert query.grad[:, :, 40:].eq(0).all(), "these queries see no key"
+    assert all(tensor is None for call in dispatch.kept.values() for tensor in call.lowered.tensors)
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([5.0]), torch.tensor([5, 5]), torch.tensor([5], device="meta"), [5]])
+def test_other_lengths_are_still_refused(inputs, wrong):
+    entmax_attention(*inputs, key_lengths=torch.tensor([5]))
+    with pytest.raises((TypeError, ValueError), match="key_lengths"):
+        entmax_attention(*inputs, key_lengths=wrong)
 
 
 def test_the_oldest_call_goes(monkeypatch):
@@ -94,5 +120,6 @@ def test_threads_keep_calls_at_the_same_time(monkeypatch):
 
 
 def keep_calls(thread: int) -> None:
+    lowered = dispatch.Lowered(OptionTensors(*[None] * len(OptionTensors._fields)), ())
     for number in range(50_000):
-        dispatch.keep((thread, number), dispatch.Lowered((None,), ()))
+        dispatch.keep((thread, number), lowered)

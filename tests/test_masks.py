@@ -1,5 +1,6 @@
 """Which keys a query sees: padding, positions, windows and block masks, alone and together."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 from cases import attend, make_case, run
 from checks import check_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_entmax import entmax_attention
+from flash_entmax.core import visibility
+from flash_entmax.core.intervals import intervals
+from flash_entmax.core.registration import function_of
 from flash_entmax.testing import iid_inputs, poisoned
 
 WINDOWS = ((0, 0), (0, -1), (-1, 0), (3, 0), (0, 4), (17, 5), (64, 0), (70, -1), (-1, 70), (500, 500), (-1, -1))
@@ -88,6 +93,63 @@ def test_a_key_mask_and_its_key_lengths_are_the_same(backend):
     results = (run(each, backend.impl, grad_output).tensors for each in (case, masked))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+class Launched(TorchDispatchMode):
+    """Names of PyTorch's operators that run a kernel on a device: all that make no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if not function.is_view and not function.name().startswith(("aten::empty", "aten::detach", "flash_entmax::")):
+            self.names.append(function.name())
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize(
+    ("queries", "dtype", "options", "count"),
+    [
+        (1, torch.int32, {}, 4),
+        (1, torch.int32, {"is_causal": True}, 4),
+        (1, torch.int64, {"is_causal": True}, 5),
+        (1, torch.int32, {"window_size": (20, 0)}, 5),
+        (4, torch.int32, {"is_causal": True}, 6),
+    ],
+)
+def test_lengths_take_few_operators(queries, dtype, options, count, monkeypatch):
+    """Each is a kernel of a decoding step on a GPU."""
+    monkeypatch.setattr(visibility, "intervals", function_of(intervals))  # a mode does not see into an operator
+    query, lengths = torch.empty(3, 2, queries, 8), torch.tensor([5, 0, 90], dtype=dtype)
+    with Launched() as launched:
+        visibility.Visibility(key_lengths=lengths, **options).intervals(query, 90)
+    assert len(launched.names) == count, launched.names
+
+
+LIMITS = -1, 0, 3, 50, 2**29, 2**30, 2**31
+
+
+def test_intervals_are_their_definition():
+    """Where windows, positions and lengths end before, among and after the keys, and far away."""
+    draw = random.Random(0)
+    for _ in range(300):
+        batch, queries, keys = draw.choice((1, 2)), draw.choice((1, 3)), draw.choice((1, 9, 100))
+        (left, right), dtype = (draw.choice(LIMITS), draw.choice(LIMITS)), draw.choice((torch.int32, torch.int64))
+        furthest, first = torch.iinfo(dtype).max, draw.choice((None, -40, 0, 30, 2**30, -(2**30)))
+        lengths = torch.tensor([draw.choice((-5, 0, 8, 300, furthest)) for _ in range(batch)], dtype=dtype)
+        position = torch.arange(queries).expand(batch, -1) + (keys - queries if first is None else first)
+        if is_given := draw.random() < 0.5:
+            numbers = [draw.choice((draw.randint(-20, 120), furthest, -furthest)) for _ in range(queries)]
+            position = torch.tensor(numbers).expand(batch, -1).clamp(-(2**30), 2**30)
+        given = torch.tensor(numbers, dtype=dtype) if is_given else first
+        options = {"window_size": (left, right), "query_positions": given, "key_lengths": lengths}
+        start = torch.zeros_like(position) if left == -1 else (position - left).clamp(0, keys)
+        stop = torch.full_like(position, keys) if right == -1 else (position + right + 1).clamp(0, keys)
+        stop = torch.minimum(stop, lengths.long().clamp(0, keys).unsqueeze(1))
+        got = visibility.Visibility(**options).intervals(torch.empty(batch, 1, queries, 8), keys)
+        assert (got.dtype, got.is_contiguous()) == (torch.int32, True)
+        assert torch.equal(got, torch.stack((start, stop, position), 1).int()), (options, keys)
 
 
 # Positions and windows

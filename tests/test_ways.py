@@ -25,8 +25,8 @@ if not find_spec("triton"):
 
 TOOLS = {
     "addressed", "aligned", "as_autocast", "as_given", "below_autograd", "device_of", "empty_stored_as", "has_tangent",
-    "is_aligned", "is_eager", "is_plain", "is_recorded", "is_transformed", "matrix", "open", "recorded", "row_dtype",
-    "tile_of", "trimmed", "unrecorded", "<genexpr>", "<listcomp>",
+    "is_aligned", "is_eager", "is_nested", "is_plain", "is_recorded", "is_transformed", "matrix", "open", "recorded",
+    "row_dtype", "tile_of", "trimmed", "unrecorded", "<genexpr>", "<listcomp>",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ A backend is a module in this folder that offers the functions of `Backend`. Its
 `reference` is no backend, but the specification, in autograd; `softmax` is the limit alpha = 1, by PyTorch.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Literal, Protocol, get_args
 
@@ -60,6 +61,14 @@ class Backend(Protocol):
         `problem.rounded_keys` holds these keys, where a call is decoded and the caller keeps them. value_mean is
         O1 = sum u v / sum u, in the shape and dtype of the output. Without `needs_backward` all but the output have no
         element.
+        """
+
+    def prepare(
+        self, problem: Problem, query: Tensor, key: Tensor, value: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None:
+        """What computes the output of `attention_forward` for this problem without `needs_backward`, from query, key,
+        value and intervals with the shapes, strides, dtypes and devices of these, or returns None where
+        `attention_forward` has to. None where nothing is prepared. The problem holds no tensor but its intervals.
         """
 
     def attention_paged(

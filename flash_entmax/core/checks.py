@@ -9,7 +9,7 @@ from torch import Tensor
 from .call import MAX_HEAD_SIZE, MOST_DECODED, KeySummary, ScoreOptions
 from .intervals import FURTHEST, UNLIMITED
 from .modes import as_autocast
-from .tensors import ceil_div
+from .tensors import ceil_div, is_nested
 from .visibility import Visibility
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -33,7 +33,7 @@ def checked_inputs(
 
 
 def refuse_nested(name: str, tensor: object) -> None:
-    if isinstance(tensor, Tensor) and tensor.is_nested:
+    if is_nested(tensor):
         raise ValueError(f"{name} must be a tensor that is not nested, got a nested one: pass its values()")
 
 

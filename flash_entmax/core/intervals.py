@@ -24,6 +24,8 @@ def intervals(
     sizes = query.shape[0], query.shape[2], key_length
     if cu_seq_q is not None and cu_seq_k is not None:
         check_packing(cu_seq_q, cu_seq_k, *sizes[1:], max_q, max_k)
+    elif query_positions is None:
+        left, right = narrowest_window(left, right, first_position, first_position + query.shape[2] - 1, key_length)
     limits = query_positions, key_lengths, cu_seq_q, cu_seq_k
     return intervals_of_rows(*limits, sizes, first_position, (left, right), query.device)
 
@@ -50,27 +52,41 @@ def intervals_of_rows(
 
     Keys count from 0 in the whole key tensor, in packed sequences too. `sizes` are (batch, query length, key length).
     Without positions, queries stand at `first_position` and on; the last query of a packed sequence stands at its last
-    key.
+    key. Decoding waits for each operator here, so there are as few as can be: four for `key_lengths` in int32.
     """
     batch, query_length, key_length = sizes
-    if query_positions is not None:
-        position = query_positions.to(torch.int64).clamp(-FURTHEST, FURTHEST)
-    else:
-        position = torch.arange(query_length, device=device)
-    first: int | Tensor = 0
-    end: int | Tensor = key_length
-    if cu_seq_q is not None and cu_seq_k is not None:
-        to_last, first, end = packed_rows(query_length, cu_seq_q.to(torch.int64), cu_seq_k.to(torch.int64))
-        position = end - to_last if query_positions is None else first + position
-    elif query_positions is None:
-        position = position + first_position
-    if key_lengths is not None:
-        end = key_lengths.clamp(0, key_length).unsqueeze(-1)
     left, right = window
-    start = position * 0 + first if left == UNLIMITED else (position - left).clamp_min(first)
-    stop = position * 0 + end if right == UNLIMITED else (position + (right + 1)).clamp_max(end)
-    rows = torch.broadcast_tensors(start.clamp(0, key_length), stop.clamp(0, key_length), position)
-    return torch.stack(rows, -2).to(torch.int32).expand(batch, -1, -1).contiguous()
+    dtype = torch.int32 if max(window) < FURTHEST // 2 else torch.int64  # a position and a window add up in it
+    if query_positions is not None:
+        position = query_positions.clamp(-FURTHEST, FURTHEST).to(dtype)
+    else:
+        position = torch.arange(first_position, first_position + query_length, dtype=dtype, device=device)
+    start: Tensor | int = 0
+    stop: Tensor | int = key_length
+    if cu_seq_q is not None and cu_seq_k is not None:
+        to_last, start, stop = packed_rows(query_length, cu_seq_q.to(torch.int64), cu_seq_k.to(torch.int64))
+        position = stop - to_last if query_positions is None else start + position
+    if key_lengths is not None:
+        stop = key_lengths.unsqueeze(-1)
+    if left != UNLIMITED:
+        first = position - left
+        start = torch.maximum(first, start) if isinstance(start, Tensor) else first
+    if right != UNLIMITED:
+        end = position + (right + 1)
+        stop = torch.minimum(end, stop) if isinstance(stop, Tensor) else end
+    start, stop = (within_keys(row, position, key_length) for row in (start, stop))
+    rows = torch.broadcast_tensors(*(row.to(torch.int32) for row in (start, stop, position)))
+    return torch.stack(rows, -2).expand(batch, -1, -1).contiguous()
+
+
+def narrowest_window(left: int, right: int, first: int, last: int, key_length: int) -> tuple[int, int]:
+    """(left, right) for queries from position `first` to `last`. A side that reaches past all keys is no limit."""
+    return UNLIMITED if last <= left else left, UNLIMITED if first + right + 1 >= key_length else right
+
+
+def within_keys(row: Tensor | int, position: Tensor, key_length: int) -> Tensor:
+    """A row of limits, or one that all queries share."""
+    return row.clamp(0, key_length) if isinstance(row, Tensor) else torch.full_like(position, row)
 
 
 def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,9 +45,13 @@ def unpack_tiles(words: Tensor, key_tiles: int) -> Tensor:
     return (words.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :key_tiles].bool()
 
 
+def is_nested(tensor: object) -> "TypeGuard[Tensor]":
+    return isinstance(tensor, Tensor) and tensor.is_nested
+
+
 def is_jagged(tensor: object, ragged: int = 1) -> "TypeGuard[NestedTensor]":
     """A nested tensor whose ragged dimension is this one, without holes: all that its values and offsets can say."""
-    if not isinstance(tensor, Tensor) or not tensor.is_nested or tensor.layout != torch.jagged:
+    if not is_nested(tensor) or tensor.layout != torch.jagged:
         return False
     jagged = cast("NestedTensor", tensor)
     return jagged._ragged_idx == ragged and jagged.lengths() is None

@@ -1,6 +1,7 @@
 """From the public call to what computes it: choose the backend, lower the options, call."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -10,10 +11,11 @@ from ..backends import BACKENDS, choose, reference
 from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Support
 from ..core.checks import check_decoded, check_key_summary
 from ..core.modes import as_given, is_recorded
+from ..core.registration import function_of
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
 from . import attention as attention_operators
-from .attention import OptionNumbers, OptionTensors, flattened, tile_of
+from .attention import Attention, OptionNumbers, OptionTensors, flattened, tile_of, unpack_arguments
 from .eager import recorded
 
 
@@ -23,19 +25,39 @@ class Lowered(NamedTuple):
     tensors: OptionTensors
     numbers: OptionNumbers
 
+    def with_intervals(self, intervals: Tensor | None) -> "Lowered":
+        return Lowered(self.tensors._replace(intervals=intervals), self.numbers)
+
+
+class KeptCall:
+    """What a call was lowered to, but for its intervals. For the first call like it that nothing differentiates, its
+    backend prepares more."""
+
+    __slots__ = "compute", "has_intervals", "lowered"
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.has_intervals, self.lowered = lowered.tensors.intervals is not None, lowered.with_intervals(None)
+        self.compute: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None = self.prepare
+
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> None:
+        """From now on, what `compute` is comes from the backend, see backends.Backend."""
+        problem, backend = unpack_arguments(query, value, *self.lowered.with_intervals(intervals))
+        self.compute = BACKENDS[backend].prepare(problem, query, key, value)
+
 
 MOST_KEPT = 256
-kept: OrderedDict[tuple, Lowered] = OrderedDict()
+kept: OrderedDict[tuple, KeptCall] = OrderedDict()
 
 
 def keep(like: tuple, lowered: Lowered) -> None:
     """Keep what a call was lowered to; the oldest goes. Tensors may be of a mode, or of a graph, that ends."""
-    if any(tensor is not None for tensor in lowered.tensors):
+    call = KeptCall(lowered)
+    if any(tensor is not None for tensor in call.lowered.tensors):
         return
     while len(kept) >= MOST_KEPT:
         with suppress(KeyError):  # other threads have taken all
             kept.popitem(last=False)
-    kept[like] = lowered
+    kept[like] = call
 
 
 def attend(
@@ -61,6 +83,23 @@ def attend(
     return attend_lowered(query, key, value, lowered, return_support)
 
 
+def attend_again(
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, call: KeptCall
+) -> Tensor | tuple[Tensor, Support]:
+    """A call like one that is kept."""
+    intervals = visibility.intervals(query, key.shape[2]) if call.has_intervals else None
+    compute, inputs = call.compute, (query, key, value, intervals)
+    if compute is not None and recorded(attention_operators.attention, Attention, inputs) is computed:
+        output = compute(*inputs)
+        if output is not None:
+            return output
+    lowered = call.lowered.with_intervals(intervals) if call.has_intervals else call.lowered
+    return attend_lowered(query, key, value, lowered, False)
+
+
+computed = function_of(attention_operators.attention)
+
+
 def attend_lowered(
     query: Tensor, key: Tensor, value: Tensor, lowered: Lowered, return_support: bool
 ) -> Tensor | tuple[Tensor, Support]:
@@ -68,7 +107,7 @@ def attend_lowered(
     tensors, numbers = lowered
     learned = tensors.alpha, tensors.scale, tensors.alibi_slopes
     needs_backward = return_support or is_recorded((query, key, value, *learned))
-    call = recorded(attention_operators.attention, attention_operators.Attention, (query, key, value, *tensors))
+    call = recorded(attention_operators.attention, Attention, (query, key, value, *tensors))
     output, _, *state = call(query, key, value, needs_backward, *tensors, *numbers)
     if not return_support:
         return output

@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from ..core.registration import function_of
 
 PLAIN = Tensor, torch.nn.Parameter
+_is_zerotensor, _is_functional_tensor = torch._is_zerotensor, torch._is_functional_tensor
+_is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_eager(tensors: Sequence[Tensor | None]) -> bool:
@@ -35,9 +37,9 @@ def is_eager(tensors: Sequence[Tensor | None]) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() or torch._is_zerotensor(tensor):
+        if type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() or _is_zerotensor(tensor):
             return False
-        if torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._is_functional_tensor(tensor):
+        if _is_legacy_batchedtensor(tensor) or _is_functional_tensor(tensor):
             return False
     return True
 

@@ -1,7 +1,8 @@
 """The way of a call: check, lower, call. A call like one before is neither checked nor lowered again.
 
 To check and to lower a call takes the host as long as to launch a short one. Calls with tensors of the same shapes,
-dtypes and devices pass the same checks and are lowered to the same, where their options are equal numbers.
+strides, dtypes and devices pass the same checks and are lowered to the same, where their options are equal numbers, but
+for the intervals of keys, which `key_lengths` may decide. A backend may prepare more for them.
 """
 
 import torch
@@ -14,7 +15,7 @@ from ..core.visibility import Visibility
 from . import dispatch
 from .eager import PLAIN
 
-NUMBERS = float, int, bool, str, type(None)
+NUMBERS = frozenset((float, int, bool, str, type(None)))
 
 
 def attend(
@@ -23,8 +24,8 @@ def attend(
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
     like = likeness((query, key, value), score, visibility, impl, return_support, rounded or summary)
-    if like is not None and (lowered := dispatch.kept.get(like)) is not None:
-        return dispatch.attend_lowered(query, key, value, lowered, False)
+    if like is not None and (call := dispatch.kept.get(like)) is not None:
+        return dispatch.attend_again(query, key, value, visibility, call)
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
     rounded_keys = None
@@ -43,21 +44,26 @@ def likeness(
     An option of another type is another option: 1 is a window, and True is none.
     """
     v, (alpha, scale, softcap, slopes) = visibility, score
-    tensors_of_options = slopes, v.key_lengths, v.key_mask, v.block_mask, v.cu_seq_q, v.known_intervals, summary
-    if any(option is not None for option in tensors_of_options):
+    if slopes is not None or v.key_mask is not None or v.block_mask is not None:
+        return None
+    if v.cu_seq_q is not None or v.known_intervals is not None or summary is not None:
         return None
     if return_support is not False or type(v.window_size) is not tuple or torch.compiler.is_compiling():
         return None
     options = alpha, scale, softcap, v.is_causal, v.query_positions, impl, *v.window_size
     types = tuple(map(type, options))
-    if any(kind not in NUMBERS for kind in types):
+    if not NUMBERS.issuperset(types):
         return None
-    alike: list[object] = []
-    for tensor in tensors:
+    lengths = v.key_lengths
+    for tensor in tensors if lengths is None else (*tensors, lengths):
         if type(tensor) not in PLAIN or tensor.is_nested or tensor.is_meta:
             return None
-        device = tensor.device
-        if torch.is_autocast_enabled(device.type):
-            return None
-        alike += tensor.shape, tensor.dtype, device
-    return *alike, choose(tensors[0].dtype, tensors[0].device, impl, others=("reference",)), options, types
+    query, key, value = tensors
+    device, dtype = query.device, query.dtype
+    if torch.is_autocast_enabled(device.type):
+        return None
+    return (
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), dtype, key.dtype,
+        value.dtype, device, key.device, value.device, choose(dtype, device, impl, others=("reference",)), options,
+        types, None if lengths is None else (lengths.shape, lengths.dtype, lengths.device),
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """The backend in plain PyTorch: for CPU tensors, float64, and any device without Triton."""
 
-from torch import device, dtype
+from torch import Tensor, device, dtype
 
+from ...core.call import Problem
 from .attention import attention_forward, attention_support
 from .gradient import attention_backward, attention_tangent
 from .key_summaries import append_keys
@@ -25,6 +26,7 @@ __all__ = [
     "loss_backward",
     "obstacle",
     "output_at",
+    "prepare",
     "reach_shapes",
     "reached_tiles",
     "row_maxima",
@@ -45,3 +47,7 @@ def is_default_for(device: device) -> bool:
 
 def tile_size(dtype: dtype, size: int) -> int:
     return TILE
+
+
+def prepare(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Nothing: what PyTorch's own operators take is most of a call."""

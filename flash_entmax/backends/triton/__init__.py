@@ -34,6 +34,7 @@ HOMES = {
     "summarise": "attention",
     "append_keys": "append",
     "attention_forward": "attention",
+    "prepare": "prepared",
     "attention_paged": "attention",
     "attention_backward": "attention",
     "attention_tangent": "attention",

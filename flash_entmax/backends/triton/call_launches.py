@@ -62,12 +62,21 @@ class CallLaunches(NamedTuple):
     ) -> tuple[OpenedKernels, list, list]:
         """(opened, arguments, scratch) of some kernels, both as its launches take them."""
         plan, options, visibility = self
-        if options is not plan.options or visibility is not NO_MASKS:  # some of them are tensors
-            arguments = *arguments, options, visibility
-        launch, arguments, arrays = plan.launcher.open(kernels, arguments, scratch, device, plan.largest)
-        if options is not plan.options or visibility is not NO_MASKS:
+        launch, arguments, arrays = plan.launcher.open(
+            kernels, self.with_options(arguments), scratch, device, plan.largest
+        )
+        if self.have_tensors:
             *arguments, options, visibility = arguments
         return OpenedKernels(launch, plan, options, visibility), arguments, arrays
+
+    @property
+    def have_tensors(self) -> bool:
+        """Some of the options, or of the visibility, are tensors."""
+        return self.options is not self.plan.options or self.visibility is not NO_MASKS
+
+    def with_options(self, arguments: tuple) -> tuple:
+        """All tensors of the launches."""
+        return (*arguments, self.options, self.visibility) if self.have_tensors else arguments
 
     def over_tiles_of_queries(
         self, kernel, rule: SettingsRule, inputs: tuple, results: tuple, device: torch.device

@@ -1,7 +1,9 @@
 """The launches of a call without gradients that has few queries: see decode.py, and decode_summaries.py."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ...core.call import Problem
@@ -49,9 +51,9 @@ def decoded_in_pages(problem: Problem, pages: Pages, *inputs: Tensor) -> Tensor:
     return trimmed(output, problem.value_size)
 
 
-def launches_of(problem: Problem, output: Tensor, pages: Pages | None = None) -> CallLaunches:
-    overlaps = can_overlap(output.device)
-    return CallLaunches.of(problem, output.dtype, False, decodes=True, overlaps=overlaps, pages=pages)
+def launches_of(problem: Problem, query: Tensor, pages: Pages | None = None) -> CallLaunches:
+    overlaps = can_overlap(query.device)
+    return CallLaunches.of(problem, query.dtype, False, decodes=True, overlaps=overlaps, pages=pages)
 
 
 def decode(problem: Problem, inputs: tuple[Tensor, ...], output: Tensor, pages: Pages | None = None) -> None:
@@ -63,11 +65,17 @@ def decode(problem: Problem, inputs: tuple[Tensor, ...], output: Tensor, pages: 
         paging = tensors.block_table.stride(0), left, inputs[0].shape[2]
     arguments = *map(aligned, inputs), matrix(output), tensors
     opened, arguments, scratch = launches.open(DECODE, arguments, plan.decode_scratch, device)
+    launch_decode(opened, arguments, scratch, paging, device)
+
+
+def launch_decode(
+    opened: OpenedKernels, arguments: Sequence, scratch: Sequence, paging: tuple, device: torch.device
+) -> None:
     query, key, value, output, tensors = arguments
     scores, support, maxima, live_tiles, bounds, counts, finished, parts = scratch
-    for chunk in plan.decode_chunks:
+    for chunk in opened.plan.decode_chunks:
         numbers, programs, tiles = numbers_of(opened, chunk)
-        splits = splits_of(tiles, plan.key_tiles, schedule.SCORING_PROGRAMS, device)
+        splits = splits_of(tiles, opened.plan.key_tiles, schedule.SCORING_PROGRAMS, device)
         opened.launch(
             decode_scores_kernel, tiles * splits, schedule.decode_scores_settings, query, key, scores, maxima, bounds,
             opened.options, opened.visibility, tensors, *numbers, *paging, splits,

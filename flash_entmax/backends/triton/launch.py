@@ -55,8 +55,7 @@ class Launcher:
         recorded = None
         if CAN_BE_DIRECT and not is_watched(kernels):
             signature = Signature(arguments, device)
-            if signature.is_usual and largest < INTEGER_LIMIT:
-                key = *map(id, kernels), device.index, *signature.dtypes
+            if (key := signature.key(kernels, largest)) is not None:
                 compiled = self.compiled.get(key)
                 if compiled is not None:
                     addresses = [] if scratch is None else scratch.addresses(memory)
@@ -65,6 +64,12 @@ class Launcher:
                 recorded = Recording(self.compiled, key, len(kernels))
         tensors = [] if scratch is None else scratch.tensors(memory)
         return ThroughTriton(self.config, recorded), arguments, tensors
+
+    def compiled_for(
+        self, kernels: tuple, arguments: tuple, device: torch.device, largest: int
+    ) -> dict[int, CompiledKernel] | None:
+        """What `open` would launch directly; None if nothing."""
+        return self.compiled.get(Signature(arguments, device).key(kernels, largest))
 
 
 launcher_of = lru_cache(maxsize=1024)(Launcher)
@@ -109,6 +114,12 @@ class Signature:
     def is_usual(self) -> bool:
         """16 divides all addresses and integers, these fit 32 bits, and all tensors are on the device."""
         return self.bits % ALIGNMENT == 0 and self.bits < INTEGER_LIMIT
+
+    def key(self, kernels: tuple, largest: int) -> tuple | None:
+        """All that tells what Triton compiles of these kernels; None where a launch may need other code."""
+        if not self.is_usual or largest >= INTEGER_LIMIT:
+            return None
+        return *map(id, kernels), self.device, *self.dtypes
 
 
 class Direct:
@@ -155,8 +166,9 @@ class ThroughTriton:
 def is_watched(kernels: tuple) -> bool:
     """Somebody is told of each launch, or wants kernels compiled in another way: a profiler, a sanitizer."""
     runtime = knobs.runtime
-    if any(getattr(kernel, "pre_run_hooks", ()) for kernel in kernels):
-        return True
+    for kernel in kernels:
+        if getattr(kernel, "pre_run_hooks", ()):
+            return True
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook, runtime.add_stages_inspection_hook):
         if getattr(hook, "calls", hook):  # a chain of hooks, or the only one
             return True

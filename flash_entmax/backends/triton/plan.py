@@ -317,9 +317,9 @@ def kernel_visibility(visibility: VisibilityArgs, plan: Plan) -> KernelVisibilit
     masks = {}
     if kinds is not None:
         masks |= {"tile_kinds": kinds, "tile_bits": bits}
-    if plan.outline.decodes:
-        return KernelVisibility(**masks, **({} if intervals is None else {"intervals": intervals}))
-    if intervals is not None:
+    if intervals is not None and plan.outline.decodes:
+        masks["intervals"] = intervals
+    elif intervals is not None:
         bounds = intervals.new_empty(plan.outline.batch, plan.query_tiles, 4)
         masks |= {"intervals": intervals, "bounds": bounds}
         launch, arguments, _ = plan.launcher.open(

@@ -25,8 +25,12 @@ def gradients(model: nn.Module) -> dict:
 
 
 def share(group, name: str, alpha, batch: dict, method: str, layout: str) -> dict:
-    """This rank's share of loss and gradients, its logits and their positions; the backward pass after the block."""
+    """This rank's share of loss and gradients, its logits and their positions.
+
+    The backward pass, which computes each layer again, comes after the block.
+    """
     model = causal(name, alpha)
+    model.gradient_checkpointing_enable()
     with context_parallel(model, batch, ContextParallel(group, method, layout)) as own:
         outputs = model(**own)
     outputs.loss.backward()

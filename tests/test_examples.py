@@ -18,9 +18,12 @@ SCRIPTS = {
     "attention_layer.py": (("120",), r"\n\s+16\s+\d+ %\s+[\d.]+, [\d.]+ of 17", None),
     "anneal_softmax_to_entmax.py": (("20",), r"alpha annealed to 1.5:\s+validation loss \d\.\d+", None),
     "transformers_model.py": ((), r"\S", "transformers"),
+    "torchtitan_attention.py": ((), r"2 processes, 128 of 256 tokens each: loss 8\.\d+, norm", "torchtitan"),
     "see_attention.py": ((), r"attends to\n  0\.\d{4}  token", "matplotlib"),
 }
 
+LAUNCHER = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"
+PROCESSES = {"torchtitan_attention.py": "2"}
 SHARDED = "train_context_parallel.py"
 
 
@@ -33,7 +36,8 @@ def test_example(script, tmp_path):
     arguments, pattern, package = SCRIPTS[script]
     if package is not None and not find_spec(package):
         pytest.skip(f"needs {package}")
-    printed = run(EXAMPLES / script, *arguments, folder=tmp_path)
+    launcher = (*LAUNCHER, PROCESSES[script]) if script in PROCESSES else ()
+    printed = run(*launcher, EXAMPLES / script, *arguments, folder=tmp_path)
     assert re.search(pattern, printed, re.DOTALL), printed
 
 
@@ -56,8 +60,7 @@ def test_a_training_goes_on_with_another_number_of_processes(tmp_path):
     options = ("--steps", "4", "--tokens", "96", "--save-every", "2", "--folder", "saved")
 
     def lines(processes: int) -> list[str]:
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-        return run(*launcher, EXAMPLES / SHARDED, *options, folder=tmp_path).splitlines()
+        return run(*LAUNCHER, str(processes), EXAMPLES / SHARDED, *options, folder=tmp_path).splitlines()
 
     first, *whole = lines(2)
     assert first.startswith("2 processes, 48 of 96 tokens each")

@@ -36,7 +36,7 @@ def context_parallel(model: nn.Module, batch: dict[str, Any], group: object) -> 
     loss by the number of ranks there. Labels are shifted before they are cut, as the next token may be on another rank.
     Logits are those of the own tokens; :func:`flash_entmax.distributed.unshard` puts them together.
 
-    Take the backward pass within the block as well. It works under FSDP2, DDP, activation checkpointing, autocast and
+    Take the backward pass within the block, where a checkpoint may run the whole model again. It works under FSDP2, DDP, activation checkpointing, autocast and
     ``torch.compile``, which calls each attention between two graphs.
 
     Args:

@@ -36,8 +36,8 @@ def context_parallel(model: nn.Module, batch: dict[str, Any], group: object) -> 
     loss by the number of ranks there. Labels are shifted before they are cut, as the next token may be on another rank.
     Logits are those of the own tokens; :func:`flash_entmax.distributed.unshard` puts them together.
 
-    Take the backward pass within the block, where a checkpoint may run the whole model again. It works under FSDP2, DDP, activation checkpointing, autocast and
-    ``torch.compile``, which calls each attention between two graphs.
+    Take the backward pass within the block too, where a checkpoint may run the whole model again. It works under FSDP2,
+    DDP, activation checkpointing, autocast and ``torch.compile``, which calls each attention between two graphs.
 
     Args:
         model: one of Transformers, or a wrapper around one, all of whose layers run entmax.

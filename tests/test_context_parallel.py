@@ -62,7 +62,7 @@ REFUSED = {
     "cached": "a cache holds whole sequences",
     "max_seq": "without max_seq, got 3",
     "nested": "context_parallel takes no nested tensors",
-    "odd": r"must divide into 4 chunks of one length, .* got length 6: pad it",
+    "odd on one rank": r"must divide into 4 chunks of one length, .* got length 6: pad it",
     "group": r"group must be a torch.distributed.ProcessGroup .*, got 'world'",
     "at a time": "heads_at_a_time is for method 'gather', got method 'heads'",
     "flag": "check_ranks must be True or False, got 'no'",

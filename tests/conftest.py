@@ -279,6 +279,24 @@ def demo_folder(tmp_path_factory):
     return write_demo(tmp_path_factory.mktemp("demo"))
 
 
+@pytest.fixture(scope="session")
+def pools():
+    started = []
+    yield started
+    for pool in started:
+        pool.close()
+
+
+@pytest.fixture
+def pool(pools):
+    """Processes on gloo that serve all tests of several ranks; new ones after a test that has ended one of them."""
+    from rank_pool import RankPool
+
+    if not pools or not pools[-1].is_whole():
+        pools.append(RankPool())
+    return pools[-1]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def threads() -> None:
     """Workers of pytest-xdist share the cores."""

@@ -62,6 +62,9 @@ class RankPool:
                 raise RankError(*answer.of)
         return answers
 
+    def is_whole(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.close()

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from rank_pool import RANKS, TIMEOUT, Failure, RankPool
+from rank_pool import RANKS, Failure
 from rank_work import (
     LEARNED,
     attention,
@@ -14,7 +14,6 @@ from rank_work import (
     forward,
     layouts,
     leaves,
-    one_missing,
     refused_decode,
     round_trip,
     sum_of,
@@ -44,13 +43,6 @@ CASES = {  # options of the whole call
     "the specification": {"impl": "reference", "is_causal": True},
     "some heads at a time": {"heads_at_a_time": 2, "shared": 2, "is_causal": True, "alpha": 1.0 + PER_HEAD},
 }
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = RankPool()
-    yield pool
-    pool.close()
 
 
 def case(options, key_heads, **sizes):
@@ -370,16 +362,3 @@ def test_wrong_decoding_is_refused(pool, options, message):
     for answer in pool.answers(2, refused_decode, **options):
         assert isinstance(answer, Failure), answer
         assert message in answer.of[1]
-
-
-@pytest.mark.parametrize(("how", "check_ranks"), [("raises", True), ("sleeps", False), ("ends", True)])
-def test_a_rank_that_takes_no_part_is_an_error_on_the_others(pool, how, check_ranks):
-    """Within the group's timeout. The last of these ends a process, so no test of all ranks can follow it."""
-    if how != "ends":
-        *answers, last = pool.answers(RANKS, one_missing, how, check_ranks)
-        assert isinstance(last, Failure) == (how == "raises")
-    else:
-        answers = pool.answers_of_all_but_the_last(one_missing, how, check_ranks)
-    for seconds in answers:
-        assert isinstance(seconds, float), seconds
-        assert seconds < TIMEOUT.total_seconds() + 5

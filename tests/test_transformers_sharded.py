@@ -1,23 +1,21 @@
 """A model of Transformers whose weights are sharded over two processes: alpha is one of them."""
 
-import os
-import socket
-
 import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.4")
 pytest.importorskip("entmax")
 
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 from transformers_models import make, tokens
 
 from flash_entmax.integrations import transformers as integration
 
+pytestmark = pytest.mark.xdist_group("distributed")
 STARTS = {"with the model": torch.tensor(1.3), "by itself": torch.tensor([1.2, 1.4, 1.6, 1.8])}
 
 
@@ -27,8 +25,8 @@ def prepared(name):
     return model, tokens(2, 20)
 
 
-def shard(model, name, **policy):
-    policy["mesh"] = init_device_mesh("cpu", (2,))
+def shard(group, model, name, **policy):
+    policy["mesh"] = DeviceMesh.from_group(group, "cpu")
     if name == "by itself":  # so that it has a policy of its own, and is gathered at each call
         fully_shard(model.model.entmax_alpha, mesh=policy["mesh"])
     for part in (*model.model.layers, model):
@@ -44,28 +42,23 @@ def train(model, ids):
         optimizer.zero_grad()
 
 
-def work(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
+def work(group, folder):
     for name in STARTS:
         model, ids = prepared(name)
-        shard(model, name)
+        shard(group, model, name)
         train(model, ids)
         with pytest.raises(ValueError, match="must be set before the model is wrapped"):
             integration.set_alpha(model, nn.Parameter(torch.tensor(1.5)))
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if rank == 0:
+        if distributed.get_rank() == 0:
             model.save_pretrained(f"{folder}/{name}", state_dict=weights)
-        distributed.barrier()
-    assert dtype_in_mixed_precision("with the model") == torch.bfloat16
-    assert dtype_in_mixed_precision("by itself") == torch.float32
-    distributed.destroy_process_group()
+        distributed.barrier(group)
+    return [dtype_in_mixed_precision(group, name) for name in ("with the model", "by itself")]
 
 
-def dtype_in_mixed_precision(name):
+def dtype_in_mixed_precision(group, name):
     model, ids = prepared(name)
-    shard(model, name, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    shard(group, model, name, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     seen = []
     model.model.entmax_alpha.register_forward_hook(lambda module, inputs, alpha: seen.append(alpha.dtype))
     with torch.no_grad():
@@ -73,12 +66,10 @@ def dtype_in_mixed_precision(name):
     return seen[-1]
 
 
-def test_a_sharded_alpha_is_learned_and_saved(tmp_path):
+def test_a_sharded_alpha_is_learned_and_saved(pool, tmp_path):
     """By fully_shard of layers and model: the same training as in one process, and the folder loads plainly."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.start_processes(work, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    for dtypes in pool.run(2, work, str(tmp_path)):
+        assert dtypes == [torch.bfloat16, torch.float32]
     for name, start in STARTS.items():
         model, ids = prepared(name)
         train(model, ids)

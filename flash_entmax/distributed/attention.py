@@ -133,8 +133,7 @@ class Call:
 
     def checked(self) -> "Call":
         """The call with inputs as autocast wants them, after every refusal that one rank can decide by itself."""
-        if self.method not in get_args(Method):
-            raise ValueError(f"method must be {' or '.join(map(repr, get_args(Method)))}, got {said(self.method)}")
+        check_method(self.method)
         check_layout(self.layout)
         for name, tensor in zip(("query", "key", "value"), self.inputs, strict=True):
             refuse_nested(name, tensor)
@@ -146,7 +145,8 @@ class Call:
         choose(query.dtype, query.device, self.impl, others=("reference",))
         if self.score.is_softmax() and self.score.softcap:
             raise ValueError("softcap with alpha=1 (softmax) is not computed here: use alpha above 1")
-        check_heads(self.method, self.heads_at_a_time, query.shape[1], key.shape[1], self.ranks.size)
+        check_heads(self.method, query.shape[1], key.shape[1], self.ranks.size)
+        check_heads_at_a_time(self.heads_at_a_time, self.method)
         call = replace(self, inputs=(query, key, value))
         return call if self.visibility.cu_seq_q is None else replace(call, intervals=call.packed_intervals())
 
@@ -208,12 +208,20 @@ class Call:
         return replace(self.visibility, query_positions=positions, key_mask=mask)
 
 
-def check_heads(method: Method, heads_at_a_time: object, heads: int, key_heads: int, size: int) -> None:
+def check_method(method: object) -> None:
+    if method not in get_args(Method):
+        raise ValueError(f"method must be {' or '.join(map(repr, get_args(Method)))}, got {said(method)}")
+
+
+def check_heads(method: Method, heads: int, key_heads: int, size: int) -> None:
     if method == "heads" and (heads % size or key_heads % size):
         raise ValueError(
             f"method 'heads' shares heads among ranks: heads and key heads must be multiples of {size}, the number of "
             f"ranks, got {heads} and {key_heads}; method 'gather' takes any"
         )
+
+
+def check_heads_at_a_time(heads_at_a_time: object, method: Method) -> None:
     if heads_at_a_time is None:
         return
     if not isinstance(heads_at_a_time, int) or isinstance(heads_at_a_time, bool):

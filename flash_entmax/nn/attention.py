@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,11 @@ from ..core.tensors import is_jagged, longest_sequence
 from ..functional import entmax_attention, entmax_attention_varlen
 from .alpha import AlphaParameter, WithAlpha
 from .cache import KeyValueCache
-from .positions import POSITIONS, alibi_slopes_of, heads_without_slope, positions_of, rotate, rotation_of
+from .positions import POSITIONS, alibi_slopes_of, heads_without_slope, in_sequences, rotate, rotation_of
 from .temperature import AdaptiveTemperature
+
+if TYPE_CHECKING:
+    from ..distributed import ContextParallel
 
 TEMPERATURES = "fixed", "adaptive"
 
@@ -41,6 +44,11 @@ class EntmaxAttention(WithAlpha):
             beta = softplus(W_b x + b_b) and gamma = 2 tanh(W_g x + b_g) of the layer input x; W and b start at 0.
         is_causal, window_size, softcap: as for :func:`flash_entmax.entmax_attention`.
         rope_base: base of the rotary angles, positive.
+        context_parallel: a group of ``torch.distributed``, or a :class:`flash_entmax.distributed.ContextParallel`. Then
+            inputs and outputs are this rank's parts of sequences, as :func:`flash_entmax.distributed.shard` cuts them,
+            and positions count in whole sequences. Each rank gets its share of the gradient of each parameter, alpha
+            among them: the shares add up to the gradient of the sum of the ranks' losses. FSDP or DDP over the group
+            averages them, as those of any other layer; by themselves they are not reduced.
         device, dtype: of the parameters. A learned alpha is float32 or float64.
 
     Shapes: (batch, length, embed_dim), or packed (tokens, embed_dim) with ``cu_seq`` and ``max_seq``.
@@ -71,6 +79,7 @@ class EntmaxAttention(WithAlpha):
         window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
         softcap: float = 0.0,
         rope_base: float = 10_000.0,
+        context_parallel: "ContextParallel | object | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -90,6 +99,7 @@ class EntmaxAttention(WithAlpha):
         self.num_heads, self.num_key_heads, self.position = num_heads, num_key_heads, position
         self.is_causal, self.window_size, self.softcap = is_causal, window_size, softcap
         self.rope_base = rope_base
+        self.context_parallel = context_parallel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query = nn.Linear(embed_dim, num_heads * self.head_dim, bias=bias, **factory)
         self.key = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
@@ -99,6 +109,19 @@ class EntmaxAttention(WithAlpha):
         self.temperature: AdaptiveTemperature | None = None
         if temperature == "adaptive":
             self.temperature = AdaptiveTemperature(embed_dim, heads_without_slope(position, num_heads), **factory)
+
+    @property
+    def context_parallel(self) -> "ContextParallel | None":
+        """How sequences are shared. It can be assigned, also a group, or None for whole sequences."""
+        return self._context_parallel
+
+    @context_parallel.setter
+    def context_parallel(self, given: "ContextParallel | object | None") -> None:
+        if given is not None:
+            from ..distributed import ContextParallel  # torch.distributed is loaded where it is used
+
+            given = ContextParallel.of(given)
+        self._context_parallel = given
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, for instance after ``to_empty``."""
@@ -125,8 +148,10 @@ class EntmaxAttention(WithAlpha):
                 ragged length, embed_dim), whose output is jagged as well.
             alpha: replaces the layer's alpha for this call, for instance while it is annealed
                 (:class:`flash_entmax.anneal.AlphaAnnealing`).
-            key_lengths, key_mask: padding of batch rows, as for :func:`flash_entmax.entmax_attention`.
-            cu_seq, max_seq: boundaries (sequences + 1,) and longest length of packed sequences.
+            key_lengths, key_mask: padding of batch rows, as for :func:`flash_entmax.entmax_attention`. With
+                ``context_parallel``, lengths of whole sequences, and the mask of this rank's part.
+            cu_seq, max_seq: boundaries (sequences + 1,) and longest length of packed sequences. With
+                ``context_parallel``, boundaries in the whole sequence, without a longest length.
             cache: what ``new_cache`` made. The tokens of ``x`` follow those in the cache, and are added to it.
                 For causal layers, tensors (batch, length, embed_dim) without padding, and where gradients are off.
 
@@ -139,10 +164,12 @@ class EntmaxAttention(WithAlpha):
         if is_jagged(x):
             if any(option is not None for option in (key_lengths, key_mask, cu_seq, max_seq)):
                 raise ValueError("key_lengths, key_mask, cu_seq and max_seq are for tensors that are not nested")
+            if self.context_parallel is not None:
+                raise ValueError("context_parallel takes no nested tensors: pass (tokens, width) and cu_seq instead")
             packed = self(x.values(), alpha=alpha, cu_seq=x.offsets(), max_seq=longest_sequence(x), impl=impl)
             return torch.nested.nested_tensor_from_jagged(packed, x.offsets())
         self._check_inputs(x, key_lengths, key_mask, cu_seq, max_seq)
-        query, key, value = self._project(x, positions_of(x, cu_seq, 0 if cache is None else cache.length))
+        query, key, value = self._project(x, in_sequences(self._positions(x, cache), cu_seq))
         options: dict[str, Any] = {
             "alpha": self.alpha if alpha is None else alpha,
             "is_causal": self.is_causal,
@@ -151,7 +178,10 @@ class EntmaxAttention(WithAlpha):
             "alibi_slopes": alibi_slopes_of(self.position, self.num_heads, x.device),
             "impl": impl,
         }
-        if cu_seq is not None and max_seq is not None:
+        if self.context_parallel is not None:
+            options |= {"key_lengths": key_lengths, "key_mask": key_mask, "cu_seq": cu_seq}
+            mixed = attend_to_all_parts(self.context_parallel, query, key, value, options)
+        elif cu_seq is not None and max_seq is not None:
             mixed = entmax_attention_varlen(query, key, value, cu_seq, None, max_seq, max_seq, **options)
         else:
             query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -183,13 +213,20 @@ class EntmaxAttention(WithAlpha):
             TypeError, ValueError: for sizes of the wrong type or below 1; ValueError for a layer that is not causal.
         """
         check_sizes({"batch": batch, "capacity": capacity})
-        self._check_causal()
+        self._check_may_cache()
         weight = self.key.weight
         device = weight.device if device is None else torch.device(device)
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         return KeyValueCache(batch, self.num_key_heads, capacity, self.head_dim, device=device, dtype=dtype)
+
+    def _positions(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
+        """Of each token in the whole of what is read, (length,) int64."""
+        if self.context_parallel is not None:
+            return self.context_parallel.positions(x.shape[-2], x.device)
+        first = 0 if cache is None else cache.length
+        return torch.arange(first, first + x.shape[-2], device=x.device)
 
     def _with_cached(self, key: Tensor, value: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Keys and values of the tokens that some query sees, the last of them those given; the window among them."""
@@ -199,14 +236,19 @@ class EntmaxAttention(WithAlpha):
         key, value = (tensor[:, :, first:] for tensor in cache.write(key, value))
         return key, value, (UNLIMITED if key.shape[2] <= left + 1 else left, UNLIMITED)
 
-    def _check_causal(self) -> None:
+    def _check_may_cache(self) -> None:
+        if self.context_parallel is not None:
+            raise ValueError(
+                "a cache holds whole sequences, and a layer with context_parallel has parts: set "
+                "layer.context_parallel = None to generate, or see flash_entmax.distributed.decode_sharded"
+            )
         if not self.is_causal:
             raise ValueError("a cache is for a causal layer, got is_causal=False: a token would see those after it")
 
     def _check_cache(self, x: object, alpha: object, cache: object, others: tuple) -> None:
         if not isinstance(cache, KeyValueCache):
             raise TypeError(f"cache must be a KeyValueCache, which new_cache makes, got {said(cache)}")
-        self._check_causal()
+        self._check_may_cache()
         if is_jagged(x) or any(option is not None for option in others):
             raise ValueError(
                 "all rows of a cache have one length: key_lengths, key_mask, cu_seq, max_seq and nested tensors have "
@@ -230,7 +272,10 @@ class EntmaxAttention(WithAlpha):
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
         refuse_nested("x", x)
-        if (cu_seq is None) != (max_seq is None):
+        if self.context_parallel is not None:
+            if max_seq is not None:
+                raise ValueError(f"context_parallel takes cu_seq of whole sequences without max_seq, got {max_seq}")
+        elif (cu_seq is None) != (max_seq is None):
             raise ValueError(f"cu_seq and max_seq must be given together, got {cu_seq} and {max_seq}")
         expected = f"(batch, length, {width})" if cu_seq is None else f"(tokens, {width})"
         if x.dim() != (3 if cu_seq is None else 2) or x.shape[-1] != width:
@@ -259,6 +304,7 @@ class EntmaxAttention(WithAlpha):
         return (
             f"num_heads={self.num_heads}, num_key_heads={self.num_key_heads}, head_dim={self.head_dim}, "
             f"position={self.position!r}, is_causal={self.is_causal}"
+            + (f", context_parallel={self.context_parallel.size} ranks" if self.context_parallel is not None else "")
         )
 
 
@@ -290,3 +336,14 @@ def check_choices(position: str, temperature: str, head_dim: int, num_heads: int
         raise ValueError(f"position='nape' needs at least 2 heads, got {num_heads}")
     if position == "alibi" and temperature == "adaptive":
         raise ValueError("temperature='adaptive' is for heads without slopes, and position='alibi' leaves none")
+
+
+def attend_to_all_parts(
+    ranks: "ContextParallel", query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """(..., local length, heads, head_dim), of queries of this rank, to the keys and values of all ranks."""
+    is_packed = options["cu_seq"] is not None
+    parts = (tensor.transpose(-3, -2) for tensor in (query, key, value))
+    parts = (part.unsqueeze(0) for part in parts) if is_packed else parts
+    mixed = ranks.attention(*parts, **options).transpose(1, 2)
+    return mixed.squeeze(0) if is_packed else mixed

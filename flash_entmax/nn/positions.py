@@ -6,12 +6,8 @@ from torch import Tensor
 POSITIONS = "rope", "alibi", "nape", "none"
 
 
-def positions_of(x: Tensor, cu_seq: Tensor | None = None, first: int = 0) -> Tensor:
-    """The position of each token from the first one on, float32 (length,).
-
-    Of packed tokens, in their own sequence, float32 (tokens,).
-    """
-    position = torch.arange(first, first + x.shape[-2], device=x.device)
+def in_sequences(position: Tensor, cu_seq: Tensor | None) -> Tensor:
+    """float32 (tokens,): positions as they are; of packed tokens, those in their own sequence."""
     if cu_seq is not None:
         sequence = torch.searchsorted(cu_seq, position, right=True) - 1
         position = position - cu_seq[sequence]

@@ -21,6 +21,7 @@ A query that sees no key, such as left padding, gets output 0.
 """
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,9 @@ from .layer_call import HARMLESS, attention
 from .masks import Mask, mask
 from .setting import set_alpha
 
-__all__ = ["HARMLESS", "Mask", "attention", "mask", "register", "saved_attention", "set_alpha"]
+__all__ = [
+    "HARMLESS", "Mask", "attention", "context_parallel", "mask", "register", "saved_attention", "set_alpha",
+]  # fmt: skip
 
 OLDEST = 5, 4  # older versions describe masks differently, and load what was saved as softmax
 INSTALL = 'this integration needs transformers 5.4 or later, {}: pip install "flash-entmax[transformers]"'
@@ -63,11 +66,12 @@ def register(*models: nn.Module) -> None:
         prepare_built(model)
 
 
-def __getattr__(name: str) -> Any:
-    """Import `AnnealAlpha` at its first use: it derives from a class of Transformers, which may not be installed."""
-    if name != "AnnealAlpha":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .annealing import AnnealAlpha
+LATER = {"AnnealAlpha": "annealing", "context_parallel": "sharding"}
 
-    globals()[name] = AnnealAlpha
-    return AnnealAlpha
+
+def __getattr__(name: str) -> Any:
+    """Import at its first use what needs more: `AnnealAlpha` a class of Transformers, the other torch.distributed."""
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f".{LATER[name]}", __name__), name)
+    return globals()[name]

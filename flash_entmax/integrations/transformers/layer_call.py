@@ -16,7 +16,7 @@ from .masks import Mask, mask_of
 HARMLESS = {
     "cache_position", "deterministic", "encoder_hidden_states", "kernel_options", "layer_idx", "mm_token_type_ids",
     "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
-    "position_ids", "return_dict", "seq_idx", "token_type_ids", "use_cache",
+    "position_ids", "return_dict", "seq_idx", "shift_labels", "token_type_ids", "use_cache",
 }  # fmt: skip
 
 # Options that entmax does not have, and what to do instead.
@@ -67,8 +67,16 @@ def attention(
     note_call(module)
     check_options(module, dropout, options)
     mask = mask_of(module, attention_mask, query, key, is_causal, sliding_window)
-    packing = _packing_of(mask, query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     alpha = alpha_of(module, query.device) if alpha is None else alpha
+    if mask.parallel is not None:
+        if cu_seq_lens_q is not None:
+            raise ValueError("cu_seq_lens_q was passed, but context_parallel packs sequences by position_ids")
+        output = mask.parallel.attention(
+            query, key, value, alpha=alpha, scale=scaling, softcap=softcap or 0.0, window_size=mask.window,
+            key_mask=mask.key_mask, cu_seq=mask.boundaries,
+        )  # fmt: skip
+        return output.transpose(1, 2).contiguous(), None
+    packing = _packing_of(mask, query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     score = ScoreOptions(alpha, scaling, softcap or 0.0)
     if packing is not None:
         tokens = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))

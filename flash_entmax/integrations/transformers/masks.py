@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...core.checks import typed
 from ...core.intervals import UNLIMITED, intervals_of_rows
 from .mask_functions import MaskTerms, read_mask
+from .shared_batch import SharedBatch, shared_batch
 
 
 class Mask(NamedTuple):
@@ -29,6 +31,8 @@ class Mask(NamedTuple):
         intervals: (batch, 3, query length) int32, what window, positions and padding come to: the first key that a
             query sees, one past the last, its position. All layers share them. None where no query needs one.
         hides_padding: the intervals hide padding.
+        parallel: the ``ContextParallel`` of `context_parallel`. Then the lengths and the key_mask are those of this
+            rank's part, and the boundaries those of the whole sequence.
     """
 
     query_length: int
@@ -40,6 +44,7 @@ class Mask(NamedTuple):
     block_mask: Any = None
     intervals: Tensor | None = None
     hides_padding: bool = False
+    parallel: Any = None
 
     # Transformers takes a mask of four dimensions as ready. `generate` makes masks before the model does.
     ndim = 4
@@ -123,6 +128,9 @@ def mask(
     if isinstance(attention_mask, Mask):
         return attention_mask
     terms = None if use_vmap else read_mask(mask_function)
+    shared = shared_batch()
+    if shared is not None:
+        return _mask_of_part(shared, q_length, kv_length, terms, attention_mask)
     is_packed = terms is not None and terms.sequences is not None
     if is_packed and (
         attention_mask is not None or not _are_packed_rows(terms.sequences, q_length, kv_length, q_offset, kv_offset)
@@ -156,6 +164,24 @@ def mask(
         q_length, kv_length, window, positions, key_mask, boundaries, intervals=intervals,
         hides_padding=padding is not None,
     )  # fmt: skip
+
+
+def _mask_of_part(
+    shared: SharedBatch, q_length: int, kv_length: int, terms: MaskTerms | None, attention_mask: Tensor | None
+) -> Mask:
+    """For this rank's part of a batch. Where its positions jump, no sequence begins: the whole batch says where."""
+    if (q_length, kv_length) != (shared.local_length,) * 2:
+        raise ValueError(
+            f"context_parallel has shared sequences of which each rank has {shared.local_length} tokens, but the model "
+            f"was called with {q_length} queries and {kv_length} keys: call it with what the block yields"
+        )
+    if terms is None:
+        raise ValueError(
+            "context_parallel takes causal, bidirectional and windowed attention, got a mask function of another kind"
+        )
+    key_mask = None if attention_mask is None else attention_mask.to(torch.bool)
+    window = terms.left, terms.right
+    return Mask(q_length, kv_length, window, None, key_mask, shared.boundaries, parallel=shared.parallel)
 
 
 def _can_be_read(tensor: Tensor) -> bool:
@@ -309,6 +335,11 @@ def mask_of(
             rows = given.intervals.shape[0]
             raise ValueError(f"the mask is for a batch of {rows}, but the layer has one of {query.shape[0]}")
         return given
+    if shared_batch() is not None:
+        raise ValueError(
+            f"context_parallel needs a layer to which its model passes the mask of the part, got {typed(given)} in "
+            f"{type(module).__name__}"
+        )
     if isinstance(given, Tensor):
         return _mask_of_tensor(given, query, key)
     if given is not None:

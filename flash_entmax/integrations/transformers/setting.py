@@ -59,7 +59,7 @@ def assign_alpha(model: nn.Module, alpha: float | Tensor | dict[int, float], by:
     declare(root.config)
 
 
-def _root_in(model: nn.Module) -> nn.Module | None:
+def root_in(model: nn.Module) -> nn.Module | None:
     """The outermost model of Transformers in this one."""
     from transformers import PreTrainedModel
 
@@ -71,7 +71,7 @@ def _owner_in(model: nn.Module) -> nn.Module | None:
 
     The whole model, if it has layers outside of its base model.
     """
-    root = _root_in(model)
+    root = root_in(model)
     if root is None:
         return None
     base = root.base_model
@@ -134,7 +134,7 @@ def _check_model(model: object, by: str) -> tuple[list[nn.Module], nn.Module, nn
     """(modules whose config has "entmax", outermost model of Transformers, module that holds alpha)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{by} takes a model of Transformers, got {said(model)}")
-    layers, root = [layer for layer in model.modules() if implementation_of(layer) == "entmax"], _root_in(model)
+    layers, root = [layer for layer in model.modules() if implementation_of(layer) == "entmax"], root_in(model)
     if not layers:
         raise ValueError(
             f"{by} needs a model with attn_implementation='entmax', got {implementation_of(root or model)!r}: call "

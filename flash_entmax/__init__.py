@@ -4,10 +4,12 @@ import sys
 
 from .activations import entmax, entmax15, sparsemax
 from .backends import Impl
+from .budget import budget_sparsemax
 from .core.call import KeySummary, Support
 from .functional import entmax_attention, entmax_attention_varlen, summarise_keys
 from .key_summaries import KeySummaries
 from .losses import entmax15_loss, entmax_loss, linear_entmax_loss, sparsemax_loss
+from .normmax import normmax, normmax_loss
 from .operators.flops import register_flop_formulas
 from .paged import entmax_attention_paged
 
@@ -21,6 +23,7 @@ __all__ = [
     "KeySummary",
     "Support",
     "__version__",
+    "budget_sparsemax",
     "entmax",
     "entmax15",
     "entmax15_loss",
@@ -29,6 +32,8 @@ __all__ = [
     "entmax_attention_varlen",
     "entmax_loss",
     "linear_entmax_loss",
+    "normmax",
+    "normmax_loss",
     "register_flop_formulas",
     "sparsemax",
     "sparsemax_loss",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .backends import Impl, choose
+from .core.alphas import within_range
 from .core.call import KeySummary, ScoreOptions, Support
 from .core.checks import check_keys, refuse_nested
 from .core.intervals import UNLIMITED
@@ -21,6 +22,7 @@ def entmax_attention(
     value: Tensor,
     *,
     alpha: float | Tensor = 1.5,
+    alpha_range: tuple[float, float] | None = None,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
@@ -59,12 +61,15 @@ def entmax_attention(
         value: (batch, key heads, key length, value size). Head sizes are from 1 to 512.
         alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax, computed by
             ``scaled_dot_product_attention``. A tensor, scalar or (heads,), gets its exact gradient, and no value of it
-            compiles anything; it is clamped to [1.01, 2], with gradient 0 outside. In float32 the relative rounding of
-            a probability is about 2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
+            compiles anything; it must be in [1.01, 2]. In float32 the relative rounding of a probability is about
+            2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
+        alpha_range: (lowest, highest), to which alpha is clamped, with gradient 0 outside: for an alpha that training
+            may move too far. None clamps nothing.
         is_causal: a query sees the keys up to its own position. PyTorch's ``is_causal`` aligns to the upper left; at
             equal lengths the two agree.
         scale: positive; default ``1 / sqrt(head size)``. A tensor, scalar or (heads,), gets its gradient; it is clamped
-            to [1e-6, 1e6], with gradient 0 outside. Beside one tensor, the other of the two is clamped as well.
+            to [1e-6, 1e6], with gradient 0 outside. Beside a tensor alpha a number is clamped as well. Beside a tensor
+            scale, alpha must be 1 or in [1.01, 2].
         window_size: (left, right): a query sees the keys from position - left to position + right; -1 is no limit.
             Tiles outside are never visited. With ``is_causal``, right counts as 0.
         softcap: bounds scores to (-softcap, softcap), before any bias; 0 is none. At most 1,000 in 16-bit types.
@@ -98,8 +103,10 @@ def entmax_attention(
     Raises:
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
         ValueError: shapes, devices or options that do not fit or exclude each other; ``KeySummaries`` where gradients,
-            ``return_support`` or more than 16 queries are asked for.
+            ``return_support`` or more than 16 queries are asked for. A tensor alpha out of range on CUDA, where reading
+            it would wait for the device, is a device-side assertion.
     """
+    alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in (query, key, value)):
         if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask, key_summary)):
@@ -123,6 +130,7 @@ def entmax_attention_varlen(
     max_k: int,
     *,
     alpha: float | Tensor = 1.5,
+    alpha_range: tuple[float, float] | None = None,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
@@ -165,6 +173,7 @@ def entmax_attention_varlen(
             raise ValueError(f"{name} must have shape (tokens, heads, dim), got {tuple(tensor.shape)}")
     if not isinstance(cu_seq_q, Tensor):
         raise TypeError(f"cu_seq_q must be a torch.Tensor, got {type(cu_seq_q).__name__}")
+    alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     boundaries = cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k
     visibility = Visibility(is_causal, window_size, query_positions, None, None, None, *boundaries, max_q, max_k)

@@ -24,17 +24,22 @@ WINGS = {
     "paged": {"operators", "backends", "core"},
     "activations": {"operators", "backends", "core"},
     "losses": {"activations", "operators", "backends", "core"},
-    "nn": {"losses", "activations", "functional", "backends", "core"},
+    "normmax": {"losses", "activations", "operators", "core"},
+    "budget": {"activations", "operators", "core"},
+    "nn": {"losses", "activations", "normmax", "budget", "functional", "backends", "core"},
     "anneal": {"core"},
     "distributed": {"operators", "backends", "core"},
     "inspection": {"functional", "operators", "backends", "core"},
-    "": {"losses", "activations", "functional", "paged", "key_summaries", "operators", "backends", "core"},
+    "": {
+        "losses", "activations", "normmax", "budget", "functional", "paged", "key_summaries", "operators", "backends",
+        "core",
+    },
     "testing": set(),
     "integrations": {"anneal", "nn", "inspection", "functional", "core"},
     "show": {"inspection", "core"},
     "programs": {"", "show", "integrations", "inspection", "anneal", "nn", "functional", "backends", "core"},
     "__main__": {"programs"},
-}
+}  # fmt: skip
 # Of the backends, wings above the operators use the specification only, or ask which one can run.
 OPEN_TO_ALL = {"backends", "backends.reference"}
 FURTHER = {"programs.benchmarks": {"testing"}}  # inputs and error measures are shared with the tests

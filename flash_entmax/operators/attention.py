@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
+from ..core.alphas import ADVICE, check_alphas
 from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Tangents, VisibilityArgs
 from ..core.modes import as_given
 from ..core.registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
@@ -108,6 +109,8 @@ def tile_of(backend: str, query: Tensor, value: Tensor) -> int:
 @operator(f"{_INPUTS}, bool needs_backward, {_TENSORS}, {_NUMBERS}", results=6)
 def attention(query, key, value, needs_backward, *options):
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
+    if options[0] is not None:
+        check_alphas(options[0], ADVICE)
     with as_given(query):
         return BACKENDS[backend].attention_forward(problem, query, key, value, needs_backward)
 

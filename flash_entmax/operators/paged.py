@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..backends import BACKENDS, choose, reference
+from ..core.alphas import check_alphas
 from ..core.call import Problem, ScoreOptions, VisibilityArgs
 from ..core.modes import as_given
 from ..core.pages import Pages, check_values, gathered, last_positions, padded, spoil_misfits, unpadded
@@ -42,6 +43,8 @@ def attention_paged(
     query, key_cache, value_cache, block_table, key_lengths, cu_seq_q, alphas, scales, slopes, max_q, left, alpha,
     scale, softcap, backend,
 ):  # fmt: skip
+    if alphas is not None:
+        check_alphas(alphas)
     pages = Pages(block_table, key_lengths, cu_seq_q, left, key_cache.shape[1])
     score = ScoreOptions(alpha if alphas is None else alphas, scale if scales is None else scales, softcap, slopes)
     _, heads, tokens, head_size = query.shape

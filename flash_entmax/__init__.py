@@ -4,11 +4,13 @@ import sys
 
 from .activations import entmax, entmax15, sparsemax
 from .backends import Impl
+from .budget import budget_sparsemax
 from .core.call import KeySummary, Support
 from .functional import entmax_attention, entmax_attention_varlen, summarise_keys
 from .key_summaries import KeySummaries
 from .linear_attention import LinearForm, LinearStates, linear_form
 from .losses import entmax15_loss, entmax_loss, linear_entmax_loss, sparsemax_loss
+from .normmax import normmax, normmax_loss
 from .operators.flops import register_flop_formulas
 from .paged import entmax_attention_paged
 from .recurrence import Writes, writes
@@ -26,6 +28,7 @@ __all__ = [
     "Support",
     "Writes",
     "__version__",
+    "budget_sparsemax",
     "entmax",
     "entmax15",
     "entmax15_loss",
@@ -35,6 +38,8 @@ __all__ = [
     "entmax_loss",
     "linear_entmax_loss",
     "linear_form",
+    "normmax",
+    "normmax_loss",
     "register_flop_formulas",
     "sparsemax",
     "sparsemax_loss",

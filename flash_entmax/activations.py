@@ -1,22 +1,54 @@
 """Entmax in place of softmax: along any dimension of any tensor."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .backends import Impl, choose
-from .core.call import ALPHAS
-from .core.checks import DTYPES, refuse_nested, typed
+from .core.alphas import within_range
+from .core.checks import DTYPES, check_flag, is_number, refuse_nested, typed
 from .core.modes import as_given
-from .core.tensors import clamped, is_jagged, row_dtype
+from .core.tensors import is_jagged, row_dtype
 from .operators import rows as row_ops
 
 if TYPE_CHECKING:
     from torch.nested._internal.nested_tensor import NestedTensor
 
 
-def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
+@overload
+def entmax(
+    x: Tensor, alpha: float | Tensor = ..., dim: int = ..., *, alpha_range: tuple[float, float] | None = ...,
+    impl: Impl = ...,
+    return_support_size: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def entmax(
+    x: Tensor, alpha: float | Tensor = ..., dim: int = ..., *, alpha_range: tuple[float, float] | None = ...,
+    impl: Impl = ...,
+    return_support_size: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def entmax(
+    x: Tensor, alpha: float | Tensor = ..., dim: int = ..., *, alpha_range: tuple[float, float] | None = ...,
+    impl: Impl = ...,
+    return_support_size: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def entmax(
+    x: Tensor,
+    alpha: float | Tensor = 1.5,
+    dim: int = -1,
+    *,
+    alpha_range: tuple[float, float] | None = None,
+    impl: Impl = "auto",
+    return_support_size: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Probabilities along a dimension, most of them exactly zero: alpha-entmax (Peters et al. 2019, arXiv 1905.05702).
 
     ::
@@ -29,28 +61,40 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
         x: scores of any shape; float16, bfloat16, float32 or float64; or a jagged nested tensor (batch, ragged, ...),
             along a dimension after the ragged one. -inf masks an entry: its probability and gradient are 0. Where all
             entries are masked, all probabilities are 0. NaN and +inf make their row NaN.
-        alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax. A tensor gets its exact
-            gradient. It must broadcast to the shape of ``x`` with size 1 at ``dim``: scalar, or (heads, 1, 1) for
-            scores (batch, heads, queries, keys). It is clamped to [1.01, 2], with gradient 0 outside. (A CPU takes the
-            rows of one alpha at a time: thousands of different alphas take long.) In float32 the relative rounding of
-            a probability is about 2^-24 / (alpha - 1), so a number below 1.01 loses digits.
+        alpha: any number above 0. Larger is sparser; 2 is sparsemax, exactly 1 is softmax, and below 1 no probability
+            is 0. A tensor gets its exact gradient. It must broadcast to the shape of ``x`` with size 1 at ``dim``:
+            scalar, or (heads, 1, 1) for scores (batch, heads, queries, keys). docs/entmax.md says which backend takes
+            which alpha. In float32 the kernels' relative rounding of a probability is about 2^-24 / (alpha - 1), so for
+            them a number below 1.01 loses digits. Above 4 an entry next to the threshold is ill-conditioned.
         dim: the dimension that sums to 1. Any but the last of a contiguous tensor is copied to rows first.
-        impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (any device, any dtype) or
-            ``"auto"``: Triton where it can run, else torch. An explicit choice never falls back.
+        alpha_range: (lowest, highest), to which alpha is clamped, with gradient 0 outside. None clamps nothing.
+        impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), for numbers from 1 to 2 and tensors in
+            [1.01, 2]; ``"torch"`` (any device, any dtype, any alpha); or ``"auto"``: Triton where it can run, but torch
+            for a number outside of [1, 2]. An explicit choice never falls back.
+        return_support_size: also return how many entries have a positive probability.
 
     Returns:
         Probabilities in the shape and dtype of ``x``. Arithmetic is in float32 (float64 for float64). Second
         derivatives are refused. In float16, probabilities below 6e-8 are lost. Above alpha 1.5 that loses a gradient.
+        With ``return_support_size``, a pair of them and the sizes, int64, of the shape of ``x`` with size 1 at ``dim``.
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor, ``alpha`` neither a number nor a floating-point tensor.
-        ValueError: ``alpha``, ``dim`` or ``impl`` out of range, or shapes and devices that do not fit.
+        ValueError: ``alpha``, ``dim`` or ``impl`` out of range, or shapes and devices that do not fit. With the kernels
+            on CUDA, where reading a tensor alpha would wait for the device, that is a device-side assertion.
     """
+    check_flag("return_support_size", return_support_size)
     if is_jagged(x):
-        return entmax_of_jagged(x, alpha, dim, impl)
+        return entmax_of_jagged(x, alpha, dim, alpha_range, impl, return_support_size)
     check_scores(x, dim)
+    alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
     check_alpha(alpha, x, dim)
-    backend = choose(x.dtype, x.device, impl)
+    p = probabilities(x, alpha, dim, choose_for(alpha, x, impl))
+    return (p, support_size(p, dim)) if return_support_size else p
+
+
+def probabilities(x: Tensor, alpha: float | Tensor, dim: int, backend: str) -> Tensor:
+    """What `entmax` returns, of a call that is checked."""
     if not isinstance(alpha, Tensor) and alpha == 1.0:
         with as_given(x):
             return softmax(x, dim)
@@ -59,31 +103,81 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, impl: Impl 
     rows = x.movedim(dim, -1)
     alphas, number = None, 1.5
     if isinstance(alpha, Tensor):
-        alphas = clamped(alpha.to(row_dtype(x)), ALPHAS).expand(reduced_shape(x, dim)).movedim(dim, -1).reshape(-1)
-        alphas = alphas.contiguous()
+        alphas = by_row(alpha, x, dim)
     else:
         number = float(alpha)
     p = row_ops.entmax(rows.reshape(-1, rows.shape[-1]).contiguous(), alphas, number, backend)
     return p.view(rows.shape).movedim(-1, dim)
 
 
-def entmax_of_jagged(x: "NestedTensor", alpha: float | Tensor, dim: int, impl: Impl) -> Tensor:
+def entmax_of_jagged(
+    x: "NestedTensor", alpha: float | Tensor, dim: int, alpha_range: tuple[float, float] | None, impl: Impl,
+    return_support_size: bool,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Entmax of a nested tensor (batch, ragged, ...), along a dimension after the ragged one."""
     check_dim(dim, x.dim())
     if dim % x.dim() < 2:
         raise ValueError(f"dim of a nested tensor must be after the ragged one, from 2 to {x.dim() - 1}, got {dim}")
-    p = entmax(x.values(), alpha, dim % x.dim() - 1, impl=impl)
-    return torch.nested.nested_tensor_from_jagged(p, x.offsets())
+    p = entmax(x.values(), alpha, dim % x.dim() - 1, alpha_range=alpha_range, impl=impl)
+    nested = torch.nested.nested_tensor_from_jagged(p, x.offsets())
+    if not return_support_size:
+        return nested
+    return nested, torch.nested.nested_tensor_from_jagged(support_size(p, dim % x.dim() - 1), x.offsets())
 
 
-def sparsemax(x: Tensor, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
+@overload
+def sparsemax(
+    x: Tensor, dim: int = ..., *, impl: Impl = ..., return_support_size: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def sparsemax(
+    x: Tensor, dim: int = ..., *, impl: Impl = ..., return_support_size: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def sparsemax(
+    x: Tensor, dim: int = ..., *, impl: Impl = ..., return_support_size: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def sparsemax(
+    x: Tensor, dim: int = -1, *, impl: Impl = "auto", return_support_size: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`entmax` with alpha 2 (Martins and Astudillo 2016, arXiv 1602.02068): the nearest point of the simplex."""
-    return entmax(x, 2.0, dim, impl=impl)
+    return entmax(x, 2.0, dim, impl=impl, return_support_size=return_support_size)
 
 
-def entmax15(x: Tensor, dim: int = -1, *, impl: Impl = "auto") -> Tensor:
+@overload
+def entmax15(
+    x: Tensor, dim: int = ..., *, impl: Impl = ..., return_support_size: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def entmax15(
+    x: Tensor, dim: int = ..., *, impl: Impl = ..., return_support_size: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def entmax15(
+    x: Tensor, dim: int = ..., *, impl: Impl = ..., return_support_size: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def entmax15(
+    x: Tensor, dim: int = -1, *, impl: Impl = "auto", return_support_size: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`entmax` with alpha 1.5."""
-    return entmax(x, 1.5, dim, impl=impl)
+    return entmax(x, 1.5, dim, impl=impl, return_support_size=return_support_size)
+
+
+def support_size(p: Tensor, dim: int) -> Tensor:
+    """How many entries are positive, with size 1 at dim."""
+    return (p.detach() > 0).sum(dim, keepdim=True)
 
 
 def softmax(x: Tensor, dim: int) -> Tensor:
@@ -115,24 +209,53 @@ def check_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> None:
     if not isinstance(alpha, Tensor):
         check_alpha_number(alpha, accepted="a number or a tensor")
         return
-    if not alpha.is_floating_point():
-        raise TypeError(f"alpha must be a floating-point tensor, got {alpha.dtype}")
-    if alpha.device != x.device:
-        raise ValueError(f"alpha must be on the device of x, {x.device}, got {alpha.device}")
+    check_by_row("alpha", alpha, x, dim)
+
+
+def check_by_row(name: str, numbers: Tensor, x: Tensor, dim: int) -> None:
+    """A tensor that broadcasts to one number for each row."""
+    if not numbers.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {numbers.dtype}")
+    if numbers.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {numbers.device}")
     shape = reduced_shape(x, dim)
     try:
-        fits = torch.broadcast_shapes(tuple(alpha.shape), shape) == shape
+        fits = torch.broadcast_shapes(tuple(numbers.shape), shape) == shape
     except RuntimeError:
         fits = False
     if not fits:
-        raise ValueError(f"alpha must broadcast to {tuple(shape)}, x with 1 at dim {dim}, got {tuple(alpha.shape)}")
+        got = tuple(numbers.shape)
+        raise ValueError(f"{name} must broadcast to {tuple(shape)}, x with 1 at dim {dim}, got {got}")
 
 
 def check_alpha_number(alpha: float, accepted: str = "a number") -> None:
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+    if not is_number(alpha):
         raise TypeError(f"alpha must be {accepted}, got {typed(alpha)}")
-    if not 1.0 <= alpha <= 2.0:
-        raise ValueError(f"alpha must be in [1, 2], got {alpha}")
+    if not 0.0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be finite and above 0, got {alpha}")
+
+
+def choose_for(alpha: float | Tensor, x: Tensor, impl: str) -> str:
+    """The name of the backend for rows of this alpha: the kernels have formulas for numbers from 1 to 2 only."""
+    backend = choose(x.dtype, x.device, impl)
+    if backend != "triton" or isinstance(alpha, Tensor) or 1.0 <= alpha <= 2.0:
+        return backend
+    if impl == "triton":
+        raise ValueError(f"impl='triton' takes alpha from 1 to 2, got {alpha}: impl='torch' takes any above 0")
+    return "torch"
+
+
+def by_row(numbers: Tensor, x: Tensor, dim: int) -> Tensor:
+    """(rows,), of the dtype of rows; a copy: its holder may change the tensor in place before the backward pass."""
+    wide = numbers.to(row_dtype(x)).expand(reduced_shape(x, dim)).movedim(dim, -1)
+    return wide.clone(memory_format=torch.contiguous_format).view(-1)
+
+
+def by_last(numbers: float | Tensor, x: Tensor, dim: int) -> Tensor:
+    """A number for each row, in the dtype of rows, with size 1 in place of dim, which is last."""
+    if not isinstance(numbers, Tensor):
+        return torch.full((1,) * x.dim(), float(numbers), dtype=row_dtype(x), device=x.device)
+    return numbers.to(row_dtype(x)).expand(reduced_shape(x, dim)).movedim(dim, -1)
 
 
 def reduced_shape(x: Tensor, dim: int) -> torch.Size:

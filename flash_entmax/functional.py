@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import Impl, choose
+from .core.alphas import within_range
 from .core.call import KeySummary, ScoreOptions, Support
 from .core.checks import check_keys, refuse_nested
 from .core.intervals import UNLIMITED
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 @overload
 def entmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = ..., is_causal: bool = ...,
+    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = ...,
+    alpha_range: tuple[float, float] | None = ..., is_causal: bool = ...,
     scale: float | Tensor | None = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
     alibi_slopes: Tensor | None = ..., query_positions: int | Tensor | None = ..., key_lengths: Tensor | None = ...,
     key_mask: Tensor | None = ..., block_mask: "BlockMask | None" = ...,
@@ -33,7 +35,8 @@ def entmax_attention(
 
 @overload
 def entmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = ..., is_causal: bool = ...,
+    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = ...,
+    alpha_range: tuple[float, float] | None = ..., is_causal: bool = ...,
     scale: float | Tensor | None = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
     alibi_slopes: Tensor | None = ..., query_positions: int | Tensor | None = ..., key_lengths: Tensor | None = ...,
     key_mask: Tensor | None = ..., block_mask: "BlockMask | None" = ...,
@@ -43,7 +46,8 @@ def entmax_attention(
 
 @overload
 def entmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = ..., is_causal: bool = ...,
+    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = ...,
+    alpha_range: tuple[float, float] | None = ..., is_causal: bool = ...,
     scale: float | Tensor | None = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
     alibi_slopes: Tensor | None = ..., query_positions: int | Tensor | None = ..., key_lengths: Tensor | None = ...,
     key_mask: Tensor | None = ..., block_mask: "BlockMask | None" = ...,
@@ -57,6 +61,7 @@ def entmax_attention(
     value: Tensor,
     *,
     alpha: float | Tensor = 1.5,
+    alpha_range: tuple[float, float] | None = None,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
@@ -95,12 +100,15 @@ def entmax_attention(
         value: (batch, key heads, key length, value size). Head sizes are from 1 to 512.
         alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax, computed by
             ``scaled_dot_product_attention``. A tensor, scalar or (heads,), gets its exact gradient, and no value of it
-            compiles anything; it is clamped to [1.01, 2], with gradient 0 outside. In float32 the relative rounding of
-            a probability is about 2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
+            compiles anything; it must be in [1.01, 2]. In float32 the relative rounding of a probability is about
+            2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
+        alpha_range: (lowest, highest), to which alpha is clamped, with gradient 0 outside: for an alpha that training
+            may move too far. None clamps nothing.
         is_causal: a query sees the keys up to its own position. PyTorch's ``is_causal`` aligns to the upper left; at
             equal lengths the two agree.
         scale: positive; default ``1 / sqrt(head size)``. A tensor, scalar or (heads,), gets its gradient; it is clamped
-            to [1e-6, 1e6], with gradient 0 outside. Beside one tensor, the other of the two is clamped as well.
+            to [1e-6, 1e6], with gradient 0 outside. Beside a tensor alpha a number is clamped as well. Beside a tensor
+            scale, alpha must be 1 or in [1.01, 2].
         window_size: (left, right): a query sees the keys from position - left to position + right; -1 is no limit.
             Tiles outside are never visited. With ``is_causal``, right counts as 0.
         softcap: bounds scores to (-softcap, softcap), before any bias; 0 is none. At most 1,000 in 16-bit types.
@@ -135,8 +143,10 @@ def entmax_attention(
     Raises:
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
         ValueError: shapes, devices or options that do not fit or exclude each other; ``KeySummaries`` where gradients,
-            ``return_support`` or more than 16 queries are asked for.
+            ``return_support`` or more than 16 queries are asked for. A tensor alpha out of range on CUDA, where reading
+            it would wait for the device, is a device-side assertion.
     """
+    alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     if is_nested(query) or is_nested(key) or is_nested(value):
         if any(option is not None for option in (query_positions, key_lengths, key_mask, block_mask, key_summary)):
@@ -153,8 +163,9 @@ def entmax_attention(
 @overload
 def entmax_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int, *,
-    alpha: float | Tensor = ..., is_causal: bool = ..., scale: float | Tensor | None = ...,
-    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Tensor | None = ...,
+    alpha: float | Tensor = ..., alpha_range: tuple[float, float] | None = ..., is_causal: bool = ...,
+    scale: float | Tensor | None = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
     query_positions: Tensor | None = ..., impl: Impl = ..., return_support: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -162,8 +173,9 @@ def entmax_attention_varlen(
 @overload
 def entmax_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int, *,
-    alpha: float | Tensor = ..., is_causal: bool = ..., scale: float | Tensor | None = ...,
-    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Tensor | None = ...,
+    alpha: float | Tensor = ..., alpha_range: tuple[float, float] | None = ..., is_causal: bool = ...,
+    scale: float | Tensor | None = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
     query_positions: Tensor | None = ..., impl: Impl = ..., return_support: Literal[True],
 ) -> tuple[Tensor, Support]: ...  # fmt: skip
 
@@ -171,8 +183,9 @@ def entmax_attention_varlen(
 @overload
 def entmax_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int, *,
-    alpha: float | Tensor = ..., is_causal: bool = ..., scale: float | Tensor | None = ...,
-    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Tensor | None = ...,
+    alpha: float | Tensor = ..., alpha_range: tuple[float, float] | None = ..., is_causal: bool = ...,
+    scale: float | Tensor | None = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
     query_positions: Tensor | None = ..., impl: Impl = ..., return_support: bool,
 ) -> Tensor | tuple[Tensor, Support]: ...  # fmt: skip
 
@@ -187,6 +200,7 @@ def entmax_attention_varlen(
     max_k: int,
     *,
     alpha: float | Tensor = 1.5,
+    alpha_range: tuple[float, float] | None = None,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
@@ -229,6 +243,7 @@ def entmax_attention_varlen(
             raise ValueError(f"{name} must have shape (tokens, heads, dim), got {tuple(tensor.shape)}")
     if not isinstance(cu_seq_q, Tensor):
         raise TypeError(f"cu_seq_q must be a torch.Tensor, got {type(cu_seq_q).__name__}")
+    alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     boundaries = cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k
     visibility = Visibility(is_causal, window_size, query_positions, None, None, None, *boundaries, max_q, max_k)

@@ -3,14 +3,14 @@
     L(x; q) = Omega*(x) + Omega(q) - q . x        Omega(p) = (sum p^alpha - 1) / (alpha (alpha - 1))
 
 It is 0 exactly where entmax(x) equals the target q. Its gradient in x is entmax(x) - q: zero for every class that has
-no probability. A class can win for good: once it is ahead by 1 / (alpha - 1), the loss is exactly 0.
+no probability. Above alpha 1 a class can win for good: once it is ahead by 1 / (alpha - 1), the loss is exactly 0.
 """
 
 import torch
 from torch import Tensor
 
-from .activations import DTYPES, check_alpha_number, check_scores
-from .backends import Impl, choose
+from .activations import DTYPES, check_alpha_number, check_scores, choose_for
+from .backends import Impl
 from .core.checks import refuse_nested
 from .core.modes import as_autocast
 from .operators import rows as row_ops
@@ -39,8 +39,9 @@ def entmax_loss(
             masks a class; as a target it costs inf. With further dimensions, or strides, it is copied to rows first.
         target: class indices, int64, of the shape of ``input`` without the classes; or probabilities, of its shape and
             a floating-point type, each summing to 1, not differentiated.
-        alpha: above 1, up to 2. 2 is the sparsemax loss. (1 is ``torch.nn.functional.cross_entropy``.) In float32 the
-            relative rounding of a probability is about 2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
+        alpha: any number above 0 but 1, which is ``torch.nn.functional.cross_entropy``. 2 is the sparsemax loss. The
+            kernels take those above 1, up to 2. In float32 their relative rounding of a probability is about
+            2^-24 / (alpha - 1), so for them alpha below 1.01 loses digits.
         ignore_index: rows with this target count for nothing, whatever their scores are. They get gradient 0, whatever
             the incoming gradient is. Not for probabilities.
         reduction: ``"mean"`` over the rows that are not ignored (NaN, with gradient 0, if there are none), ``"sum"`` or
@@ -61,7 +62,7 @@ def entmax_loss(
     check_scores(input, class_dim if isinstance(input, Tensor) and input.dim() > class_dim else 0, "input")
     check_options(alpha, ignore_index, reduction, label_smoothing)
     check_target(input, target, class_dim)
-    backend = choose(input.dtype, input.device, impl)
+    backend = choose_for(alpha, input, impl)
     rows = input.movedim(class_dim, -1)
     shape, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1]).contiguous()
     count: int | Tensor = rows.shape[0]
@@ -151,7 +152,7 @@ def linear_entmax_loss(
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum', got 'none': use entmax_loss for the loss of each token")
     rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
-    backend = choose(hidden.dtype, hidden.device, impl)
+    backend = choose_for(alpha, hidden, impl)
     scalars = ignore_index, float(label_smoothing), float(alpha), backend
     total, *_ = linear_loss(rows, weight, bias, classes, False, False, False, *scalars)
     return total if reduction == "sum" else divide_by_count(total, (classes != ignore_index).sum())
@@ -176,7 +177,11 @@ def entropy_of(target: Tensor, alpha: float, smoothing: float, dtype: torch.dtyp
 def check_options(alpha: float, ignore_index: int, reduction: str, label_smoothing: float) -> None:
     check_alpha_number(alpha)
     if alpha == 1.0:
-        raise ValueError("alpha must be above 1, got 1.0: that loss is torch.nn.functional.cross_entropy")
+        raise ValueError("alpha must not be 1: that loss is torch.nn.functional.cross_entropy")
+    check_loss_options(ignore_index, reduction, label_smoothing)
+
+
+def check_loss_options(ignore_index: int, reduction: str, label_smoothing: float) -> None:
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     if reduction not in REDUCTIONS:

@@ -108,15 +108,33 @@ def test_a_learned_alpha(backend, shape):
     torch.testing.assert_close(grad_alpha.double(), true_grad_alpha, rtol=1e-4, atol=2e-4)
 
 
-def test_alpha_is_clamped(backend):
+def test_alpha_range_clamps(backend):
+    """The value at the limit, and no gradient from outside; on a limit there is one."""
     x = scores(backend, 2, 20)
     for beyond, limit in ((0.5, 1.01), (7.0, 2.0)):
         alpha = torch.tensor(beyond, device=backend.device, requires_grad=True)
-        p = entmax(x, alpha, impl=backend.impl)
+        p = entmax(x, alpha, alpha_range=(1.01, 2.0), impl=backend.impl)
         torch.testing.assert_close(p, entmax(x, limit, impl=backend.impl), rtol=1e-4, atol=1e-6)
         assert torch.autograd.grad(p.square().sum(), alpha)[0] == 0
+        assert torch.equal(
+            entmax(x, beyond, alpha_range=(1.01, 2.0), impl=backend.impl), entmax(x, limit, impl=backend.impl)
+        )
         on_it = torch.tensor(limit, device=backend.device, requires_grad=True)
         assert torch.autograd.grad(entmax(x, on_it, impl=backend.impl).square().sum(), on_it)[0] != 0
+
+
+@pytest.mark.parametrize(("given", "got"), [([1.5, 0.5], "0.5"), ([2.5, 1.5], "2.5"), ([torch.inf, 1.5], "inf")])
+def test_nothing_is_clamped_in_silence(backend, given, got):
+    """The kernels refuse a tensor alpha outside of their range, as far as a CPU can read it, and torch has no range."""
+    if backend.device == "cuda":
+        pytest.skip("a device-side assertion ends the process")
+    alpha = torch.tensor(given).unsqueeze(-1)
+    words = {"triton": rf"in \[1.01, 2\], got {got}; impl='torch'", "torch": "finite and above 0, got inf"}
+    if backend.impl == "triton" or got == "inf":
+        with pytest.raises(ValueError, match=f"a tensor alpha must be .*{words[backend.impl]}"):
+            entmax(scores(backend, 2, 20), alpha, impl=backend.impl)
+    rounded = torch.tensor([1.01, 2.0], dtype=torch.bfloat16).unsqueeze(-1)
+    assert entmax(scores(backend, 2, 20), rounded, impl=backend.impl).sum() == pytest.approx(2, abs=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [1.0, *ALPHAS])
@@ -262,7 +280,11 @@ def test_a_second_derivative_is_refused(backend):
         ((torch.tensor(1.0),), {}, ValueError, "x must have at least one dimension, got a scalar"),
         ((torch.ones(2, 3), 1.5, 2), {}, ValueError, r"dim must be from -2 to 1 for shape \(2, 3\), got 2"),
         ((torch.ones(2, 3), 1.5, 1.0), {}, TypeError, "dim must be an integer, got 1.0"),
-        ((torch.ones(2, 3), 2.5), {}, ValueError, r"alpha must be in \[1, 2\], got 2.5"),
+        ((torch.ones(2, 3), 0.0), {}, ValueError, "alpha must be finite and above 0, got 0.0"),
+        ((torch.ones(2, 3), torch.nan), {}, ValueError, "alpha must be finite and above 0, got nan"),
+        ((torch.ones(2, 3), 1.5), {"alpha_range": 2}, TypeError, "alpha_range must be a pair of numbers, or None, got"),
+        ((torch.ones(2, 3), 1.5), {"alpha_range": (2, 1)}, ValueError, r"alpha_range must be \(lowest, highest\), .*"),
+        ((torch.ones(2, 3),), {"return_support_size": 1}, TypeError, "return_support_size must be True or False, got"),
         ((torch.ones(2, 3), "2"), {}, TypeError, "alpha must be a number or a tensor, got str"),
         ((torch.ones(2, 3), torch.ones(3)), {}, ValueError, r"alpha must broadcast to \(2, 1\).*, got \(3,\)"),
         ((torch.ones(2, 3), torch.ones(1, 2, 1)), {}, ValueError, r"alpha must broadcast to \(2, 1\).*\(1, 2, 1\)"),

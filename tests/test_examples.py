@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Script -> (arguments at toy size, a pattern of its last lines, a package that it needs)
 SCRIPTS = {
     "activations_and_losses.py": ((), r"entmax loss\s+100 % right, gradient exactly 0 for [6-9]\d %", None),
+    "any_alpha.py": ((), r"learned alphas 0\.6\d  1\.00  1\.50  2\.2\d\n.*normmax loss of random scores: \d", None),
     "attention_layer.py": (("120",), r"\n\s+16\s+\d+ %\s+[\d.]+, [\d.]+ of 17", None),
     "anneal_softmax_to_entmax.py": (("20",), r"alpha annealed to 1.5:\s+validation loss \d\.\d+", None),
     "transformers_model.py": ((), r"\S", "transformers"),

@@ -1,4 +1,4 @@
-"""alpha and scale as tensors: exact gradients, the clamp, and nothing else that differs from the numbers."""
+"""alpha and scale as tensors: exact gradients, their ranges, and nothing else that differs from the numbers."""
 
 import pytest
 import torch
@@ -79,10 +79,10 @@ def test_a_tensor_gives_what_its_number_gives(backend, alpha):
             torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize(("given", "limit"), [(0.5, 1.01), (1.0, 1.01), (2.5, 2.0), (torch.inf, 2.0)])
-def test_alpha_is_clamped(backend, given, limit):
-    """The value at the limit, and no gradient from outside."""
-    case = make_case(backend, length=70, alpha=learned(backend, given, 1.5))
+@pytest.mark.parametrize(("given", "limit"), [(0.5, 1.01), (torch.inf, 2.0)])
+def test_alpha_range_clamps(backend, given, limit):
+    """The value at the limit, and no gradient from outside. Without the option, a call refuses what is outside."""
+    case = make_case(backend, length=70, alpha=learned(backend, given, 1.5), alpha_range=(1.01, 2.0))
     limited = make_case(backend, length=70, alpha=learned(backend, limit, 1.5))
     grad_output = case.grad_output()
     outside, inside = (run(each, backend.impl, grad_output) for each in (case, limited))
@@ -90,6 +90,21 @@ def test_alpha_is_clamped(backend, given, limit):
     assert outside.gradients[3][0] == 0
     assert outside.gradients[3][1] == inside.gradients[3][1] != 0
     assert inside.gradients[3][0] != 0
+
+
+@pytest.mark.parametrize("impl", ["own", "reference"])
+@pytest.mark.parametrize("given", [0.5, 1.0, 2.5])
+def test_an_alpha_outside_is_refused(backend, given, impl):
+    """In words on a CPU; on a GPU it is a device-side assertion, which would end the process."""
+    if backend.device == "cuda":
+        pytest.skip("a device-side assertion ends the process")
+    inputs = iid_inputs(1, 2, 5, 16)
+    words = rf"a tensor alpha must be in \[1\.01, 2\], got {given:g}; alpha_range=\(1\.01, 2\) clamps it"
+    for alpha in (torch.tensor(given), torch.tensor([1.5, given])):
+        with pytest.raises(ValueError, match=words):
+            entmax_attention(*inputs, alpha=alpha, impl=backend.impl if impl == "own" else impl)
+    with pytest.raises(ValueError, match=r"beside a tensor scale must be 1, or in \[1\.01, 2\], got 1\.001"):
+        entmax_attention(*inputs, alpha=1.001, scale=torch.tensor(0.2), impl=backend.impl)
 
 
 @pytest.mark.parametrize(("given", "limit"), [(0.0, 1e-6), (-3.0, 1e-6), (1e8, 1e6)])

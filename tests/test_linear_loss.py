@@ -154,7 +154,7 @@ H, W, Y = torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64)
         ((H, W, Y + 9), {}, ValueError, "target must hold classes from 0 to 4, or ignore_index -100, got 9"),
         ((H, W, Y), {"bias": W[0]}, ValueError, r"bias must have shape \(5,\), got \(3,\)"),
         ((H, W, Y), {"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
-        ((H, W, Y, 1.0), {}, ValueError, "alpha must be above 1, got 1.0"),
+        ((H, W, Y, 1.0), {}, ValueError, "alpha must not be 1"),
         ((H, W.double(), Y), {}, TypeError, "hidden and weight must have one dtype, got torch.float32, torch.float64"),
     ],
 )

@@ -244,7 +244,7 @@ def test_wrong_options(options, message):
 
 
 def test_a_loss_is_refused_when_it_is_made():
-    with pytest.raises(ValueError, match=r"alpha must be above 1, got 1\.0"):
+    with pytest.raises(ValueError, match="alpha must not be 1"):
         EntmaxLoss(1.0)
 
 

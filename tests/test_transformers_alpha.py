@@ -15,7 +15,16 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers_models import CONFIGS, assert_same, make, tokens, with_implementation
+from transformers_models import (
+    CONFIGS,
+    assert_loads_as,
+    assert_same,
+    decoder,
+    logits,
+    make,
+    tokens,
+    with_implementation,
+)
 
 from flash_entmax.integrations import transformers as integration
 from flash_entmax.integrations.transformers.alpha import alpha_of
@@ -330,3 +339,31 @@ def test_an_alpha_that_would_not_be_saved():
     model.config.entmax_alpha = {"0": 1.5}
     with pytest.raises(ValueError, match="no alpha for the layer_idx 1 of LlamaAttention"):
         model(ids)
+
+
+@pytest.mark.parametrize("given", [None, (1.2, 1.5)])
+def test_a_learned_alpha_is_clamped_to_the_range_that_is_saved(given, tmp_path):
+    """What an optimizer moves too far is at the end of the range, with gradient 0; so it is in the folder."""
+    model = decoder()
+    integration.set_alpha(model, nn.Parameter(torch.tensor([1.3, 1.4, 1.4, 1.4])), given)
+    own, ids = model.model.entmax_alpha.value, tokens(1, 12)
+    with torch.no_grad():
+        own[0] = 7.0
+    model(ids).logits.square().sum().backward()
+    assert own.grad[0] == 0
+    assert (own.grad[1:] != 0).all()
+    limited = decoder(torch.tensor([given[1] if given else 2.0, 1.4, 1.4, 1.4]))
+    torch.testing.assert_close(logits(model, ids), logits(limited, ids))
+    model.save_pretrained(tmp_path)
+    assert_loads_as(tmp_path, model, ids)
+
+
+def test_a_tensor_that_is_not_learned_is_refused_outside():
+    model = decoder(torch.tensor(1.3))
+    model.model.entmax_alpha.value.fill_(7.0)
+    with pytest.raises(ValueError, match=r"a tensor alpha must be in \[1\.01, 2\], got 7"):
+        model(tokens(1, 12))
+    with pytest.raises(ValueError, match="alpha_range is for a Parameter, which is learned, got alpha"):
+        integration.set_alpha(model, 1.5, (1.2, 1.5))
+    with pytest.raises(ValueError, match=r"alpha_range must be within \[1\.01, 2\], got \(1, 2\)"):
+        integration.set_alpha(model, nn.Parameter(torch.tensor(1.5)), (1, 2))

@@ -24,8 +24,9 @@ if not find_spec("triton"):
     pytest.skip("needs Triton", allow_module_level=True)
 
 TOOLS = {
-    "addressed", "aligned", "as_autocast", "as_given", "below_autograd", "device_of", "empty_stored_as", "has_tangent",
-    "is_aligned", "is_eager", "is_nested", "is_plain", "is_recorded", "is_transformed", "matrix", "open", "recorded",
+    "addressed", "aligned", "as_autocast", "as_given", "below_autograd", "check_alphas", "device_of", "empty_stored_as",
+    "has_tangent", "is_aligned", "is_eager", "is_nested", "is_plain", "is_recorded", "is_transformed", "matrix", "open",
+    "recorded",
     "row_dtype", "tile_of", "trimmed", "unrecorded", "<genexpr>", "<listcomp>",
 }  # fmt: skip
 

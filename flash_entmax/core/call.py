@@ -9,8 +9,8 @@ from torch import Tensor
 from .tensors import WORD_BITS, ceil_div, clamped
 
 MAX_HEAD_SIZE = 512
-ALPHAS = 1.01, 2.0  # a tensor alpha is clamped to these
-SCALES = 1e-6, 1e6  # and a tensor scale to these
+ALPHAS = 1.01, 2.0  # what a tensor alpha may be, in attention and in the kernels of rows
+SCALES = 1e-6, 1e6  # a tensor scale is clamped to these
 MOST_DECODED = 16  # queries of a call that is decoded: few queries, many keys, no gradients
 SUMMARY_BLOCK = 64  # keys of which KeySummaries keep one bound; a multiple of every tile of keys
 LARGEST_ROUNDED = 127.0  # of a key: the largest number of 8 bits
@@ -81,8 +81,8 @@ class ScoreOptions(NamedTuple):
         scale = head_size**-0.5 if scale is None else scale
         if isinstance(alpha, Tensor) or isinstance(scale, Tensor):
             like = heads, dtype, device
-            alpha = 1.0 if self.is_softmax() else expanded(alpha, ALPHAS, *like)
-            scale = expanded(scale, SCALES, *like)
+            alpha = 1.0 if self.is_softmax() else expanded(alpha, *like)
+            scale = expanded(clamped_scale(scale), *like)
         else:
             alpha, scale = float(alpha), float(scale)
         if slopes is not None:
@@ -90,14 +90,18 @@ class ScoreOptions(NamedTuple):
         return ScoreOptions(alpha, scale, float(softcap), slopes)
 
 
-def expanded(
-    number: float | Tensor, limits: tuple[float, float], heads: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """(heads,), clamped to the limits: the gradient of what is clamped is 0."""
+def expanded(number: float | Tensor, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(heads,), a copy: its holder may change a tensor in place before the backward pass."""
     if not isinstance(number, Tensor):
-        number = min(max(number, limits[0]), limits[1])
         return torch.full((heads,), number, dtype=dtype, device=device)
-    return clamped(number.to(dtype), limits).expand(heads).contiguous()
+    return number.to(dtype).expand(heads).clone(memory_format=torch.contiguous_format)
+
+
+def clamped_scale(scale: float | Tensor) -> float | Tensor:
+    """Within SCALES: the gradient of what is clamped is 0."""
+    if isinstance(scale, Tensor):
+        return clamped(scale, SCALES)
+    return min(max(scale, SCALES[0]), SCALES[1])
 
 
 class VisibilityArgs(NamedTuple):

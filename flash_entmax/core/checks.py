@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from .call import MAX_HEAD_SIZE, MOST_DECODED, KeySummary, ScoreOptions
+from .call import ALPHAS, MAX_HEAD_SIZE, MOST_DECODED, KeySummary, ScoreOptions
 from .intervals import FURTHEST, UNLIMITED
 from .modes import as_autocast
 from .tensors import ceil_div, is_nested
@@ -108,6 +108,8 @@ def check_score_options(query: Tensor, score: ScoreOptions) -> None:
         raise ValueError(f"softcap must be at most {limit:g} for {query.dtype}, got {softcap}")
     if slopes is not None:
         _check_parameter("alibi_slopes", slopes, query, ((heads,), (batch, heads)))
+    if not isinstance(alpha, Tensor) and isinstance(scale, Tensor) and 1.0 < alpha < ALPHAS[0]:
+        raise ValueError(f"alpha beside a tensor scale must be 1, or in [{ALPHAS[0]:g}, {ALPHAS[1]:g}], got {alpha}")
     if not isinstance(alpha, Tensor) and not isinstance(scale, Tensor) and alpha > 1.0:
         z_scale = (alpha - 1.0) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if not 1e-30 <= z_scale <= 1e30:

@@ -9,6 +9,8 @@ and lies in [n^(1 - alpha), 1]. A row without a visible key gets maximum +inf, s
 docs/math.md derives the steps.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,24 @@ def support_weight(distance: Tensor, alpha: float) -> Tensor:
     if alpha == 2.0:
         return torch.where(distance > 0, 1.0, distance)
     return power(distance, 1.0 / (alpha - 1.0) - 1.0)
+
+
+def weight_along_alpha(p: Tensor, alpha: float | Tensor) -> Tensor:
+    """u phi on the support, 0 elsewhere: dp / d alpha = u (mean of phi by u) - u phi, for every alpha above 0.
+
+    ln p = l solves (e^(y) - 1) / (alpha - 1) = x - constant with y = (alpha - 1) l. phi is the derivative of the left
+    side by alpha at this l, so u phi = p l^2 (y - 1 + e^-y) / y^2. The last factor is a series in y next to 0: 1/2 at
+    alpha = 1.
+    """
+    log_p = torch.where(p > 0, p, 1.0).log()
+    y = (alpha - 1.0) * log_p
+    is_small = y.abs() < 0.1
+    near = torch.where(is_small, y, 0.0)
+    series = torch.zeros_like(y)
+    for k in range(9, 1, -1):  # sum over k from 2 of (-y)^(k - 2) / k!
+        series = 1.0 / math.factorial(k) - near * series
+    far = torch.where(is_small, 1.0, y)
+    return p * log_p * log_p * torch.where(is_small, series, (far + torch.expm1(-far)) / (far * far))
 
 
 def newton_step(offset: Tensor, total: Tensor, weight: Tensor, alpha: float | Tensor) -> Tensor:

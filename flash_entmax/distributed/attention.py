@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import Impl, choose
+from ..core.alphas import ADVICE, check_alphas, within_range
 from ..core.call import ScoreOptions
 from ..core.checks import check_boundaries, check_flag, check_index, checked_inputs, refuse_nested, said, typed
 from ..core.intervals import UNLIMITED
@@ -38,6 +39,7 @@ def context_parallel_attention(
     method: Method = "gather",
     layout: Layout = "balanced",
     alpha: float | Tensor = 1.5,
+    alpha_range: tuple[float, float] | None = None,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
@@ -69,8 +71,8 @@ def context_parallel_attention(
             2 n - 1 - r, so that a causal mask gives all ranks as much to do. The local length must be even.
             ``"contiguous"`` cuts it into one chunk for each rank. Lengths that do not divide are refused: pad them, and
             hide the padding with ``key_lengths``.
-        alpha, is_causal, scale, window_size, softcap, impl: as for ``entmax_attention``, in positions of the whole
-            sequence. Tensors are the same on all ranks.
+        alpha, alpha_range, is_causal, scale, window_size, softcap, impl: as for ``entmax_attention``, in positions of
+            the whole sequence. Tensors are the same on all ranks.
         alibi_slopes: (heads,) or (batch, heads), the same on all ranks.
         key_lengths: (batch,) int32 or int64, the same on all ranks: of each whole sequence, only so many keys exist.
         key_mask: (batch, local length) bool, this rank's part: True where the key may be seen.
@@ -100,10 +102,13 @@ def context_parallel_attention(
 
     def prepare() -> tuple[Call, dict[str, str]]:
         visibility = Visibility(is_causal, window_size, None, key_lengths, key_mask, None, cu_seq, cu_seq)
-        score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
+        own_alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
+        score = ScoreOptions(own_alpha, scale, softcap, alibi_slopes)
         call = Call((query, key, value), score, visibility, method, layout, impl, heads_at_a_time, ranks)
         check_flag("sum_parameter_gradients", sum_parameter_gradients)
         call = call.checked()
+        if isinstance(own_alpha, Tensor):
+            check_alphas(own_alpha, ADVICE)
         return call, call.description() | {"sum_parameter_gradients": repr(sum_parameter_gradients)}
 
     call = agreed(ranks, prepare, check_ranks)

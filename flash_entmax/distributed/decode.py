@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import BACKENDS, Impl, choose
+from ..core.alphas import check_alphas
 from ..core.call import Problem, ScoreOptions
 from ..core.checks import check_flag, checked_inputs, refuse_nested, typed
 from ..core.intervals import FURTHEST, UNLIMITED
@@ -54,7 +55,8 @@ def decode_sharded(
         key: (batch, key heads, local key length, head size), this rank's part.
         value: (batch, key heads, local key length, value size).
         group: a ``ProcessGroup`` or a one-dimensional ``DeviceMesh``.
-        alpha: above 1. Softmax, alpha = 1, has no threshold, and is refused.
+        alpha: a number above 1, up to 2, or a tensor in [1.01, 2]. Softmax, alpha = 1, has no threshold, and is
+            refused.
         is_causal, scale, window_size, softcap, alibi_slopes: as for :func:`flash_entmax.entmax_attention`, in
             positions of the whole cache.
         query_positions: the position of the first query, or that of each one, (query length,) or (batch, query length);
@@ -83,6 +85,8 @@ def decode_sharded(
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             refuse_nested(name, tensor)
         inputs = checked_inputs(query, key, value, score, visibility)
+        if isinstance(alpha, Tensor):
+            check_alphas(alpha)
         check_decoding((*inputs, alpha, scale, alibi_slopes), score, first_key, query_positions)
         backend = choose(inputs[0].dtype, inputs[0].device, impl)
         parts = {"query": inputs[0], "key heads": key.shape[1], "value size": value.shape[3]}

@@ -10,10 +10,10 @@ from .alpha import AlphaParameter, WithAlpha
 from .attention import TEMPERATURES, EntmaxAttention
 from .cache import KeyValueCache
 from .positions import POSITIONS, rotate, rotation_of
-from .rows import Entmax, EntmaxLoss
+from .rows import BudgetSparsemax, Entmax, EntmaxLoss, Normmax, NormmaxLoss
 from .temperature import AdaptiveTemperature
 
 __all__ = [
-    "POSITIONS", "TEMPERATURES", "AdaptiveTemperature", "AlphaParameter", "Entmax", "EntmaxAttention", "EntmaxLoss",
-    "KeyValueCache", "WithAlpha", "rotate", "rotation_of",
+    "POSITIONS", "TEMPERATURES", "AdaptiveTemperature", "AlphaParameter", "BudgetSparsemax", "Entmax",
+    "EntmaxAttention", "EntmaxLoss", "KeyValueCache", "Normmax", "NormmaxLoss", "WithAlpha", "rotate", "rotation_of",
 ]  # fmt: skip

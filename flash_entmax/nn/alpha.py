@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations import check_alpha_number
 from ..core.call import ALPHAS
-from ..core.checks import typed
+from ..core.checks import is_number, typed
 
 
 class AlphaParameter(nn.Module):
@@ -20,6 +19,7 @@ class AlphaParameter(nn.Module):
     Args:
         alpha: the number; where alpha is learned, its start.
         shape: of a learned alpha; None for a fixed number.
+        takes_any: any number above 0 is a fixed alpha, and not only those from 1 to 2.
         device, dtype: of the logit.
     """
 
@@ -29,9 +29,10 @@ class AlphaParameter(nn.Module):
         shape: tuple[int, ...] | None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        takes_any: bool = False,
     ) -> None:
         super().__init__()
-        check_alpha_number(alpha)
+        check_number(alpha, takes_any)
         self.number, self.logit = float(alpha), None
         if shape is not None:
             lowest, highest = ALPHAS
@@ -60,6 +61,15 @@ class AlphaParameter(nn.Module):
         return f"alpha={self.number}" if self.logit is None else f"learned, shape={tuple(self.logit.shape)}"
 
 
+def check_number(alpha: object, takes_any: bool) -> None:
+    if not is_number(alpha):
+        raise TypeError(f"alpha must be a number, got {typed(alpha)}")
+    if takes_any and not 0.0 < alpha < math.inf:
+        raise ValueError(f"alpha must be finite and above 0, got {alpha}")
+    if not takes_any and not 1.0 <= alpha <= 2.0:
+        raise ValueError(f"alpha must be in [1, 2], got {alpha}")
+
+
 class WithAlpha(nn.Module):
     """A module that holds an `AlphaParameter`.
 
@@ -68,6 +78,7 @@ class WithAlpha(nn.Module):
     """
 
     alpha_parameter: AlphaParameter
+    takes_any_alpha = False  # or numbers from 1 to 2 only
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +95,7 @@ class WithAlpha(nn.Module):
 
     @alpha.setter
     def alpha(self, number: float) -> None:
-        self.alpha_parameter = AlphaParameter(number, None)
+        self.alpha_parameter = AlphaParameter(number, None, takes_any=self.takes_any_alpha)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "alpha" and isinstance(value, Tensor):

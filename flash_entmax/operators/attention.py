@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
+from ..core.alphas import ADVICE, check_alphas
 from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Tangents, VisibilityArgs
 from ..core.modes import as_given
 from ..core.registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
@@ -106,6 +107,8 @@ def tile_of(backend: str, query: Tensor, value: Tensor) -> int:
 @operator(f"{_INPUTS}, bool needs_backward, {_TENSORS}, {_NUMBERS}", results=6)
 def attention(query: Tensor, key: Tensor, value: Tensor, needs_backward: bool, *options: Any) -> tuple[Tensor, ...]:
     problem, backend = unpack_arguments(query, value, options[:TENSORS], options[TENSORS:])
+    if options[0] is not None:
+        check_alphas(options[0], ADVICE)
     with as_given(query):
         return BACKENDS[backend].attention_forward(problem, query, key, value, needs_backward)
 

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, choose, reference
+from ..core.alphas import ADVICE, check_alphas
 from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Support
 from ..core.checks import check_decoded, check_key_summary
-from ..core.modes import as_given, is_recorded
+from ..core.modes import as_given, is_recorded, is_transformed
 from ..core.registration import function_of
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
@@ -123,6 +125,8 @@ def attend_without_tiles(
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """The specification, or softmax: in PyTorch's own autograd, with the masks as the caller gave them."""
     problem = Problem.of(query.shape, value.shape, score, visibility.lowered(query, key.shape[2], None))
+    if isinstance(score.alpha, Tensor) and not torch.compiler.is_compiling() and not is_transformed():
+        check_alphas(score.alpha, ADVICE)  # there it cannot be read, and the specification takes it as it is
     if backend == "reference":
         with as_given(query):
             result = reference.attention(problem, query, key, value, visibility)

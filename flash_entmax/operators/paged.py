@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import BACKENDS, choose, reference
+from ..core.alphas import check_alphas
 from ..core.call import Problem, ScoreOptions, VisibilityArgs
 from ..core.modes import as_given
 from ..core.pages import Pages, check_values, gathered, last_positions, padded, spoil_misfits, unpadded
@@ -44,6 +45,8 @@ def attention_paged(
     cu_seq_q: Tensor | None, alphas: Tensor | None, scales: Tensor | None, slopes: Tensor | None, max_q: int, left: int,
     alpha: float, scale: float, softcap: float, backend: str,
 ) -> Tensor:  # fmt: skip
+    if alphas is not None:
+        check_alphas(alphas)
     pages = Pages(block_table, key_lengths, cu_seq_q, left, key_cache.shape[1])
     score = ScoreOptions(alpha if alphas is None else alphas, scale if scales is None else scales, softcap, slopes)
     _, heads, tokens, head_size = query.shape

@@ -16,14 +16,20 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
+from ..core.alphas import check_alphas, check_positive
 from ..core.loss import LossOptions, check_classes
 from ..core.modes import as_given
 from ..core.registration import batch_into, below_autograd, differentiate, fake, operator, refuse_second_derivative
 from ..core.tensors import row_dtype
+from ..core.threshold import weight_along_alpha
 
 
 @operator("Tensor x, Tensor? alphas, float alpha, str impl", results=1)
 def entmax(x: Tensor, alphas: Tensor | None, alpha: float, impl: str) -> Tensor:
+    if alphas is not None and impl == "triton":
+        check_alphas(alphas, "; impl='torch' takes any above 0, and alpha_range clamps")
+    elif alphas is not None:
+        check_positive(alphas)
     with as_given(x):
         return BACKENDS[impl].entmax(x, alphas, alpha)
 
@@ -110,13 +116,13 @@ class Entmax(torch.autograd.Function):
 
 
 def tangent_along_alpha(p: Tensor, alphas: Tensor, alphas_tangent: Tensor) -> Tensor:
-    """d alpha r^2 (s - u sum s / sum u) of each row, with s = p (1 - ln d), ln d = ln p / r and r = 1 / (alpha - 1)."""
-    wide_p, z_scale = p.to(alphas.dtype), (alphas - 1.0).unsqueeze(-1)
-    s = torch.where(p == 0, 0.0, wide_p * (1.0 - z_scale * wide_p.log()))
-    u = torch.where(p == 0, 0.0, wide_p ** (1.0 - z_scale))
+    """d alpha (u sum u phi / sum u - u phi) of each row: `weight_along_alpha` says what phi is."""
+    wide_p, alphas = p.to(alphas.dtype), alphas.unsqueeze(-1)
+    u = torch.where(p == 0, 0.0, wide_p ** (2.0 - alphas))
     weight = u.sum(-1, keepdim=True)
-    dp_dalpha = s - u * (s.sum(-1, keepdim=True) / torch.where(weight == 0, 1.0, weight))
-    return (dp_dalpha * (alphas_tangent.unsqueeze(-1) / z_scale**2)).to(p.dtype)
+    fall = weight_along_alpha(wide_p, alphas)
+    dp_dalpha = u * (fall.sum(-1, keepdim=True) / torch.where(weight == 0, 1.0, weight)) - fall
+    return (dp_dalpha * alphas_tangent.unsqueeze(-1)).to(p.dtype)
 
 
 class Loss(torch.autograd.Function):

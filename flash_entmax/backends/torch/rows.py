@@ -7,6 +7,9 @@ so that no temporary holds more than CHUNK numbers, or one row. With r = 1 / (al
 
 `maximum` is the row's maximum. `last_step` is Newton's last step, (1 - F) / sum u, next to zero. It is made on the
 probabilities themselves, because the offset's rounding exceeds small probabilities. docs/math.md derives all of it.
+
+That is for alpha in [1.01, 2]. any_alpha.py has the others, and rows of many alphas: alpha then is (rows, 1), and the
+other two numbers of the state are (ln P, -ln F).
 """
 
 from collections.abc import Iterator
@@ -16,12 +19,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...core.call import ALPHAS
 from ...core.loss import LossOptions, holds_classes, smoothed_entropy
 from ...core.tensors import row_dtype
-from ...core.threshold import MAX_STEPS, certified_offset, newton_step, probability, support_weight, tolerance
+from ...core.threshold import (
+    MAX_STEPS,
+    certified_offset,
+    newton_step,
+    probability,
+    support_weight,
+    tolerance,
+    weight_along_alpha,
+)
+from . import any_alpha
 
 CHUNK = 2**22
 SEGMENT = 64
+MOST_ALPHAS = 8  # rows of more alphas are solved together
 
 
 class RowState(NamedTuple):
@@ -32,7 +46,12 @@ class RowState(NamedTuple):
     last_step: Tensor
 
 
-def solve(x: Tensor, alpha: float) -> RowState:
+def has_offset(alpha: float | Tensor) -> bool:
+    """Whether the formulas of this file are for this alpha."""
+    return not isinstance(alpha, Tensor) and ALPHAS[0] <= alpha <= ALPHAS[1]
+
+
+def solve(x: Tensor, alpha: float | Tensor) -> RowState:
     """The state of rows in the dtype of the arithmetic. NaN and +inf make a row NaN. A row of -inf alone gets p = 0.
 
     Maxima of segments certify a start at or above the true offset. Newton's steps stay at or above it.
@@ -40,6 +59,8 @@ def solve(x: Tensor, alpha: float) -> RowState:
     maximum = x.amax(-1)
     maximum = torch.where(maximum == torch.inf, torch.nan, maximum)
     maximum = torch.where(maximum == -torch.inf, torch.inf, maximum)
+    if not has_offset(alpha):
+        return RowState(maximum, *any_alpha.solve(x, alpha, maximum))
     z = relative(x, maximum, alpha)
     segments = pad(z, (0, -z.shape[-1] % SEGMENT), value=-torch.inf).unflatten(-1, (-1, SEGMENT))
     offset = certified_offset(segments.amax(-1), torch.zeros_like(maximum), alpha)
@@ -59,32 +80,40 @@ def relative(x: Tensor, maximum: Tensor, alpha: float) -> Tensor:
     return (x - maximum.unsqueeze(-1)).mul_(alpha - 1.0)
 
 
-def probabilities(x: Tensor, state: RowState, alpha: float) -> Tensor:
+def probabilities(x: Tensor, state: RowState, alpha: float | Tensor) -> Tensor:
+    if not has_offset(alpha):
+        return any_alpha.probabilities(x, alpha, *state)
     distance = relative(x, state.maximum, alpha).add_(state.offset.unsqueeze(-1)).clamp_min_(0)
     return support_weight(distance, alpha) * (distance + state.last_step.unsqueeze(-1)).clamp_min_(0)
 
 
-def weight_of_probability(p: Tensor, alpha: float) -> Tensor:
+def weight_of_probability(p: Tensor, alpha: float | Tensor) -> Tensor:
     """u = p^(2 - alpha) on the support, 0 elsewhere."""
-    if alpha == 1.5:
+    if has_offset(alpha) and alpha == 1.5:
         return p.sqrt()
-    if alpha == 2.0:
+    if has_offset(alpha) and alpha == 2.0:
         return torch.where(p > 0, 1.0, p)
     return torch.where(p == 0, 0.0, p.pow(2.0 - alpha))
 
 
-def parts(rows: int, n: int, alphas: Tensor | None, alpha: float) -> Iterator[tuple[slice | Tensor, float]]:
-    """(indices of rows that share one alpha, that alpha). The rows of a part hold at most CHUNK numbers, or are one."""
+def parts(rows: int, n: int, alphas: Tensor | None, alpha: float) -> Iterator[tuple[slice | Tensor, float | Tensor]]:
+    """(indices of rows, their alpha), with at most CHUNK numbers, or one row: rows that share an alpha in [1.01, 2], or
+    rows of any alphas, which then are (rows, 1)."""
     most = max(1, CHUNK // max(1, n))
     if alphas is None:
         for first in range(0, rows, most):
             yield slice(first, first + most), alpha
         return
-    for value in alphas.unique().tolist():
-        for index in (alphas == value).nonzero().squeeze(-1).split(most):
-            yield index, value
-    if (nan := alphas.isnan()).any():
-        yield nan.nonzero().squeeze(-1), torch.nan
+    together = torch.ones_like(alphas, dtype=torch.bool)
+    values = alphas.unique()
+    if values.numel() <= MOST_ALPHAS:
+        for value in filter(has_offset, values.tolist()):
+            own = alphas == value
+            together &= ~own
+            for index in own.nonzero().squeeze(-1).split(most):
+                yield index, value
+    for index in together.nonzero().squeeze(-1).split(most):
+        yield index, alphas[index].unsqueeze(-1)
 
 
 def entmax(x: Tensor, alphas: Tensor | None, alpha: float) -> Tensor:
@@ -92,14 +121,14 @@ def entmax(x: Tensor, alphas: Tensor | None, alpha: float) -> Tensor:
     result = torch.empty_like(x)
     for index, value in parts(*x.shape, alphas, alpha):
         part = x[index].to(row_dtype(x))
-        result[index] = probabilities(part, solve(part, value), value).to(x.dtype) if value == value else torch.nan
+        result[index] = probabilities(part, solve(part, value), value).to(x.dtype)
     return result
 
 
 def entmax_backward(
     grad: Tensor, p: Tensor, alphas: Tensor | None, alpha: float, needs_grad_alpha: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx = u (g - mean) with mean = sum u g / sum u, and d alpha = r^2 sum p (g - mean)(1 - (alpha - 1) ln p)."""
+    """dx = u (g - mean) with mean = sum u g / sum u, and d alpha = -sum u phi (g - mean)."""
     dtype = row_dtype(p)
     grad_x, grad_alpha = torch.empty_like(p), p.new_empty(p.shape[0] if needs_grad_alpha else 0, dtype=dtype)
     for index, value in parts(*p.shape, alphas, alpha):
@@ -111,9 +140,7 @@ def entmax_backward(
         dx = torch.where(weight == 0, 0.0, weight * (g - mean))  # 0 also where the mean is NaN
         grad_x[index] = dx.to(p.dtype)
         if needs_grad_alpha:
-            # (alpha - 1)^2 dp / d alpha, but for a multiple of u: sum u (g - mean) = 0.
-            dp_dalpha = torch.where(part == 0, 0.0, part * (1.0 - (value - 1.0) * part.log()))
-            grad_alpha[index] = (dp_dalpha * (g - mean)).sum(-1) / (value - 1.0) ** 2
+            grad_alpha[index] = -(weight_along_alpha(part, value) * (g - mean)).sum(-1)
     return grad_x, grad_alpha
 
 
@@ -137,8 +164,11 @@ def loss(x: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tenso
         p = probabilities(part, state, alpha)
         centred = part - state.maximum.unsqueeze(-1)
         energy = torch.where(p == 0, 0.0, p * centred).sum(-1)
-        offset = state.offset + state.last_step * (alpha - 1.0)
-        conjugate = energy * (1.0 - 1.0 / alpha) + (1.0 - offset) / (alpha * (alpha - 1.0))
+        if has_offset(alpha):
+            offset = state.offset + state.last_step * (alpha - 1.0)
+            conjugate = energy * (1.0 - 1.0 / alpha) + (1.0 - offset) / (alpha * (alpha - 1.0))
+        else:
+            conjugate = any_alpha.conjugate(energy, p, alpha)
         value = conjugate - (1.0 - smoothing) * expected_score(centred, target[index], ignore_index) + entropy
         if smoothing:
             value -= smoothing * centred.mean(-1)

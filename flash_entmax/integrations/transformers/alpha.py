@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.alphas import within_range
+from ...core.call import ALPHAS
 from ...core.checks import said
 from .config import HELD_BY, is_held
 
@@ -157,7 +159,8 @@ def _held_alpha(module: nn.Module, declared: dict[str, Any], device: torch.devic
             "set_alpha(model, alpha)"
         )
     alpha = owner.model.entmax_alpha()
-    return (alpha if alpha.numel() > 1 else alpha.reshape(())).to(device)  # layers may be on several devices
+    alpha = (alpha if alpha.numel() > 1 else alpha.reshape(())).to(device)  # layers may be on several devices
+    return within_range(alpha, declared.get("range", ALPHAS)) if declared["learned"] else alpha
 
 
 def _alpha_of_layer(module: nn.Module, declared: dict) -> float:

@@ -5,13 +5,16 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from ...core.alphas import check_alpha_range
 from ...core.call import ALPHAS
 from ...core.checks import said
 from .alpha import AlphaWeight, check_number, hold_alpha
 from .config import HELD_BY, declare, implementation_of
 
 
-def set_alpha(model: nn.Module, alpha: float | Tensor | dict[int, float]) -> None:
+def set_alpha(
+    model: nn.Module, alpha: float | Tensor | dict[int, float], alpha_range: tuple[float, float] | None = None
+) -> None:
     """Set the alpha of all layers of a model that runs ``attn_implementation="entmax"``.
 
     It is saved with the model. A plain ``from_pretrained(folder)`` after ``register()`` loads it.
@@ -20,20 +23,26 @@ def set_alpha(model: nn.Module, alpha: float | Tensor | dict[int, float]) -> Non
         model: one of Transformers, or a wrapper around one.
         alpha: a number from 1 to 2; or a dict of such numbers by the ``layer_idx`` of each layer; or a tensor of values
             in [1.01, 2], shaped (), (1,) or (heads,), on the model's device, which all layers share.
-            A tensor becomes the weight ``entmax_alpha.value`` of the base model. A ``Parameter`` is learned. It may
-            leave the range, and calls clamp it; a scalar one gets the shape (1,), which FSDP needs. Any other tensor
-            may be changed in place at any time, and nothing is compiled again.
+            A tensor becomes the weight ``entmax_alpha.value`` of the base model. A ``Parameter`` is learned; a scalar
+            one gets the shape (1,), which FSDP needs. Any other tensor may be changed in place at any time, and nothing
+            is compiled again; where it is out of [1.01, 2], calls refuse it.
+        alpha_range: of a ``Parameter``, which an optimizer may move anywhere: (lowest, highest) within [1.01, 2], to
+            which calls clamp it, with gradient 0 outside. None is the whole of [1.01, 2]. It is saved with the model.
 
     Models that were built from one config object share its numbers.
 
     Raises:
         TypeError, ValueError: no layer of the model runs entmax, or alpha is none of the above; nothing is changed.
     """
-    assign_alpha(model, alpha, "set_alpha")
+    assign_alpha(model, alpha, "set_alpha", alpha_range)
 
 
-def assign_alpha(model: nn.Module, alpha: float | Tensor | dict[int, float], by: str) -> None:
+def assign_alpha(
+    model: nn.Module, alpha: float | Tensor | dict[int, float], by: str, alpha_range: tuple[float, float] | None = None
+) -> None:
     """As `set_alpha`. Messages name `by`, which the user called: set_alpha or AnnealAlpha."""
+    if alpha_range is not None:
+        _check_range(alpha, alpha_range)
     layers, root, owner = _check_model(model, by)
     _check_holder(model, root, owner, alpha, by)
     if isinstance(alpha, Tensor):
@@ -54,6 +63,8 @@ def assign_alpha(model: nn.Module, alpha: float | Tensor | dict[int, float], by:
         name = type(owner).__name__.removeprefix("FSDP")
         numbers = torch.full(alpha.shape, torch.nan) if alpha.is_meta else alpha.detach()
         declared = {HELD_BY: name, "learned": isinstance(alpha, nn.Parameter), "initial": numbers.tolist()}
+        if isinstance(alpha, nn.Parameter):
+            declared["range"] = list(map(float, alpha_range or ALPHAS))
     for config in {id(part.config): part.config for part in (*layers, owner)}.values():
         config.entmax_alpha = declared
     declare(root.config)
@@ -118,6 +129,15 @@ def check_tensor(alpha: Tensor, layers: list[nn.Module], owner: nn.Module) -> No
     ends = numbers.new_tensor([lowest, highest])  # in alpha's dtype, whose 1.01 may be less than that of float64
     if not ((numbers >= ends[0]) & (numbers <= ends[1])).all():
         raise ValueError(f"a tensor alpha must be in [{lowest:g}, {highest:g}], got {numbers.tolist()}")
+
+
+def _check_range(alpha: object, alpha_range: object) -> None:
+    if not isinstance(alpha, nn.Parameter):
+        raise ValueError(f"alpha_range is for a Parameter, which is learned, got alpha {said(alpha)}")
+    check_alpha_range(alpha_range)
+    lowest, highest = ALPHAS
+    if not lowest <= alpha_range[0] <= alpha_range[1] <= highest:
+        raise ValueError(f"alpha_range must be within [{lowest:g}, {highest:g}], got {tuple(alpha_range)}")
 
 
 def _check_layers(alpha: dict, layers: list[nn.Module]) -> None:

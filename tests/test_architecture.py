@@ -35,9 +35,9 @@ WINGS = {
     "show": {"inspection", "core"},
     "programs": {
         "", "show", "integrations", "inspection", "variational", "anneal", "nn", "functional", "backends", "core",
-    },  # fmt: skip
+    },
     "__main__": {"programs"},
-}
+}  # fmt: skip
 # Of the backends, wings above the operators use the specification only, or ask which one can run.
 OPEN_TO_ALL = {"backends", "backends.reference"}
 FURTHER = {"programs.benchmarks": {"testing"}}  # inputs and error measures are shared with the tests

@@ -21,6 +21,7 @@ SCRIPTS = {
     "transformers_model.py": ((), r"\S", "transformers"),
     "what_attention_remembers.py": ((), r"left: Kim .*attention by \de-1[4-9]\n.*from it by 1\.0", "matplotlib"),
     "torchtitan_attention.py": ((), r"2 processes, 128 of 256 tokens each: loss 8\.\d+, norm", "torchtitan"),
+    "variational_autoencoder.py": (("1",), r"alpha 2: error of a restored pixel 0\.\d+, exactly", "sklearn"),
     "see_attention.py": ((), r"attends to\n  0\.\d{4}  token", "matplotlib"),
 }
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flash_entmax.programs.cli import main
-from flash_entmax.programs.recipes import max_retrieval, report, sequences, sweep, training
+from flash_entmax.programs.recipes import max_retrieval, mixture, report, sequences, sweep, training
 from flash_entmax.programs.recipes.language_model import RECIPE as LANGUAGE_MODEL
 from flash_entmax.programs.recipes.recipe import Measure, Recipe
 from flash_entmax.programs.recipes.runs import new_model
@@ -111,6 +111,17 @@ def test_training_speed_is_of_whole_steps(written):
     found = json.loads((written / "training-speed-toy.json").read_text())["bytes_per_second"]
     assert list(found) == ["entmax 1.5, trained", "entmax 1.5, before training", "softmax, SDPA"]
     assert all(speed > 0 for by_length in found.values() for speed in by_length.values())
+
+
+def test_mixtures_of_every_arm(written):
+    found = json.loads((written / "mixture-toy.json").read_text())["found"]
+    assert set(found) == set(mixture.DATA)
+    for arms in found.values():
+        assert set(arms) == {*mixture.ALPHAS, mixture.PEER}
+        assert all(0 < score <= 100 for arm in arms.values() for score in arm["agreement"])
+        assert all(rise <= 1e-12 for arm in mixture.ALPHAS for rise in arms[arm]["rises"])
+        assert min(arms["EM"]["support"]) > max(arms["alpha 2"]["support"]) >= 1
+    assert (written / "mixture-toy.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

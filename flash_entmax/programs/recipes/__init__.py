@@ -1,6 +1,6 @@
 """Claims about models, each reproduced by one command: flash-entmax recipe NAME.
 
-Needs matplotlib, rich and safetensors: pip install "flash-entmax[recipes]".
+Needs matplotlib, rich, safetensors and scikit-learn: pip install "flash-entmax[recipes]".
 """
 
 from .settings import TRAINED, RecipeSettings
@@ -8,11 +8,13 @@ from .settings import TRAINED, RecipeSettings
 
 def run(name: str, settings: RecipeSettings) -> None:
     """Do what is not in the results yet; write results, tables and pictures."""
-    from . import sparsity, sweep, training_speed
+    from . import mixture, sparsity, sweep, training_speed
 
     if name in TRAINED:
         sweep.run(sweep.RECIPES[name], settings)
     elif name == "sparsity":
         sparsity.run(settings)
+    elif name == "mixture":
+        mixture.run(settings)
     else:
         training_speed.run(settings)

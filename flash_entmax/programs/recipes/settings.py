@@ -7,7 +7,8 @@ from ..errors import CommandError, device_for, require
 
 TRAINED = ("max-retrieval", "sort", "reverse", "language-model")  # these train models by the plan in sweep.py
 MEASURED = ("sparsity", "training-speed")  # these measure the models of language-model
-NAMES = (*TRAINED, *MEASURED)
+FITTED = ("mixture",)  # these fit estimators
+NAMES = (*TRAINED, *MEASURED, *FITTED)
 SIZES = ("toy", "small", "full")  # in seconds, in minutes on a laptop, in minutes on a GPU
 
 
@@ -24,7 +25,7 @@ class RecipeSettings:
 
 def settings_for(out: Path, size: str | None, device: str, text: Path | None, workers: int | None) -> RecipeSettings:
     """``device`` may be "auto". A size of None becomes the one that fits the device."""
-    require("recipes", "matplotlib", "rich", "safetensors")
+    require("recipes", "matplotlib", "rich", "safetensors", "sklearn")
     device = device_for(device)
     if workers is not None and workers < 1:
         raise CommandError(f"--workers must be at least 1, got {workers}")

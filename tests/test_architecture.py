@@ -31,8 +31,9 @@ WINGS = {
     "": {"losses", "activations", "functional", "paged", "key_summaries", "operators", "backends", "core"},
     "testing": set(),
     "integrations": {"anneal", "nn", "inspection", "functional", "core"},
+    "adapt": {"anneal", "inspection", "core"},
     "show": {"inspection", "core"},
-    "programs": {"", "show", "integrations", "inspection", "anneal", "nn", "functional", "backends", "core"},
+    "programs": {"", "show", "integrations", "adapt", "inspection", "anneal", "nn", "functional", "backends", "core"},
     "__main__": {"programs"},
 }
 # Of the backends, wings above the operators use the specification only, or ask which one can run.

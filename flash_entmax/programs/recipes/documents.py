@@ -59,7 +59,7 @@ class Prose(HTMLParser):
 
 def is_english_prose(text: str) -> bool:
     """Whether enough words are ENGLISH: not in another language, and not in a list of keywords."""
-    words = re.findall(r"[^\W\d_]+", text[:LOOKED_AT].lower())
+    words = re.findall(r"[^\W\d_]+", text.lower())
     return sum(word in ENGLISH for word in words) >= FEWEST_ENGLISH * max(1, len(words))
 
 
@@ -134,7 +134,7 @@ def document(file: Path) -> str:
         text = manual_page(text)
     elif file.name == "METADATA":
         text = text.partition("\n\n")[2]  # behind the fields is the package's own description
-    return text if len(text) >= SHORTEST and is_english_prose(text) else ""
+    return text if len(text) >= SHORTEST and is_english_prose(text[:LOOKED_AT]) else ""
 
 
 def manual_page(text: str) -> str:

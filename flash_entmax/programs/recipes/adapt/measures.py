@@ -4,7 +4,8 @@ import copy
 import time
 from dataclasses import asdict
 from itertools import pairwise
-from statistics import median
+from math import inf, isfinite
+from statistics import fmean, median
 
 import torch
 from torch import nn
@@ -37,9 +38,12 @@ def held_out(model: nn.Module, texts: dict[str, Text], size: AdaptSize, device: 
 
 
 def validation(measured: dict) -> float:
-    """The number that chooses learning rates: the mean loss of both texts at the shortest length."""
-    losses = [next(iter(by_length.values()))["loss"] for by_length in measured.values()]
-    return sum(losses) / len(losses)
+    """The number that chooses learning rates: the mean loss of both texts at the shortest length.
+
+    Infinite for a training that failed.
+    """
+    loss = fmean(next(iter(by_length.values()))["loss"] for by_length in measured.values())
+    return loss if isfinite(loss) else inf
 
 
 def for_generation(model: nn.Module) -> nn.Module:

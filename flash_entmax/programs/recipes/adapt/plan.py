@@ -58,7 +58,8 @@ def run(settings: RecipeSettings, size: AdaptSize) -> None:
                 )  # fmt: skip
             numbers["held_out"] = measures.held_out(trained, text, size, settings.device)
             numbers["validation"] = measures.validation(numbers["held_out"])
-            keep_the_best(trained, tokenizer, each, numbers, settings, results)
+            if each.alpha != SOFTMAX:
+                keep_the_best(trained, tokenizer, each, numbers, text["prose"], size, settings, results)
             results["runs"][each.key] = numbers
             write_json(path, results)
 
@@ -75,8 +76,6 @@ def run(settings: RecipeSettings, size: AdaptSize) -> None:
     results["best"] = {arm_of(alpha): each.rate for alpha, each in best.items()}
     results["chosen"] = {arm_of(alpha): [each.key for each in runs] for alpha, runs in chosen.items()}
     results["seconds"] = results.get("seconds", 0.0) + time.perf_counter() - start
-    write_json(path, results)
-    after(tokenizer, text, size, settings, results)
     write_json(path, results)
     report.write(console, results, path)
 
@@ -104,28 +103,25 @@ def before(
 
 
 def keep_the_best(
-    model: nn.Module, tokenizer, each: AdaptRun, numbers: dict, settings: RecipeSettings, results: dict
-) -> None:
-    """Save the model if none of its arm had a lower validation loss."""
+    model: nn.Module, tokenizer, each: AdaptRun, numbers: dict, text: Text, size: AdaptSize, settings: RecipeSettings,
+    results: dict,
+) -> None:  # fmt: skip
+    """Save the model if none of its arm had a lower validation loss; load it by the plain call, and generate with it.
+
+    All that is said of a saved model is measured here, so that results do not depend on its folder any more.
+    """
     saved = results.setdefault("saved", {})
-    if each.alpha == SOFTMAX:
-        return
     known = saved.get(each.arm)
-    if known is None or numbers["validation"] < results["runs"][known["run"]]["validation"]:
-        folder = settings.out / f"adapt-{settings.size}" / each.arm.replace(" ", "-")
-        save(model, tokenizer, each.alpha, folder)
-        saved[each.arm] = {"run": each.key, "folder": str(folder)}
-
-
-def after(tokenizer, text: dict[str, Text], size: AdaptSize, settings: RecipeSettings, results: dict) -> None:
-    """Load the saved models by the plain call, and generate with them; a page for each."""
-    for arm in results["chosen"]:
-        saved = results["saved"].get(arm)
-        if saved is None or saved.get("measured") == saved["run"]:
-            continue
-        model = load_model(saved["folder"], settings.device)
-        saved["page"] = report.page_of(model, tokenizer, text["prose"], size, saved["folder"], arm)
-        generating = measures.for_generation(model)
-        saved["tokens_per_second"] = measures.tokens_per_second(generating, tokenizer, text["prose"], size)
-        saved["answers"] = measures.answers(generating, tokenizer, size)
-        saved["measured"] = saved["run"]
+    if known is not None and numbers["validation"] >= results["runs"][known["run"]]["validation"]:
+        return
+    folder = settings.out / f"adapt-{settings.size}" / each.arm.replace(" ", "-")
+    save(model, tokenizer, each.alpha, folder)
+    loaded = load_model(folder, settings.device)
+    generating = measures.for_generation(loaded)
+    saved[each.arm] = {
+        "run": each.key,
+        "folder": str(folder),
+        "page": report.page_of(loaded, tokenizer, text, size, folder, each.arm),
+        "tokens_per_second": measures.tokens_per_second(generating, tokenizer, text, size),
+        "answers": measures.answers(generating, tokenizer, size),
+    }

@@ -37,8 +37,8 @@ def write(console: Console, results: dict, path: Path) -> None:
         console.print(f"{draw(results, path.with_name(f'{path.stem}-alpha.png'))}", soft_wrap=True)
     for line in answer_lines(results):
         console.print(line, soft_wrap=True, markup=False)
-    for arm, saved in results["saved"].items():
-        console.print(f"{arm}: {saved['folder']}, {saved['page']}", soft_wrap=True)
+    for saved in results["saved"].values():
+        console.print(f"saved: {saved['run']}: {saved['folder']}, {saved['page']}", soft_wrap=True)
     console.print(f"{results['seconds']:.0f} s in all; the numbers are {path}", soft_wrap=True)
 
 
@@ -190,13 +190,13 @@ def draw(results: dict, path: Path) -> Path:
 
 
 @torch.no_grad()
-def page_of(model: nn.Module, tokenizer, text: Text, size: AdaptSize, folder: str, arm: str) -> str:
+def page_of(model: nn.Module, tokenizer, text: Text, size: AdaptSize, folder: Path, arm: str) -> str:
     """Write the page on the first held-out passage into the folder; its path, or why there is none."""
     ids = text.held_out[: size.passage].long()
     with precision(model.device), inspection.record(model) as calls:
         model(ids.unsqueeze(0).to(model.device), use_cache=False)
     tokens = [tokenizer.decode([token]) for token in ids.tolist()]
-    path = Path(folder) / "attention.html"
+    path = folder / "attention.html"
     try:
         return str(page.save_page(path, tokens, calls, title=f"{arm}: {len(tokens)} tokens of held-out prose"))
     except ValueError as error:

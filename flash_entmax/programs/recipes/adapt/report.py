@@ -176,7 +176,7 @@ def draw(results: dict, path: Path) -> Path:
     keys.set(title=f"keys a query, of {int(length):,}", yscale="log")
     for quantity, label in DENSITIES.items():
         density.plot(alphas, [100 * share for share in figures(quantity)], marker="o", label=f"{label}, %")
-    density.set(title=f"by 64 queries, {int(length):,} tokens", yscale="log")
+    density.set(title=f"by tile of queries, {int(length):,} tokens", yscale="log")
     step.plot(alphas, over_arms(lambda arm: mean(step_ratios(results, arm))), marker="o")
     step.set(title="training step over softmax's")
     for axes in (loss, keys, density, step):

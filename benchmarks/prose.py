@@ -5,13 +5,13 @@ Then: flash-entmax recipe language-model --text FOLDER --out out/prose
 """
 
 import gzip
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from flash_entmax.programs.recipes.documents import Prose, is_english_prose
 
 PACKAGES = (
     "debian-handbook",
@@ -28,48 +28,6 @@ PACKAGES = (
 )
 SHORTEST = 5_000  # characters; shorter texts are title pages and indexes
 FOREIGN = "/html/"  # the handbook has a folder for each language
-# Frequent English words that translations do not have. They are at least 0.12 of the words on a page of prose, at most
-# 0.011 in a translation, and at most 0.05 in an index of keywords.
-ENGLISH = {
-    "the", "of", "and", "to", "that", "it", "with", "by", "this",
-    "from", "which", "you", "have", "are", "be", "or", "not",
-}  # fmt: skip
-FEWEST_ENGLISH = 0.08
-
-
-class Prose(HTMLParser):
-    """The text of a page, without its scripts, styles and menus."""
-
-    SILENT = "script", "style", "nav", "head"
-    ENDS_A_LINE = "p", "div", "li", "pre", "h1", "h2", "h3", "h4", "tr", "br", "dt", "dd"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self.silence = 0
-
-    def handle_starttag(self, tag, attributes):
-        self.silence += tag in self.SILENT
-        if tag in self.ENDS_A_LINE:
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag):
-        self.silence -= tag in self.SILENT
-
-    def handle_data(self, data):
-        if not self.silence:
-            self.parts.append(data)
-
-    @property
-    def text(self) -> str:
-        lines = (" ".join(line.split()) for line in "".join(self.parts).splitlines())
-        return "\n".join(line for line in lines if line)
-
-
-def is_english_prose(text: str) -> bool:
-    """Whether enough words are ENGLISH: not in another language, and not in a list of keywords."""
-    words = re.findall(r"[^\W\d_]+", text.lower())
-    return sum(word in ENGLISH for word in words) >= FEWEST_ENGLISH * max(1, len(words))
 
 
 def documents(folder: Path) -> Iterator[tuple[str, str]]:

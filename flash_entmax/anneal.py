@@ -7,15 +7,18 @@ import torch
 from .core.call import ALPHAS
 from .core.checks import is_number
 
-# Which share of the way from start to end alpha has gone after a share of the steps.
+# Alpha after a share of the steps from start to end.
 CURVES = {
-    "linear": lambda share: share,
-    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+    "linear": lambda start, end, share: start + (end - start) * share,
+    "cosine": lambda start, end, share: start + (end - start) * ((1 - math.cos(math.pi * share)) / 2),
+    "geometric": lambda start, end, share: 1 + (start - 1) ** (1 - share) * (end - 1) ** share,
 }
 
 
 class AlphaAnnealing:
     """Moves ``alpha`` from ``start`` to ``end`` over ``steps`` calls of :meth:`step`, then leaves it there.
+
+    ``hold`` further calls come first, and leave it at ``start``.
 
     A model that was trained with softmax hardly changes at alpha 1.01. As alpha rises slowly, the model learns which
     keys it can do without. AdaSplash (arXiv 2502.12082) went from 1.01 to 1.5 over half of a run.
@@ -28,8 +31,11 @@ class AlphaAnnealing:
     Args:
         steps: how many calls of ``step()`` it takes from ``start`` to ``end``, at least 1.
         start, end: alpha before the first step and after the last, in [1.01, 2].
-        shape: ``"cosine"``, slow at both ends, or ``"linear"``.
+        shape: ``"cosine"``, slow at both ends; ``"linear"``; or ``"geometric"``, slow at first, along which
+            1 / (alpha - 1) falls by the same factor at each step. A key can have a positive probability only if its
+            score is less than 1 / (alpha - 1) below the largest one of its row.
         device: of the tensor, which must be that of the model.
+        hold: how many calls of ``step()`` leave alpha at ``start`` before it moves, at least 0.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or out of range.
@@ -53,9 +59,11 @@ class AlphaAnnealing:
         end: float = 1.5,
         shape: str = "cosine",
         device: torch.device | str | None = None,
+        hold: int = 0,
     ) -> None:
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+        for name, count, least in (("steps", steps, 1), ("hold", hold, 0)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
         lowest, highest = ALPHAS
         for name, number in (("start", start), ("end", end)):
             if not is_number(number):
@@ -66,28 +74,34 @@ class AlphaAnnealing:
                 )
         if shape not in tuple(CURVES):
             raise ValueError(f"shape must be one of {', '.join(map(repr, CURVES))}, got {shape!r}")
-        self.steps, self.start, self.end, self.shape = steps, float(start), float(end), shape
+        self.steps, self.start, self.end, self.shape, self.hold = steps, float(start), float(end), shape, hold
         self.taken = 0
         self.alpha = torch.tensor(self.start, dtype=torch.float32, device=device)
 
+    @property
+    def last_step(self) -> int:
+        """How many calls of ``step()`` it takes until alpha is at ``end``: ``hold + steps``."""
+        return self.hold + self.steps
+
     def step(self) -> float:
         """Move alpha by one step, and return its new value."""
-        self.taken = min(self.taken + 1, self.steps)
+        self.taken = min(self.taken + 1, self.last_step)
         return self._move_alpha()
 
     def _move_alpha(self) -> float:
         """Set alpha to its value after the steps taken."""
-        value = self.start + (self.end - self.start) * CURVES[self.shape](self.taken / self.steps)
+        value = CURVES[self.shape](self.start, self.end, max(0, self.taken - self.hold) / self.steps)
         with torch.no_grad():
             self.alpha.fill_(value)
         return value
 
     def state_dict(self) -> dict[str, int | float | str]:
         """The number of steps taken, and the arguments of this object but the device."""
-        return {"taken": self.taken, "steps": self.steps, "start": self.start, "end": self.end, "shape": self.shape}
+        names = "taken", "steps", "start", "end", "shape", "hold"
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, int | float | str]) -> None:
-        """Continue after the steps that ``state`` has taken. ``{"taken": n}`` alone is enough.
+        """Continue after the steps that ``state`` has taken, held ones included. ``{"taken": n}`` alone is enough.
 
         Raises:
             ValueError: the state has other arguments than this object, other keys, or an impossible number of steps.
@@ -103,11 +117,12 @@ class AlphaAnnealing:
         if other:
             raise ValueError(f"the state has other arguments: {', '.join(other)}; make AlphaAnnealing with them")
         taken = state["taken"]
-        if not isinstance(taken, int) or isinstance(taken, bool) or not 0 <= taken <= self.steps:
-            raise ValueError(f"taken must be an integer from 0 to {self.steps}, got {taken!r}")
+        if not isinstance(taken, int) or isinstance(taken, bool) or not 0 <= taken <= self.last_step:
+            raise ValueError(f"taken must be an integer from 0 to {self.last_step}, got {taken!r}")
         self.taken = taken
         self._move_alpha()
 
     def __repr__(self) -> str:
-        steps = f"{self.start:g} to {self.end:g}, {self.shape}, step {self.taken} of {self.steps}"
+        held = f", held for {self.hold}" if self.hold else ""
+        steps = f"{self.start:g} to {self.end:g}, {self.shape}{held}, step {self.taken} of {self.last_step}"
         return f"{type(self).__name__}({steps}: alpha {self.alpha.item():.4g})"

@@ -26,6 +26,20 @@ def test_the_way_from_start_to_end(shape):
     assert early == pytest.approx(0.049 if shape == "linear" else 0.49 * (1 - math.cos(math.pi / 10)) / 2)
 
 
+def test_held_then_geometric_then_at_rest():
+    """1 / (alpha - 1) falls by the same factor at each step that moves, from 100 to 2."""
+    annealing = AlphaAnnealing(4, shape="geometric", hold=3)
+    values = [annealing.alpha.item(), *(annealing.step() for _ in range(annealing.last_step + 2))]
+    assert values[:4] == pytest.approx([1.01] * 4)
+    assert values[7:] == pytest.approx([1.5] * 3)
+    gaps = [1 / (alpha - 1) for alpha in values[3:8]]
+    assert [before / after for before, after in pairwise(gaps)] == pytest.approx([50**0.25] * 4, rel=1e-5)
+    again = AlphaAnnealing(4, shape="geometric", hold=3)
+    again.load_state_dict(annealing.state_dict() | {"taken": 5})
+    assert again.alpha.item() == pytest.approx(values[5])
+    assert "geometric, held for 3, step 5 of 7" in repr(again)
+
+
 def test_alpha_is_one_tensor_all_along():
     """A call that holds the tensor sees it move."""
     annealing = AlphaAnnealing(4)
@@ -100,10 +114,12 @@ def test_a_copy_has_a_tensor_of_its_own():
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"steps": 2.5}, "steps must be an integer of at least 1, got 2.5"),
         ({"steps": True}, "steps must be an integer of at least 1, got True"),
+        ({"steps": 3, "hold": -1}, "hold must be an integer of at least 0, got -1"),
+        ({"steps": 3, "hold": 0.5}, "hold must be an integer of at least 0, got 0.5"),
         ({"steps": 3, "start": 1.0}, r"start must be in \[1.01, 2\].*, got 1.0"),
         ({"steps": 3, "end": 2.5}, r"end must be in \[1.01, 2\].*, got 2.5"),
-        ({"steps": 3, "shape": "sigmoid"}, "shape must be one of 'linear', 'cosine', got 'sigmoid'"),
-        ({"steps": 3, "shape": ["linear"]}, r"shape must be one of 'linear', 'cosine', got \['linear'\]"),
+        ({"steps": 3, "shape": "sigmoid"}, "shape must be one of 'linear', 'cosine', 'geometric', got 'sigmoid'"),
+        ({"steps": 3, "shape": ["linear"]}, r"shape must be one of .*, got \['linear'\]"),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -39,9 +39,11 @@ WINGS = {
     },
     "testing": set(),
     "integrations": {"distributed", "anneal", "nn", "inspection", "functional", "core"},
+    "adapt": {"anneal", "inspection", "core"},
     "show": {"inspection", "recurrence", "core"},
     "programs": {
-        "", "show", "integrations", "inspection", "variational", "anneal", "nn", "functional", "backends", "core",
+        "", "show", "integrations", "adapt", "inspection", "variational", "anneal", "nn", "functional", "backends",
+        "core",
     },
     "__main__": {"programs"},
 }  # fmt: skip

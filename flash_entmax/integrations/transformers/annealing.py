@@ -17,7 +17,7 @@ class AnnealAlpha(TrainerCallback):
 
     Args:
         model: the model that the Trainer gets.
-        start, end, steps, shape: as for :class:`flash_entmax.anneal.AlphaAnnealing`.
+        start, end, steps, shape, hold: as for :class:`flash_entmax.anneal.AlphaAnnealing`.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or out of range; no layer of the model runs entmax, or
@@ -25,11 +25,18 @@ class AnnealAlpha(TrainerCallback):
     """
 
     def __init__(
-        self, model: nn.Module, start: float = 1.01, end: float = 1.5, *, steps: int, shape: str = "cosine"
+        self,
+        model: nn.Module,
+        start: float = 1.01,
+        end: float = 1.5,
+        *,
+        steps: int,
+        shape: str = "cosine",
+        hold: int = 0,
     ) -> None:
         device = next((weight.device for weight in model.parameters()), None) if isinstance(model, nn.Module) else None
         self.model = model
-        self.annealing = AlphaAnnealing(steps, start, end, shape, device=device)
+        self.annealing = AlphaAnnealing(steps, start, end, shape, device, hold)
         if not (isinstance(model, nn.Module) and belongs_to_adapter(model)):
             assign_alpha(model, self.annealing.alpha, "AnnealAlpha")
         self._take_tensor()
@@ -50,7 +57,7 @@ class AnnealAlpha(TrainerCallback):
                 f"AnnealAlpha was made for another {type(self.model).__name__} than the {type(model).__name__} that is "
                 "trained: make it with the model that the Trainer gets"
             )
-        self.annealing.load_state_dict({"taken": min(state.global_step, self.annealing.steps)})
+        self.annealing.load_state_dict({"taken": min(state.global_step, self.annealing.last_step)})
 
     def on_step_end(self, arguments, state, control, **kwargs) -> None:
         self._take_tensor()

@@ -3,6 +3,7 @@
 Needs matplotlib, rich, safetensors and scikit-learn: pip install "flash-entmax[recipes]".
 """
 
+from .adapt.settings import AdaptSize
 from .settings import TRAINED, RecipeSettings
 
 
@@ -18,3 +19,10 @@ def run(name: str, settings: RecipeSettings) -> None:
         mixture.run(settings)
     else:
         training_speed.run(settings)
+
+
+def run_adapt(settings: RecipeSettings, size: AdaptSize) -> None:
+    """The same for the recipe adapt, which writes the adapted models as well."""
+    from .adapt import plan
+
+    plan.run(settings, size)

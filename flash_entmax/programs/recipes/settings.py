@@ -9,12 +9,17 @@ TRAINED = ("max-retrieval", "sort", "reverse", "language-model")  # these train 
 MEASURED = ("sparsity", "training-speed")  # these measure the models of language-model
 FITTED = ("mixture",)  # these fit estimators
 NAMES = (*TRAINED, *MEASURED, *FITTED)
+ADAPT = "adapt"  # takes a pretrained model, needs further packages, and has options of its own
 SIZES = ("toy", "small", "full")  # in seconds, in minutes on a laptop, in minutes on a GPU
 
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """``device`` is "cpu" or "cuda"; ``text`` is the language model's corpus; ``workers`` None: as the size says."""
+    """What all recipes take.
+
+    ``device`` is "cpu" or "cuda"; ``text`` is the language model's corpus, or the prose of adapt; ``workers`` None: as
+    the size says.
+    """
 
     out: Path
     size: str

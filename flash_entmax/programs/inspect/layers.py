@@ -4,15 +4,13 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from ...inspection import RecordedCall
+from ...inspection import Recorded
 from ..errors import CommandError
 from .settings import InspectSettings, check_against, heads_of, numbers_of
 from .subject import NO_INTERFACE, Subject
 
 
-def choose(
-    settings: InspectSettings, subject: Subject, calls: Sequence[RecordedCall]
-) -> tuple[list[RecordedCall], str]:
+def choose(settings: InspectSettings, subject: Subject, calls: Sequence[Recorded]) -> tuple[list[Recorded], str]:
     """The calls of the layers asked for, numbered by layer; and in words, which of these layers are not shown."""
     if not calls:
         raise CommandError(f"{settings.model}: {why_no_calls(subject)}")
@@ -30,7 +28,7 @@ def choose(
     return [call for call in calls if call.number in asked], words
 
 
-def number_by_layer(model: nn.Module, calls: Sequence[RecordedCall]) -> bool:
+def number_by_layer(model: nn.Module, calls: Sequence[Recorded]) -> bool:
     """Number every call by the ``layer_idx`` of its module. If two calls would share one, change nothing: False."""
     modules = dict(model.named_modules())
     numbers = [getattr(modules.get(call.name), "layer_idx", None) for call in calls]

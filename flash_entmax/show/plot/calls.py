@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...inspection import RecordedCall
+from ...inspection import Recorded
 from .shared import INVISIBLE, colours, ink_on, require_matplotlib
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ GREY = "#444"
 TITLE_SIZE = 13
 
 
-def support_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
+def support_figure(calls: Sequence[Recorded], title: str) -> "Figure":
     """A heat map with numbers: the mean support size by layer (row) and head (column). Redder means more keys.
 
     Args:
@@ -69,7 +69,7 @@ def support_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
     return figure
 
 
-def map_figure(call: RecordedCall, title: str, batch: int = 0, head: int = 0, cells: int = MAP_CELLS) -> "Figure":
+def map_figure(call: Recorded, title: str, batch: int = 0, head: int = 0, cells: int = MAP_CELLS) -> "Figure":
     """One head's attention, with queries down and keys across. White is exactly zero, and grey is hidden.
 
     Up to ``cells`` queries and keys, a cell is one probability. Beyond, a cell is a square of pairs, coloured by the
@@ -102,7 +102,7 @@ def map_figure(call: RecordedCall, title: str, batch: int = 0, head: int = 0, ce
     bar = figure.add_axes((5.82 / width, 0.5 / height, 0.13 / width, 4.9 / height))
     add_colourbar(figure, bar, norm, ticks, label)
     size, share = call.keys_per_query[head].item(), 100 * call.block_sparsity[head].item()
-    tile = call.support.tile_shape[0]
+    tile = call.tile
     add_titles(
         figure,
         title,
@@ -112,7 +112,7 @@ def map_figure(call: RecordedCall, title: str, batch: int = 0, head: int = 0, ce
     return figure
 
 
-def sparsity_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
+def sparsity_figure(calls: Sequence[Recorded], title: str) -> "Figure":
     """A heat map: block sparsity by layer (row) and position of the queries. Redder means fewer empty tiles.
 
     Args:
@@ -140,20 +140,17 @@ def sparsity_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
         axes.axhline(edge - 0.5, color="white", linewidth=0.8)
     bar = figure.add_axes((1 - 1.05 / width, 0.6 / height, 0.16 / width, 1 - 1.4 / height))
     add_colourbar(figure, bar, norm, [0, 25, 50, 75, 100], "empty tiles, %", palette)
-    tiles = {call.support.tile_shape[0] for call in calls}
+    tiles = {call.tile for call in calls}
     size = f"{tile} x {tile} " if len(tiles) == 1 else ""
     about = f"Share of the {size}tiles with a visible key that hold no positive probability, over all heads"
     add_titles(figure, title, about)
     return figure
 
 
-def sparsity_grid(calls: Sequence[RecordedCall]) -> tuple[Tensor, int]:
+def sparsity_grid(calls: Sequence[Recorded]) -> tuple[Tensor, int]:
     """Block sparsity (layers, tiles of queries) float64, NaN past the end of a call; and the smallest tile size."""
-    smallest = min(call.support.tile_shape[0] for call in calls)
-    rows = [
-        call.block_sparsity_by_position.cpu().repeat_interleave(call.support.tile_shape[0] // smallest)
-        for call in calls
-    ]
+    smallest = min(call.tile for call in calls)
+    rows = [call.block_sparsity_by_position.cpu().repeat_interleave(call.tile // smallest) for call in calls]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan), smallest
 
 
@@ -170,7 +167,7 @@ def binned(rows: Tensor, square: int) -> Tensor:
     return counts / (queries.unsqueeze(-1) * keys)
 
 
-def hidden(call: RecordedCall, batch: int, square: int) -> Tensor:
+def hidden(call: Recorded, batch: int, square: int) -> Tensor:
     """(squares, squares) bool: no query of the square sees any key of it."""
     start, stop, _ = call.intervals[batch].cpu().unbind()
     blind = start >= stop

@@ -40,7 +40,8 @@ def save_page(
     Args:
         path: the file, which ends in .html.
         tokens: the piece of text of every token, in order, with any characters.
-        calls: recorded self-attention of these tokens, one call for each layer.
+        calls: recorded self-attention of these tokens, or state-space layers, one call for each layer. What a row of a
+            state-space layer leaves out is listed as "other".
         title: which model and text this is.
         note: a line under the title, with what else a reader should know.
         batch: the batch row of the calls that is shown.
@@ -62,6 +63,8 @@ def save_page(
                 "name": call.name,
                 "sizes": [round(size, 2) for size in call.keys_per_query.tolist()],
                 "visible": visible_keys(call, batch),
+                "covered": call.covered,
+                "other": others(call, batch),
             }
             for call in calls
         ],
@@ -121,6 +124,15 @@ def visible_keys(call: Recorded, batch: int) -> list[int]:
     """How many keys each query may see; masks by tile, which hide more, are left out."""
     start, stop, _ = call.intervals[batch].unbind()
     return (stop - start).clamp_min(0).tolist()
+
+
+def others(call: Recorded, batch: int) -> list[list[float]] | None:
+    """By head and token, what the entries of a row leave out of the sum 1; None for attention, which leaves out 0."""
+    if call.covered == 1:
+        return None
+    heads = [call.rows(batch, head) for head in range(call.problem.heads)]
+    sums = [torch.segment_reduce(rows.values().double(), "sum", offsets=rows.crow_indices()) for rows in heads]
+    return [[round(max(0.0, 1 - total), 5) for total in row.tolist()] for row in sums]
 
 
 def encoded(rows: Tensor) -> str:

@@ -65,12 +65,14 @@ def support_figure(calls: Sequence[Recorded], title: str) -> "Figure":
     scale.outline.set_visible(False)
     scale.set_label("keys per query", fontsize=10)
     seen = max(call.visible_per_query for call in calls)
-    add_titles(figure, title, f"Mean number of keys with positive probability, of {compact(seen)} visible on average")
+    add_titles(figure, title, f"Mean number of {said_of(calls)}, of {compact(seen)} visible on average")
     return figure
 
 
 def map_figure(call: Recorded, title: str, batch: int = 0, head: int = 0, cells: int = MAP_CELLS) -> "Figure":
     """One head's attention, with queries down and keys across. White is exactly zero, and grey is hidden.
+
+    Of a state-space layer, white is what is not among the largest shares of a row, and is "other".
 
     Up to ``cells`` queries and keys, a cell is one probability. Beyond, a cell is a square of pairs, coloured by the
     share of its pairs that are positive.
@@ -83,12 +85,13 @@ def map_figure(call: Recorded, title: str, batch: int = 0, head: int = 0, cells:
     square = max(1, math.ceil(max(p.query_length, p.key_length) / cells))
     if square == 1:
         density, norm = rows.to_dense().double(), PowerNorm(0.5, vmin=0, vmax=1)
-        ticks, label = [0.01, 0.1, 0.25, 0.5, 1.0], "probability"
+        ticks, label = [0.01, 0.1, 0.25, 0.5, 1.0], "probability" if call.covered == 1 else "share"
     else:
         density = binned(rows, square)
         norm = LogNorm(1 / square**2, 1)
         ticks = [10.0**-power for power in range(1 + int(math.log10(square**2)))]
-        label = f"share of pairs with positive probability, in squares of {square}"
+        entries = "with positive probability" if call.covered == 1 else "that are kept"
+        label = f"share of pairs {entries}, in squares of {square}"
     image = torch.as_tensor(colours()(norm(density.clamp_min(1e-12).numpy()))[..., :3])
     image[density == 0] = 1.0
     image[hidden(call, batch, square)] = torch.tensor(rgb(INVISIBLE), dtype=image.dtype)
@@ -102,12 +105,13 @@ def map_figure(call: Recorded, title: str, batch: int = 0, head: int = 0, cells:
     bar = figure.add_axes((5.82 / width, 0.5 / height, 0.13 / width, 4.9 / height))
     add_colourbar(figure, bar, norm, ticks, label)
     size, share = call.keys_per_query[head].item(), 100 * call.block_sparsity[head].item()
+    white = "exactly zero" if call.covered == 1 else f"other, at most {100 - 100 * call.covered:g} % of an output"
     tile = call.tile
     add_titles(
         figure,
         title,
         f"{compact(size)} of {compact(call.visible_per_query)} visible keys per query; {share:.0f} % of the visible "
-        f"{tile} x {tile} tiles are empty\nwhite: exactly zero; grey: hidden from the query",
+        f"{tile} x {tile} tiles are empty\nwhite: {white}; grey: hidden from the query",
     )
     return figure
 
@@ -142,9 +146,19 @@ def sparsity_figure(calls: Sequence[Recorded], title: str) -> "Figure":
     add_colourbar(figure, bar, norm, [0, 25, 50, 75, 100], "empty tiles, %", palette)
     tiles = {call.tile for call in calls}
     size = f"{tile} x {tile} " if len(tiles) == 1 else ""
-    about = f"Share of the {size}tiles with a visible key that hold no positive probability, over all heads"
+    about = f"Share of the {size}tiles with a visible key that hold no {said_of(calls)}"
     add_titles(figure, title, about)
     return figure
+
+
+def said_of(calls: Sequence[Recorded]) -> str:
+    """What is counted as a key of a query, in words."""
+    covered = sorted({call.covered for call in calls})
+    words = "keys with positive probability"
+    if covered[0] < 1:
+        kept = f"tokens that make up {100 * covered[0]:g} % of an output"
+        words = kept if covered[-1] < 1 else f"{words} (state-space: {kept})"
+    return words
 
 
 def sparsity_grid(calls: Sequence[Recorded]) -> tuple[Tensor, int]:

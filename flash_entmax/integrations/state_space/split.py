@@ -35,9 +35,9 @@ def contributions(
     float64 inputs, and no gradient. 16-bit weights and inputs are taken as the float32 numbers that they are.
 
     Memory, with 4 bytes for each number (8 in float64), for n output tokens of T: the result has
-    ``batch * n * T * width``. While it is computed, at most 16 output tokens at a time take some
-    ``4 * batch * 16 * T * channels``, and with Mamba ``2 * batch * (T + 256) * channels * state`` beside it. Where the
-    whole is too large, take ``outputs`` in slices, or :func:`shares`, which does.
+    ``batch * n * T * width``. While it is computed, 16 output tokens at a time take some ``6 * batch * 16 * T *
+    channels``, or with Mamba some ``4 * batch * T * channels * state`` where that is more. Where the whole is too
+    large, take ``outputs`` in slices, or :func:`shares`, which does.
 
     Args:
         mixer: one of :data:`ACCEPTED`, such as ``model.backbone.layers[0].mixer``.

@@ -1,6 +1,6 @@
 """Where does a state-space model look? Mamba-2 and a transformer with entmax attention learn to copy, side by side.
 
-    python examples/see_state_space.py           # a few minutes on two CPU cores
+    python examples/see_state_space.py           # a minute or two on two CPU cores
     python examples/see_state_space.py 1         # another seed
     python examples/see_state_space.py 0 10 5    # 10 steps with sources of 5 tokens: seconds, and little is learned
 

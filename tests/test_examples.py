@@ -22,6 +22,7 @@ SCRIPTS = {
     "what_attention_remembers.py": ((), r"left: Kim .*attention by \de-1[4-9]\n.*from it by 1\.0", "matplotlib"),
     "torchtitan_attention.py": ((), r"2 processes, 128 of 256 tokens each: loss 8\.\d+, norm", "torchtitan"),
     "variational_autoencoder.py": (("1",), r"alpha 2: error of a restored pixel 0\.\d+, exactly", "sklearn"),
+    "see_state_space.py": (("0", "4", "5"), r"entmax .*Mamba-2  0\.\d{3}      1   \d\.\d .*trained in", "transformers"),
     "see_attention.py": ((), r"attends to\n  0\.\d{4}  token", "matplotlib"),
 }
 

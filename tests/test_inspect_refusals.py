@@ -104,12 +104,6 @@ def test_what_a_model_cannot_do_is_said_in_words(llama_folder, tmp_path, capsys)
     assert "attention sinks are a term of softmax's denominator" in complaints
 
 
-def mamba():
-    from transformers import MambaConfig, MambaForCausalLM
-
-    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4))
-
-
 def fnet():
     from transformers import FNetConfig, FNetForMaskedLM
 
@@ -123,7 +117,7 @@ def bloom():
     return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
 
 
-@pytest.mark.parametrize("make", [mamba, fnet, bloom])
+@pytest.mark.parametrize("make", [fnet, bloom])
 def test_models_without_the_attention_interface(llama_folder, tmp_path, capsys, make):
     """Found out by their class, or when they have run: in words, and without advice that the command cannot take."""
     pytest.importorskip("matplotlib")

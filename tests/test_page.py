@@ -8,6 +8,7 @@ import shutil
 from itertools import pairwise
 
 import pytest
+import torch
 
 from flash_entmax import entmax_attention, inspection
 from flash_entmax.show import page
@@ -272,6 +273,43 @@ def test_a_click_pins_and_the_address_restores(reader, written, browser):
     check_shown(reader, exact(calls[0], 0, len(written[1]) - 1))
     assert not reader.tab.is_visible("#unpin")
     assert reader.complaints == []
+
+
+def test_a_state_space_layer_lists_what_is_left_as_other(browser, written, tmp_path):
+    """Beside a layer of attention, whose words come back with it."""
+    pytest.importorskip("transformers")
+    from mixers import WIDTH, mixer_of
+
+    from flash_entmax.integrations import state_space
+
+    _, tokens, calls = written
+    mixer = mixer_of("MambaMixer")
+    with torch.no_grad(), inspection.record(mixer, layers=state_space.recorder(covered=0.9)) as found:
+        mixer(torch.randn(1, len(tokens), WIDTH, generator=torch.Generator().manual_seed(0)))
+    found[0].number = 7
+    path = page.save_page(tmp_path / "page.html", tokens, [calls[0], found[0]], title="Both")
+    reader = Reader(browser, path).open("#layer=7")
+    expected, last = exact(found[0], 0, len(tokens) - 1), len(tokens) - 1
+    check_shown(reader, expected)
+    left = 1 - sum(expected.values())
+    assert len(expected) < len(tokens)
+    assert reader.summary() == f"90 % of its output: {len(expected)} of {len(tokens)} tokens"
+    words = reader.tab.inner_text("#other").split()
+    assert words[0::2] == ["other:", "in", "tokens"]
+    assert float(words[1]) == pytest.approx(left, abs=2e-4)
+    assert int(words[3]) == len(tokens) - len(expected)
+    assert reader.tab.inner_text("#untouched") == "other, at most 10 %"
+    assert reader.tab.inner_text("#amount").lower() == "share"
+    reader.token(last).click()
+    reader.token(next(key for key in range(last) if key not in expected)).hover()
+    assert reader.tab.inner_text("#tip").endswith(": other")
+    reader.tab.select_option("#layer", "0")
+    reader.wait(0, 0)
+    assert reader.summary().startswith("attends to ")
+    assert reader.tab.locator("#other").count() == 0
+    assert reader.tab.inner_text("#untouched") == "exactly zero"
+    assert reader.complaints == []
+    reader.close()
 
 
 def test_a_listed_key_can_be_followed(reader, written):

@@ -9,10 +9,10 @@ rows = calls[3].rows(batch=0, head=2)  # a sparse CSR matrix: the keys of each q
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,32 @@ from ..core.tensors import ceil_div, row_dtype
 from ..core.tile_filter import HIDDEN
 from ..functional import entmax_attention
 from ..operators import attention as ops
-from .recording import watch_calls
+from .recorded import Recorded
+from .recording import Layers, watch_calls
 from .sparse_rows import QUERIES, Head, HeadVisibility, union_sizes
+
+
+@overload
+def record(
+    model: nn.Module | None = ..., *, only: Callable[[str], bool] | None = ..., keep_inputs: bool = ...,
+    layers: None = ...,
+) -> AbstractContextManager[list["RecordedCall"]]: ...  # fmt: skip
+
+
+@overload
+def record(
+    model: nn.Module, *, only: Callable[[str], bool] | None = ..., keep_inputs: bool = ..., layers: Layers,
+) -> AbstractContextManager[list[Recorded]]: ...  # fmt: skip
 
 
 @contextmanager
 def record(
-    model: nn.Module | None = None, *, only: Callable[[str], bool] | None = None, keep_inputs: bool = True
-) -> Iterator[list["RecordedCall"]]:
+    model: nn.Module | None = None,
+    *,
+    only: Callable[[str], bool] | None = None,
+    keep_inputs: bool = True,
+    layers: Layers | None = None,
+) -> Iterator[list[Any]]:
     """Record every entmax attention call that runs in the ``with`` block, in order: your own, or those of any model.
 
     Calls are seen where PyTorch dispatches their operator, and nothing is patched. Autograd, autocast, activation
@@ -46,27 +64,36 @@ def record(
         only: a function from a name to True or False: whether to record calls of this name.
         keep_inputs: False computes the :class:`Support` of each call at once and releases its query and key. Memory
             stays small, and ``rows`` is refused.
+        layers: which layers without entmax attention to record as well, such as
+            ``integrations.state_space.recorder()`` for those of Mamba. A function from a module of the model to None,
+            or to what makes the record of one of its calls, given ``(name, number, arguments, keywords)``.
 
     Yields:
         The list of calls, which grows as they run and stays afterwards. A call holds its query and key by reference.
+        Calls of attention are :class:`RecordedCall`; all have what :class:`Recorded` names.
 
     Raises:
         TypeError: an option of the wrong type.
+        ValueError: ``layers`` without a model.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
     if only is not None and not callable(only):
         raise TypeError(f"only must be a function from names to True or False, got {said(only)}")
     check_flag("keep_inputs", keep_inputs)
-    calls: list[RecordedCall] = []
+    if layers is not None and not callable(layers):
+        raise TypeError(f"layers must be a function from modules to what makes their record, got {said(layers)}")
+    if layers is not None and model is None:
+        raise ValueError("layers are found in a model, and model is None")
+    calls: list[Recorded] = []
 
-    def keep(name: str, number: int, arguments: tuple, results: tuple[Tensor, ...]) -> None:
+    def keep(name: str, make: Callable[[], Recorded]) -> None:
         if only is None or only(name):
-            calls.append(RecordedCall(name, number, arguments, results))
+            calls.append(make())
             if not keep_inputs:
                 calls[-1].release()
 
-    with watch_calls(model, keep):
+    with watch_calls(model, layers, RecordedCall, keep):
         yield calls
 
 
@@ -82,7 +109,10 @@ class RecordedCall:
         problem: its sizes: ``batch``, ``heads``, ``key_heads``, ``query_length``, ``key_length``, ``head_size``.
         impl: ``"triton"`` or ``"torch"``.
         dtype: of query, key and value.
+        covered: the sum of a row's probabilities, 1.
     """
+
+    covered = 1.0
 
     def __init__(self, name: str, number: int, arguments: tuple, results: tuple[Tensor, ...]) -> None:
         inputs, options = arguments[:3], arguments[4:]
@@ -147,6 +177,16 @@ class RecordedCall:
     def tau(self) -> Tensor:
         """(batch, heads, query length), the threshold of each row in units of z; +inf where no key is visible."""
         return self.support.tau
+
+    @property
+    def tile(self) -> int:
+        """How many queries, and keys, a tile of the call has: ``support.tile_shape[0]``."""
+        return self._tile
+
+    @property
+    def size(self) -> Tensor:
+        """(batch, heads, query length) int32, the number of keys with positive probability: ``support.size``."""
+        return self.support.size
 
     @property
     def live_tiles(self) -> Tensor:

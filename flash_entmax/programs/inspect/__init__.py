@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import CommandError
 from .demo_model import demo_checkpoint, open_demo
-from .layers import choose
+from .layers import choose, state_space_words
 from .loss import alpha_of, loss_line, read, softmax_loss
 from .progress import Progress
 from .results import table, write
@@ -32,8 +32,8 @@ def run(settings: InspectSettings) -> None:
             raise CommandError(f"{settings.model}: {subject.in_words(error)}") from error
         rows = table(chosen, progress)
         progress.clear()
-        attention = f"entmax attention, {alpha}, {subject.origin}"
-        facts = [loss, not_shown] if not_shown else [loss]
+        attention = f"entmax attention, {alpha}, {subject.origin}" if alpha else "no entmax attention"
+        facts = [words for words in (loss, state_space_words(chosen), not_shown) if words]
         print(f"{settings.model}: {attention}; {subject.read}", *facts, "", sep="\n")
         print(*rows, sep="\n")
         name = f"{Path(settings.model).name}, {subject.read_briefly}"

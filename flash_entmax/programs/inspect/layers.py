@@ -4,15 +4,13 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from ...inspection import RecordedCall
+from ...inspection import Recorded
 from ..errors import CommandError
 from .settings import InspectSettings, check_against, heads_of, numbers_of
-from .subject import NO_INTERFACE, Subject
+from .subject import NO_ATTENTION, NO_INTERFACE, Subject
 
 
-def choose(
-    settings: InspectSettings, subject: Subject, calls: Sequence[RecordedCall]
-) -> tuple[list[RecordedCall], str]:
+def choose(settings: InspectSettings, subject: Subject, calls: Sequence[Recorded]) -> tuple[list[Recorded], str]:
     """The calls of the layers asked for, numbered by layer; and in words, which of these layers are not shown."""
     if not calls:
         raise CommandError(f"{settings.model}: {why_no_calls(subject)}")
@@ -30,7 +28,7 @@ def choose(
     return [call for call in calls if call.number in asked], words
 
 
-def number_by_layer(model: nn.Module, calls: Sequence[RecordedCall]) -> bool:
+def number_by_layer(model: nn.Module, calls: Sequence[Recorded]) -> bool:
     """Number every call by the ``layer_idx`` of its module. If two calls would share one, change nothing: False."""
     modules = dict(model.named_modules())
     numbers = [getattr(modules.get(call.name), "layer_idx", None) for call in calls]
@@ -56,8 +54,23 @@ def not_shown(layers: Collection[int], softmax_layers: Collection[int]) -> str:
     )
 
 
+def state_space_words(calls: Sequence[Recorded]) -> str:
+    """Which of these layers are state-space layers, and what their keys are, in words; empty for none."""
+    found = [call for call in calls if call.covered < 1]
+    if not found:
+        return ""
+    numbers = " ".join(str(call.number) for call in found)
+    layers = f"layers {numbers} are state-space layers"
+    if len(found) == 1:
+        layers = f"layer {numbers} is a state-space layer"
+    share = f"{100 * found[0].covered:g} %"
+    return f"{layers}: keys are the fewest tokens that make up {share} of an output, the rest is other"
+
+
 def why_no_calls(subject: Subject) -> str:
-    """Why a model that ran made no call of entmax attention, in words."""
+    """Why a model that ran made no call that is recorded, in words."""
+    if not subject.has_attention:
+        return NO_ATTENTION
     if subject.softmax_layers:
         return f"{not_shown(subject.softmax_layers, subject.softmax_layers)}: give --alpha"
     return NO_INTERFACE

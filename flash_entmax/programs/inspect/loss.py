@@ -6,7 +6,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ... import inspection
-from ...inspection import RecordedCall
+from ...inspection import Recorded, RecordedCall
+from ...integrations import state_space
 from .progress import Progress
 from .subject import Subject
 
@@ -15,23 +16,26 @@ ROWS = 256  # how many tokens' losses are computed at a time
 
 
 @torch.no_grad()
-def read(subject: Subject, progress: Progress) -> tuple[list[RecordedCall], float | None]:
-    """The recorded calls, and the mean loss of the next token in nats; None if the model does not predict it."""
+def read(subject: Subject, progress: Progress) -> tuple[list[Recorded], float | None]:
+    """The recorded calls, and the mean loss of the next token in nats; None if the model does not predict it.
+
+    Calls are those of attention and of state-space layers.
+    """
     passes = losses(subject)
 
     def seen(name: str) -> bool:
         progress(f"reading the text: {name}")
         return True
 
-    with inspection.record(subject.model, only=seen) as calls:
+    with inspection.record(subject.model, only=seen, layers=state_space.recorder()) as calls:
         first = next(passes)
     return calls, None if first is None else (first + sum(passes)) / (len(subject.tokens) - 1)
 
 
 @torch.no_grad()
 def softmax_loss(subject: Subject, progress: Progress) -> float | None:
-    """The mean loss of the next token with softmax attention, which the subject then keeps."""
-    if subject.why_no_loss:
+    """The mean loss of the next token with softmax attention, which the subject then keeps; None without attention."""
+    if subject.why_no_loss or not subject.has_attention:
         return None
     progress("reading the text once more, with softmax")
     for implementation in ("sdpa", "eager"):
@@ -65,14 +69,19 @@ def losses(subject: Subject) -> Iterator[float | None]:
 
 
 def loss_line(subject: Subject, alpha: str, loss: float | None, softmax: float | None) -> str:
-    """What is printed: both losses, or why there are none."""
+    """What is printed: both losses; one, if no layer has entmax attention; or why there is none."""
     if loss is None:
         return f"no loss is shown: {subject.why_no_loss}"
+    if softmax is None or not alpha:
+        return f"loss in nats per {subject.unit}: {loss:.3f}"
     return f"loss in nats per {subject.unit}: {loss:.3f} with {alpha}, {softmax:.3f} with softmax"
 
 
-def alpha_of(calls: Sequence[RecordedCall]) -> str:
-    """The alpha of all calls, or the smallest and the largest one, in words."""
-    numbers = [number for call in calls for number in torch.as_tensor(call.alpha).flatten().tolist()]
+def alpha_of(calls: Sequence[Recorded]) -> str:
+    """The alpha of all calls of attention, or the smallest and the largest one, in words; empty without such calls."""
+    alphas = [torch.as_tensor(call.alpha) for call in calls if isinstance(call, RecordedCall)]
+    numbers = [number for alpha in alphas for number in alpha.flatten().tolist()]
+    if not numbers:
+        return ""
     low, high = (f"{number:.4g}" for number in (min(numbers), max(numbers)))
     return f"alpha {low}" if low == high else f"alpha {low} to {high}"

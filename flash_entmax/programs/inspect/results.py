@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...inspection import RecordedCall
+from ...inspection import Recorded
 from ...show import page, plot
 from ..errors import CommandError
 from .progress import Progress
@@ -11,9 +11,9 @@ from .settings import InspectSettings, heads_of
 from .subject import Subject
 
 
-def table(calls: Sequence[RecordedCall], progress: Progress) -> list[str]:
+def table(calls: Sequence[Recorded], progress: Progress) -> list[str]:
     """Two lines of titles, then a line for each layer."""
-    tile = calls[0].support.tile_shape[0]
+    tile = calls[0].tile
     rows = [
         ("", "", "keys", "sparsest to", "keys per", "of those", "visible", f"empty {tile} x {tile}"),
         ("layer", "module", "per query", "densest head", "64 queries", "visible", "per query", "tiles"),
@@ -40,7 +40,7 @@ def percent(share: float) -> str:
 
 
 def write(
-    settings: InspectSettings, calls: Sequence[RecordedCall], subject: Subject, name: str, note: str, progress: Progress
+    settings: InspectSettings, calls: Sequence[Recorded], subject: Subject, name: str, note: str, progress: Progress
 ) -> list[Path]:
     """Write all files; returns the paths of the pictures, then that of the page."""
     progress("drawing")
@@ -68,7 +68,7 @@ def write(
     return [*paths, web]
 
 
-def chosen_heads(settings: InspectSettings, calls: Sequence[RecordedCall]) -> list[tuple[RecordedCall, int]]:
+def chosen_heads(settings: InspectSettings, calls: Sequence[Recorded]) -> list[tuple[Recorded, int]]:
     """The heads of --head; without it, the one head whose mean support size is the median of all heads."""
     by_number = {call.number: call for call in calls}
     asked = [(calls[0] if layer is None else by_number[layer], head) for layer, head in heads_of(settings)]

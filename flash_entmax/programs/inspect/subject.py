@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .settings import InspectSettings
 
 NO_INTERFACE = "this model does not use Transformers' attention interface, so there is nothing to inspect"
+NO_ATTENTION = "this model has no attention, and none of its layers is a state-space layer that can be shown"
 
 
 class Subject(ABC):
@@ -23,12 +24,14 @@ class Subject(ABC):
         read, read_briefly: in words, which part of the text the model reads.
         layers: how many layers the model has; 0 if that is not known before it runs.
         softmax_layers: the numbers of the layers with alpha 1, whose calls are not recorded.
+        has_attention: False for a model of state-space layers alone.
     """
 
     unit = "token"
     why_no_loss = ""
     layers = 0
     softmax_layers: frozenset[int] = frozenset()
+    has_attention = True
 
     def __init__(
         self, settings: InspectSettings, model: nn.Module, ids: Tensor, tokens: list[str], origin: str

@@ -49,8 +49,8 @@ def load(settings: InspectSettings, content: bytes) -> "TransformersModel":
     config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("a model of an encoder and a decoder: the page shows a text that attends to itself")
-    attention, _, words = attention_of(settings, config)
     sizes = config.get_text_config()
+    attention, _, words = attention_of(settings, config) if has_attention(sizes) else without_attention(settings)
     check_against(settings, *(getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads")))
     context = getattr(sizes, "max_position_embeddings", None) or settings.tokens
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
@@ -61,10 +61,24 @@ def load(settings: InspectSettings, content: bytes) -> "TransformersModel":
     subject = TransformersModel(settings, model, torch.tensor([ids], device=model.device), tokens, words)
     subject.why_no_loss = subject.why_no_loss or why_no_loss(model)
     subject.layers = getattr(sizes, "num_hidden_layers", 0)
-    subject.softmax_layers = softmax_layers(attention, sizes)
+    subject.softmax_layers, subject.has_attention = softmax_layers(attention, sizes), attention is not None
     if context == len(tokens) < settings.tokens:
         subject.read += ", all that the model takes at once"
     return subject
+
+
+def has_attention(config) -> bool:
+    """False if the config names the kind of every layer, and none is attention: the models of Mamba."""
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or any("attention" in kind and kind != "linear_attention" for kind in kinds)
+
+
+def without_attention(settings: InspectSettings) -> tuple[None, None, str]:
+    """What ``attention_of`` gives for a model that has none."""
+    for option in ("attention", "alpha"):
+        if (value := getattr(settings, option)) is not None:
+            raise ValueError(f"--{option} {value}: this model has no attention")
+    return None, None, ""
 
 
 def attention_of(settings: InspectSettings, config) -> tuple[str, object, str]:
@@ -104,7 +118,7 @@ def origin_of(alpha: object, config) -> str:
     return f"in place of {f'alpha {found},' if isinstance(found, str) else found} in its config.json"
 
 
-def softmax_layers(attention: str, config) -> frozenset[int]:
+def softmax_layers(attention: str | None, config) -> frozenset[int]:
     """The layers to which the config gives alpha 1."""
     from ...integrations.transformers.config import is_held
 
@@ -114,7 +128,7 @@ def softmax_layers(attention: str, config) -> frozenset[int]:
     return frozenset(int(layer) for layer, number in alpha.items() if number == 1)
 
 
-def load_weights(settings: InspectSettings, config, attention: str):
+def load_weights(settings: InspectSettings, config, attention: str | None):
     """The model, of the class that was saved. ValueError if one of its weights is missing."""
     import transformers
 
@@ -124,7 +138,9 @@ def load_weights(settings: InspectSettings, config, attention: str):
         raise ValueError(f"its config.json names the class {name}, which Transformers does not have")
     device = torch.device(device_for(settings.device))
     dtype = "auto" if device.type == "cuda" else torch.float32
-    options = {"config": config, "attn_implementation": attention, "dtype": dtype, "output_loading_info": True}
+    options = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if attention is not None:
+        options["attn_implementation"] = attention
     safely = {"use_safetensors": True, "trust_remote_code": False}  # a pickle, or code of a model, may do anything
     with silence():
         model, loaded = kind.from_pretrained(settings.model, **options, **safely)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...inspection import RecordedCall
+from ...inspection import Recorded
 
 MOST_TOKENS = 8192
 MOST_PROBABILITIES = 20_000_000
@@ -22,13 +22,13 @@ CODES = 65_535  # the page holds sqrt(p) in 16 bits, off by less than 2e-5 and n
 def save_page(
     path: Path,
     tokens: Sequence[str],
-    calls: Sequence[RecordedCall],
+    calls: Sequence[Recorded],
     *,
     title: str,
     note: str = "",
     batch: int = 0,
     start: tuple[int, int] | None = None,
-    progress: Callable[[Sequence[RecordedCall]], Iterable[RecordedCall]] = iter,
+    progress: Callable[[Sequence[Recorded]], Iterable[Recorded]] = iter,
 ) -> Path:
     """Write the page to ``path`` and return it; makes its folder.
 
@@ -40,7 +40,8 @@ def save_page(
     Args:
         path: the file, which ends in .html.
         tokens: the piece of text of every token, in order, with any characters.
-        calls: recorded self-attention of these tokens, one call for each layer.
+        calls: recorded self-attention of these tokens, or state-space layers, one call for each layer. What a row of a
+            state-space layer leaves out is listed as "other".
         title: which model and text this is.
         note: a line under the title, with what else a reader should know.
         batch: the batch row of the calls that is shown.
@@ -62,6 +63,8 @@ def save_page(
                 "name": call.name,
                 "sizes": [round(size, 2) for size in call.keys_per_query.tolist()],
                 "visible": visible_keys(call, batch),
+                "covered": call.covered,
+                "other": others(call, batch),
             }
             for call in calls
         ],
@@ -84,7 +87,7 @@ def save_page(
     return path
 
 
-def check_calls(tokens: list[str], calls: list[RecordedCall], batch: int) -> None:
+def check_calls(tokens: list[str], calls: list[Recorded], batch: int) -> None:
     if not tokens or not calls:
         raise ValueError(f"the page needs tokens and calls, got {len(tokens)} and {len(calls)}")
     if len(tokens) > MOST_TOKENS:
@@ -98,7 +101,7 @@ def check_calls(tokens: list[str], calls: list[RecordedCall], batch: int) -> Non
             )
         if not 0 <= batch < problem.batch:
             raise ValueError(f"batch must be from 0 to {problem.batch - 1}, got {batch}")
-    count = sum(int(call.support.size[batch].sum()) for call in calls)
+    count = sum(int(call.size[batch].sum()) for call in calls)
     if count > MOST_PROBABILITIES:
         raise ValueError(
             f"the page holds up to {MOST_PROBABILITIES:,} positive probabilities, and these {len(calls)} layers have "
@@ -106,7 +109,7 @@ def check_calls(tokens: list[str], calls: list[RecordedCall], batch: int) -> Non
         )
 
 
-def place_of(start: tuple[int, int] | None, calls: list[RecordedCall]) -> tuple[int, int]:
+def place_of(start: tuple[int, int] | None, calls: list[Recorded]) -> tuple[int, int]:
     """(index of the call, head)."""
     heads = {call.number: call.problem.heads for call in calls}
     number, head = (calls[0].number, 0) if start is None else start
@@ -117,10 +120,19 @@ def place_of(start: tuple[int, int] | None, calls: list[RecordedCall]) -> tuple[
     return list(heads).index(number), head
 
 
-def visible_keys(call: RecordedCall, batch: int) -> list[int]:
+def visible_keys(call: Recorded, batch: int) -> list[int]:
     """How many keys each query may see; masks by tile, which hide more, are left out."""
     start, stop, _ = call.intervals[batch].unbind()
     return (stop - start).clamp_min(0).tolist()
+
+
+def others(call: Recorded, batch: int) -> list[list[float]] | None:
+    """By head and token, what the entries of a row leave out of the sum 1; None for attention, which leaves out 0."""
+    if call.covered == 1:
+        return None
+    heads = [call.rows(batch, head) for head in range(call.problem.heads)]
+    sums = [torch.segment_reduce(rows.values().double(), "sum", offsets=rows.crow_indices()) for rows in heads]
+    return [[round(max(0.0, 1 - total), 5) for total in row.tolist()] for row in sums]
 
 
 def encoded(rows: Tensor) -> str:

@@ -16,6 +16,9 @@ function keysOf(token) {
   return found;
 }
 
+/** What the keys of a token leave out of the sum 1. */
+const other = (token) => facts.layers[state.layer].other?.[state.head][token] ?? 0;
+
 // Colours and words
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -41,6 +44,8 @@ function paint(element, x) {
 
 const number = (p) => (p >= 0.00005 ? p.toFixed(4) : p.toExponential(1));
 const size = (x) => (x < 99.95 ? x.toFixed(1) : x < 9999.5 ? x.toFixed(0) : `${Math.round(x / 1000)}k`);
+
+const made = (covered) => `${+(100 * covered).toFixed(2)} %`;
 
 function make(name, text = "", options = {}) {
   const element = document.createElement(name);
@@ -107,8 +112,9 @@ function list() {
   if (attention === null) return;
   $("asking").append(amid(state.asking), " ", make("small", `at position ${state.asking}`));
   const found = keysOf(state.asking).sort((a, b) => b.p - a.p);
-  const visible = facts.layers[state.layer].visible[state.asking];
-  $("summary").textContent = `attends to ${found.length} of ${visible} ${visible === 1 ? "token" : "tokens"}`;
+  const { visible: all, covered } = facts.layers[state.layer], visible = all[state.asking];
+  const counted = `${found.length} of ${visible} ${visible === 1 ? "token" : "tokens"}`;
+  $("summary").textContent = covered === 1 ? `attends to ${counted}` : `${made(covered)} of its output: ${counted}`;
   for (const { key, p } of found.slice(0, MOST_LISTED)) {
     const row = make("button");
     row.dataset.key = key;
@@ -121,6 +127,10 @@ function list() {
     $("keys").appendChild(make("li")).append(row);
   }
   if (found.length > MOST_LISTED) $("keys").append(make("li", `and ${found.length - MOST_LISTED} more`));
+  if (covered < 1 && visible > found.length) {
+    const left = number(other(state.asking)), count = visible - found.length;
+    $("keys").append(make("li", `other: ${left} in ${count} ${count === 1 ? "token" : "tokens"}`, { id: "other" }));
+  }
   const first = found.slice(0, 3).map(({ key, p }) => `${facts.tokens[key].trim()} ${number(p)}`);
   $("spoken").textContent = `${facts.tokens[state.asking]} ${$("summary").textContent}: ${first.join(", ")}`;
 }
@@ -151,9 +161,10 @@ function tip(token) {
   const box = $("tip");
   box.hidden = token === null || attention === null;
   if (box.hidden) return;
-  const isAnother = state.pinned && token !== state.asking;
+  const isAnother = state.pinned && token !== state.asking, { covered } = facts.layers[state.layer];
   const p = isAnother ? keysOf(state.asking).find(({ key }) => key === token)?.p : undefined;
-  if (isAnother) box.replaceChildren(quoted(state.asking), " → ", quoted(token), `: ${p ? number(p) : "exactly 0"}`);
+  const none = covered === 1 ? "exactly 0" : "other";
+  if (isAnother) box.replaceChildren(quoted(state.asking), " → ", quoted(token), `: ${p ? number(p) : none}`);
   else {
     const count = attention.offsets[token + 1] - attention.offsets[token];
     box.replaceChildren(quoted(token), `: ${count} ${count === 1 ? "key" : "keys"}`);
@@ -193,7 +204,9 @@ async function choose(layer, head) {
   fillHeads();
   $("layer").value = state.layer;
   $("head").value = state.head;
-  const { name } = facts.layers[state.layer];
+  const { name, covered } = facts.layers[state.layer];
+  $("amount").textContent = covered === 1 ? "probability" : "share";
+  $("untouched").textContent = covered === 1 ? "exactly zero" : `other, at most ${made(1 - covered)}`;
   $("name").textContent = name.startsWith("call ") ? "" : name; // a call that no module made has no name
   for (const cell of $("grid").querySelectorAll("button")) {
     const pressed = +cell.dataset.layer === state.layer && +cell.dataset.head === state.head;

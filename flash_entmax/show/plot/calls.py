@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...inspection import RecordedCall
+from ...inspection import Recorded
 from .shared import INVISIBLE, colours, ink_on, require_matplotlib
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ GREY = "#444"
 TITLE_SIZE = 13
 
 
-def support_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
+def support_figure(calls: Sequence[Recorded], title: str) -> "Figure":
     """A heat map with numbers: the mean support size by layer (row) and head (column). Redder means more keys.
 
     Args:
@@ -65,12 +65,14 @@ def support_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
     scale.outline.set_visible(False)
     scale.set_label("keys per query", fontsize=10)
     seen = max(call.visible_per_query for call in calls)
-    add_titles(figure, title, f"Mean number of keys with positive probability, of {compact(seen)} visible on average")
+    add_titles(figure, title, f"Mean number of {said_of(calls)}, of {compact(seen)} visible on average")
     return figure
 
 
-def map_figure(call: RecordedCall, title: str, batch: int = 0, head: int = 0, cells: int = MAP_CELLS) -> "Figure":
+def map_figure(call: Recorded, title: str, batch: int = 0, head: int = 0, cells: int = MAP_CELLS) -> "Figure":
     """One head's attention, with queries down and keys across. White is exactly zero, and grey is hidden.
+
+    Of a state-space layer, white is what is not among the largest shares of a row, and is "other".
 
     Up to ``cells`` queries and keys, a cell is one probability. Beyond, a cell is a square of pairs, coloured by the
     share of its pairs that are positive.
@@ -83,12 +85,13 @@ def map_figure(call: RecordedCall, title: str, batch: int = 0, head: int = 0, ce
     square = max(1, math.ceil(max(p.query_length, p.key_length) / cells))
     if square == 1:
         density, norm = rows.to_dense().double(), PowerNorm(0.5, vmin=0, vmax=1)
-        ticks, label = [0.01, 0.1, 0.25, 0.5, 1.0], "probability"
+        ticks, label = [0.01, 0.1, 0.25, 0.5, 1.0], "probability" if call.covered == 1 else "share"
     else:
         density = binned(rows, square)
         norm = LogNorm(1 / square**2, 1)
         ticks = [10.0**-power for power in range(1 + int(math.log10(square**2)))]
-        label = f"share of pairs with positive probability, in squares of {square}"
+        entries = "with positive probability" if call.covered == 1 else "that are kept"
+        label = f"share of pairs {entries}, in squares of {square}"
     image = torch.as_tensor(colours()(norm(density.clamp_min(1e-12).numpy()))[..., :3])
     image[density == 0] = 1.0
     image[hidden(call, batch, square)] = torch.tensor(rgb(INVISIBLE), dtype=image.dtype)
@@ -102,17 +105,18 @@ def map_figure(call: RecordedCall, title: str, batch: int = 0, head: int = 0, ce
     bar = figure.add_axes((5.82 / width, 0.5 / height, 0.13 / width, 4.9 / height))
     add_colourbar(figure, bar, norm, ticks, label)
     size, share = call.keys_per_query[head].item(), 100 * call.block_sparsity[head].item()
-    tile = call.support.tile_shape[0]
+    white = "exactly zero" if call.covered == 1 else f"other, at most {100 - 100 * call.covered:g} % of an output"
+    tile = call.tile
     add_titles(
         figure,
         title,
         f"{compact(size)} of {compact(call.visible_per_query)} visible keys per query; {share:.0f} % of the visible "
-        f"{tile} x {tile} tiles are empty\nwhite: exactly zero; grey: hidden from the query",
+        f"{tile} x {tile} tiles are empty\nwhite: {white}; grey: hidden from the query",
     )
     return figure
 
 
-def sparsity_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
+def sparsity_figure(calls: Sequence[Recorded], title: str) -> "Figure":
     """A heat map: block sparsity by layer (row) and position of the queries. Redder means fewer empty tiles.
 
     Args:
@@ -140,20 +144,27 @@ def sparsity_figure(calls: Sequence[RecordedCall], title: str) -> "Figure":
         axes.axhline(edge - 0.5, color="white", linewidth=0.8)
     bar = figure.add_axes((1 - 1.05 / width, 0.6 / height, 0.16 / width, 1 - 1.4 / height))
     add_colourbar(figure, bar, norm, [0, 25, 50, 75, 100], "empty tiles, %", palette)
-    tiles = {call.support.tile_shape[0] for call in calls}
+    tiles = {call.tile for call in calls}
     size = f"{tile} x {tile} " if len(tiles) == 1 else ""
-    about = f"Share of the {size}tiles with a visible key that hold no positive probability, over all heads"
+    about = f"Share of the {size}tiles with a visible key that hold no {said_of(calls)}"
     add_titles(figure, title, about)
     return figure
 
 
-def sparsity_grid(calls: Sequence[RecordedCall]) -> tuple[Tensor, int]:
+def said_of(calls: Sequence[Recorded]) -> str:
+    """What is counted as a key of a query, in words."""
+    covered = sorted({call.covered for call in calls})
+    words = "keys with positive probability"
+    if covered[0] < 1:
+        kept = f"tokens that make up {100 * covered[0]:g} % of an output"
+        words = kept if covered[-1] < 1 else f"{words} (state-space: {kept})"
+    return words
+
+
+def sparsity_grid(calls: Sequence[Recorded]) -> tuple[Tensor, int]:
     """Block sparsity (layers, tiles of queries) float64, NaN past the end of a call; and the smallest tile size."""
-    smallest = min(call.support.tile_shape[0] for call in calls)
-    rows = [
-        call.block_sparsity_by_position.cpu().repeat_interleave(call.support.tile_shape[0] // smallest)
-        for call in calls
-    ]
+    smallest = min(call.tile for call in calls)
+    rows = [call.block_sparsity_by_position.cpu().repeat_interleave(call.tile // smallest) for call in calls]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan), smallest
 
 
@@ -170,7 +181,7 @@ def binned(rows: Tensor, square: int) -> Tensor:
     return counts / (queries.unsqueeze(-1) * keys)
 
 
-def hidden(call: RecordedCall, batch: int, square: int) -> Tensor:
+def hidden(call: Recorded, batch: int, square: int) -> Tensor:
     """(squares, squares) bool: no query of the square sees any key of it."""
     start, stop, _ = call.intervals[batch].cpu().unbind()
     blind = start >= stop

@@ -201,7 +201,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("function", "options", "error", "match"), REFUSED, ids=str)
+@pytest.mark.parametrize(("function", "options", "error", "match"), REFUSED, ids=range(len(REFUSED)))
 def test_refusals(function, options, error, match):
     query, key, value = inputs()
     tensors = (query, key, value) if function is linear_form else (query, key)

@@ -98,7 +98,7 @@ def linear_form(
     This is for analysis, and slow. Scores take queries * keys numbers. With the key size d (one more than the head
     size with ALiBi), the value size v and the largest support n, the states take queries * (v + 1) * d^m numbers, and
     making them queries * n * (v + 1) * d^m operations and up to n / d times their memory. Rounding grows with the
-    largest |x| |e_j|, to the power m.
+    largest ``|x| |e_j|``, to the power m.
 
     Args:
         query: (batch, heads, query length, head size). States and output are computed in float32, and for float64 in

@@ -203,7 +203,10 @@ def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:
     if target.is_floating_point():
         if target.shape != input.shape:
             shapes = f"{tuple(input.shape)}, got {tuple(target.shape)}"
-            raise ValueError(f"a target of probabilities must have the shape of the input, {shapes}")
+            raise ValueError(
+                f"a target of {target.dtype} holds probabilities, and must have the shape of the input, {shapes};"
+                " classes are int64"
+            )
         return
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 classes or floating-point probabilities, got {target.dtype}")

@@ -39,9 +39,9 @@ def entmax_loss(
             masks a class; as a target it costs inf. With further dimensions, or strides, it is copied to rows first.
         target: class indices, int64, of the shape of ``input`` without the classes; or probabilities, of its shape and
             a floating-point type, each summing to 1, not differentiated.
-        alpha: any number above 0 but 1, which is ``torch.nn.functional.cross_entropy``. 2 is the sparsemax loss. The
-            kernels take those above 1, up to 2. In float32 their relative rounding of a probability is about
-            2^-24 / (alpha - 1), so for them alpha below 1.01 loses digits.
+        alpha: any number above 0 but 1, which is refused: call ``torch.nn.functional.cross_entropy`` there. 2 is the
+            sparsemax loss. The kernels take those above 1, up to 2. In float32 their relative rounding of a probability
+            is about 2^-24 / (alpha - 1), so for them alpha below 1.01 loses digits.
         ignore_index: rows with this target count for nothing, whatever their scores are. They get gradient 0, whatever
             the incoming gradient is. Not for probabilities.
         reduction: ``"mean"`` over the rows that are not ignored (NaN, with gradient 0, if there are none), ``"sum"`` or
@@ -203,7 +203,10 @@ def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:
     if target.is_floating_point():
         if target.shape != input.shape:
             shapes = f"{tuple(input.shape)}, got {tuple(target.shape)}"
-            raise ValueError(f"a target of probabilities must have the shape of the input, {shapes}")
+            raise ValueError(
+                f"a target of {target.dtype} holds probabilities, and must have the shape of the input, {shapes};"
+                " classes are int64"
+            )
         return
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 classes or floating-point probabilities, got {target.dtype}")

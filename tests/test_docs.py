@@ -13,7 +13,7 @@ import flash_entmax
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks" / "results").glob("*.md")})
-RUN = {"README.md", "docs/index.md", "docs/generation.md"}  # each block stands for itself
+RUN = {"README.md", "docs/index.md", "docs/entmax.md", "docs/generation.md"}  # each block stands for itself
 FENCE = re.compile(r"^ *```(\w*).*?\n(.*?)^ *```", flags=re.DOTALL | re.MULTILINE)
 
 

@@ -87,6 +87,26 @@ def test_weights_that_are_missing_are_refused(llama_folder, tmp_path, capsys):
     assert "1 weights of LlamaForCausalLM are missing, such as lm_head.weight" in complaints
 
 
+def test_what_cannot_be_loaded_is_said(llama_folder, tmp_path, capsys, monkeypatch):
+    """A folder without a tokenizer; and a name that is no folder here, nor known elsewhere."""
+    pytest.importorskip("matplotlib")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    options = "--text", llama_folder / "text.txt", "--device", "cpu", "--out", tmp_path / "out"
+    code, _, complaints = run_command(capsys, tmp_path / "model", *options)
+    assert code == 1
+    assert "its tokenizer, which --text needs, cannot be loaded" in complaints
+
+    from flash_entmax.programs.inspect import transformers_model
+
+    def unknown(*_):
+        raise OSError("nobody knows it")
+
+    monkeypatch.setattr(transformers_model, "load", unknown)
+    code, _, complaints = run_command(capsys, "out/nothing", *options)
+    assert code == 1
+    assert "out/nothing: no such folder here, and as a name of a model: nobody knows it" in complaints
+
+
 def test_what_a_model_cannot_do_is_said_in_words(llama_folder, tmp_path, capsys):
     """Attention sinks are a part of softmax."""
     pytest.importorskip("matplotlib")

@@ -32,7 +32,7 @@ def test_the_data_is_exact_to_16_bits():
 
 def test_progress_goes_through_the_calls(tmp_path):
     calls, seen = record(20, 3, 1), []
-    page.save_page(tmp_path / "page.html", ["a"] * 20, calls, title="", progress=lambda given: map(count(seen), given))
+    page.save_page(f"{tmp_path}/page.html", ["a"] * 20, calls, title="", progress=lambda given: map(count(seen), given))
     assert seen == calls
 
 

@@ -34,7 +34,7 @@ def test_pictures(tmp_path):
             entmax_attention(*topic_inputs(1, 2, 200, 32, 2 + seed, seed=seed), is_causal=True)
     drawn = figures(calls)
     for name, figure in drawn.items():
-        colours = pixels(plot.save_figure(figure, tmp_path / "made" / f"{name}.png")).flatten(0, 1).unique(dim=0)
+        colours = pixels(plot.save_figure(figure, f"{tmp_path}/made/{name}.png")).flatten(0, 1).unique(dim=0)
         assert len(colours) > 100, name
     words = {text.get_text() for text in drawn["support"].axes[0].texts}
     assert words == {f"{size:.1f}" for call in calls for size in call.keys_per_query.tolist()}

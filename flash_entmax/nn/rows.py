@@ -43,6 +43,9 @@ class Entmax(WithAlpha):
 class EntmaxLoss(nn.Module):
     """:func:`flash_entmax.entmax_loss` as a module, in place of ``torch.nn.CrossEntropyLoss``.
 
+    Its options are those of the function. It is called with the scores and the target. Predict with :class:`Entmax` of
+    the same alpha.
+
     Raises:
         TypeError, ValueError: for options of the wrong type or out of range.
     """

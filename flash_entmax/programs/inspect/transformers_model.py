@@ -26,7 +26,8 @@ def open_transformers(settings: InspectSettings) -> "TransformersModel":
     try:
         return load(settings, content)
     except (ImportError, OSError, ValueError) as error:
-        raise CommandError(f"{settings.model}: {in_words(error)}") from error
+        place = "" if path.exists() else "no such folder here, and as a name of a model: "
+        raise CommandError(f"{settings.model}: {place}{in_words(error)}") from error
 
 
 def in_words(error: Exception) -> str:
@@ -53,7 +54,10 @@ def load(settings: InspectSettings, content: bytes) -> "TransformersModel":
     attention, _, words = attention_of(settings, config) if has_attention(sizes) else without_attention(settings)
     check_against(settings, *(getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads")))
     context = getattr(sizes, "max_position_embeddings", None) or settings.tokens
-    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(f"its tokenizer, which --text needs, cannot be loaded: {error}") from error
     ids, tokens = encoded(tokenizer, settings, content, min(settings.tokens, context))
     if settings.alpha is not None:
         sizes.entmax_alpha = settings.alpha

@@ -20,7 +20,7 @@ CODES = 65_535  # the page holds sqrt(p) in 16 bits, off by less than 2e-5 and n
 
 
 def save_page(
-    path: Path,
+    path: str | Path,
     tokens: Sequence[str],
     calls: Sequence[Recorded],
     *,
@@ -82,6 +82,7 @@ def save_page(
         "facts": inside_script(facts),
         "data": "\n".join(data),
     }
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("template.html")), encoding="utf-8")
     return path

@@ -21,8 +21,9 @@ def require_matplotlib() -> None:
         raise ImportError("pictures need matplotlib: pip install 'flash-entmax[plot]'") from error
 
 
-def save_figure(figure: "Figure", path: Path) -> Path:
+def save_figure(figure: "Figure", path: str | Path) -> Path:
     """Write the figure and its folder, and return ``path``. The suffix names the format: .png, .pdf or .svg."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor="white")
     return path

@@ -127,6 +127,15 @@ def test_a_budget_that_is_not_to_be_had():
     torch.testing.assert_close(budget_sparsemax(scores(5, 9), 1.0), entmax(scores(5, 9), 2.0))
 
 
+def test_an_entry_far_above_the_others_takes_no_digits_from_a_budget():
+    x = torch.tensor([[1e8, 0.5, 0.25, 0.0], [0.5, 3e38, -3e38, 0.0]], requires_grad=True)
+    p = budget_sparsemax(x, torch.tensor([[2.0], [3.0]]))
+    torch.testing.assert_close(p, torch.tensor([[1.0, 7 / 12, 4 / 12, 1 / 12], [1.0, 1.0, 0.0, 1.0]]))
+    assert budget_sparsemax(x, torch.tensor(torch.nan)).isnan().all()
+    (grad,) = torch.autograd.grad(p[0, 1], x)
+    torch.testing.assert_close(grad, torch.tensor([[0.0, 2 / 3, -1 / 3, -1 / 3], [0.0] * 4]))
+
+
 def test_support_sizes():
     x = scores(3, 8, 5, spread=2.0)
     for function in (partial(entmax, alpha=1.7), partial(normmax, alpha=1.5), partial(budget_sparsemax, budget=2)):

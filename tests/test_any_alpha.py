@@ -104,6 +104,19 @@ def test_derivatives_by_finite_differences():
     assert gradcheck(loss, (x,), check_forward_ad=True, check_backward_ad=False)
 
 
+def test_losses_next_to_alpha_1_are_divergences():
+    """From probabilities to softmax, KL(q || p): no digits of their entropy cancel, in float32 either."""
+    x, q = scores(4, 9).float(), scores(4, 9, spread=2.0).float().softmax(-1)
+    divergence = (q * (q.log() - x.log_softmax(-1))).sum(-1)
+    mixed = 0.8 * torch.eye(9)[:4] + 0.2 / 9
+    smoothed = (mixed * (mixed.log() - x.log_softmax(-1))).sum(-1)
+    for alpha in (1 - 1e-7, 1 + 1e-12, 1 + 1e-7):
+        value = entmax_loss(x, q, alpha, reduction="none", impl="torch")
+        torch.testing.assert_close(value, divergence, rtol=1e-5, atol=1e-5)
+        value = entmax_loss(x, torch.arange(4), alpha, label_smoothing=0.2, reduction="none", impl="torch")
+        torch.testing.assert_close(value, smoothed, rtol=1e-5, atol=1e-5)
+
+
 def test_targets_of_the_normmax_loss():
     """Of its own prediction it is 0; shapes are those of cross_entropy; what is ignored counts for nothing."""
     x = scores(4, 7, 3)

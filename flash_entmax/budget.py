@@ -8,7 +8,7 @@ from torch import Tensor
 from .activations import by_last, check_by_row, check_scores, support_size
 from .core.checks import check_flag, is_number, typed
 from .core.modes import as_given
-from .core.row_thresholds import gaps_of
+from .core.row_thresholds import gaps_at_budget
 from .core.tensors import row_dtype
 from .operators.budget import budget_offset
 
@@ -45,7 +45,7 @@ def budget_sparsemax(
 
     Args:
         x: scores of any shape; float16, bfloat16, float32 or float64. -inf masks an entry: its value and gradient are
-            0. NaN and +inf make their row NaN.
+            0. NaN and +inf make their row NaN, and so does a budget of NaN.
         budget: k, from 0 to the size of ``x`` at ``dim``, not only integers; or a tensor, with gradient, that
             broadcasts to the shape of ``x`` with size 1 at ``dim``. In a row with fewer entries that are not masked,
             each of these is 1.
@@ -74,13 +74,13 @@ def budget_sparsemax(
 
 def projected(x: Tensor, budget: Tensor) -> Tensor:
     """Along the last dimension. The offset is found without autograd; the step after it has the derivatives."""
-    gap = gaps_of(x)
+    gap = gaps_at_budget(x, budget)
     rows = gap.detach().reshape(-1, gap.shape[-1]), budget.detach().expand(*x.shape[:-1], 1).reshape(-1)
     offset = budget_offset(*(tensor.contiguous() for tensor in rows)).view(*x.shape[:-1], 1)
     active = ((offset - gap > 0) & (offset - gap < 1)).sum(-1, keepdim=True)
     missing = budget - cut(offset - gap).sum(-1, keepdim=True)
     offset = offset + torch.where(active > 0, missing, 0.0) / active.clamp_min(1)
-    return torch.where(gap.isnan().any(-1, keepdim=True), torch.nan, cut(offset - gap))
+    return torch.where(gap.isnan().any(-1, keepdim=True) | budget.isnan(), torch.nan, cut(offset - gap))
 
 
 def cut(distance: Tensor) -> Tensor:

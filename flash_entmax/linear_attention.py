@@ -1,7 +1,7 @@
 """Attention as centred linear attention, of degree 1, 2 or 3, to which only the keys of the support write."""
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from .core.intervals import UNLIMITED
 from .core.modes import as_given
 from .core.tensors import row_dtype
 from .core.visibility import Visibility
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 DEGREES = {2.0: 1, 1.5: 2, 4 / 3: 3}  # 1 / (alpha - 1)
 PLACES = "ijk"  # of a moment, in the notation of einsum
@@ -48,7 +51,7 @@ class LinearStates(NamedTuple):
         """
         degree = len(self.value_moments) - 1
         h = mean_distance(self.size, query, self.key_moments)
-        output = 0.0
+        output = torch.zeros_like(self.value_moments[0])
         for power, moment in enumerate(self.value_moments):
             factor = math.comb(degree, power) * h.pow(degree - power)
             output = output + factor.unsqueeze(-1) * along(moment, query, power)
@@ -82,7 +85,7 @@ def linear_form(
     query_positions: int | Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
-    block_mask=None,
+    block_mask: "BlockMask | None" = None,
 ) -> LinearForm:
     """What a linear model would have to remember for each query, so that reading it gives exactly entmax attention.
 
@@ -169,7 +172,8 @@ def scores_in_z(
 
 def in_units_of_z(query: Tensor, score: ScoreOptions) -> Tensor:
     """(batch, heads, query length, key size): the query as it reads states. With ALiBi it has one component more."""
-    scale, slopes = score.lowered(query.shape, query.dtype, query.device)[1::2]
+    _, scale, _, slopes = score.lowered(query.shape, query.dtype, query.device)
+    assert scale is not None  # the score is lowered
     scaled = (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale) * query
     if slopes is not None:  # an infinite one hides keys, all but those at distance 0
         last = -slopes.masked_fill(slopes == torch.inf, 0.0)[:, :, None, None]

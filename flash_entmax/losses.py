@@ -167,11 +167,13 @@ def divide_by_count(total: Tensor, count: int | Tensor) -> Tensor:
 
 @torch.no_grad()
 def entropy_of(target: Tensor, alpha: float, smoothing: float, dtype: torch.dtype) -> Tensor:
-    """(rows,) Omega of probabilities (rows, classes), mixed with the uniform distribution."""
+    """(rows,) Omega of probabilities (rows, classes), mixed with the uniform distribution: sum (q^alpha - q) / (alpha
+    (alpha - 1)), in which next to alpha 1 no digits cancel."""
     q = target.to(dtype)
     if smoothing:
         q = (1.0 - smoothing) * q + smoothing / target.shape[1]
-    return (q.pow(alpha).sum(-1) - 1.0) / (alpha * (alpha - 1.0))
+    log_q = torch.where(q == 0, 1.0, q).log()
+    return (q * torch.expm1((alpha - 1.0) * log_q)).sum(-1) / (alpha * (alpha - 1.0))
 
 
 def check_options(alpha: float, ignore_index: int, reduction: str, label_smoothing: float) -> None:

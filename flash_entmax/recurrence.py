@@ -1,6 +1,6 @@
 """Attention as a recurrence in time: which keys a query's state took in as they arrived, and which it let go of."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .core.intervals import UNLIMITED
 from .core.modes import as_given
 from .core.visibility import Visibility
 from .linear_attention import checked, scores_in_z
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Writes(NamedTuple):
@@ -63,7 +66,7 @@ def writes(
     query_positions: int | Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
-    block_mask=None,
+    block_mask: "BlockMask | None" = None,
 ) -> Writes:
     """Which keys a recurrent model would write to its state for each query, and evict, to end with entmax attention.
 

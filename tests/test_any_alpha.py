@@ -104,6 +104,19 @@ def test_derivatives_by_finite_differences():
     assert gradcheck(loss, (x,), check_forward_ad=True, check_backward_ad=False)
 
 
+def test_losses_next_to_alpha_1_are_divergences():
+    """From probabilities to softmax, KL(q || p): no digits of their entropy cancel, in float32 either."""
+    x, q = scores(4, 9).float(), scores(4, 9, spread=2.0).float().softmax(-1)
+    divergence = (q * (q.log() - x.log_softmax(-1))).sum(-1)
+    mixed = 0.8 * torch.eye(9)[:4] + 0.2 / 9
+    smoothed = (mixed * (mixed.log() - x.log_softmax(-1))).sum(-1)
+    for alpha in (1 - 1e-7, 1 + 1e-12, 1 + 1e-7):
+        value = entmax_loss(x, q, alpha, reduction="none", impl="torch")
+        torch.testing.assert_close(value, divergence, rtol=1e-5, atol=1e-5)
+        value = entmax_loss(x, torch.arange(4), alpha, label_smoothing=0.2, reduction="none", impl="torch")
+        torch.testing.assert_close(value, smoothed, rtol=1e-5, atol=1e-5)
+
+
 def test_targets_of_the_normmax_loss():
     """Of its own prediction it is 0; shapes are those of cross_entropy; what is ignored counts for nothing."""
     x = scores(4, 7, 3)
@@ -125,6 +138,15 @@ def test_a_budget_that_is_not_to_be_had():
     x = torch.tensor([[1.0, -torch.inf, 0.0, -torch.inf]])
     assert budget_sparsemax(x, 3.0).tolist() == [[1.0, 0.0, 1.0, 0.0]]
     torch.testing.assert_close(budget_sparsemax(scores(5, 9), 1.0), entmax(scores(5, 9), 2.0))
+
+
+def test_an_entry_far_above_the_others_takes_no_digits_from_a_budget():
+    x = torch.tensor([[1e8, 0.5, 0.25, 0.0], [0.5, 3e38, -3e38, 0.0]], requires_grad=True)
+    p = budget_sparsemax(x, torch.tensor([[2.0], [3.0]]))
+    torch.testing.assert_close(p, torch.tensor([[1.0, 7 / 12, 4 / 12, 1 / 12], [1.0, 1.0, 0.0, 1.0]]))
+    assert budget_sparsemax(x, torch.tensor(torch.nan)).isnan().all()
+    (grad,) = torch.autograd.grad(p[0, 1], x)
+    torch.testing.assert_close(grad, torch.tensor([[0.0, 2 / 3, -1 / 3, -1 / 3], [0.0] * 4]))
 
 
 def test_support_sizes():

@@ -130,6 +130,7 @@ def scores_by_definition(
     where the query sees the key, and the distance from the query's position to the key. An infinite slope hides keys.
     """
     _, scale, softcap, slopes = problem.score
+    assert scale is not None  # the score is lowered
     key = key.repeat_interleave(problem.group, dim=1)
     visible, distance = visible_mask(problem, visibility, query.device)
     scores = (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale) * (query @ key.mT)

@@ -1,5 +1,6 @@
 """What a loss along rows is given: its numbers, and its target."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,5 +39,6 @@ def smoothed_entropy(smoothing: float, n: int, alpha: float) -> float:
     if not smoothing:
         return 0.0
     share = smoothing / n
-    total = (n - 1) * share**alpha + (1.0 - smoothing + share) ** alpha
-    return (total - 1.0) / (alpha * (alpha - 1.0))
+    entries = (n - 1, share), (1, 1.0 - smoothing + share)
+    total = sum(count * q * math.expm1((alpha - 1.0) * math.log(q)) for count, q in entries)
+    return total / (alpha * (alpha - 1.0))

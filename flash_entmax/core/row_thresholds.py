@@ -1,6 +1,7 @@
 """Thresholds of normmax and of sparsemax with a budget, row by row, in plain PyTorch.
 
-Rows are (rows, n) gaps, g_j = maximum - x_j, inf where an entry is masked. A threshold lies `offset` below the maximum.
+Rows are (rows, n) gaps, g_j = reference - x_j, inf where an entry is masked. A threshold lies `offset` below the
+reference: the maximum, or for a budget of k the ceil(k)-th largest entry.
 """
 
 import torch
@@ -16,6 +17,18 @@ def gaps_of(x: Tensor) -> Tensor:
     maximum = x.detach().amax(-1, keepdim=True)
     maximum = torch.where(maximum == torch.inf, torch.nan, maximum)
     return torch.where(maximum == -torch.inf, torch.inf, maximum) - x
+
+
+def gaps_at_budget(x: Tensor, budgets: Tensor) -> Tensor:
+    """As `gaps_of`, but below the ceil(k)-th largest entry: far larger ones take no digits from the others.
+
+    budgets: of the shape of x with size 1 at the last dimension, or one that broadcasts to it.
+    """
+    ordered = x.detach().sort(-1, descending=True).values
+    seen = (ordered > -torch.inf).sum(-1, keepdim=True).clamp_min(1)
+    rank = torch.minimum(budgets.detach().nan_to_num().ceil().clamp(1, x.shape[-1]).long(), seen)
+    reference = ordered.gather(-1, rank - 1).masked_fill(ordered[..., :1] == torch.inf, torch.nan)
+    return reference.masked_fill(reference == -torch.inf, torch.inf) - x
 
 
 def normmax_offset(gap: Tensor, alphas: Tensor) -> Tensor:
@@ -41,13 +54,13 @@ def normmax_offset(gap: Tensor, alphas: Tensor) -> Tensor:
 def budget_offset(gap: Tensor, budgets: Tensor) -> Tensor:
     """(rows,): where d = offset - g, cut off at 0 and 1, sums to the budget; at most what the entries can sum to.
 
-    The sum rises by the number of entries strictly between 0 and 1. A step that does not help is a bisection.
+    The gaps are those of `gaps_at_budget`: at 0 fewer than k entries are positive, and at 1 at least k are 1. The sum
+    rises by the number of entries strictly between 0 and 1. A step that does not help is a bisection.
     """
     seen = gap < torch.inf
-    low = torch.zeros_like(budgets)
-    high = torch.where(seen, gap, 0.0).amax(-1) + 1.0
+    low, high = torch.zeros_like(budgets), torch.ones_like(budgets)
     target = torch.minimum(budgets, seen.sum(-1).to(gap.dtype))
-    offset, error = low + 1.0, torch.full_like(low, torch.inf)
+    offset, error = high, torch.full_like(low, torch.inf)
     for _ in range(MAX_SAFEGUARDED_STEPS):
         distance = offset.unsqueeze(-1) - gap
         total = distance.clamp(0, 1).sum(-1)

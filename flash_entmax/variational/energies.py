@@ -96,7 +96,8 @@ def prior_scores(mean: Tensor, alpha: float = 1.5) -> Tensor:
         its gradient is taken as 0.
 
     Raises:
-        TypeError, ValueError: for a ``mean`` that is not as above, and alpha out of range.
+        TypeError, ValueError: for a tensor that does not fit, and alpha out of range. Its numbers are not checked: a
+            negative one gives NaN.
     """
     check_causes(alpha, mean=mean)
     return power_logarithm(*as_rows(mean), alpha)

@@ -173,4 +173,9 @@ def self_check() -> bool:
         print(f"{'ok  ' if verdict.passed else 'FAIL'}  {place}  {errors}  {case}  ({verdict.quantity}){repeats}")
     interpreter = " (kernels under Triton's interpreter)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
     print(f"{total - failures} of {total} cases agree with the float64 reference{interpreter}")
+    if failures:
+        print(
+            "WRONG: do not rely on an implementation that failed here. Another one may be chosen by impl=. "
+            "Please report this, with what flash-entmax info prints"
+        )
     return failures == 0

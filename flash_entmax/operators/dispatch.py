@@ -18,7 +18,7 @@ from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
 from . import attention as attention_operators
 from .attention import Attention, OptionNumbers, OptionTensors, flattened, tile_of, unpack_arguments
-from .eager import recorded
+from .eager import PLAIN, recorded
 
 
 class Lowered(NamedTuple):
@@ -125,8 +125,9 @@ def attend_without_tiles(
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """The specification, or softmax: in PyTorch's own autograd, with the masks as the caller gave them."""
     problem = Problem.of(query.shape, value.shape, score, visibility.lowered(query, key.shape[2], None))
-    if isinstance(score.alpha, Tensor) and not torch.compiler.is_compiling() and not is_transformed():
-        check_alphas(score.alpha, ADVICE)  # there it cannot be read, and the specification takes it as it is
+    alpha, is_read = score.alpha, not (torch.compiler.is_compiling() or is_transformed())
+    if isinstance(alpha, Tensor) and type(alpha) in PLAIN and is_read:
+        check_alphas(alpha, ADVICE)  # elsewhere it cannot be read, and the specification takes it as it is
     if backend == "reference":
         with as_given(query):
             result = reference.attention(problem, query, key, value, visibility)

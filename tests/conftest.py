@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import date
@@ -126,8 +127,7 @@ def checked_memory() -> None:
     start_launch, end_launch = GridExecutor._init_args_hst, GridExecutor._restore_args_dev
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     atomic, exchange = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
-    starts, ends = numpy.zeros(0, numpy.uint64), numpy.zeros(0, numpy.uint64)
-    strayed = []
+    starts, ends, strayed = [], [], []
 
     def storages(argument):
         if isinstance(argument, (tuple, list)):
@@ -141,7 +141,7 @@ def checked_memory() -> None:
         nonlocal starts, ends
         on_host, keywords_on_host = start_launch(self, arguments, keywords)
         bounds = sorted({*storages(on_host), *storages(list(keywords_on_host.values()))})
-        starts, ends = (numpy.array(side, dtype=numpy.uint64) for side in zip((0, 0), *bounds, strict=True))
+        starts, ends = (list(side) for side in zip((0, 0), *bounds, strict=True))
         strayed.clear()
         return on_host, keywords_on_host
 
@@ -152,15 +152,15 @@ def checked_memory() -> None:
     def inside(pointers, mask):
         """The mask without places outside of the launch's tensors."""
         wanted = numpy.broadcast_to(mask.data, pointers.data.shape)
-        places = pointers.data[wanted]
+        places = pointers.data if wanted.all() else pointers.data[wanted]
         if not places.size:
             return mask
         size = pointers.get_element_ty().primitive_bitwidth // 8
-        number = numpy.searchsorted(starts, places.min(), side="right") - 1
-        if starts[number] <= places.min() and places.max() + size <= ends[number]:
+        first, last = int(places.min()), int(places.max())
+        if last + size <= ends[bisect_right(starts, first) - 1]:
             return mask
-        number = numpy.searchsorted(starts, pointers.data, side="right") - 1
-        is_inside = pointers.data + numpy.uint64(size) <= ends[number]
+        number = numpy.searchsorted(numpy.array(starts, numpy.uint64), pointers.data, side="right") - 1
+        is_inside = pointers.data + numpy.uint64(size) <= numpy.array(ends, numpy.uint64)[number]
         if is_inside[wanted].all():
             return mask
         strayed.append(int((~is_inside[wanted]).sum()))

@@ -4,13 +4,13 @@ import atexit
 import os
 import shutil
 import tempfile
-from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib.util import find_spec
 
+import interpreter
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,186 +24,8 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
-def quicken_the_interpreter() -> None:
-    """Leaves out what Triton's interpreter does again and again to no effect; results keep their bits."""
-    from triton.runtime import interpreter
-
-    patch_once(interpreter)
-    forget_overflow(interpreter.interpreter_builder)
-    remember_types(interpreter)
-
-
-def patch_once(interpreter) -> None:
-    """Triton's interpreter patches triton.language for each kernel, takes it back, and patches it again, to the same
-    effect, for each call of a jit function inside: half of its time. Here one patch, never taken back, serves all
-    functions of a module."""
-    patch_lang, patched = interpreter._patch_lang, set()
-
-    class Kept:
-        def restore(self) -> None:
-            pass
-
-    def patch_module(function):
-        if function.__module__ not in patched:
-            patched.add(function.__module__)
-            patch_lang(function)
-        return Kept()
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__.startswith("triton."):
-            patch_module(self.fn)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    interpreter._patch_lang = patch_module
-    interpreter.InterpretedFunction.__call__ = call
-
-
-def forget_overflow(builder) -> None:
-    """Each sum and product of integers is made again in 64 bits, for a check that only the option debug turns on."""
-    if not builder.options.debug:
-        builder.options = replace(builder.options, sanitize_overflow=False)
-
-
-def remember_types(interpreter) -> None:
-    """Types and shapes of values are made anew for each operation, from few that differ."""
-    from triton.language import core
-
-    numpy_dtype, dtypes = interpreter._get_np_dtype, {}
-
-    def numpy_dtype_of(type):
-        if type.name not in dtypes:
-            dtypes[type.name] = numpy_dtype(type)
-        return dtypes[type.name]
-
-    interpreter._get_np_dtype = numpy_dtype_of
-    make_block, blocks = core.block_type.__init__, {}
-
-    def plain(number):
-        return number.value if isinstance(number, core.constexpr) else number
-
-    def block(self, element_type, shape) -> None:
-        key = element_type.name, *map(plain, plain(shape))
-        if key not in blocks:
-            make_block(self, element_type, shape)
-            blocks[key] = dict(vars(self))
-        vars(self).update(blocks[key])
-
-    make_tensor, tensors = core.tensor.__init__, {}
-
-    def tensor(self, handle, type) -> None:
-        if type.name not in tensors:
-            make_tensor(self, handle, type)
-            tensors[type.name] = {name: of_type for name, of_type in vars(self).items() if name != "handle"}
-        vars(self).update(tensors[type.name], handle=handle)
-
-    core.block_type.__init__, core.tensor.__init__ = block, tensor
-
-
-def steady_products() -> None:
-    """NumPy's bits of a product of a query and a key depend on the tile's shape and on the processor. Added in float64
-    and rounded once, they hardly do. What sums in float32 lose, only the tests on a GPU show."""
-    import numpy
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        is_integer = a.dtype.scalar.is_int8()
-        assert is_integer or a.data.dtype.kind == "f", f"held as integers in the interpreter: {a.dtype}"
-        product = numpy.matmul(a.data, b.data, dtype=numpy.int32 if is_integer else numpy.float64)
-        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
-
-    InterpreterBuilder.create_dot = create_dot
-
-
-def checked_memory() -> None:
-    """A kernel that reads or writes outside of the tensors that it was given would go on with whatever lies there, or
-    crash later tests. Here such reads give zeros, such writes are left out, and the launch ends in an AssertionError.
-    """
-    import numpy
-    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
-
-    start_launch, end_launch = GridExecutor._init_args_hst, GridExecutor._restore_args_dev
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    atomic, exchange = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
-    starts, ends, strayed = [], [], []
-
-    def storages(argument):
-        if isinstance(argument, (tuple, list)):
-            for part in argument:
-                yield from storages(part)
-        elif hasattr(argument, "untyped_storage"):
-            storage = argument.untyped_storage()
-            yield storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-    def start(self, arguments, keywords):
-        nonlocal starts, ends
-        on_host, keywords_on_host = start_launch(self, arguments, keywords)
-        bounds = sorted({*storages(on_host), *storages(list(keywords_on_host.values()))})
-        starts, ends = (list(side) for side in zip((0, 0), *bounds, strict=True))
-        strayed.clear()
-        return on_host, keywords_on_host
-
-    def end(self, *arguments):
-        end_launch(self, *arguments)
-        assert not strayed, f"{self.fn.__name__} goes outside of its tensors: {strayed[0]} places, the first time"
-
-    def inside(pointers, mask):
-        """The mask without places outside of the launch's tensors."""
-        wanted = numpy.broadcast_to(mask.data, pointers.data.shape)
-        places = pointers.data if wanted.all() else pointers.data[wanted]
-        if not places.size:
-            return mask
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        first, last = int(places.min()), int(places.max())
-        if last + size <= ends[bisect_right(starts, first) - 1]:
-            return mask
-        number = numpy.searchsorted(numpy.array(starts, numpy.uint64), pointers.data, side="right") - 1
-        is_inside = pointers.data + numpy.uint64(size) <= numpy.array(ends, numpy.uint64)[number]
-        if is_inside[wanted].all():
-            return mask
-        strayed.append(int((~is_inside[wanted]).sum()))
-        return TensorHandle(wanted & is_inside, mask.dtype)
-
-    def everywhere(pointers):
-        from triton.language import int1
-
-        return TensorHandle(numpy.ones_like(pointers.data, dtype=bool), int1)
-
-    def checked_load(self, pointers, mask, *rest):
-        return load(self, pointers, inside(pointers, mask), *rest)
-
-    def checked_store(self, pointers, value, mask, *rest):
-        return store(self, pointers, value, inside(pointers, mask), *rest)
-
-    def checked_atomic(self, operation, pointers, value, mask, *rest):
-        return atomic(self, operation, pointers, value, inside(pointers, mask), *rest)
-
-    def checked_exchange(self, pointers, *rest):
-        assert inside(pointers, everywhere(pointers)).data.all(), "an exchange goes outside of its tensors"
-        return exchange(self, pointers, *rest)
-
-    GridExecutor._init_args_hst, GridExecutor._restore_args_dev = start, end
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = checked_load, checked_store
-    InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas = checked_atomic, checked_exchange
-
-
-def spoiled_scratch() -> None:
-    """New scratch holds NaN and -1: what is read before it is written shows, and shows each time."""
-    from flash_entmax.backends.triton.scratch import Scratch
-
-    def allocate(self, device):
-        return torch.full((self.size,), 255, dtype=torch.uint8, device=device)
-
-    Scratch.allocate = allocate
-
-
 if not HAS_CUDA and find_spec("triton"):
-    quicken_the_interpreter()
-    steady_products()
-    checked_memory()
-    spoiled_scratch()
+    interpreter.prepare()
 
 
 def with_room(function):

@@ -1,4 +1,4 @@
-"""What conftest.py adds to Triton's interpreter: no access to memory leaves the tensors of its launch."""
+"""What interpreter.py adds to Triton's interpreter: no access to memory leaves the tensors of its launch."""
 
 from importlib.util import find_spec
 

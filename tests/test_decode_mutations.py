@@ -59,10 +59,24 @@ FAULTS = {
         decode, "certified_offset", "tl.where(...)", "0.9 * tl.where(...)", "sparse",
     ),
     "the last live tile is dropped": (
-        decode, "list_live_tiles", "return count", "return tl.maximum(count - 1, 0)", "long",
+        decode, "list_live_tiles", "return crowded, single", "return tl.maximum(crowded - 1, 0), single", "long",
+    ),
+    "the last tile with a single key is dropped": (
+        decode, "list_live_tiles", "return crowded, single", "return crowded, tl.maximum(single - 1, 0)", "sparse",
+    ),
+    "a tile with several keys is taken for one with one": (
+        decode, "list_live_tiles", "alive & above_threshold(row, load_numbers(maxima.second, ...), offset)",
+        "alive & (alive == 0)", "long",
+    ),
+    "the second score of a tile is not looked for": (
+        decode, "store_maxima", "tl.where(tl.arange(0, C.TILE)[None, :] == column[:, None], ...)", "score - 1e9",
+        "long",
+    ),
+    "each step of single keys writes over those before": (
+        decode, "append_singles", "return count + tiles", "return count + 0 * tiles", "sparse",
     ),
     "candidates of the first step only": (
-        decode, "list_candidates", "range(0, tiles * C.TILE, LISTED)",
+        decode, "list_crowded", "range(0, tiles * C.TILE, LISTED)",
         "range(0, tl.minimum(tiles * C.TILE, LISTED), LISTED)", "long",
     ),
     "each step writes over the keys of the one before": (

@@ -8,7 +8,7 @@ attention merges those of softmax.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..core.intervals import UNLIMITED
 from ..core.visibility import Visibility
 from ..operators.kept_calls import attend
 from .exchange import Arriving, Exchange, gather, gathered, start_gathering, sum_gradients
-from .layout import Layout, check_layout, check_length, joined, local_positions
+from .layout import Layout, check_layout, check_length, chunks, joined, local_positions
 from .ranks import Ranks, agreed, described, outside_of_graphs
 
 Method = Literal["gather", "heads"]
@@ -202,15 +202,43 @@ class Call:
             return replace(self.visibility, key_mask=self.whole_key_mask())
         return Visibility(key_mask=self.whole_key_mask(), known_intervals=self.intervals)
 
-    def visibility_of_own(self) -> Visibility:
-        """What the queries of this rank's part see of the whole sequence."""
-        mask, device = self.whole_key_mask(), self.inputs[0].device
-        positions: int | Tensor = local_positions(self.length, self.ranks, self.layout, device)
+    def own_parts(self) -> "list[OwnPart]":
+        """This rank's queries, in as many calls as there are intervals of positions, where positions matter.
+
+        Each chunk of queries then stands at the end of the keys that it may see, as in a call without positions. So
+        causal attention needs no interval of keys for each query, and windows bound the lists of a tile.
+        """
+        mask, length = self.whole_key_mask(), self.length
         if self.intervals is not None:
-            return Visibility(key_mask=mask, known_intervals=self.intervals[:, :, positions].contiguous())
-        if self.layout == "contiguous":  # the first position says all, and how many keys a window may span
-            positions = self.ranks.rank * self.inputs[0].shape[2]
-        return replace(self.visibility, query_positions=positions, key_mask=mask)
+            positions = local_positions(length, self.ranks, self.layout, self.inputs[0].device)
+            intervals = self.intervals[:, :, positions].contiguous()
+            return [OwnPart(slice(None), length, Visibility(key_mask=mask, known_intervals=intervals))]
+        if self.visibility.window == (UNLIMITED, UNLIMITED) and self.score.alibi_slopes is None:
+            return [OwnPart(slice(None), length, replace(self.visibility, key_mask=mask))]
+        own = chunks(self.ranks.size, self.layout)[self.ranks.rank]
+        size = self.inputs[0].shape[2] // len(own)
+        return [self.own_part(place * size, number * size, size, mask) for place, number in enumerate(own)]
+
+    def own_part(self, place: int, first: int, size: int, mask: Tensor | None) -> "OwnPart":
+        """The `size` local queries from `place` on, which stand from position `first` on."""
+        right, last = self.visibility.window[1], first + size
+        keys = self.length if right == UNLIMITED else min(self.length, last + right)
+        lengths = self.visibility.key_lengths
+        visibility = replace(
+            self.visibility,
+            query_positions=None if keys == last else first,
+            key_lengths=None if lengths is None else lengths.clamp(max=keys),
+            key_mask=None if mask is None else mask[:, :keys],
+        )
+        return OwnPart(slice(place, place + size), keys, visibility)
+
+
+class OwnPart(NamedTuple):
+    """Some local queries, and what they see: of all keys the first `keys` at most."""
+
+    queries: slice
+    keys: int
+    visibility: Visibility
 
 
 def check_method(method: object) -> None:
@@ -240,7 +268,7 @@ def check_heads_at_a_time(heads_at_a_time: object, method: Method) -> None:
 def by_gather(call: Call) -> Tensor:
     """All keys and values come to the own queries. While some heads are computed, the next ones travel."""
     (query, key, value), ranks, layout = call.inputs, call.ranks, call.layout
-    visibility = call.visibility_of_own()
+    own_parts = call.own_parts()
     key_heads, shared = key.shape[1], query.shape[1] // max(key.shape[1], 1)
     step = min(call.heads_at_a_time or key_heads, key_heads) or 1
     parts = [slice(first, min(first + step, key_heads)) for first in range(0, max(key_heads, 1), step)]
@@ -254,7 +282,7 @@ def by_gather(call: Call) -> Tensor:
         del ready  # the parts are in their order, and need no memory any more
         heads = slice(shared * own.start, shared * own.stop)
         score = of_heads(call.score, heads)
-        outputs.append(output_of(query[:, heads], whole_key, whole_value, score, visibility, call.impl))
+        outputs.append(output_of_parts(query[:, heads], whole_key, whole_value, score, own_parts, call.impl))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
@@ -272,6 +300,16 @@ def by_heads(call: Call) -> Tensor:
     query, key, value = (Exchange.apply(tensor, True, ranks, layout) for tensor in call.inputs)
     output = output_of(query, key, value, score, visibility, call.impl)
     return Exchange.apply(output, False, ranks, layout)
+
+
+def output_of_parts(
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, parts: list[OwnPart], impl: Impl
+) -> Tensor:
+    outputs = [
+        output_of(query[:, :, queries], key[:, :, :keys], value[:, :, :keys], score, visibility, impl)
+        for queries, keys, visibility in parts
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
 def output_of(

@@ -8,8 +8,8 @@ All arms are the same causal transformer: the positions of NAPE, where half of t
 prefer near tokens, a gated MLP, and normal(0, 0.02) as the start of all projections. But for one arm, an RMSNorm stands
 behind attention and MLP as well (sandwich norm), as in the paper's models. That arm shows what the norm does alone.
 
-No token marks the beginning, unlike in the paper. A first token that all others see gives heads without positions an
-absolute place. It makes answers by place easier, and these end where the training lengths end.
+No token marks the beginning, unlike in the paper. In trials models with such a token failed sooner beyond the training
+lengths: it gives heads without positions an absolute place, and answers by place end where these lengths end.
 
 An answer counts if every token is predicted right from the right ones in front of it. Single tokens are counted too:
 where no whole answer is right, they still tell arms apart.
@@ -176,8 +176,8 @@ def right_answers(logits: Tensor, answer: Tensor) -> Tensor:
     return right_tokens(logits, answer).amin(1)
 
 
-# The steps of the full size are meant for ten minutes on an H200: 16 models, six at a time. That assumes that one step of
-# one of them takes 1.8 ms with two layers, and 4.5 with six. It is not measured.
+# The steps of the full size are meant for ten minutes on an H200. That assumes, unmeasured, that 16 models of which six
+# are trained at a time take 1.8 ms a step with two layers, and 4.5 with six.
 SORT = Sequences("sort", lambda source: source.sort(1).values, small=(2, 2500), full=(2, 20_000))
 REVERSE = Sequences("reverse", lambda source: source.flip(1), small=(3, 2500), full=(6, 8000))
 COPY = Sequences("copy", lambda source: source.clone(), small=(2, 2500), full=(2, 20_000))

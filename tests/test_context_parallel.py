@@ -19,7 +19,7 @@ CASES = {  # options of the layer, and of its call
         {"is_causal": False, "window_size": (9, 4), "softcap": 1.5},
         {"key_mask": torch.arange(2 * LENGTH).view(2, -1) % 7 > 2},
     ),
-    "packed": ({"temperature": "adaptive"}, {"cu_seq": torch.tensor([0, 11, 11, 30, 45])}),
+    "packed": ({"temperature": "adaptive", "output_norm": True}, {"cu_seq": torch.tensor([0, 11, 11, 30, 45])}),
 }
 
 

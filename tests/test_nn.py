@@ -57,7 +57,11 @@ def plain(layer: EntmaxAttention, x, hidden=None):
         unseen = unseen if hidden is None else unseen | hidden
         z = ((alpha[h] - 1) * scores).masked_fill(unseen, -torch.inf)
         mixed.append(entmax_rows(z, alpha[h])[0] @ value[:, g])
-    return layer.out(torch.stack(mixed, 1).flatten(1))
+    output = layer.out(torch.stack(mixed, 1).flatten(1))
+    if layer.output_norm is None:
+        return output
+    size = (output.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+    return layer.output_norm.weight * output / size
 
 
 def turned(x):
@@ -76,6 +80,7 @@ LAYERS = {
     "rope, adaptive, learned": {"temperature": "adaptive", "learn_alpha": True},
     "encoder, window": {"is_causal": False, "window_size": (5, -1), "head_dim": 10},
     "sparsemax, softcap": {"alpha": 2.0, "softcap": 1.5, "position": "nape"},
+    "output norm": {"output_norm": True, "bias": True, "num_key_heads": 2},
 }
 
 
@@ -109,6 +114,19 @@ def test_packed_sequences_are_separate(backend, name):
     packed = layer(x, cu_seq=cu_seq, max_seq=20, impl=backend.impl)
     alone = torch.cat([layer(part[None], impl=backend.impl)[0] for part in x.split(lengths) if len(part)])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_norm(backend):
+    """Outputs of one size at every length. Without it the layer has the weights that it had, in the same order."""
+    layer = EntmaxAttention(WIDTH, HEADS, alpha=1.0, position="none", output_norm=True).to(backend.device)
+    for length in (1, LENGTH):
+        sizes = layer(inputs(backend, 2, length, WIDTH), impl=backend.impl).square().mean(-1)
+        torch.testing.assert_close(sizes, torch.ones_like(sizes), rtol=1e-3, atol=1e-3)
+    without = EntmaxAttention(WIDTH, HEADS)
+    assert list(without.state_dict()) == [f"{name}.weight" for name in ("query", "key", "value", "out")]
+    assert set(layer.state_dict()) - set(without.state_dict()) == {"output_norm.weight"}
+    with pytest.raises(TypeError, match="output_norm must be True or False, got 'rms'"):
+        EntmaxAttention(WIDTH, HEADS, output_norm="rms")
 
 
 def test_padding(backend):

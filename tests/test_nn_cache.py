@@ -20,6 +20,7 @@ LAYERS = {
     "adaptive": {"temperature": "adaptive", "position": "nape"},
     "adaptive, learned": {"temperature": "adaptive", "learn_alpha": True, "alpha": 1.3},
     "softmax": {"alpha": 1.0, "window_size": (20, -1)},
+    "output norm": {"output_norm": True},
     "softcap, sparsemax": {"softcap": 1.5, "alpha": 2.0, "head_dim": 10},
 }
 

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flash_entmax.programs.cli import main
-from flash_entmax.programs.recipes import max_retrieval, mixture, report, sequences, sweep, training
+from flash_entmax.programs.recipes import max_retrieval, mixture, report, sweep, training
 from flash_entmax.programs.recipes.language_model import RECIPE as LANGUAGE_MODEL
-from flash_entmax.programs.recipes.recipe import Measure, Recipe
+from flash_entmax.programs.recipes.recipe import Measure, Recipe, ScoredRecipe
 from flash_entmax.programs.recipes.runs import new_model
 from flash_entmax.programs.recipes.settings import NAMES, SIZES, TRAINED, settings_for
 from flash_entmax.programs.recipes.sweep import RECIPES
@@ -40,11 +40,13 @@ def test_every_recipe_has_what_the_protocol_names():
         assert isinstance(recipe, Recipe)
         assert recipe.name == name
         assert set(recipe.sizes) == set(SIZES)
-        for method in ("build", "batch", "validate", "measure"):
+        methods = ("build", "batch", "validate", "measure") + (("score",) if isinstance(recipe, ScoredRecipe) else ())
+        for method in methods:
             assert (
                 list(signature(getattr(recipe, method)).parameters)
-                == list(signature(getattr(Recipe, method)).parameters)[1:]
+                == list(signature(getattr(ScoredRecipe, method)).parameters)[1:]
             ), (name, method)
+        assert isinstance(recipe, ScoredRecipe) or not any(size.checkpoints for size in recipe.sizes.values())
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -174,22 +176,28 @@ def test_the_rate_of_the_lowest_mean_validation_loss_is_chosen(tmp_path):
     ],
 )
 def test_the_grid_grows_where_its_end_is_best(tmp_path, monkeypatch, best, rates):
-    """Twice at most, for the arm that needs it; what is trained is the grid once, and the best rate with all seeds."""
+    """Twice at most, for the arm that needs it; what is trained is the arm's own grid once, and the best rate with all
+    seeds."""
     name, trained = "reverse", []
-    toy = replace(RECIPES[name].sizes["toy"], learning_rates=(2e-3, 4e-3, 8e-3), extensions=2, seeds=2)
+    own = {"learning_rates": (1e-3, 2e-3, 4e-3), "softmax_rates": (2e-3, 4e-3, 8e-3)}
+    toy = replace(RECIPES[name].sizes["toy"], **own, extensions=2, seeds=2, checkpoints=0)
 
     def train(run, show):
         trained.append(run)
-        wanted = best if run.arm == "softmax" else 4e-3
+        wanted = best if run.arm == "softmax" else 4e-3 if "softmax" in run.arm else 2e-3
         return {"validation": abs(math.log(run.learning_rate / wanted)), "seconds": 0.0}
 
     monkeypatch.setitem(RECIPES[name].sizes, "toy", toy)
     monkeypatch.setattr(sweep, "train", train)
-    monkeypatch.setattr(sweep, "measure", lambda run, show: {"exact": {"1": 0.0}})
+    monkeypatch.setattr(sweep, "measure", lambda run, show: {"exact": {"1": 0.0}, "tokens": {"1": 0.0}})
     assert main(["recipe", name, "--size", "toy", "--device", "cpu", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / f"{name}-toy.json").read_text())
-    assert results["rates"] == {"softmax": rates, "entmax 1.5": [2e-3, 4e-3, 8e-3], "ASEntmax": [2e-3, 4e-3, 8e-3]}
-    assert results["best"] == {"softmax": min(max(best, rates[0]), rates[-1]), "entmax 1.5": 4e-3, "ASEntmax": 4e-3}
+    entmax = [1e-3, 2e-3, 4e-3]
+    others = {"softmax, pre-norm": [2e-3, 4e-3, 8e-3], "entmax 1.5": entmax, "ASEntmax": entmax}
+    assert results["rates"] == {"softmax": rates} | others
+    wanted = {"softmax, pre-norm": 4e-3, "entmax 1.5": 2e-3, "ASEntmax": 2e-3}
+    assert results["best"] == {"softmax": min(max(best, rates[0]), rates[-1])} | wanted
+    assert "best_checkpoints" not in results
     softmax = [(run.learning_rate, run.seed) for run in trained if run.arm == "softmax"]
     assert sorted(softmax) == sorted([*((rate, 0) for rate in rates), (results["best"]["softmax"], 1)])
 
@@ -209,44 +217,6 @@ def test_the_answer_of_max_retrieval_is_the_class_of_the_largest():
     assert items.shape == (8, 30, 11)
     largest = items[..., -1].argmax(1)
     assert torch.equal(items[torch.arange(8), largest, :-1].argmax(-1), answer)
-
-
-def test_answers_of_sequences():
-    for task, expected in ((sequences.SORT, lambda s: sorted(s)), (sequences.REVERSE, lambda s: s[::-1])):
-        data = task.problems(5, 3, 0, "cpu")
-        assert data.shape == (3, 11)
-        for row in data.tolist():
-            assert row[5] == sequences.SEPARATOR
-            assert row[6:] == expected(row[:5])
-
-
-def test_a_sequence_counts_if_all_of_its_tokens_are_right(monkeypatch, tmp_path):
-    task, size = sequences.SORT, sequences.SORT.sizes["toy"]
-
-    def all_but_one(model, data):
-        answer = data[:, data.shape[1] // 2 + 1 :]
-        answer = answer.clone()
-        answer[0, -1] = (answer[0, -1] + 1) % sequences.VOCABULARY
-        return torch.nn.functional.one_hot(answer, sequences.VOCABULARY + 1).float()
-
-    monkeypatch.setattr(task, "logits", all_but_one)
-    exact = task.measure(None, a_run(tmp_path, "sort"), size)["exact"]
-    assert exact == {"1": 100.0 * (1 - 1 / size.tests), "2": 100.0 * (1 - 1 / size.tests)}
-
-
-def test_logits_of_a_sequence_are_those_of_its_answer():
-    """From the separator on, each from the token before it."""
-    data = sequences.SORT.problems(5, 3, 0, "cpu")
-    echo = lambda data: torch.nn.functional.one_hot(data, sequences.VOCABULARY + 1)  # noqa: E731
-    seen = sequences.SORT.logits(echo, data).argmax(-1)
-    assert (seen[:, 0] == sequences.SEPARATOR).all()
-    assert torch.equal(seen[:, 1:], data[:, 6:-1])
-
-
-def test_problems_of_tests_are_not_those_of_training():
-    of_training = sequences.SORT.problems(16, 64, 0, "cpu")
-    for seed in (training.TEST_SEED, training.VALIDATION_SEED):
-        assert not torch.equal(sequences.SORT.problems(16, 64, seed, "cpu"), of_training)
 
 
 @pytest.mark.parametrize("name", TRAINED)

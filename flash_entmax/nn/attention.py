@@ -44,6 +44,8 @@ class EntmaxAttention(WithAlpha):
             beta = softplus(W_b x + b_b) and gamma = 2 tanh(W_g x + b_g) of the layer input x; W and b start at 0.
         is_causal, window_size, softcap: as for :func:`flash_entmax.entmax_attention`.
         rope_base: base of the rotary angles, positive.
+        output_norm: an RMSNorm of the output, after the output projection, as in Gemma 2 (arXiv 2408.00118). A mean
+            over more values is smaller; the norm gives each token's output the same size at every length.
         context_parallel: a group of ``torch.distributed``, or a :class:`flash_entmax.distributed.ContextParallel`. Then
             inputs and outputs are this rank's parts of sequences, as :func:`flash_entmax.distributed.shard` cuts them,
             and positions count in whole sequences. Each rank gets its share of the gradient of each parameter, alpha
@@ -79,6 +81,7 @@ class EntmaxAttention(WithAlpha):
         window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
         softcap: float = 0.0,
         rope_base: float = 10_000.0,
+        output_norm: bool = False,
         context_parallel: "ContextParallel | object | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,7 +89,8 @@ class EntmaxAttention(WithAlpha):
         super().__init__()
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
         check_heads(embed_dim, num_heads, num_key_heads, head_dim)
-        for name, flag in (("bias", bias), ("learn_alpha", learn_alpha), ("is_causal", is_causal)):
+        flags = {"bias": bias, "learn_alpha": learn_alpha, "is_causal": is_causal, "output_norm": output_norm}
+        for name, flag in flags.items():
             check_flag(name, flag)
         check_window(window_size)
         check_softcap(softcap)
@@ -105,6 +109,7 @@ class EntmaxAttention(WithAlpha):
         self.key = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
         self.value = nn.Linear(embed_dim, num_key_heads * self.head_dim, bias=bias, **factory)
         self.out = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias, **factory)
+        self.output_norm = nn.RMSNorm(embed_dim, **factory) if output_norm else None
         self.alpha_parameter = AlphaParameter(alpha, (num_heads,) if learn_alpha else None, **factory)
         self.temperature: AdaptiveTemperature | None = None
         if temperature == "adaptive":
@@ -190,6 +195,8 @@ class EntmaxAttention(WithAlpha):
             mixed = entmax_attention(query, key, value, key_lengths=key_lengths, key_mask=key_mask, **options)
             mixed = mixed.transpose(1, 2)
         output = self.out(mixed.flatten(-2))
+        if self.output_norm is not None:
+            output = self.output_norm(output)
         if cache is not None:
             cache.length += x.shape[1]
         return output

@@ -9,39 +9,75 @@ BYTES = 256
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). With ``sandwich_norm`` x + norm(attention(norm(x))) and
+    x + norm(mlp(norm(x))), as in Gemma 2 (arXiv 2408.00118).
 
-    def __init__(self, width: int, heads: int, **attention) -> None:
+    The MLP is narrow(gelu(widen(x))); with ``gated_mlp`` narrow(gelu(gate(x)) * widen(x)) (arXiv 2002.05202).
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, sandwich_norm: bool = False, gated_mlp: bool = False, **attention
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
-        self.attention = EntmaxAttention(width, heads, **attention)
+        self.attention = EntmaxAttention(width, heads, output_norm=sandwich_norm, **attention)
         self.mlp_norm = nn.RMSNorm(width)
         self.widen = nn.Linear(width, 4 * width, bias=False)
         self.narrow = nn.Linear(4 * width, width, bias=False)
+        self.gate = nn.Linear(width, 4 * width, bias=False) if gated_mlp else None
+        self.mlp_output_norm = nn.RMSNorm(width) if sandwich_norm else nn.Identity()
 
     def forward(self, x: Tensor, alpha: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), alpha=alpha, cache=cache)
-        return x + self.narrow(gelu(self.widen(self.mlp_norm(x))))
+        return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.narrow(gelu(self.widen(x)))
+        return self.narrow(gelu(self.gate(x)) * self.widen(x))
 
 
 class Transformer(nn.Module):
-    """Every layer gets the options ``attention`` of :class:`flash_entmax.nn.EntmaxAttention`."""
+    """Every layer gets the options ``block`` of :class:`Block`: ``sandwich_norm``, ``gated_mlp``, and those of
+    :class:`flash_entmax.nn.EntmaxAttention`.
 
-    def __init__(self, layers: int, width: int, heads: int, *, vocabulary: int = BYTES, **attention) -> None:
+    ``zero_branches``: every branch starts at zero. If it is False, all projections and the MLPs start as normal(0,
+    0.02), as in GPT-2 and Gemma. So they must with ``sandwich_norm``: a norm of zeros has no useful gradient.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        *,
+        vocabulary: int = BYTES,
+        zero_branches: bool = True,
+        **block,
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(width, heads, **attention) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, **block) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         self.predict = nn.Linear(width, vocabulary, bias=False)
-        self.initialise()
+        if zero_branches and block.get("sandwich_norm"):
+            raise ValueError("zero_branches=True has no use with sandwich_norm=True: pass zero_branches=False")
+        self.initialise(zero_branches)
 
-    def initialise(self) -> None:
-        """Every branch starts at zero, and the untrained model finds all tokens about equally likely."""
+    def initialise(self, zero_branches: bool) -> None:
+        """The untrained model finds all tokens about equally likely."""
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.predict.weight, std=0.02)
         for block in self.blocks:
-            nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.narrow.weight)
+            if zero_branches:
+                nn.init.zeros_(block.attention.out.weight)
+                nn.init.zeros_(block.narrow.weight)
+                continue
+            attention = block.attention
+            for linear in (attention.query, attention.key, attention.value, attention.out, block.widen, block.narrow):
+                nn.init.normal_(linear.weight, std=0.02)
+            if block.gate is not None:
+                nn.init.normal_(block.gate.weight, std=0.02)
 
     def compile(self, **options) -> None:
         """Compile block by block with ``options`` of torch.compile. Blocks are alike, so one compilation serves all."""

@@ -58,21 +58,21 @@ def train(model: Transformer, settings: DemoSettings, training: Tensor, console:
     return Training(step, elapsed, tokens / elapsed, step < settings.steps)
 
 
-def parameter_groups(model: Transformer) -> list[dict]:
+def parameter_groups(model: Transformer, weight_decay: float = 0.1) -> list[dict]:
     """Weight decay for the matrices only, and not for the gains of the norms or the embedding."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embed")]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or name.startswith("embed")]
-    return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def pace(along: float) -> float:
+def pace(along: float, warm_up: float = 0.05) -> float:
     """The learning rate relative to its peak, at the share ``along`` of the training.
 
-    It rises over the first twentieth, then falls by a cosine to a twentieth of the peak.
+    It rises over the share ``warm_up``, then falls by a cosine to a twentieth of the peak.
     """
-    if along < 0.05:
-        return along / 0.05
-    return 0.05 + 0.95 * (1 + math.cos(math.pi * (along - 0.05) / 0.95)) / 2
+    if along < warm_up:
+        return along / warm_up
+    return 0.05 + 0.95 * (1 + math.cos(math.pi * (along - warm_up) / (1 - warm_up))) / 2
 
 
 def next_byte_loss(model: Transformer, data: Tensor, settings: DemoSettings) -> Tensor:

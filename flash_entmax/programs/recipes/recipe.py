@@ -26,18 +26,33 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class AdamW:
+    """How AdamW trains. Only matrices decay; ``warm_up`` is the share of the steps in which the rate rises."""
+
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    warm_up: float = 0.05
+
+
+ADAMW = AdamW()
+
+
+@dataclass(frozen=True)
 class Size:
     """How much a recipe trains at one --size. Each recipe adds fields of its own.
 
     Attributes:
         steps: optimizer steps of one training, each on one batch.
         batch: examples in a batch.
-        learning_rates: the rates at which every arm is trained first, ascending.
+        learning_rates: the rates at which arms are trained first, ascending; see also ``rates_of``.
         extensions: how many more rates an arm may try, each beyond the end of its rates that was best.
         sweep_seeds: trainings of an arm at every rate, with the seeds 0, 1, ...
         seeds: trainings of an arm at its best rate.
         workers: how many models one device trains at a time.
         compiled: whether ``model.compile`` is called before a training.
+        adamw: the optimizer of all trainings.
+        checkpoints: at how many steps of a training, evenly spaced, a :class:`ScoredRecipe` scores the model. The best
+            one is kept beside the last.
     """
 
     steps: int
@@ -49,6 +64,12 @@ class Size:
     extensions: int = 0
     workers: int = 6
     compiled: bool = False
+    adamw: AdamW = ADAMW
+    checkpoints: int = 0
+
+    def rates_of(self, arm: str) -> tuple[float, ...]:
+        """The learning rates at which this arm is trained first."""
+        return self.learning_rates
 
 
 @dataclass(frozen=True)
@@ -110,4 +131,15 @@ class Recipe(Protocol):
 
     def measure(self, model: nn.Module, run: Run, size: Size) -> dict[str, dict[str, float]]:
         """{key of a measure: {place: number}}, in the units that the measures name. Called without gradients."""
+        ...
+
+
+@runtime_checkable
+class ScoredRecipe(Recipe, Protocol):
+    """A recipe whose sizes may have ``checkpoints``. ``scored`` names the examples and the score in words."""
+
+    scored: str
+
+    def score(self, model: nn.Module, run: Run, size: Size) -> float:
+        """The higher, the better, on examples of its own. Called without gradients."""
         ...

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
-from .recipe import Measure, Recipe
+from .recipe import Measure, Recipe, ScoredRecipe
 
 
 def write(console: Console, recipe: Recipe, results: dict, path: Path) -> None:
@@ -28,6 +28,9 @@ def write(console: Console, recipe: Recipe, results: dict, path: Path) -> None:
         console.print(table(measure, results))
         picture = draw(measure, results, path.with_name(f"{path.stem}-{measure.key}.png"))
         console.print(f"{picture}", soft_wrap=True)
+    if isinstance(recipe, ScoredRecipe) and "best_checkpoints" in results:
+        for measure in recipe.measures:
+            console.print(table_of_best(measure, results, recipe.scored))
     console.print(f"{results['seconds']:.0f} s in all; the numbers are {path}", soft_wrap=True)
 
 
@@ -58,10 +61,32 @@ def table(measure: Measure, results: dict) -> Table:
     result.add_column("arm")
     rows = {arm: list(places(measure, results, arm)) for arm in results["chosen"]}
     for place, _ in next(iter(rows.values())):
-        result.add_column(f"{int(place):,}" if place.isdigit() else place, justify="right")
+        result.add_column(heading(place), justify="right")
     for arm, cells in rows.items():
         result.add_row(arm, *(over_seeds(values, f"{{:.{measure.digits}f}}".format) for _, values in cells))
     return result
+
+
+def table_of_best(measure: Measure, results: dict, scored: str) -> Table:
+    """One model of each arm: of all its rates, seeds and checkpoints, the one with the highest score."""
+    title = f"{measure.title}, by {measure.place}: the best of rates, seeds and checkpoints, by {scored}"
+    result = Table(title=title, title_justify="left")
+    result.add_column("arm")
+    result.add_column("learning rate, seed, checkpoint")
+    for arm, key in results["best_checkpoints"].items():
+        found = results["best_measures"][key][measure.key]
+        if not result.row_count:
+            for place in found:
+                result.add_column(heading(place), justify="right")
+        _, rate, seed, _ = key.split(" | ")
+        step = results["runs"][key]["checkpoint"]["step"]
+        shown = (f"{number:.{measure.digits}f}" for number in found.values())
+        result.add_row(arm, f"{rate}, {seed}, step {step:,}", *shown)
+    return result
+
+
+def heading(place: str) -> str:
+    return f"{int(place):,}" if place.isdigit() else place
 
 
 def draw(measure: Measure, results: dict, path: Path) -> Path:
@@ -79,7 +104,7 @@ def draw(measure: Measure, results: dict, path: Path) -> Path:
     if measure.logarithmic:
         axes.set_xlim(min(x) / 1.2, max(x) * 1.2)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(x, [f"{place:,.0f}" for place in x])
+        axes.set_xticks(x, [f"{place:,.10g}" for place in x])
     axes.set(xlabel=measure.place, ylabel=measure.title)
     axes.set_title(f"{results['conditions']['recipe']}: {seeds_of(results, 'mean and range')}", loc="left")
     axes.grid(alpha=0.3)

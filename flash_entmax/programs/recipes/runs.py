@@ -1,5 +1,7 @@
 """The models of a recipe: which ones there are, and each before and after its training."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -30,10 +32,11 @@ def new_model(recipe: Recipe, run: Run) -> nn.Module:
     return recipe.build(run.arm, recipe.sizes[run.size]).to(run.device)
 
 
-def trained_model(recipe: Recipe, run: Run) -> nn.Module:
-    """The model after its training, in evaluation mode. CommandError if its file is not there."""
-    if not run.path.exists():
-        raise CommandError(f"{run.path} is not there, and the results say that it was trained: move the results away")
+def trained_model(recipe: Recipe, run: Run, path: Path | None = None) -> nn.Module:
+    """The model after its training, or the one in ``path``, in evaluation mode. CommandError for a missing file."""
+    path = path or run.path
+    if not path.exists():
+        raise CommandError(f"{path} is not there, and the results say that it was trained: move the results away")
     model = new_model(recipe, run)
-    training.restore(run.path, model)
+    training.restore(path, model)
     return model.eval()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import CommandError, device_for, require
 
-TRAINED = ("max-retrieval", "sort", "reverse", "language-model")  # these train models by the plan in sweep.py
+TRAINED = ("max-retrieval", "sort", "reverse", "copy", "language-model")  # these train models by the plan in sweep.py
 MEASURED = ("sparsity", "training-speed")  # these measure the models of language-model
 FITTED = ("mixture",)  # these fit estimators
 NAMES = (*TRAINED, *MEASURED, *FITTED)

@@ -5,27 +5,31 @@
    lengths choose nothing. A shorter training could not choose: it prefers rates at which the whole one does worse.
 3. If the best rate is the first or last of several, add the next one and train again, up to ``extensions`` times.
 4. Train every arm at its best rate with all seeds, and measure these models.
+5. Where models are scored on their way: of all rates, seeds and checkpoints of an arm, measure the one with the highest
+   score as well. Papers report such models. They show what an arm can do, and not what it does.
 
 Numbers that are in the results are not computed again. An interrupted training goes on from its last checkpoint.
 """
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 
 import torch
 from rich.console import Console
 
 from ..files import write_json
-from . import language_model, max_retrieval, report, sequences, training
-from .recipe import Batch, Recipe, Run, Size
+from . import checkpoints, language_model, max_retrieval, report, sequences, training
+from .recipe import Batch, Recipe, Run, ScoredRecipe, Size
 from .results import conditions, load
 from .runs import chosen_runs, new_model, runs_of, trained_model
 from .settings import RecipeSettings
 from .workers import cores, distribute
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (max_retrieval.RECIPE, sequences.SORT, sequences.REVERSE, language_model.RECIPE)
+    recipe.name: recipe
+    for recipe in (max_retrieval.RECIPE, sequences.SORT, sequences.REVERSE, sequences.COPY, language_model.RECIPE)
 }
 
 
@@ -46,7 +50,7 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
             done[finished.key] = numbers
             write_json(path, results)
 
-    rates = {arm: list(size.learning_rates) for arm in recipe.arms}
+    rates = {arm: list(size.rates_of(arm)) for arm in recipe.arms}
     for _ in range(1 + size.extensions):
         swept = {
             arm: {rate: runs_of(recipe, settings, arm, rate, size.sweep_seeds) for rate in rates[arm]} for arm in rates
@@ -61,6 +65,11 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
     perform(train, results["runs"], chosen)
     perform(measure, results["measures"], chosen)
     results["chosen"] = {arm: [run.key for run in chosen if run.arm == arm] for arm in recipe.arms}
+    if size.checkpoints:
+        trained = [run for runs in swept.values() for seeds in runs.values() for run in seeds] + chosen
+        best = [best_checkpoint(results["runs"], [run for run in trained if run.arm == arm]) for arm in recipe.arms]
+        perform(measure_best, results.setdefault("best_measures", {}), best)
+        results["best_checkpoints"] = {run.arm: run.key for run in best}
     results["seconds"] = results.get("seconds", 0.0) + time.perf_counter() - start
     results["workers"] = workers_for(settings, size)
     write_json(path, results)
@@ -81,6 +90,11 @@ def best_rate(found: dict, rates: dict[float, list[Run]]) -> float:
     return min(rates, key=lambda rate: mean(found[run.key]["validation"] for run in rates[rate]))
 
 
+def best_checkpoint(found: dict, runs: list[Run]) -> Run:
+    """The run whose best checkpoint has the highest score; the first one of equals."""
+    return max(runs, key=lambda run: found[run.key]["checkpoint"]["score"])
+
+
 def train(run: Run, show: training.Show) -> dict:
     """Train and validate. A model whose file is there, as after a failed validation, is not trained again."""
     recipe = RECIPES[run.recipe]
@@ -89,18 +103,34 @@ def train(run: Run, show: training.Show) -> dict:
     def batch_of(step: int) -> Batch:
         return recipe.batch(step, run, size)
 
+    def show_and_score(step: int, steps: int) -> None:
+        show(step, steps)
+        if isinstance(recipe, ScoredRecipe) and checkpoints.is_due(step, steps, size.checkpoints):
+            checkpoints.keep_if_best(recipe, model, run, size, step)
+
     if not run.path.exists():
         model = new_model(recipe, run)
         if size.compiled:
             model.compile(fullgraph=True, dynamic=False)
-        training.fit(model, batch_of, recipe.loss, run.steps, run.learning_rate, run.path, show)
-    model = trained_model(recipe, run)
-    return {"validation": recipe.validate(model, run, size), "seconds": time.perf_counter() - start}
+        arguments = batch_of, recipe.loss, run.steps, run.learning_rate, run.path, show_and_score, size.adamw
+        training.fit(model, *arguments)
+    trained = trained_model(recipe, run)
+    found = {"validation": recipe.validate(trained, run, size), "seconds": time.perf_counter() - start}
+    return found | ({"checkpoint": checkpoints.kept(run)} if size.checkpoints else {})
 
 
 def measure(run: Run, show: training.Show) -> dict:
+    return measures_of(run, run.path, show)
+
+
+def measure_best(run: Run, show: training.Show) -> dict:
+    """Of the best checkpoint of the run."""
+    return measures_of(run, checkpoints.path_of(run), show)
+
+
+def measures_of(run: Run, path: Path, show: training.Show) -> dict:
     recipe = RECIPES[run.recipe]
-    model = trained_model(recipe, run)
+    model = trained_model(recipe, run, path)
     with torch.no_grad():
         found = recipe.measure(model, run, recipe.sizes[run.size])
     show(1, 1)

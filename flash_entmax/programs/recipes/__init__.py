@@ -4,6 +4,7 @@ Needs matplotlib, rich, safetensors and scikit-learn: pip install "flash-entmax[
 """
 
 from .adapt.settings import AdaptSize
+from .ruler.settings import RulerSize
 from .settings import TRAINED, RecipeSettings
 
 
@@ -24,5 +25,12 @@ def run(name: str, settings: RecipeSettings) -> None:
 def run_adapt(settings: RecipeSettings, size: AdaptSize) -> None:
     """The same for the recipe adapt, which writes the adapted models as well."""
     from .adapt import plan
+
+    plan.run(settings, size)
+
+
+def run_ruler(settings: RecipeSettings, size: RulerSize) -> None:
+    """The same for the recipe ruler, which asks models that others have trained."""
+    from .ruler import plan
 
     plan.run(settings, size)

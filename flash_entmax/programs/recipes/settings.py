@@ -10,6 +10,7 @@ MEASURED = ("sparsity", "training-speed")  # these measure the models of languag
 FITTED = ("mixture",)  # these fit estimators
 NAMES = (*TRAINED, *MEASURED, *FITTED)
 ADAPT = "adapt"  # takes a pretrained model, needs further packages, and has options of its own
+RULER = "ruler"  # asks pretrained models, and has options of its own
 SIZES = ("toy", "small", "full")  # in seconds, in minutes on a laptop, in minutes on a GPU
 
 
@@ -17,8 +18,8 @@ SIZES = ("toy", "small", "full")  # in seconds, in minutes on a laptop, in minut
 class RecipeSettings:
     """What all recipes take.
 
-    ``device`` is "cpu" or "cuda"; ``text`` is the language model's corpus, or the prose of adapt; ``workers`` None: as
-    the size says.
+    ``device`` is "cpu" or "cuda"; ``text`` is the language model's corpus, or the prose of adapt and ruler; ``workers``
+    None: as the size says.
     """
 
     out: Path

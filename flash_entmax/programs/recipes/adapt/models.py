@@ -55,15 +55,20 @@ def from_folder(folder: Path):
     return model, tokenizer
 
 
-def default_model():
-    """SmolLM2-135M-Instruct, dequantised by Transformers. The package that holds it is not imported."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def default_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct. The package that holds it is not imported."""
     spec = find_spec(DEFAULT_MODEL)
     files = [file for place in spec.submodule_search_locations for file in Path(place).glob("*.gguf")] if spec else []
     if not files:
         raise CommandError(MISSING)
-    file = files[0]
+    return files[0]
+
+
+def default_model():
+    """SmolLM2-135M-Instruct, dequantised by Transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = default_file()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     with redirect_stderr(StringIO()):  # a progress bar that Transformers' own switch does not turn off
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -74,8 +79,8 @@ def default_model():
     return model, tokenizer
 
 
-def tiny_model():
-    """A random Llama that reads bytes."""
+def tiny_model(positions: int = 256):
+    """A random Llama that reads up to so many bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -88,7 +93,7 @@ def tiny_model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.1,
+        num_key_value_heads=2, max_position_embeddings=positions, tie_word_embeddings=True, initializer_range=0.1,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config, attn_implementation="sdpa"), tokenizer

@@ -83,6 +83,8 @@ SIZES: dict[str, AdaptSize] = {
 def size_for(settings: RecipeSettings, given: Mapping[str, Any]) -> AdaptSize:
     """The size, with what the command line gave in place of its own. Refuses what no training could do."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "model" in given:
+        given["model"] = one_model(given["model"])
     size = replace(SIZES[settings.size], **given)
     check(size)
     if settings.workers is not None:
@@ -92,6 +94,15 @@ def size_for(settings: RecipeSettings, given: Mapping[str, Any]) -> AdaptSize:
         packages += ["gguf", "accelerate"]
     require("adapt", *packages, *(["peft"] if size.rank else []))
     return size
+
+
+def one_model(folders: tuple[Path, ...] | Path) -> Path:
+    """adapt takes one model; the command line takes several, for other recipes."""
+    if isinstance(folders, Path):
+        return folders
+    if len(folders) > 1:
+        raise CommandError(f"adapt takes one --model, got {' '.join(map(str, folders))}")
+    return folders[0]
 
 
 def check(size: AdaptSize) -> None:

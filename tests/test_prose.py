@@ -1,6 +1,8 @@
 """The corpus of English prose: what benchmarks/prose.py takes for English, and what it leaves out."""
 
 import importlib.util
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,51 @@ def test_pages_of_a_package(tmp_path):
         (tmp_path / name).write_text(content)
     found = {Path(name).parts[-3]: text for name, text in prose.documents(tmp_path)}
     assert found == {"html": "The page of it.", "apt-doc": "Die Seite"}
+
+
+LISTING = "\n".join(f"{name} = compute({name}, 3)" for name in "abcdefghijklmnopqrst")
+
+
+def test_listings_and_menus_are_left_out_of_a_page():
+    """Preformatted English stays; what is preformatted code, or in an element that is called a menu, does not."""
+    listing, menu = f"<pre>{LISTING}</pre>", '<div class="navheader"><div>Up</div><a>Next</a></div>'
+    text = prose.page(f'{menu}<h1>Title<a class="headerlink">¶</a></h1><p>One.{listing}<pre>{ENGLISH}</pre>Two.')
+    assert text == f"Title\nOne.\n{ENGLISH}\nTwo."
+
+
+def test_marks_and_listings_are_left_out_of_texts():
+    pod = f"=head1 NAME\n\nC<cut> - the B<first I<one>>\n\n=over 4\n\n    {ENGLISH}\n\n    x = f(y)\n"
+    assert prose.plain(pod) == f"NAME\ncut - the first one\n{ENGLISH}"
+    info = "\x1f\nFile: a.info,  Node: One,  Next: Two,  Up: Top\n\n1 One\n=====\n\n* Menu:\n\n* Two::   The second.\n"
+    assert prose.plain(info) == "1 One"
+
+
+def test_blocks_of_code_are_left_out():
+    english = [ENGLISH] * prose.BLOCK
+    assert prose.blocks([*english, *LISTING.splitlines(), *english]) == "\n".join([*english, *english])
+
+
+def test_long_texts_are_cut_at_ends_of_lines():
+    text = "\n".join([ENGLISH] * 8_000)
+    parts = list(prose.pieces(text))
+    assert len(parts) == 3
+    assert all(len(part) <= prose.LONGEST for part in parts)
+    assert "\n".join(parts) == text
+
+
+def test_books_of_a_module_of_sword(tmp_path):
+    """The index has the start, the packed and the unpacked length of each block; an empty one holds nothing."""
+    books = [zlib.compress(text.encode()) for text in ("<div sID='a'/>In the beginning", "was the word")]
+    starts = 0, len(books[0])
+    index = b"".join(struct.pack("<III", start, len(book), 0) for start, book in zip(starts, books, strict=True))
+    (tmp_path / "ot.bzz").write_bytes(b"".join(books))
+    (tmp_path / "ot.bzs").write_bytes(index + struct.pack("<III", 0, 0, 0))
+    found = [text for _, text in prose.documents(tmp_path)]
+    assert found == ["In the beginning", "was the word", ""]
+
+
+def test_texts_are_read_where_there_are_no_pages(tmp_path):
+    (tmp_path / "guide.pod").write_bytes("café".encode("cp1252"))
+    assert list(prose.documents(tmp_path)) == [("guide.pod", "café")]
+    (tmp_path / "guide.html").write_text("<p>The same")
+    assert list(prose.documents(tmp_path)) == [("guide.html", "The same")]

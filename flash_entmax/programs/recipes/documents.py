@@ -57,10 +57,10 @@ class Prose(HTMLParser):
         return "\n".join(line for line in lines if line)
 
 
-def is_english_prose(text: str) -> bool:
-    """Whether enough words are ENGLISH: not in another language, and not in a list of keywords."""
+def is_english_prose(text: str, fewest: float = FEWEST_ENGLISH) -> bool:
+    """Whether enough words are ENGLISH, ``fewest`` of all: not in another language, and not in a list of keywords."""
     words = re.findall(r"[^\W\d_]+", text.lower())
-    return sum(word in ENGLISH for word in words) >= FEWEST_ENGLISH * max(1, len(words))
+    return sum(word in ENGLISH for word in words) >= fewest * max(1, len(words))
 
 
 def english_documents(most: int, folder: Path | None = None) -> list[str]:

@@ -182,7 +182,7 @@ def list_reached_tiles(listed, places, least, z_scale, begin, end, C: tl.constex
     for first in range(begin, end, TILES):
         tile = first + tl.arange(0, TILES)
         inside = places.exists[:, None] & (tile < end)[None, :]
-        pointers = places.highest.largest[:, None] + tile[None, :]
+        pointers = places.highest[:, None] + tile[None, :]
         upper = tl.load(pointers, mask=inside, other=float("-inf"))
         dead = ((upper - least) * z_scale <= -1.0 - 2.0**-20) | (upper == float("-inf"))
         alive = tl.max(tl.where(dead, 0, 1), 0)

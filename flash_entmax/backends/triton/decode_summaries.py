@@ -21,19 +21,17 @@ from ...core import call
 from .decode import (
     PART,
     RowScores,
-    TileMaxima,
     certified_offset,
     head_of_row,
     highest,
     is_spoiled,
     keep_support,
     list_candidates,
-    maxima_of_rows,
+    list_live_tiles,
     open_queries_of_group,
     solve_offset,
     spoil,
     start_next,
-    store_maxima,
     tiles_of_split,
     wait_for_previous,
 )
@@ -61,11 +59,10 @@ class KernelRoundedKeys(NamedTuple):
 
 
 class BoundPlaces(NamedTuple):
-    """Pointers to the bounds on the scores of each row of a tile: from above, the largest of these of a tile of keys,
-    and from below on its largest score."""
+    """Pointers to the bounds on the scores of each row of a tile, and on the largest of a tile of keys."""
 
     highest_scores: Tensor
-    highest: TileMaxima
+    highest: Tensor
     lowest: Tensor
     exists: Tensor
 
@@ -85,9 +82,9 @@ class RoundedQueries(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def rounded_scores_kernel(
-    query, rounded_keys, least, listed, highest_scores, largest, second, largest_key, lowest_of_tiles, bounds,
-    score_options, visibility, heads, group, query_length, key_length, capacity, first_unit, first_row, rows, line,
-    splits, C: tl.constexpr,
+    query, rounded_keys, least, listed, highest_scores, highest_of_tiles, lowest_of_tiles, bounds, score_options,
+    visibility, heads, group, query_length, key_length, capacity, first_unit, first_row, rows, line, splits,
+    C: tl.constexpr,
 ):  # fmt: skip
     """A number that the score of each row and key is not above, -inf where the row does not see the key; and of each
     tile, numbers that its largest score is not above, and not below. `bounds` as of decode_scores_kernel.
@@ -103,8 +100,9 @@ def rounded_scores_kernel(
     tiles = tiles_of_split(queries, own.exists, bounds + 2 * own.place, own.split, splits, C)
     keys = rounded_head(rounded_keys, own.unit, capacity, sizes)
     line_of_tiles = own.place * (line // C.TILE)
-    maxima = maxima_of_rows(largest, second, largest_key, line_of_tiles)
-    places = BoundPlaces(highest_scores + own.place * line, maxima, lowest_of_tiles + line_of_tiles, own.exists)
+    places = BoundPlaces(
+        highest_scores + own.place * line, highest_of_tiles + line_of_tiles, lowest_of_tiles + line_of_tiles, own.exists
+    )
     if least is not None:
         least = load_least(least + line_of_tiles, own.exists, splits, C)
         listed += own.first_place * (line // C.TILE)
@@ -179,7 +177,7 @@ def bound_scores(queries, rounded_queries, keys, places, listed, begin, end, MAS
         tl.store(columns + tile * C.TILE, upper, mask=exists[:, None])
         largest = tl.max(upper, 1)
         lower = tl.where(largest < float("inf"), largest - 2.0 * tl.max(margin, 1), float("-inf"))
-        store_maxima(places.highest, tile, upper, exists, C)
+        tl.store(places.highest + tile, largest, mask=exists)
         tl.store(places.lowest + tile, lower, mask=exists)
         unit = next_unit
         error = next_error
@@ -212,9 +210,9 @@ def product_of_integers(queries, keys):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def rounded_solve_kernel(
-    query, key, value, highest_scores, largest, second, largest_key, lowest_of_tiles, bounds, live_tiles, support,
-    counts, finished, output, score_options, visibility, heads, group, query_length, key_length, first_unit, first_row,
-    rows, line, C: tl.constexpr,
+    query, key, value, highest_scores, highest_of_tiles, lowest_of_tiles, bounds, live_tiles, support, counts, finished,
+    output, score_options, visibility, heads, group, query_length, key_length, first_unit, first_row, rows, line,
+    C: tl.constexpr,
 ):  # fmt: skip
     """As decode_solve_kernel, from bounds on the scores: of the keys that may have support, the scores are computed."""
     start_next(C)
@@ -225,17 +223,19 @@ def rounded_solve_kernel(
     options = open_options(score_options, unit, sizes, C)
     wait_for_previous(C)
     begin, end = tl.load(bounds + 2 * place), tl.load(bounds + 2 * place + 1)
-    tiles = line // C.TILE
-    tile_place = place * tiles
-    maxima = maxima_of_rows(largest, second, largest_key, tile_place)
+    tile_place = place * (line // C.TILE)
     weights, keys = highest_scores + place * line, support + place * line
 
     least = highest(lowest_of_tiles + tile_place, begin, end)
     lower = RowScores(lowest_of_tiles + tile_place, least, options.z_scale, options.exponent)
     offset = certified_offset(lower, begin, tl.where(least > float("-inf"), end, begin), C)
     z_scale = tl.where(options.z_scale == options.z_scale, options.z_scale, 0.0)  # where NaN, all keys are candidates
+    upper = RowScores(highest_of_tiles + tile_place, least, z_scale, options.exponent)
+    listed = list_live_tiles(upper, live_tiles + tile_place, begin, end, offset)
     upper = RowScores(weights, least, z_scale, options.exponent)
-    count = list_candidates(upper, keys, maxima, live_tiles + tile_place, tiles, begin, end, offset, C)
+    count = list_candidates(
+        upper, highest_of_tiles + tile_place, keys, line, live_tiles + tile_place, listed, offset, C
+    )  # fmt: skip
 
     _, _, position = visible_interval(number + tl.arange(0, 1), unit, sizes, visibility, C)
     q = load_query(head_of(query, batch, head), number, C)
@@ -245,7 +245,7 @@ def rounded_solve_kernel(
     known = tl.where((maximum > float("-inf")) & (maximum < float("inf")), count, 0)
     offset, last_step = solve_offset(row, known, moved_offset(offset, least, row), C)
     count = keep_support(row, keys, known, offset, last_step, C)
-    sees = sees_a_key(highest(maxima.largest, begin, end), begin < end, C)
+    sees = sees_a_key(highest(highest_of_tiles + tile_place, begin, end), begin < end, C)
     count = spoil(weights, keys, count, is_spoiled(row, sees), begin, C)
     tl.store(counts + place, count)
     tl.store(finished + place, 0)

@@ -72,18 +72,17 @@ def launch_decode(
     opened: OpenedKernels, arguments: Sequence, scratch: Sequence, paging: tuple, device: torch.device
 ) -> None:
     query, key, value, output, tensors = arguments
-    scores, support, largest, second, largest_key, live_tiles, bounds, counts, finished, parts = scratch
+    scores, support, maxima, live_tiles, bounds, counts, finished, parts = scratch
     for chunk in opened.plan.decode_chunks:
         numbers, programs, tiles = numbers_of(opened, chunk)
         splits = splits_of(tiles, opened.plan.key_tiles, schedule.SCORING_PROGRAMS, device)
         opened.launch(
-            decode_scores_kernel, tiles * splits, schedule.decode_scores_settings, query, key, scores, largest,
-            second, largest_key, bounds, opened.options, opened.visibility, tensors, *numbers, *paging, splits,
+            decode_scores_kernel, tiles * splits, schedule.decode_scores_settings, query, key, scores, maxima, bounds,
+            opened.options, opened.visibility, tensors, *numbers, *paging, splits,
         )  # fmt: skip
         opened.launch(
-            decode_solve_kernel, programs, schedule.decode_row_settings, value, scores, largest, second,
-            largest_key, bounds, live_tiles, support, counts, finished, output, opened.options, tensors, *numbers,
-            *paging,
+            decode_solve_kernel, programs, schedule.decode_row_settings, value, scores, maxima, bounds, live_tiles,
+            support, counts, finished, output, opened.options, tensors, *numbers, *paging,
         )  # fmt: skip
         launch_parts(opened, chunk, device, value, scores, support, counts, finished, parts, output, tensors, paging)
 
@@ -100,8 +99,8 @@ def decode_rounded(problem: Problem, inputs: tuple[Tensor, ...], output: Tensor)
     arguments = *map(aligned, inputs), matrix(output), rounded_keys, blocks
     opened, arguments, scratch = launches.open(kernels, arguments, layout, device)
     query, key, value, output, rounded_keys, blocks = arguments
-    scores, support, *highest, live_tiles, bounds, counts, finished, parts, lowest = scratch[:11]
-    least = scratch[11] if blocks is not None else None
+    scores, support, maxima, live_tiles, bounds, counts, finished, parts, lowest, *least = scratch
+    least = least[0] if least else None
     for chunk in plan.decode_chunks:
         numbers, programs, tiles = numbers_of(opened, chunk)
         splits = splits_of(tiles, plan.key_tiles, schedule.ROUNDED_SCORING_PROGRAMS, device)
@@ -110,15 +109,15 @@ def decode_rounded(problem: Problem, inputs: tuple[Tensor, ...], output: Tensor)
         if blocks is not None:
             scoring = schedule.listed_scores_settings
             opened.launch(
-                block_bounds_kernel, tiles * splits, schedule.block_bounds_settings, query, blocks, highest[0], least,
+                block_bounds_kernel, tiles * splits, schedule.block_bounds_settings, query, blocks, maxima, least,
                 bounds, opened.options, opened.visibility, *split_numbers,
             )  # fmt: skip
         opened.launch(
-            rounded_scores_kernel, tiles * splits, scoring, query, rounded_keys, least, live_tiles, scores, *highest,
+            rounded_scores_kernel, tiles * splits, scoring, query, rounded_keys, least, live_tiles, scores, maxima,
             lowest, bounds, opened.options, opened.visibility, *split_numbers,
         )  # fmt: skip
         opened.launch(
-            rounded_solve_kernel, programs, schedule.decode_row_settings, query, key, value, scores, *highest, lowest,
+            rounded_solve_kernel, programs, schedule.decode_row_settings, query, key, value, scores, maxima, lowest,
             bounds, live_tiles, support, counts, finished, output, opened.options, opened.visibility, *numbers,
         )  # fmt: skip
         launch_parts(opened, chunk, device, value, scores, support, counts, finished, parts, output, None, NO_PAGES)

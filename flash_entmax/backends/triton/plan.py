@@ -258,29 +258,16 @@ class Plan:
         return chunks(self.units // self.group, rows, line, limit)
 
     def decode_numbers(self, rows: int, scores: int) -> tuple[int, ...]:
-        """Of so many rows with so many scores: scores, listed keys; by tile of keys the two largest scores, the key of
-        the largest, listed tiles; the tiles that a row sees, the size of its support, how many programs have finished
-        with it; and sums of parts."""
+        """Of so many rows with so many scores: scores, listed keys, maxima by tile of keys, listed tiles; the tiles
+        that a row sees, the size of its support, how many programs have finished with it; and sums of parts."""
         tiles = scores // self.config.TILE
-        return (
-            scores,
-            scores,
-            tiles,
-            tiles,
-            tiles,
-            tiles,
-            2 * rows,
-            rows,
-            rows,
-            rows * self.decode_parts * self.config.VALUE_PADDED,
-        )
+        return scores, scores, tiles, tiles, 2 * rows, rows, rows, rows * self.decode_parts * self.config.VALUE_PADDED
 
     @cached_property
     def decode_scratch(self) -> Scratch:
         """The numbers of the largest chunk, of 4 bytes each."""
         rows, scores = (max(getattr(chunk, name) for chunk in self.decode_chunks) for name in ("programs", "places"))
-        number, index = torch.float32, torch.int32
-        dtypes = number, index, number, number, *(5 * (index,)), number
+        dtypes = (torch.float32, torch.int32) * 2 + (torch.int32,) * 3 + (torch.float32,)
         return Scratch(*zip(dtypes, self.decode_numbers(rows, scores), strict=True))
 
     @cached_property

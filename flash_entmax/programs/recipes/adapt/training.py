@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flash_entmax.adapt import alpha_schedule, distillation_loss, softmax_teacher
+from flash_entmax.integrations.transformers import set_alpha
 
 from ...demo.train import pace, precision
 from ..training import Show
@@ -57,6 +58,7 @@ def train(
     if run.alpha != SOFTMAX:
         schedule = alpha_schedule(run.steps, hold=size.hold, ramp=size.ramp, end=run.alpha, device=device)
         take_entmax(model, schedule.alpha)
+    adapted = model
     if size.rank:
         model = with_adapters(model, size.rank)
     if schedule is not None and size.distillation:
@@ -74,8 +76,10 @@ def train(
         losses.append(add_gradients(model, batch, size, teacher))
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        if schedule is not None:
+        if schedule is not None and schedule.taken < schedule.last_step:
             schedule.step()
+            if schedule.taken == schedule.last_step:
+                set_alpha(adapted, run.alpha)  # at rest it is a number, for which there are faster kernels
         if batch.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

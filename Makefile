@@ -10,7 +10,7 @@ EVIDENCE ?=
 FUZZ ?= 10000
 
 # What make test takes without a GPU, estimated from processor time
-TEST_TIME := 18 to 22 minutes on 2 cores
+TEST_TIME := 14 to 18 minutes on 2 cores
 
 # Threads that wait sleep instead of spin: cores may be shared.
 export OMP_WAIT_POLICY := passive

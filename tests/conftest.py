@@ -127,7 +127,8 @@ def threads() -> None:
 
 
 # Whose every case the interpreter would take many minutes for; it takes a third, another one each day, in each test at
-# least one case. ENTMAX_THIRD=0, 1 or 2 picks it; workers of pytest-xdist find what the first process has set.
+# least one case. So does test_fuzz of plain PyTorch's calls, and test_compiles of its settings. ENTMAX_THIRD=0, 1 or 2
+# picks it; workers of pytest-xdist find what the first process has set.
 MANY_CASES = (
     "test_biases", "test_decode", "test_key_summaries", "test_key_summaries_calls", "test_learned", "test_masks",
     "test_nn_cache", "test_numerics", "test_packed", "test_paged",
@@ -141,7 +142,7 @@ LONG_FIXTURES = ("finished", "written")
 def pytest_sessionstart(session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and any(backend.is_interpreted for backend in backends()):
-        reporter.write_line(f"ENTMAX_THIRD={THIRD}: the third of the options' cases that Triton's interpreter takes")
+        reporter.write_line(f"ENTMAX_THIRD={THIRD}: the third of the many cases that this run takes")
 
 
 def is_one_of_many(item) -> bool:

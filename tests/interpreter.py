@@ -1,9 +1,9 @@
 """Triton's interpreter as the tests use it: quicker, with steady products, and with every access to memory checked."""
 
 from bisect import bisect_right
-from dataclasses import replace
 
 import torch
+from quick_interpreter import quicken_the_interpreter
 
 
 def prepare() -> None:
@@ -11,84 +11,6 @@ def prepare() -> None:
     steady_products()
     check_memory(Memory())
     spoil_scratch()
-
-
-def quicken_the_interpreter() -> None:
-    """Leaves out what Triton's interpreter does again and again to no effect; results keep their bits."""
-    from triton.runtime import interpreter
-
-    patch_once(interpreter)
-    forget_overflow(interpreter.interpreter_builder)
-    remember_types(interpreter)
-
-
-def patch_once(interpreter) -> None:
-    """Triton's interpreter patches triton.language for each kernel, takes it back, and patches it again, to the same
-    effect, for each call of a jit function inside: half of its time. Here one patch, never taken back, serves all
-    functions of a module."""
-    patch_lang, patched = interpreter._patch_lang, set()
-
-    class Kept:
-        def restore(self) -> None:
-            pass
-
-    def patch_module(function):
-        if function.__module__ not in patched:
-            patched.add(function.__module__)
-            patch_lang(function)
-        return Kept()
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__.startswith("triton."):
-            patch_module(self.fn)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    interpreter._patch_lang = patch_module
-    interpreter.InterpretedFunction.__call__ = call
-
-
-def forget_overflow(builder) -> None:
-    """Each sum and product of integers is made again in 64 bits, for a check that only the option debug turns on."""
-    if not builder.options.debug:
-        builder.options = replace(builder.options, sanitize_overflow=False)
-
-
-def remember_types(interpreter) -> None:
-    """Types and shapes of values are made anew for each operation, from few that differ."""
-    from triton.language import core
-
-    numpy_dtype, dtypes = interpreter._get_np_dtype, {}
-
-    def numpy_dtype_of(type):
-        if type.name not in dtypes:
-            dtypes[type.name] = numpy_dtype(type)
-        return dtypes[type.name]
-
-    interpreter._get_np_dtype = numpy_dtype_of
-    make_block, blocks = core.block_type.__init__, {}
-
-    def plain(number):
-        return number.value if isinstance(number, core.constexpr) else number
-
-    def block(self, element_type, shape) -> None:
-        key = element_type.name, *map(plain, plain(shape))
-        if key not in blocks:
-            make_block(self, element_type, shape)
-            blocks[key] = dict(vars(self))
-        vars(self).update(blocks[key])
-
-    make_tensor, tensors = core.tensor.__init__, {}
-
-    def tensor(self, handle, type) -> None:
-        if type.name not in tensors:
-            make_tensor(self, handle, type)
-            tensors[type.name] = {name: of_type for name, of_type in vars(self).items() if name != "handle"}
-        vars(self).update(tensors[type.name], handle=handle)
-
-    core.block_type.__init__, core.tensor.__init__ = block, tensor
 
 
 def steady_products() -> None:

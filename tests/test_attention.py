@@ -63,14 +63,14 @@ def test_any_shape(backend):
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.3])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_long_inputs(backend, alpha, is_causal):
-    length = backend.sizes(90, 1000, 4096)
+    length = backend.sizes(90, 600, 4096)
     case = make_case(backend, length=length, dim=64, key_heads=1, alpha=alpha, is_causal=is_causal)
     check_attention(case, backend.impl)
 
 
 @pytest.mark.parametrize("topics", [1, 4])
 def test_topics(backend, topics):
-    length = backend.sizes(128, 1000, 8192)
+    length = backend.sizes(128, 600, 8192)
     for dtype in backend.dtypes[-2:]:
         tensors = topic_inputs(1, 2, length, 64, topics, key_heads=1, dtype=dtype, device=backend.device)
         check_attention(Case(*tensors, is_causal=True), backend.impl)
@@ -237,7 +237,7 @@ def test_inputs_are_not_modified(backend):
 @pytest.mark.parametrize("wide_blocks", [False, True])
 def test_dead_tiles_are_dead(backend, topics, wide_blocks):
     """The operator keeps about 1 / topics of the tiles, and all that hold support: by bounds on blocks or by scores."""
-    length = backend.sizes(256, 2048, 8192)
+    length = backend.sizes(256, 1536 if topics == 4 else 1024, 8192)
     heads = backend.sizes(1, 2, 2)
     tensors = topic_inputs(1, heads, length, 64, topics, device=backend.device, seed=3, wide_blocks=wide_blocks)
     case = Case(*tensors)

@@ -111,8 +111,8 @@ def test_direct_launches_give_the_bits_of_those_through_triton(options, monkeypa
 
 
 def test_a_new_length_compiles_nothing():
-    from flash_entmax.backends.triton.attention import BACKWARD, FORWARD, MARK, SHARE
     from flash_entmax.backends.triton.bound import summary_kernel
+    from flash_entmax.backends.triton.stages import BACKWARD, FORWARD, MARK, SHARE
 
     def step(length, heads):
         inputs = [t.requires_grad_() for t in iid_inputs(1, heads, length, 64, dtype=torch.float16, device="cuda")]

@@ -57,6 +57,7 @@ def tensors_at(argument, like):
     They have the dtypes of these, and reach as far.
     """
     if isinstance(like, tuple):
+        assert isinstance(argument, tuple)
         parts = (tensors_at(*pair) for pair in zip(argument, like, strict=True))
         return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
     if not isinstance(like, Tensor):

@@ -22,6 +22,7 @@ from triton import knobs
 
 from flash_entmax import entmax_attention
 from flash_entmax.backends.triton import launch, plan, prepared_backward, prepared_forward, schedule
+from flash_entmax.backends.triton.scratch import Scratch
 from flash_entmax.backends.triton.stages import BACKWARD, FORWARD
 from flash_entmax.operators import dispatch
 
@@ -184,6 +185,49 @@ def names(launched: list[tuple]) -> list[str]:
     return [kernel.fn.__name__ for kernel, *_ in launched]
 
 
+def test_state_is_zero_where_kernels_need_it(launches):
+    """Records and words, each in a place of its own."""
+    prepare(step, given)
+    launches.direct.clear()
+    output = attend(given())
+    maximum, offset, reached_keys, words = output.grad_fn.saved_tensors[4:8]
+    assert maximum.shape == offset.shape == output.shape[:3]
+    assert not reached_keys.any()
+    assert not words.any()
+    assert reached_keys.is_contiguous()
+    assert words.data_ptr() >= reached_keys.data_ptr() + reached_keys.numel() * 4
+    solve, certify = (named(launches.direct, kernel) for kernel in ("solve_kernel", "certify_kernel"))
+    assert solve["reached_keys"] == reached_keys.data_ptr()
+    assert certify["words"] == words.data_ptr()
+
+
+def test_scratch_is_that_of_each_call(way, launches, monkeypatch):
+    prepare(way, given)
+    memories, allocate = [], Scratch.allocate
+
+    def kept(*arguments) -> torch.Tensor:
+        memories.append(allocate(*arguments))
+        return memories[-1]
+
+    monkeypatch.setattr(Scratch, "allocate", kept)
+    for _ in range(2):
+        memories.clear()
+        launches.direct.clear()
+        by_notes(launches, way, given())
+        first = memories[0].data_ptr()
+        assert named(launches.direct, "scan_kernel")["lists"] == first
+        assert first < named(launches.direct, "output_kernel")["counts"] < first + memories[0].numel()
+
+
+def test_gradients_are_those_that_kernels_write(launches):
+    prepare(step, given)
+    launches.direct.clear()
+    _, *gradients = step(given())
+    dq, dkv = (named(launches.direct, f"gradient_{kernel}_kernel") for kernel in ("query", "key_value"))
+    written = dq["grad_query"], dkv["grad_key"], dkv["grad_value"]
+    assert [gradient.data_ptr() for gradient in gradients] == [matrix[0] for matrix in written]
+
+
 def test_one_tensor_may_be_query_key_and_value(launches):
     def make() -> Given:
         tensor = torch.randn(1, 2, 70, 32, dtype=torch.float16, requires_grad=True)
@@ -332,7 +376,7 @@ def test_a_second_derivative_is_refused(launches):
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 3])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([3, 130])])
-def test_a_checkpoint_finds_what_it_saved_whichever_way_a_call_goes(calls, lengths, launches):
+def test_a_checkpoint_finds_what_it_saved_whichever_way_a_call_goes(lengths, calls, launches):
     for _ in range(calls):
         step(given(), key_lengths=lengths)
     tensors = given()
@@ -343,7 +387,11 @@ def test_a_checkpoint_finds_what_it_saved_whichever_way_a_call_goes(calls, lengt
 def test_what_hooks_of_autograd_give_may_have_other_strides(launches):
     prepare(step, all_rows_first)
     tensors = all_rows_first()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+
+    def packed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous() if tensor.shape == tensors.query.shape else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
         output = attend(tensors)
     launches.direct.clear()
     torch.autograd.grad(output, tensors[:3], tensors.grad_output)

@@ -54,7 +54,7 @@ FAULTS = {
         written_stage.WrittenStage, "write_down", "launch_bounds(notes, ...)", "None", "a window",
     ),
     "hooks are not looked for": (
-        written_stage.WrittenStage, "is_open", "not is_watched(self.kernels)", "True", "a hook",
+        written_stage.WrittenStage, "is_open", "not is_watched(self.watched)", "True", "a hook",
     ),
     "other strides take the notes of the first": (
         prepared_backward.PreparedBackward, "__call__", "self.layouts.get(strides)",

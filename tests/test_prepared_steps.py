@@ -267,6 +267,16 @@ def test_unaligned_tensors_go_another_way(name, launches):
     by_notes(launches, step, given())
 
 
+@pytest.mark.parametrize("name", Given._fields)
+def test_unaligned_tensors_write_nothing_down(name, launches):
+    """All is prepared, and nothing written down yet."""
+    for _ in range(2):
+        step(given())
+    not_by_notes(launches, step, given()._replace(**{name: unaligned(getattr(given(), name))}))
+    step(given())
+    by_notes(launches, step, given())
+
+
 CHANGES = {
     "dtype": lambda: given(dtype=torch.float32),
     "length": lambda: given(keys=131),

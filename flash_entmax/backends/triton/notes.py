@@ -32,8 +32,9 @@ class Notes:
 
     def __init__(self, tensors: Sequence[Tensor], scratch: Scratch) -> None:
         self.launches: list[tuple] = []
+        self.values = len(tensors) + len(scratch.starts)
         self.places = {id(tensor): Place(number) for number, tensor in enumerate(tensors)}
-        self.scratch = [Place(len(tensors) + number) for number in range(len(scratch.starts))]
+        self.scratch = [Place(number) for number in range(len(tensors), self.values)]
 
     def __call__(self, kernel, programs: int, rule: SettingsRule, *arguments) -> None:
         self.launches.append((kernel, programs, arguments))
@@ -57,8 +58,7 @@ class WrittenLaunches:
     def __init__(self, notes: Notes, compiled: dict, plan: Plan, scratch: Scratch, device: torch.device) -> None:
         launches = [(kernel, programs, (*own, plan.config)) for kernel, programs, own in notes.launches]
         constants = {id(part): part for *_, own in launches for part in parts_of(own) if type(part) is not Place}
-        places = len(notes.places) + len(notes.scratch)
-        numbers = {known: places + number for number, known in enumerate(constants)}
+        numbers = {known: notes.values + number for number, known in enumerate(constants)}
         tuples: list[itemgetter] = []
 
         def number_of(argument: Any) -> int:
@@ -67,7 +67,7 @@ class WrittenLaunches:
                 return argument.number
             if id(argument) not in numbers:
                 tuples.append(itemgetter(*map(number_of, argument)))
-                numbers[id(argument)] = places + len(constants) + len(tuples) - 1
+                numbers[id(argument)] = notes.values + len(numbers)
             return numbers[id(argument)]
 
         steps = []

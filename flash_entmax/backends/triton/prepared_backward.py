@@ -20,7 +20,7 @@ class PreparedBackward:
 
     def __init__(self, plan: Plan, may_hide_all_keys: bool) -> None:
         self.plan, self.may_hide_all_keys = plan, may_hide_all_keys
-        self.layouts: dict[tuple, PreparedLayout | None] = {}
+        self.layouts: dict[tuple, PreparedLayout] = {}
 
     def __call__(
         self, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, maximum: Tensor,
@@ -35,7 +35,7 @@ class PreparedBackward:
         return layout(given, (maximum, offset, reached_keys, reaching_queries), intervals)
 
     def prepared(self, strides: tuple, given: tuple[Tensor, ...]) -> "PreparedLayout | None":
-        """None where the kernels would read copies, or where strides change from call to call."""
+        """None where the kernels would read copies, or after MOST_LAYOUTS others."""
         if len(self.layouts) >= MOST_LAYOUTS or not all(is_aligned(matrix(tensor)) for tensor in given):
             return None
         self.layouts[strides] = layout = PreparedLayout(self.plan, given, self.may_hide_all_keys)

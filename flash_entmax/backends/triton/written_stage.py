@@ -9,15 +9,15 @@ from .call_launches import CallLaunches, OpenedKernels
 from .launch import is_watched
 from .notes import Notes, WrittenLaunches
 from .plan import NO_MASKS, Plan, launch_bounds
-from .scratch import Scratch
+from .scratch import ALIGNMENT, Scratch
 from .visibility import KernelVisibility, bounds_kernel
 
 
 class WrittenStage:
     """The launches of a stage, for calls whose tensors differ by their addresses only.
 
-    `arguments_of` takes the tensors of a call to what `launch` takes behind an OpenedKernels: arguments, which may be
-    matrices, and before the scratch. Intervals are no argument of a stage: every kernel gets them.
+    `arguments_of` makes the arguments of a call of its tensors. `launch` takes an OpenedKernels, these arguments and
+    the scratch. Intervals are beside the tensors, since every kernel takes them; their bounds are made as well.
     """
 
     def __init__(
@@ -25,16 +25,18 @@ class WrittenStage:
         launch: Callable[[OpenedKernels, Sequence, Sequence], None],
     ) -> None:  # fmt: skip
         self.plan, self.kernels, self.arguments_of, self.launch = plan, kernels, arguments_of, launch
+        self.watched, self.own_scratch, self.scratch = kernels, scratch, scratch
         self.has_bounds = plan.outline.intervals and not plan.outline.decodes
-        bounds = ((torch.int32, plan.outline.batch * plan.query_tiles * 4),) if self.has_bounds else ()
-        self.arrays, self.scratch = len(scratch.arrays), Scratch(*scratch.arrays, *bounds)
+        if self.has_bounds:
+            self.watched = *kernels, bounds_kernel
+            self.scratch = Scratch(*scratch.arrays, (torch.int32, plan.outline.batch * plan.query_tiles * 4))
         self.written: WrittenLaunches | None = None
 
     def is_open(self, tensor: Tensor) -> bool:
         """Whether notes may be launched from: nobody watches, and launches go to the tensor's device."""
         if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
             return False
-        return not is_watched(self.kernels)
+        return not is_watched(self.watched)
 
     def run(self, tensors: tuple[Tensor, ...], intervals: Tensor | None) -> bool:
         """Launch all; False, and nothing is launched, where an address or a kernel is none for direct launches."""
@@ -45,7 +47,9 @@ class WrittenStage:
         return written.run(tensors if intervals is None else (*tensors, intervals), memory)
 
     def write_down(self, tensors: tuple[Tensor, ...], intervals: Tensor | None) -> WrittenLaunches | None:
-        """None unless all kernels of these calls are compiled. Their launches are known from then on."""
+        """None unless addresses are aligned, and all kernels compiled. Other calls find the launches from then on."""
+        if any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
+            return None
         plan, device, visibility, bounding = self.plan, tensors[0].device, NO_MASKS, {}
         own = tuple(tensor.detach() for tensor in tensors)  # a call may take one tensor for two of its inputs
         arguments, bounds = self.arguments_of(*own), own[0].new_empty(0, dtype=torch.int32)
@@ -59,11 +63,11 @@ class WrittenStage:
         if compiled is None or bounding is None:
             return None
         notes = Notes(own if intervals is None else (*own, intervals), self.scratch)
-        scratch = notes.scratch[: self.arrays]
+        notes.places |= {id(bounds): notes.scratch[-1]}
+        visibility = notes.placed(visibility)
         if self.has_bounds:
-            visibility = notes.placed(intervals), notes.scratch[-1], *visibility[2:]
             launch_bounds(notes, plan, *visibility[:2])
-        opened = OpenedKernels(notes, plan, plan.options, notes.placed(visibility))
-        self.launch(opened, notes.placed(arguments), scratch)
+        opened = OpenedKernels(notes, plan, plan.options, visibility)
+        self.launch(opened, notes.placed(arguments), notes.scratch[: len(self.own_scratch.arrays)])
         self.written = WrittenLaunches(notes, compiled | bounding, plan, self.scratch, device)
         return self.written

@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -472,3 +473,12 @@ def test_what_is_empty_or_unaligned_is_not_prepared(launches):
             not_by_notes(launches, forward, tensors) if tensors.query.numel() else forward(tensors)
             step(tensors)
     assert [(call.compute, call.record) for call in dispatch.kept.values()] == [(None, None)] * 3
+
+
+def test_launches_go_to_the_device_of_the_tensors(launches, monkeypatch):
+    prepare(step, given)
+    (call,) = dispatch.kept.values()
+    stage = call.record.args[0].forward.stage
+    for current in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert stage.is_open(SimpleNamespace(is_cuda=True, get_device=lambda: 1)) == (current == 1)

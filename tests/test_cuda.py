@@ -98,7 +98,9 @@ def test_scratch_is_bounded():
 @pytest.mark.parametrize("options", [{}, {"window_size": (300, 0), "softcap": 20.0}], ids=["plain", "masked"])
 def test_direct_launches_give_the_bits_of_those_through_triton(options, monkeypatch):
     from flash_entmax.backends.triton import launch
+    from flash_entmax.operators import dispatch
 
+    monkeypatch.setattr(dispatch, "keep", lambda *_: None)  # calls like one that is kept launch from notes
     inputs = topic_inputs(1, 4, 2048, 64, 4, key_heads=2, dtype=torch.bfloat16, device="cuda")
     case = Case(*inputs, is_causal=True, options=options)
     grad_output = case.grad_output()
@@ -110,9 +112,79 @@ def test_direct_launches_give_the_bits_of_those_through_triton(options, monkeypa
     assert all(torch.equal(*pair) for pair in zip(direct.tensors, through_triton.tensors, strict=True))
 
 
+STEPS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "numbers": {"is_causal": True, "alpha": 1.3, "scale": 0.5, "softcap": 20.0},
+    "window": {"window_size": (300, 0)},
+    "lengths": {"is_causal": True, "key_lengths": torch.tensor([2048, 3])},
+}
+
+
+def noted_inputs(dtype: torch.dtype, order: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Two batch rows of 2,048 tokens, and a gradient of the output."""
+    inputs = topic_inputs(2, 4, 2048, 64, 4, key_heads=2, dtype=dtype, device="cuda")
+    tensors = [*inputs, torch.randn_like(inputs[0])]
+    if order == "rows first":
+        tensors = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
+    if order == "gradient rows first":
+        tensors[3] = tensors[3].transpose(1, 2).contiguous().transpose(1, 2)
+    return [tensor.requires_grad_() for tensor in tensors[:3]], tensors[3]
+
+
+def refuse_other_launches(monkeypatch) -> None:
+    """From now on, all launches go by notes."""
+    from flash_entmax.backends.triton import launch
+
+    monkeypatch.setattr(launch.Launcher, "open", None)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("order", ["heads first", "rows first", "gradient rows first"])
+def test_calls_from_notes_give_the_bits_of_the_first(name, order, dtype, monkeypatch):
+    """The first call of a kind compiles; the second prepares notes, and those after it launch by them."""
+    from flash_entmax.operators import dispatch
+
+    dispatch.kept.clear()
+    options = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in STEPS[name].items()}
+    inputs, grad_output = noted_inputs(dtype, order)
+
+    def results() -> list[torch.Tensor]:
+        with torch.no_grad():
+            alone = entmax_attention(*inputs, **options)
+        output = entmax_attention(*inputs, **options)
+        return [alone, output, *torch.autograd.grad(output, inputs, grad_output)]
+
+    first = results()
+    for _ in range(3):
+        results()
+    refuse_other_launches(monkeypatch)
+    for _ in range(2):
+        again = results()
+        assert [tensor.stride() for tensor in again] == [tensor.stride() for tensor in first]
+        assert all(map(torch.equal, again, first))
+
+
+def test_a_graph_of_steps_from_notes_gives_their_bits(monkeypatch):
+    from flash_entmax.operators import dispatch
+
+    dispatch.kept.clear()
+    inputs, grad_output = noted_inputs(torch.bfloat16, "rows first")
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return entmax_attention(*tensors, is_causal=True)
+
+    for _ in range(4):
+        plain = torch.autograd.grad(attend(*inputs), inputs, grad_output)
+    refuse_other_launches(monkeypatch)
+    graphed = torch.cuda.make_graphed_callables(attend, tuple(t.detach().clone().requires_grad_() for t in inputs))
+    replayed = torch.autograd.grad(graphed(*inputs), inputs, grad_output)
+    assert all(map(torch.equal, replayed, plain))
+
+
 def test_a_new_length_compiles_nothing():
-    from flash_entmax.backends.triton.attention import BACKWARD, FORWARD, MARK, SHARE
     from flash_entmax.backends.triton.bound import summary_kernel
+    from flash_entmax.backends.triton.stages import BACKWARD, FORWARD, MARK, SHARE
 
     def step(length, heads):
         inputs = [t.requires_grad_() for t in iid_inputs(1, heads, length, 64, dtype=torch.float16, device="cuda")]

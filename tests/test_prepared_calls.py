@@ -1,7 +1,7 @@
 """Calls of few queries like one before: what is launched from notes is what Triton would be asked to launch."""
 
 import inspect
-from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -13,54 +13,19 @@ pytest.importorskip("triton", minversion="3.6", reason="launches are direct with
 if HAS_CUDA:
     pytest.skip("as if there were a GPU; test_cuda.py launches on one", allow_module_level=True)
 
+from direct_launches import Launches, direct_launches
 from triton import knobs
 
 from flash_entmax import entmax_attention
-from flash_entmax.backends.triton import launch, plan
-from flash_entmax.backends.triton.prepared import PreparedCall
+from flash_entmax.backends.triton import plan
+from flash_entmax.backends.triton.prepared_decode import PreparedDecode
 from flash_entmax.operators import dispatch
 
 
-class Compiled:
-    """A kernel as Triton has compiled it: `launches` gets what it is run with."""
-
-    function, packed_metadata = 7, ()
-
-    def __init__(self, kernel, launches: list) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def run(self, programs, y, z, stream, function, metadata, enter, leave, told, *arguments) -> None:
-        assert (y, z, stream, function, metadata, enter, leave, told) == (1, 1, 0, 7, (), None, None, None)
-        self.launches.append((self.kernel, programs, arguments))
-
-
-class Launches:
-    """Of all calls: what went through Triton, with tensors, and what was launched directly, with addresses."""
-
-    def __init__(self) -> None:
-        self.by_triton, self.direct = [], []
-
-    def through_triton(self, kernel, programs, rule, config, *arguments):
-        self.by_triton.append((kernel, programs, (*arguments, config)))
-        return Compiled(kernel, self.direct)
-
-
 @pytest.fixture
-def launches(monkeypatch) -> Launches:
-    made = Launches()
-    monkeypatch.setattr(dispatch, "kept", OrderedDict())
-    monkeypatch.setattr(launch, "CAN_BE_DIRECT", True)
-    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
-    monkeypatch.setattr("flash_entmax.backends.triton.prepared.current_stream", lambda device: 0)
-    monkeypatch.setattr(launch, "launch", made.through_triton)
-    forget()
-    yield made
-    forget()
-
-
-def forget() -> None:
-    plan.plan_of.cache_clear()
-    launch.launcher_of.cache_clear()
+def launches(monkeypatch) -> Iterator[Launches]:
+    with direct_launches(monkeypatch) as made:
+        yield made
 
 
 def inputs(queries: int = 2, keys: int = 200, dtype=torch.float16) -> list[torch.Tensor]:
@@ -79,7 +44,7 @@ def attend_twice(tensors, **options) -> None:
         attend(tensors, **options)
 
 
-def prepared_calls() -> list[PreparedCall]:
+def prepared_calls() -> list[PreparedDecode]:
     return [call.compute for call in dispatch.kept.values()]
 
 
@@ -111,7 +76,7 @@ def test_launches_from_notes_are_those_through_triton(name, launches):
     launches.direct.clear()
     tensors = make()
     output = attend(tensors, **options)
-    assert prepared_calls()[0].steps
+    assert prepared_calls()[0].stage.written
     assert output.shape == (2, 4, 2, 16)
     assert (output.stride(1) < output.stride(2)) == (name == "rows first")
     for through_triton, direct in zip(launches.by_triton, launches.direct, strict=True):
@@ -172,7 +137,7 @@ def test_launches_that_somebody_is_told_of_go_through_triton(what, launches, mon
 
 def test_a_derivative_and_a_mode_find_the_operator(launches, monkeypatch):
     attend_twice(inputs())
-    monkeypatch.setattr(PreparedCall, "__call__", None)
+    monkeypatch.setattr(PreparedDecode, "__call__", None)
     tensors = inputs()
     with torch.device("cpu"):  # a mode
         attend(tensors)
@@ -182,15 +147,15 @@ def test_a_derivative_and_a_mode_find_the_operator(launches, monkeypatch):
     assert entmax_attention(*tensors, impl="triton").requires_grad
 
 
-def test_what_is_not_few_aligned_queries_is_not_prepared(launches):
-    for tensors in (inputs(queries=17), inputs(queries=0), unaligned(inputs()), [t[..., :12] for t in inputs()]):
+def test_what_is_empty_or_unaligned_is_not_prepared(launches):
+    for tensors in (inputs(queries=0), unaligned(inputs()), [t[..., :12] for t in inputs()]):
         attend_twice(tensors)
-    assert prepared_calls() == [None] * 4
+    assert prepared_calls() == [None] * 3
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_results_are_tensors_of_their_mode(mode, launches):
     with mode():
         outputs = [entmax_attention(*inputs(), impl="triton") for _ in range(3)]
-        assert prepared_calls()[0].steps
+        assert prepared_calls()[0].stage.written
     assert {output.is_inference() for output in outputs} == {mode is torch.inference_mode}

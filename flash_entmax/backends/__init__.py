@@ -18,6 +18,25 @@ BackendName = Literal["triton", "torch"]  # "auto" takes the first that is a def
 Impl = Literal["auto", BackendName, "reference"]
 
 
+class PreparedStep(Protocol):
+    """What computes training steps whose tensors have the shapes, strides, dtypes and devices of some before them.
+
+    Either pass returns None where `attention_forward` or `attention_backward` has to compute it, which the other pass
+    need not know. The strides of what the backward takes are looked at: they may be any.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None, /
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+        """What `attention_forward` returns with `needs_backward`."""
+
+    def backward(
+        self, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, maximum: Tensor,
+        offset: Tensor, reached_keys: Tensor, reaching_queries: Tensor, intervals: Tensor | None, /,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+        """(grad_query, grad_key, grad_value)."""
+
+
 class Backend(Protocol):
     """What a backend offers.
 
@@ -70,6 +89,9 @@ class Backend(Protocol):
         value and intervals with the shapes, strides, dtypes and devices of these, or returns None where
         `attention_forward` has to. None where nothing is prepared. The problem holds no tensor but its intervals.
         """
+
+    def prepare_step(self, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> PreparedStep | None:
+        """Likewise what computes training steps: the forward pass with `needs_backward`, and its backward."""
 
     def attention_paged(
         self, problem: Problem, pages: Pages, query: Tensor, key_cache: Tensor, value_cache: Tensor

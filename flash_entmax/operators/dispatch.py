@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,12 @@ from ..core.alphas import ADVICE, check_alphas
 from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Support
 from ..core.checks import check_decoded, check_key_summary
 from ..core.modes import as_given, is_recorded, is_transformed
-from ..core.registration import function_of
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
 from . import attention as attention_operators
 from .attention import Attention, OptionNumbers, OptionTensors, flattened, tile_of, unpack_arguments
-from .eager import PLAIN, recorded
+from .eager import PLAIN, is_eager, recorded
+from .steps import attend_by
 
 
 class Lowered(NamedTuple):
@@ -32,21 +33,32 @@ class Lowered(NamedTuple):
 
 
 class KeptCall:
-    """What a call was lowered to, but for its intervals. For the first call like it that nothing differentiates, its
-    backend prepares more."""
+    """What a call was lowered to, but for its intervals. For the first call like it, its backend prepares more:
 
-    __slots__ = "compute", "has_intervals", "lowered"
+    `compute` is for calls that nothing differentiates, and `record` for those that autograd does. Both return None
+    where the operator has to compute a call.
+    """
+
+    __slots__ = "compute", "has_intervals", "lowered", "record"
 
     def __init__(self, lowered: Lowered) -> None:
         self.has_intervals, self.lowered = lowered.tensors.intervals is not None, lowered.with_intervals(None)
-        self.compute: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None = self.prepare
+        self.compute: Compute | None = self.prepare
+        self.record: Compute | None = self.prepare_step
 
     def prepare(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> None:
         """From now on, what `compute` is comes from the backend, see backends.Backend."""
         problem, backend = unpack_arguments(query, value, *self.lowered.with_intervals(intervals))
         self.compute = BACKENDS[backend].prepare(problem, query, key, value)
 
+    def prepare_step(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> None:
+        """Likewise `record`."""
+        problem, backend = unpack_arguments(query, value, *self.lowered.with_intervals(intervals))
+        step = BACKENDS[backend].prepare_step(problem, query, key, value)
+        self.record = None if step is None else partial(attend_by, step, self.lowered.numbers)
 
+
+Compute = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
 MOST_KEPT = 256
 kept: OrderedDict[tuple, KeptCall] = OrderedDict()
 
@@ -90,16 +102,14 @@ def attend_again(
 ) -> Tensor | tuple[Tensor, Support]:
     """A call like one that is kept."""
     intervals = visibility.intervals(query, key.shape[2]) if call.has_intervals else None
-    compute, inputs = call.compute, (query, key, value, intervals)
-    if compute is not None and recorded(attention_operators.attention, Attention, inputs) is computed:
-        output = compute(*inputs)
-        if output is not None:
+    inputs = query, key, value, intervals
+    if is_eager(inputs):
+        is_differentiated = query.requires_grad or key.requires_grad or value.requires_grad
+        compute = call.record if is_differentiated and torch.is_grad_enabled() else call.compute
+        if compute is not None and (output := compute(*inputs)) is not None:
             return output
     lowered = call.lowered.with_intervals(intervals) if call.has_intervals else call.lowered
     return attend_lowered(query, key, value, lowered, False)
-
-
-computed = function_of(attention_operators.attention)
 
 
 def attend_lowered(

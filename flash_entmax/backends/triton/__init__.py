@@ -35,6 +35,7 @@ HOMES = {
     "append_keys": "append",
     "attention_forward": "attention",
     "prepare": "prepared",
+    "prepare_step": "prepared",
     "attention_paged": "attention",
     "attention_backward": "attention",
     "attention_tangent": "attention",

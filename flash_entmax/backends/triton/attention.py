@@ -1,4 +1,4 @@
-"""The stages in order, on a GPU: threshold and output; then the gradient over what they have listed."""
+"""The calls of attention on a GPU: what each allocates, and the stages that it launches."""
 
 from functools import cache
 
@@ -11,23 +11,13 @@ from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import KernelKeySummary, summary_kernel
 from .call_launches import CallLaunches
-from .certify import certify_kernel
 from .decoding import decoded, decoded_in_pages
-from .gradient import gradient_key_value_kernel, gradient_query_kernel
-from .mark import mark_kernel
-from .output import output_kernel, support_kernel
-from .query_lists import list_queries_kernel, reaching_kernel
+from .output import support_kernel
 from .reach import reach_shapes
-from .scan import scan_kernel
-from .share import add_parts_kernel, share_kernel
-from .solve import solve_kernel
+from .stages import backward_stages, forward_stages
 from .tangent import Directions, tangent_kernel
-from .tile import Matrix, aligned, device_of, is_aligned, matrix, trimmed
+from .tile import aligned, device_of, is_aligned, matrix, trimmed
 
-FORWARD = scan_kernel, certify_kernel, solve_kernel, output_kernel
-MARK = list_queries_kernel, mark_kernel
-BACKWARD = gradient_query_kernel, list_queries_kernel, gradient_key_value_kernel
-SHARE = share_kernel, add_parts_kernel
 STATE_DTYPES = torch.float32, torch.int32
 
 
@@ -72,63 +62,11 @@ def attention_forward(
             for tensor, number in zip(results, (0, 0, torch.inf, 1), strict=False):
                 tensor.fill_(number)
         else:
-            forward_stages(launches, problem, (query, key, value), results)
+            forward_stages(launches, problem.summary, (query, key, value), results)
     output = trimmed(output, problem.value_size)
     if needs_backward:
         value_mean = trimmed(value_mean, problem.value_size)
     return output, value_mean, *results[2:]
-
-
-def forward_stages(
-    launches: CallLaunches, problem: Problem, inputs: tuple[Tensor, ...], results: tuple[Tensor, ...]
-) -> None:
-    """Write the results. Records and words are 0 before. Without a summary of the keys, one is made."""
-    plan, device = launches.plan, inputs[0].device
-    output, value_mean, maximum, offset, reached_keys, words = results
-    kept = (matrix(value_mean), maximum, offset, reached_keys) if plan.outline.needs_backward else (None,) * 4
-    if not plan.are_words_kept:
-        words = output.new_zeros(plan.chunk_words, dtype=torch.int32)
-    kernels, summary = FORWARD + MARK if plan.is_marked else FORWARD, None
-    if problem.summary is None:
-        kernels = summary_kernel, *kernels
-    else:
-        centre, *numbers = problem.summary
-        summary = KernelKeySummary(aligned(centre), *(number.contiguous() for number in numbers))
-    arguments = *map(aligned, inputs), summary, matrix(output), *kept, words
-    opened, arguments, scratch = launches.open(kernels, arguments, plan.forward_scratch, device)
-    query, key, value, summary, output, value_mean, maximum, offset, reached_keys, words = arguments
-    lists, sublists, maxima, flags, query_lists, counts, *scratch = scratch
-    bound_gap, score_error, margin, lowest, *own_summary, own_maximum, own_offset, own_records = scratch
-    if maximum is None:
-        maximum, offset, reached_keys = own_maximum, own_offset, own_records
-    if summary is None:
-        own_centre, *own_numbers = own_summary
-        summary = KernelKeySummary(Matrix(own_centre, *plan.centre_strides), *own_numbers)
-        opened.launch(summary_kernel, plan.blocks, schedule.summary_settings, key, summary, *plan.sizes)
-    for chunk, scanned, heads, place in plan.forward_programs:
-        opened.run_over_tiles(
-            scan_kernel, *scanned, schedule.scan_settings, query, key, summary, maxima, maximum, bound_gap, score_error,
-            lists, counts, numbers=(chunk.first_tile, chunk.capacity, chunk.tiles),
-        )  # fmt: skip
-        opened.run(
-            certify_kernel, chunk, schedule.certify_settings, maxima, maximum, offset, bound_gap, score_error, margin,
-            lowest, lists, counts, words,
-        )  # fmt: skip
-        if plan.is_marked:
-            opened.run_over_tiles(
-                list_queries_kernel, *heads, schedule.list_settings, words, flags, query_lists, numbers=(0, *place)
-            )
-            opened.run_over_tiles(
-                mark_kernel, *heads, schedule.mark_settings, query, key, lowest, flags, query_lists, numbers=place
-            )
-        opened.run(
-            solve_kernel, chunk, schedule.solve_settings, query, key, maxima, maximum, offset, margin, flags, lists,
-            sublists, counts, reached_keys, numbers=(int(plan.is_marked),),
-        )  # fmt: skip
-        opened.run(
-            output_kernel, chunk, schedule.output_settings, query, key, value, maximum, offset, reached_keys, sublists,
-            counts, output, value_mean,
-        )  # fmt: skip
 
 
 def attention_paged(problem: Problem, pages: Pages, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
@@ -171,53 +109,6 @@ def attention_backward(
     if not needs_parameters:
         return *gradients, maximum.new_empty(0, problem.batch, problem.heads)
     return *gradients, parameter_parts.sum(2).permute(2, 0, 1).contiguous()
-
-
-def backward_stages(launches: CallLaunches, arguments: tuple, device: torch.device) -> None:
-    """Write the gradients, and the parameters' gradients by tile of queries.
-
-    dQ comes first, with the pairs of numbers of each query that dK and dV need.
-    """
-    plan = launches.plan
-    kernels = BACKWARD + (SHARE if plan.slots else ()) + (() if plan.are_words_kept else (reaching_kernel,))
-    opened, arguments, scratch = launches.open(kernels, arguments, plan.backward_scratch, device)
-    pairs, lists, remade_words, shares, parts = scratch
-    query, key, value, value_mean, grad_output, selected, *gradients = arguments[:9]
-    maximum, offset, reached_keys, words, parameter_parts = arguments[9:]
-    grad_query, grad_key, grad_value = gradients
-    for chunk in plan.query_chunks:
-        opened.run(
-            gradient_query_kernel, chunk, schedule.gradient_settings, query, key, value, value_mean, grad_output,
-            selected, maximum, offset, pairs, reached_keys, lists, grad_query, parameter_parts,
-        )  # fmt: skip
-    capacities = plan.backward_query_list
-    for first_unit, units, first_key, tiles, _ in plan.key_chunks:
-        heads = first_unit * plan.group, units * plan.group, tiles
-        if not plan.are_words_kept:
-            words = remade_words
-            opened.run_over_tiles(
-                reaching_kernel, *heads, schedule.mark_settings, query, key, maximum, offset, reached_keys, lists,
-                words, numbers=(first_key, *capacities),
-            )  # fmt: skip
-        opened.run_over_tiles(
-            list_queries_kernel, *heads, schedule.list_settings, words, None, lists,
-            numbers=(first_key, 0, plan.query_tiles, plan.list_size, *capacities),
-        )  # fmt: skip
-        if plan.slots:
-            opened.launch(
-                share_kernel, units, schedule.summary_settings, lists, shares, plan.group, tiles, *capacities,
-                plan.slots,
-            )  # fmt: skip
-        opened.run_over_tiles(
-            gradient_key_value_kernel, first_unit, units, tiles + plan.slots, schedule.gradient_settings, query, key,
-            value, selected or grad_output, pairs, lists, shares, parts, grad_key, grad_value,
-            numbers=(first_key, *capacities, plan.slots),
-        )  # fmt: skip
-        if plan.slots:
-            opened.launch(
-                add_parts_kernel, units * plan.slots, schedule.summary_settings, shares, parts, grad_key, grad_value,
-                opened.options, *plan.sizes, first_unit, units, first_key, tiles, plan.slots,
-            )  # fmt: skip
 
 
 def attention_tangent(

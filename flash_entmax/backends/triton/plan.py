@@ -4,8 +4,9 @@ Scratch is bounded. Maxima and lists exist for one chunk of heads and rows at a 
 them. reach.py says what stays for the gradient.
 """
 
+from collections.abc import Callable
 from functools import cache, cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -325,11 +326,14 @@ def kernel_visibility(visibility: VisibilityArgs, plan: Plan) -> KernelVisibilit
         launch, arguments, _ = plan.launcher.open(
             (bounds_kernel,), (intervals, bounds), None, intervals.device, plan.largest
         )
-        programs = plan.outline.batch * plan.query_tiles
-        launch(
-            bounds_kernel, programs, schedule.summary_settings, *arguments, plan.outline.query_length, plan.list_size
-        )
+        launch_bounds(launch, plan, *arguments)
     return KernelVisibility(**masks) if masks else NO_MASKS
+
+
+def launch_bounds(launch: Callable[..., None], plan: Plan, intervals: Any, bounds: Any) -> None:
+    """`intervals` and `bounds` are as the launch takes them."""
+    programs, length = plan.outline.batch * plan.query_tiles, plan.outline.query_length
+    launch(bounds_kernel, programs, schedule.summary_settings, intervals, bounds, length, plan.list_size)
 
 
 NO_MASKS = KernelVisibility()

@@ -1,0 +1,484 @@
+"""Forward passes and training steps like one before: launched from notes, they do what Triton would be asked to do."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import HAS_CUDA
+from test_launch import shown
+
+pytest.importorskip("triton", minversion="3.6", reason="launches are direct with Triton 3.6 and later")
+if HAS_CUDA:
+    pytest.skip("as if there were a GPU; test_cuda.py launches on one", allow_module_level=True)
+
+from direct_launches import Launches, direct_launches, forget
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from triton import knobs
+
+from flash_entmax import entmax_attention
+from flash_entmax.backends.triton import launch, plan, prepared_backward, prepared_forward, schedule
+from flash_entmax.backends.triton.scratch import Scratch
+from flash_entmax.backends.triton.stages import BACKWARD, FORWARD
+from flash_entmax.operators import dispatch
+
+
+class Given(NamedTuple):
+    """Inputs, and a gradient of the output."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    grad_output: torch.Tensor
+
+
+@pytest.fixture
+def launches(monkeypatch) -> Iterator[Launches]:
+    with direct_launches(monkeypatch) as made:
+        yield made
+
+
+def given(queries: int = 70, keys: int = 130, dtype=torch.float16) -> Given:
+    shapes = (2, 2, queries, 32), (2, 1, keys, 32), (2, 1, keys, 16), (2, 2, queries, 16)
+    query, key, value, grad_output = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    return Given(*(tensor.requires_grad_() for tensor in (query, key, value)), grad_output)
+
+
+def rows_first(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(tensor.requires_grad)
+
+
+def all_rows_first() -> Given:
+    return Given(*map(rows_first, given()))
+
+
+def other_gradient() -> Given:
+    tensors = given()
+    return tensors._replace(grad_output=rows_first(tensors.grad_output))
+
+
+def attend(tensors: Given, **options) -> torch.Tensor:
+    return entmax_attention(*tensors[:3], impl="triton", **options)
+
+
+def forward(tensors: Given, **options) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [attend(tensors, **options)]
+
+
+def step(tensors: Given, **options) -> list[torch.Tensor]:
+    output = attend(tensors, **options)
+    return [output, *torch.autograd.grad(output, tensors[:3], tensors.grad_output)]
+
+
+CALLS = {
+    "plain": (given, {}),
+    "causal": (given, {"is_causal": True, "alpha": 1.3, "scale": 0.5, "softcap": 20.0}),
+    "float32": (lambda: given(dtype=torch.float32), {}),
+    "rows first": (all_rows_first, {"is_causal": True}),
+    "another gradient": (other_gradient, {"is_causal": True}),
+    "lengths": (given, {"is_causal": True, "key_lengths": torch.tensor([3, 130])}),
+    "a window": (given, {"window_size": (20, 0)}),
+    "single keys": (lambda: given(70, 600), {}),
+    "more queries than keys": (lambda: given(130, 70), {"is_causal": True}),
+}
+
+
+WAYS = {"forward": forward, "step": step}
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return WAYS[request.param]
+
+
+def bits(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32) for tensor in tensors]
+
+
+def by_notes(launches: Launches, way, tensors: Given, **options) -> list[torch.Tensor]:
+    """What a call gives, and that nothing was launched without notes."""
+    before = launches.opened, len(launches.by_triton)
+    results = way(tensors, **options)
+    assert (launches.opened, len(launches.by_triton)) == before
+    return results
+
+
+def not_by_notes(launches: Launches, way, tensors: Given, **options) -> list[torch.Tensor]:
+    opened = launches.opened
+    results = way(tensors, **options)
+    assert launches.opened > opened
+    return results
+
+
+def prepare(way, make, **options) -> None:
+    """The first of equal calls is lowered and compiled; the second prepares what the others are."""
+    for _ in range(3):
+        way(make(), **options)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_from_notes_are_those_through_triton(name, way, launches):
+    make, options = CALLS[name]
+    first, asked = way(make(), **options), list(launches.all)
+    prepare(way, make, **options)
+    launches.direct.clear()
+    results = by_notes(launches, way, make(), **options)
+    assert [r.stride() for r in results] == [r.stride() for r in first]
+    for wanted, direct in zip(asked, launches.direct, strict=True):
+        assert wanted[:2] == direct[:2]
+        *like, config = wanted[2]
+        *addresses, same = direct[2]
+        assert config is same
+        assert shown(like, like) == shown(addresses, like)
+
+
+RUN = {  # in Triton's interpreter, with the limits of plan.py that make them run in chunks
+    "lengths": {},
+    "rows first": {},
+    "single keys": {"MAXIMA": 2**14, "LISTED": 8, "REACHING": 2**11},
+}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_what_notes_launch_gives_the_bits_of_the_first_call(name, way, launches, monkeypatch):
+    for limit, number in RUN[name].items():
+        monkeypatch.setattr(plan, limit, number)
+    make, options = CALLS[name]
+    tensors = make()
+    launches.are_run = True
+    expected = way(tensors, **options)
+    launches.are_run = False
+    if RUN[name]:
+        assert names(launches.all).count("scan_kernel") > 2, "chunks"
+    if RUN[name] and way is step:
+        assert names(launches.all).count("gradient_query_kernel") > 2
+        assert names(launches.all).count("gradient_key_value_kernel") > 2
+    prepare(way, make, **options)
+    launches.are_run = True
+    assert all(map(torch.equal, bits(by_notes(launches, way, tensors, **options)), bits(expected)))
+
+
+def test_steps_of_long_rows_find_their_words_again(launches, monkeypatch):
+    """Beyond Config.STORED_TILES tiles of keys, no words are kept."""
+    for tiles in (3, 2):
+        monkeypatch.setattr(schedule, "reach_limits", lambda *_, tiles=tiles: (64, tiles))
+        schedule._config.cache_clear()
+        forget()
+        dispatch.kept.clear()
+        launches.all.clear()
+        step(given())
+        asked = launches.all.copy()
+        prepare(step, given)
+        launches.direct.clear()
+        by_notes(launches, step, given())
+        assert [launch[:2] for launch in asked] == [launch[:2] for launch in launches.direct]
+        assert ("reaching_kernel" in names(asked)) == (tiles == 2)
+    schedule._config.cache_clear()
+
+
+def names(launched: list[tuple]) -> list[str]:
+    return [kernel.fn.__name__ for kernel, *_ in launched]
+
+
+def test_state_is_zero_where_kernels_need_it(launches):
+    """Records and words, each in a place of its own."""
+    prepare(step, given)
+    launches.direct.clear()
+    output = attend(given())
+    maximum, offset, reached_keys, words = output.grad_fn.saved_tensors[4:8]
+    assert maximum.shape == offset.shape == output.shape[:3]
+    assert not reached_keys.any()
+    assert not words.any()
+    assert reached_keys.is_contiguous()
+    assert words.data_ptr() >= reached_keys.data_ptr() + reached_keys.numel() * 4
+    solve, certify = (named(launches.direct, kernel) for kernel in ("solve_kernel", "certify_kernel"))
+    assert solve["reached_keys"] == reached_keys.data_ptr()
+    assert certify["words"] == words.data_ptr()
+
+
+def test_scratch_is_that_of_each_call(way, launches, monkeypatch):
+    prepare(way, given)
+    memories, allocate = [], Scratch.allocate
+
+    def kept(*arguments) -> torch.Tensor:
+        memories.append(allocate(*arguments))
+        return memories[-1]
+
+    monkeypatch.setattr(Scratch, "allocate", kept)
+    for _ in range(2):
+        memories.clear()
+        launches.direct.clear()
+        by_notes(launches, way, given())
+        first = memories[0].data_ptr()
+        assert named(launches.direct, "scan_kernel")["lists"] == first
+        assert first < named(launches.direct, "output_kernel")["counts"] < first + memories[0].numel()
+
+
+def test_gradients_are_those_that_kernels_write(launches):
+    prepare(step, given)
+    launches.direct.clear()
+    _, *gradients = step(given())
+    dq, dkv = (named(launches.direct, f"gradient_{kernel}_kernel") for kernel in ("query", "key_value"))
+    written = dq["grad_query"], dkv["grad_key"], dkv["grad_value"]
+    assert [gradient.data_ptr() for gradient in gradients] == [matrix[0] for matrix in written]
+
+
+def test_one_tensor_may_be_query_key_and_value(launches):
+    def make() -> Given:
+        tensor = torch.randn(1, 2, 70, 32, dtype=torch.float16, requires_grad=True)
+        return Given(tensor, tensor, tensor, torch.randn_like(tensor))
+
+    def self_attention(tensors: Given) -> list[torch.Tensor]:
+        output = attend(tensors)
+        return [output, *torch.autograd.grad(output, tensors[0], tensors.grad_output)]
+
+    prepare(self_attention, make)
+    query, key, value, grad_output = (torch.randn(1, 2, 70, 32, dtype=torch.float16) for _ in range(4))
+    launches.direct.clear()
+    by_notes(launches, step, Given(*(t.requires_grad_() for t in (query, key, value)), grad_output))
+    scan = named(launches.direct, "scan_kernel")
+    assert (scan["query"][0], scan["key"][0]) == (query.data_ptr(), key.data_ptr())
+    last = named(launches.direct, "gradient_key_value_kernel")
+    assert [last[name][0] for name in ("query", "key", "value", "grad_output")] == [
+        tensor.data_ptr() for tensor in (query, key, value, grad_output)
+    ]
+
+
+def named(launched: list[tuple], name: str) -> dict:
+    """The arguments of the only launch of a kernel by their names."""
+    ((kernel, _, arguments),) = [one for one in launched if one[0].fn.__name__ == name]
+    return dict(zip(inspect.signature(kernel.fn).parameters, arguments, strict=True))
+
+
+def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    return moved.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize("name", Given._fields)
+def test_unaligned_tensors_go_another_way(name, launches):
+    prepare(step, given)
+    not_by_notes(launches, step, given()._replace(**{name: unaligned(getattr(given(), name))}))
+    by_notes(launches, step, given())
+
+
+@pytest.mark.parametrize("name", Given._fields)
+def test_unaligned_tensors_write_nothing_down(name, launches):
+    """All is prepared, and nothing written down yet."""
+    for _ in range(2):
+        step(given())
+    not_by_notes(launches, step, given()._replace(**{name: unaligned(getattr(given(), name))}))
+    step(given())
+    by_notes(launches, step, given())
+
+
+CHANGES = {
+    "dtype": lambda: given(dtype=torch.float32),
+    "length": lambda: given(keys=131),
+    "query strides": lambda: given()._replace(query=rows_first(given().query)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_tensors_have_launches_of_their_own(name, way, launches):
+    prepare(way, given)
+    for _ in range(2):
+        not_by_notes(launches, way, CHANGES[name]())
+    by_notes(launches, way, CHANGES[name]())
+    by_notes(launches, way, given())
+
+
+@pytest.mark.parametrize("make", [other_gradient, lambda: expanded(given())])
+def test_other_strides_of_a_gradient_have_launches_of_their_own(make, launches):
+    prepare(step, given)
+    for _ in range(2):
+        launches.direct.clear()
+        tensors = make()
+        step(tensors)
+        grad_output = named(launches.direct, "gradient_query_kernel")["grad_output"]
+        if tensors.grad_output.stride(3) == 1:
+            assert grad_output == (tensors.grad_output.data_ptr(), *tensors.grad_output.stride()[:3])
+        else:
+            assert grad_output[0] != tensors.grad_output.data_ptr(), "an aligned copy"
+    by_notes(launches, step, given())
+
+
+def expanded(tensors: Given) -> Given:
+    return tensors._replace(grad_output=torch.ones((), dtype=torch.float16).expand(tensors.grad_output.shape))
+
+
+def test_strides_that_change_all_the_time_are_not_kept(launches, monkeypatch):
+    monkeypatch.setattr(prepared_backward, "MOST_LAYOUTS", 1)
+    prepare(step, given)
+    for _ in range(3):
+        not_by_notes(launches, step, other_gradient())
+    by_notes(launches, step, given())
+
+
+@pytest.mark.parametrize("what", ["a hook", "debugging"])
+def test_launches_that_somebody_is_told_of_go_through_triton(what, way, launches, monkeypatch):
+    prepare(way, given)
+    direct, by_triton = len(launches.direct), len(launches.by_triton)
+    if what == "debugging":
+        monkeypatch.setattr(knobs.runtime, "debug", True)
+    else:
+        monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda *_: None)
+    way(given())
+    assert len(launches.direct) == direct
+    assert len(launches.by_triton) > by_triton
+
+
+def test_a_hook_between_the_passes_is_told_of_the_second(launches, monkeypatch):
+    prepare(step, given)
+    tensors, by_triton = given(), len(launches.by_triton)
+    output = attend(tensors)
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda *_: None)
+    torch.autograd.grad(output, tensors[:3], tensors.grad_output)
+    assert len(launches.by_triton) == by_triton + len(BACKWARD)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)])
+def test_only_the_gradients_that_are_asked_for_come(needed, launches):
+    prepare(step, given)
+    tensors = Given(*(tensor.detach() for tensor in given()))
+    inputs = [tensors[index].requires_grad_() for index in needed]
+    opened = launches.opened
+    attend(tensors).backward(tensors.grad_output)
+    assert launches.opened == opened
+    assert all(tensor.grad is not None for tensor in inputs)
+    assert sum(tensor.grad is not None for tensor in tensors) == len(needed)
+
+
+def test_a_backward_may_be_repeated(launches):
+    prepare(step, given)
+    tensors = given()
+    output, opened = attend(tensors), launches.opened
+    gradients = [torch.autograd.grad(output, tensors[:3], tensors.grad_output, retain_graph=True) for _ in range(3)]
+    assert launches.opened == opened
+    assert len({gradient.data_ptr() for three in gradients for gradient in three}) == 9
+    torch.autograd.grad(output, tensors[:3], tensors.grad_output)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(output, tensors[:3], tensors.grad_output)
+
+
+def test_what_was_changed_in_place_is_refused(launches):
+    prepare(step, given)
+    tensors = given()
+    output = attend(tensors)
+    with torch.no_grad():
+        tensors.key.zero_()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(output, tensors[:3], tensors.grad_output)
+
+
+def test_a_second_derivative_is_refused(launches):
+    prepare(step, given)
+    tensors = given()
+    gradients = torch.autograd.grad(attend(tensors), tensors[:3], tensors.grad_output, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradients[0].sum().backward()
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 130])])
+def test_a_checkpoint_finds_what_it_saved_whichever_way_a_call_goes(lengths, calls, launches):
+    for _ in range(calls):
+        step(given(), key_lengths=lengths)
+    tensors = given()
+    checkpoint(attend, tensors, use_reentrant=False, key_lengths=lengths).backward(tensors.grad_output)
+    assert all(tensor.grad is not None for tensor in tensors[:3])
+
+
+def test_what_hooks_of_autograd_give_may_have_other_strides(launches):
+    prepare(step, all_rows_first)
+    tensors = all_rows_first()
+
+    def packed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous() if tensor.shape == tensors.query.shape else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
+        output = attend(tensors)
+    launches.direct.clear()
+    torch.autograd.grad(output, tensors[:3], tensors.grad_output)
+    query = named(launches.direct, "gradient_query_kernel")["query"]
+    assert query[1:] == given().query.stride()[:3]
+
+
+def test_modes_batches_and_tangents_find_the_operator(launches, monkeypatch):
+    prepare(step, given)
+    tensors = given()
+    output = attend(tensors)
+    monkeypatch.setattr(prepared_backward.PreparedBackward, "__call__", None)
+    with FlopCounterMode(display=False):
+        torch.autograd.grad(output, tensors[:3], tensors.grad_output, retain_graph=True)
+    batch = torch.stack([tensors.grad_output] * 2)
+    torch.autograd.grad(output, tensors[:3], batch, is_grads_batched=True, retain_graph=True)
+    with pytest.raises(TypeError):
+        torch.autograd.grad(output, tensors[:3], tensors.grad_output)
+    monkeypatch.setattr(prepared_forward.PreparedForward, "__call__", None)
+    torch.func.grad(lambda query: attend(tensors._replace(query=query)).float().sum())(tensors.query)
+    with pytest.raises(TypeError):
+        attend(tensors)
+
+
+def test_gradients_and_none_take_turns(launches):
+    prepare(step, given)
+    prepare(forward, given)
+    for way in (forward, step, forward, step):
+        results = by_notes(launches, way, given())
+        assert results[0].requires_grad == (way is step)
+    with torch.inference_mode():
+        assert attend(given()).is_inference()
+
+
+def test_nothing_is_launched_before_all_kernels_are_compiled(launches, monkeypatch):
+    monkeypatch.setattr(launch.Recording, "add", lambda *_: None)
+    for _ in range(4):
+        not_by_notes(launches, step, given())
+
+
+def test_threads_take_the_same_notes(launches):
+    """Each has results of its own; the first calls of a kind meet."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        step(given())
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(take_steps, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    (call,) = dispatch.kept.values()
+    assert call.record.args[0].forward.stage.written
+    launches.direct.clear()
+    by_notes(launches, step, given())
+    assert len(launches.direct) == len(FORWARD) + 1 + len(BACKWARD)
+
+
+def take_steps(thread: int) -> None:
+    for number in range(20):
+        tensors = given() if number % 2 else other_gradient()
+        assert len(step(tensors)) == 4
+
+
+def test_what_is_empty_or_unaligned_is_not_prepared(launches):
+    narrow = Given(*(tensor[..., :12].detach().requires_grad_() for tensor in given()))
+    for tensors in (given(queries=0), narrow, given()._replace(value=unaligned(given().value))):
+        for _ in range(3):
+            not_by_notes(launches, forward, tensors) if tensors.query.numel() else forward(tensors)
+            step(tensors)
+    assert [(call.compute, call.record) for call in dispatch.kept.values()] == [(None, None)] * 3
+
+
+def test_launches_go_to_the_device_of_the_tensors(launches, monkeypatch):
+    prepare(step, given)
+    (call,) = dispatch.kept.values()
+    stage = call.record.args[0].forward.stage
+    for current in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert stage.is_open(SimpleNamespace(is_cuda=True, get_device=lambda: 1)) == (current == 1)

@@ -59,20 +59,21 @@ FAULTS = {
         decode, "certified_offset", "tl.where(...)", "0.9 * tl.where(...)", "sparse",
     ),
     "the last live tile is dropped": (
-        decode, "list_live_tiles", "return count", "return tl.maximum(count - 1, 0)", "long",
+        decode, "list_live_tiles", "return crowded, single", "return tl.maximum(crowded - 1, 0), single", "long",
     ),
     "the last tile with a single key is dropped": (
-        decode, "tell_tiles_apart", "return crowded, single", "return crowded, tl.maximum(single - 1, 0)", "sparse",
+        decode, "list_live_tiles", "return crowded, single", "return crowded, tl.maximum(single - 1, 0)", "sparse",
     ),
     "a tile with several keys is taken for one with one": (
-        decode, "tell_tiles_apart", "tl.where(inside & above_threshold(row, second, offset), 1, 0)",
-        "tl.where(inside & (second != second), 1, 0)", "long",
+        decode, "list_live_tiles", "alive & above_threshold(row, load_numbers(second, ...), offset)",
+        "alive & (alive == 0)", "long",
     ),
-    "the tile of a single key has another key": (
-        decode, "tell_tiles_apart", "tile * C.TILE + largest", "tile * C.TILE + (largest + 1) % C.TILE", "sparse",
+    "the second score of a tile is not looked for": (
+        decode, "store_maxima", "tl.where(tl.arange(0, C.TILE)[None, :] == column[:, None], ...)", "score - 1e9",
+        "long",
     ),
-    "single keys write over those before": (
-        decode, "append_singles", "return count + single", "return count + 0 * single", "sparse",
+    "each step of single keys writes over those before": (
+        decode, "append_singles", "return count + tiles", "return count + 0 * tiles", "sparse",
     ),
     "candidates of the first step only": (
         decode, "list_crowded", "range(0, tiles * C.TILE, LISTED)",

@@ -31,19 +31,28 @@ from .score import LOWEST, distance_to_threshold, scores, sees_a_key
 from .tile import UNSPECIALIZED, Sizes, add_compensated, open_tile
 
 PLACES = tl.constexpr(512)  # numbers that one step of a row's program looks at
+SINGLES = tl.constexpr(2**16)  # counts two things in one number, at most PLACES of each
 LISTED = tl.constexpr(1024)  # scores that one step of its list of keys looks at: the steps wait for one another
-SORTED = tl.constexpr(4096)  # scores of tiles that one step tells apart
 PART = tl.constexpr(256)  # keys of a support whose values one program adds up
 CERTIFY_STEPS = tl.constexpr(3)
 MOST_STEPS = tl.constexpr(100)
 TOLERANCE = tl.constexpr(1e-6)  # of F - 1; one last step, taken on the probabilities themselves, mends what it leaves
 
 
+class TileMaxima(NamedTuple):
+    """Pointers to three numbers of each tile of keys, of one row or of several: its largest score, the largest of its
+    other scores, and the key of the largest."""
+
+    largest: Tensor
+    second: Tensor
+    key: Tensor
+
+
 class ScorePlaces(NamedTuple):
     """Pointers to the scores and the maxima of each row of a tile, and which of these rows exist."""
 
     scores: Tensor
-    maxima: Tensor
+    maxima: TileMaxima
     exists: Tensor
 
 
@@ -68,11 +77,11 @@ class RowScores(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def decode_scores_kernel(
-    query, key, row_scores, maxima, bounds, score_options, visibility, pages, heads, group, query_length, key_length,
-    first_unit, first_row, rows, line, table_stride, left, tokens, splits, C: tl.constexpr,
+    query, key, row_scores, largest, second, largest_key, bounds, score_options, visibility, pages, heads, group,
+    query_length, key_length, first_unit, first_row, rows, line, table_stride, left, tokens, splits, C: tl.constexpr,
 ):  # fmt: skip
     """Scores of each row and key that any row of its tile sees, -inf where the row does not see the key; their maxima
-    by tile of keys; and the tiles of keys that a row sees, from bounds[row, 0] up to bounds[row, 1]."""
+    by tile of keys, see TileMaxima; and the tiles of keys that a row sees, from bounds[row, 0] up to bounds[row, 1]."""
     start_next(C)
     sizes = Sizes(heads, group, query_length, key_length)
     program, split = tl.program_id(0) // splits, tl.program_id(0) % splits
@@ -88,11 +97,17 @@ def decode_scores_kernel(
     tiles = tiles_of_split(queries, exists, bounds + 2 * place, split, splits, C)
     head = keys_of_batch_row(key, unit // key_heads, unit % key_heads, C)
     exists = queries.row < query_length
-    places = ScorePlaces(row_scores + place * line, maxima + place * (line // C.TILE), exists)
+    maxima = maxima_of_rows(largest, second, largest_key, place * (line // C.TILE))
+    places = ScorePlaces(row_scores + place * line, maxima, exists)
     first_end, last_begin = tl.minimum(tiles.first_whole, tiles.end), tl.maximum(tiles.last_whole, tiles.begin)
     score_tiles(queries, head, batch_row.table, places, tiles.begin, first_end, True, C)
     score_tiles(queries, head, batch_row.table, places, tiles.first_whole, tiles.last_whole, False, C)
     score_tiles(queries, head, batch_row.table, places, last_begin, tiles.end, True, C)
+
+
+@triton.jit
+def maxima_of_rows(largest, second, key, place):
+    return TileMaxima(largest + place, second + place, key + place)
 
 
 @triton.jit
@@ -129,7 +144,17 @@ def score_tiles(queries, key, table, places, begin, end, MASKED: tl.constexpr, C
         keys = open_keys_of_row(key, table, open_tile(tile, C), queries.sizes, MASKED, C)
         score, _ = scores(queries, keys, MASKED, C)
         tl.store(columns + tile * C.TILE, score, mask=exists[:, None])
-        tl.store(places.maxima + tile, tl.max(tl.where(score == score, score, float("inf")), 1), mask=exists)
+        store_maxima(places.maxima, tile, tl.where(score == score, score, float("inf")), exists, C)
+
+
+@triton.jit
+def store_maxima(maxima, tile, score, exists, C: tl.constexpr):
+    """The two largest scores of a tile of keys, which may be equal, and the key of the first."""
+    largest, column = tl.max(score, 1, return_indices=True)
+    others = tl.where(tl.arange(0, C.TILE)[None, :] == column[:, None], float("-inf"), score)
+    tl.store(maxima.largest + tile, largest, mask=exists)
+    tl.store(maxima.second + tile, tl.max(others, 1), mask=exists)
+    tl.store(maxima.key + tile, tile * C.TILE + column, mask=exists)
 
 
 @triton.jit
@@ -178,8 +203,9 @@ def open_group(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def decode_solve_kernel(
-    value, row_scores, maxima, bounds, live_tiles, support, counts, finished, output, score_options, pages, heads,
-    group, query_length, key_length, first_unit, first_row, rows, line, table_stride, left, tokens, C: tl.constexpr,
+    value, row_scores, largest, second, largest_key, bounds, live_tiles, support, counts, finished, output,
+    score_options, pages, heads, group, query_length, key_length, first_unit, first_row, rows, line, table_stride, left,
+    tokens, C: tl.constexpr,
 ):  # fmt: skip
     """The support of one row: how many keys, their numbers in `support`, and their probabilities in place of the row's
     scores. If they are at most PART, the output as well."""
@@ -192,15 +218,15 @@ def decode_solve_kernel(
     wait_for_previous(C)
     begin, end = tl.load(bounds + 2 * place), tl.load(bounds + 2 * place + 1)
     tiles = line // C.TILE
-    row_maxima, weights, keys = maxima + place * tiles, row_scores + place * line, support + place * line
+    maxima = maxima_of_rows(largest, second, largest_key, place * tiles)
+    weights, keys = row_scores + place * line, support + place * line
 
-    maximum = highest(row_maxima, begin, end)
+    maximum = highest(maxima.largest, begin, end)
     last = tl.where((maximum > float("-inf")) & (maximum < float("inf")), end, begin)
-    row = RowScores(row_maxima, maximum, options.z_scale, options.exponent)
+    row = RowScores(maxima.largest, maximum, options.z_scale, options.exponent)
     offset = certified_offset(row, begin, last, C)
-    listed = list_live_tiles(row, live_tiles + place * tiles, begin, last, offset)
     row = RowScores(weights, maximum, options.z_scale, options.exponent)
-    count = list_candidates(row, row_maxima, keys, line, live_tiles + place * tiles, listed, offset, C)
+    count = list_candidates(row, keys, maxima, live_tiles + place * tiles, tiles, begin, last, offset, C)
     offset, last_step = solve_offset(row, count, offset, C)
     count = keep_support(row, keys, count, offset, last_step, C)
     count = spoil(weights, keys, count, is_spoiled(row, sees_a_key(maximum, begin < end, C)), begin, C)
@@ -274,55 +300,38 @@ def certified_offset(row, begin, end, C: tl.constexpr):
 
 
 @triton.jit
-def list_live_tiles(row, places, begin, end, offset):
-    """How many tiles have a score above the threshold. Their numbers stand at `places`, rising."""
-    count = 0
-    for first in range(begin, end, PLACES):
-        alive = tl.where(distances(row, first, end, offset) > 0, 1, 0)
-        tl.store(places + count + tl.cumsum(alive, 0) - 1, first + tl.arange(0, PLACES), mask=alive > 0)
-        count += tl.sum(alive, 0)
-    tl.debug_barrier()
-    return count
-
-
-@triton.jit
-def list_candidates(row, row_maxima, keys, room, places, tiles, offset, C: tl.constexpr):
-    """How many keys of the listed tiles have a score above the threshold. Their scores move to the front of the row,
-    their numbers to `keys`, which has room for so many.
-
-    As a rule a tile has one such key, whose score is the tile's maximum.
-    """
-    crowded, single = tell_tiles_apart(row, keys + room - 1, places, tiles, offset, C)
+def list_candidates(row, keys, maxima, places, capacity, begin, end, offset, C: tl.constexpr):
+    """How many keys of the tiles from `begin` up to `end` have a score above the threshold. Their scores move to the
+    front of the row, their numbers to `keys`. `places` has room for `capacity` tiles."""
+    last_place = places + capacity - 1
+    crowded, single = list_live_tiles(row, maxima.largest, maxima.second, places, last_place, begin, end, offset)
     count = list_crowded(row, keys, places, crowded, offset, C)
-    return append_singles(row, row_maxima, keys, room, single, count, C)
+    return append_singles(row, keys, maxima, last_place, single, count)
 
 
 @triton.jit
-def tell_tiles_apart(row, last_key, places, tiles, offset, C: tl.constexpr):
-    """(crowded, single): how many of the listed tiles have several scores above the threshold, and how many have one.
+def list_live_tiles(row, largest, second, places, last_place, begin, end, offset):
+    """(crowded, single): how many tiles have several scores above the threshold, and how many have one.
 
-    The numbers of the first stay in the list. The keys of the others stand from `last_key` back.
+    The numbers of the first stand from `places` on, rising; those of the others from `last_place` back. Where the
+    second largest scores are not known, every tile with one score above the threshold may have several.
     """
-    TILES: tl.constexpr = SORTED // C.TILE
-    column = tl.arange(0, C.TILE)[None, :]
     crowded = 0
     single = 0
-    for first in range(0, tiles, TILES):
-        place = first + tl.arange(0, TILES)
-        inside = place < tiles
-        tile = tl.load(places + place, mask=inside, other=0)
-        scores_of_tile = row.numbers + tile[:, None] * C.TILE + column
-        score = tl.load(scores_of_tile, mask=inside[:, None], other=float("-inf"))
-        _, largest = tl.max(score, 1, return_indices=True)
-        second = tl.max(tl.where(column == largest[:, None], float("-inf"), score), 1)
-        several = tl.where(inside & above_threshold(row, second, offset), 1, 0)
-        alone = tl.where(inside, 1 - several, 0)
-        tl.debug_barrier()  # all have read what is written over
-        tl.store(places + (crowded + tl.cumsum(several, 0) - 1), tile, mask=several > 0)
-        key = tile * C.TILE + largest
-        tl.store(last_key - (single + tl.cumsum(alone, 0) - 1), key, mask=alone > 0)
-        crowded += tl.sum(several, 0)
-        single += tl.sum(alone, 0)
+    for first in range(begin, end, PLACES):
+        number = first + tl.arange(0, PLACES)
+        alive = above_threshold(row, load_numbers(largest, first, end), offset)
+        several = alive
+        if second is not None:
+            several = alive & above_threshold(row, load_numbers(second, first, end), offset)
+        alone = alive & (several == 0)
+        kind = tl.where(several, 1, tl.where(alone, SINGLES, 0))
+        rank = tl.cumsum(kind, 0)
+        tl.store(places + (crowded + rank % SINGLES - 1), number, mask=several)
+        tl.store(last_place - (single + rank // SINGLES - 1), number, mask=alone)
+        total = tl.sum(kind, 0)
+        crowded += total % SINGLES
+        single += total // SINGLES
     tl.debug_barrier()
     return crowded, single
 
@@ -350,20 +359,18 @@ def list_crowded(row, keys, places, tiles, offset, C: tl.constexpr):
 
 
 @triton.jit
-def append_singles(row, row_maxima, keys, room, single, count, C: tl.constexpr):
-    """Append the keys that stand at the end of `keys`. Returns the new number of keys.
-
-    A tile has two keys or more. So the end of the list is before the keys that are not read yet.
-    """
-    for first in range(0, single, PLACES):
+def append_singles(row, keys, maxima, last_place, tiles, count):
+    """Append the largest score of each tile that is listed from `last_place` back. Returns the new number of keys."""
+    for first in range(0, tiles, PLACES):
         place = first + tl.arange(0, PLACES)
-        inside = place < single
-        key = tl.load(keys + room - 1 - place, mask=inside, other=0)
-        score = tl.load(row_maxima + key // C.TILE, mask=inside, other=0.0)
+        inside = place < tiles
+        tile = tl.load(last_place - place, mask=inside, other=0)
+        score = tl.load(maxima.largest + tile, mask=inside, other=0.0)
+        key = tl.load(maxima.key + tile, mask=inside, other=0)
         tl.store(row.numbers + count + place, score, mask=inside)
         tl.store(keys + count + place, key, mask=inside)
     tl.debug_barrier()
-    return count + single
+    return count + tiles
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from .decode import (
     highest,
     is_spoiled,
     keep_support,
-    list_candidates,
+    list_crowded,
     list_live_tiles,
     open_queries_of_group,
     solve_offset,
@@ -231,11 +231,10 @@ def rounded_solve_kernel(
     offset = certified_offset(lower, begin, tl.where(least > float("-inf"), end, begin), C)
     z_scale = tl.where(options.z_scale == options.z_scale, options.z_scale, 0.0)  # where NaN, all keys are candidates
     upper = RowScores(highest_of_tiles + tile_place, least, z_scale, options.exponent)
-    listed = list_live_tiles(upper, live_tiles + tile_place, begin, end, offset)
+    places = live_tiles + tile_place
+    listed, _ = list_live_tiles(upper, upper.numbers, None, places, places, begin, end, offset)
     upper = RowScores(weights, least, z_scale, options.exponent)
-    count = list_candidates(
-        upper, highest_of_tiles + tile_place, keys, line, live_tiles + tile_place, listed, offset, C
-    )  # fmt: skip
+    count = list_crowded(upper, keys, places, listed, offset, C)
 
     _, _, position = visible_interval(number + tl.arange(0, 1), unit, sizes, visibility, C)
     q = load_query(head_of(query, batch, head), number, C)

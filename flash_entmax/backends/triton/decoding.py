@@ -72,17 +72,18 @@ def launch_decode(
     opened: OpenedKernels, arguments: Sequence, scratch: Sequence, paging: tuple, device: torch.device
 ) -> None:
     query, key, value, output, tensors = arguments
-    scores, support, maxima, live_tiles, bounds, counts, finished, parts = scratch
+    scores, support, largest, live_tiles, bounds, counts, finished, parts, second, largest_key = scratch
     for chunk in opened.plan.decode_chunks:
         numbers, programs, tiles = numbers_of(opened, chunk)
         splits = splits_of(tiles, opened.plan.key_tiles, schedule.SCORING_PROGRAMS, device)
         opened.launch(
-            decode_scores_kernel, tiles * splits, schedule.decode_scores_settings, query, key, scores, maxima, bounds,
-            opened.options, opened.visibility, tensors, *numbers, *paging, splits,
+            decode_scores_kernel, tiles * splits, schedule.decode_scores_settings, query, key, scores, largest,
+            second, largest_key, bounds, opened.options, opened.visibility, tensors, *numbers, *paging, splits,
         )  # fmt: skip
         opened.launch(
-            decode_solve_kernel, programs, schedule.decode_row_settings, value, scores, maxima, bounds, live_tiles,
-            support, counts, finished, output, opened.options, tensors, *numbers, *paging,
+            decode_solve_kernel, programs, schedule.decode_row_settings, value, scores, largest, second,
+            largest_key, bounds, live_tiles, support, counts, finished, output, opened.options, tensors, *numbers,
+            *paging,
         )  # fmt: skip
         launch_parts(opened, chunk, device, value, scores, support, counts, finished, parts, output, tensors, paging)
 

@@ -260,21 +260,24 @@ class Plan:
 
     def decode_numbers(self, rows: int, scores: int) -> tuple[int, ...]:
         """Of so many rows with so many scores: scores, listed keys, maxima by tile of keys, listed tiles; the tiles
-        that a row sees, the size of its support, how many programs have finished with it; and sums of parts."""
-        tiles = scores // self.config.TILE
-        return scores, scores, tiles, tiles, 2 * rows, rows, rows, rows * self.decode_parts * self.config.VALUE_PADDED
+        that a row sees, the size of its support, how many programs have finished with it; sums of parts; and, where
+        keys are not in 8 bits, the second largest score of each tile of keys and the key of the largest."""
+        tiles, parts = scores // self.config.TILE, rows * self.decode_parts * self.config.VALUE_PADDED
+        return scores, scores, tiles, tiles, 2 * rows, rows, rows, parts, tiles, tiles
 
     @cached_property
     def decode_scratch(self) -> Scratch:
         """The numbers of the largest chunk, of 4 bytes each."""
         rows, scores = (max(getattr(chunk, name) for chunk in self.decode_chunks) for name in ("programs", "places"))
-        dtypes = (torch.float32, torch.int32) * 2 + (torch.int32,) * 3 + (torch.float32,)
+        number, index = torch.float32, torch.int32
+        dtypes = number, index, number, index, index, index, index, number, number, index
         return Scratch(*zip(dtypes, self.decode_numbers(rows, scores), strict=True))
 
     @cached_property
     def rounded_scratch(self) -> Scratch:
         """That of decoding by keys in 8 bits: further maxima by tile of keys."""
-        return Scratch(*self.decode_scratch.arrays, (torch.float32, self.decode_scratch.arrays[2][1]))
+        *shared, numbers_of_tiles, _ = self.decode_scratch.arrays
+        return Scratch(*shared, numbers_of_tiles)
 
     @cached_property
     def block_scratch(self) -> Scratch:

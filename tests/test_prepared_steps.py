@@ -43,8 +43,8 @@ def launches(monkeypatch) -> Iterator[Launches]:
         yield made
 
 
-def given(queries: int = 70, keys: int = 130, dtype=torch.float16) -> Given:
-    shapes = (2, 2, queries, 32), (2, 1, keys, 32), (2, 1, keys, 16), (2, 2, queries, 16)
+def given(queries: int = 70, keys: int = 130, batch: int = 2, dtype=torch.float16) -> Given:
+    shapes = (batch, 2, queries, 32), (batch, 1, keys, 32), (batch, 1, keys, 16), (batch, 2, queries, 16)
     query, key, value, grad_output = (torch.randn(shape, dtype=dtype) for shape in shapes)
     return Given(*(tensor.requires_grad_() for tensor in (query, key, value)), grad_output)
 
@@ -84,7 +84,7 @@ CALLS = {
     "another gradient": (other_gradient, {"is_causal": True}),
     "lengths": (given, {"is_causal": True, "key_lengths": torch.tensor([3, 130])}),
     "a window": (given, {"window_size": (20, 0)}),
-    "single keys": (lambda: given(70, 600), {}),
+    "single keys": (lambda: given(70, 500, batch=1), {}),
     "more queries than keys": (lambda: given(130, 70), {"is_causal": True}),
 }
 
@@ -141,7 +141,7 @@ def test_launches_from_notes_are_those_through_triton(name, way, launches):
 RUN = {  # in Triton's interpreter, with the limits of plan.py that make them run in chunks
     "lengths": {},
     "rows first": {},
-    "single keys": {"MAXIMA": 2**14, "LISTED": 8, "REACHING": 2**11},
+    "single keys": {"MAXIMA": 2**10, "LISTED": 16, "REACHING": 2**10, "FEWEST_SHARED": 1},
 }
 
 
@@ -155,10 +155,11 @@ def test_what_notes_launch_gives_the_bits_of_the_first_call(name, way, launches,
     expected = way(tensors, **options)
     launches.are_run = False
     if RUN[name]:
-        assert names(launches.all).count("scan_kernel") > 2, "chunks"
+        assert names(launches.all).count("scan_kernel") > 1, "chunks"
     if RUN[name] and way is step:
-        assert names(launches.all).count("gradient_query_kernel") > 2
-        assert names(launches.all).count("gradient_key_value_kernel") > 2
+        assert names(launches.all).count("gradient_query_kernel") > 1
+        assert names(launches.all).count("gradient_key_value_kernel") > 1
+        assert "add_parts_kernel" in names(launches.all)
     prepare(way, make, **options)
     launches.are_run = True
     assert all(map(torch.equal, bits(by_notes(launches, way, tensors, **options)), bits(expected)))

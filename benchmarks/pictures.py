@@ -1,4 +1,7 @@
-"""Draws docs/speed.png, the picture of the README, from result files: python benchmarks/pictures.py."""
+"""Draws the pictures of the README from result files: python benchmarks/pictures.py.
+
+docs/speed.png: the time of a training step of attention. docs/head.png: to what one head of a trained model attends.
+"""
 
 import json
 from pathlib import Path
@@ -10,10 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = RESULTS / "2026-11-29-h200-trained-layers.json"
 CAPTURED = RESULTS / "2026-11-29-h200-keys.json"
+HEAD = RESULTS / "2026-11-30-h200-adapt-head.json"
 OURS, SOFTMAX = "#d7301f", "#969696"
 
 
 def main() -> None:
+    print(speed())
+    print(head())
+
+
+def speed() -> Path:
     import matplotlib.pyplot as plt
 
     bars = bars_of(json.loads(LAYERS.read_text())["layers"], json.loads(CAPTURED.read_text())["rows"])
@@ -26,7 +35,26 @@ def main() -> None:
     axes.set(yticks=range(len(bars)), yticklabels=list(bars), xlim=(0, 1.02), ylim=(-0.5, len(bars) - 0.2))
     axes.set_xlabel("step of attention, time relative to cuDNN")
     axes.spines[["top", "right"]].set_visible(False)
-    print(save_figure(figure, ROOT / "docs" / "speed.png"))
+    return save_figure(figure, ROOT / "docs" / "speed.png")
+
+
+def head() -> Path:
+    """Queries from top to bottom, keys from left to right; the darker, the more probable, and grey is exactly 0."""
+    import matplotlib.pyplot as plt
+
+    found = json.loads(HEAD.read_text())
+    words = [token.strip() or "newline" for token in found["tokens"]]
+    rows = [[row.get(str(key), float("nan")) for key in range(len(words))] for row in found["probabilities"]]
+    figure, axes = plt.subplots(figsize=(6.4, 6.2), layout="constrained")
+    for number in range(len(words)):
+        axes.axhspan(number - 0.5, number + 0.5, xmax=(number + 1) / len(words), color="#f4f4f4", zorder=0)
+    axes.imshow(rows, cmap="Reds", vmin=-0.25, vmax=1, zorder=1)
+    axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(words)), words, fontsize=8)
+    axes.set(xlabel="key", ylabel="query")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return save_figure(figure, ROOT / "docs" / "head.png")
 
 
 def bars_of(layers: dict, captured: dict) -> dict[str, float]:

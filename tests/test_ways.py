@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flash_entmax import entmax_attention
 from flash_entmax.backends import BACKENDS
+from flash_entmax.operators import dispatch
 
 if not find_spec("triton"):
     pytest.skip("needs Triton", allow_module_level=True)
@@ -62,9 +63,12 @@ def holds(value: object, target: Tensor, depth: int = 3) -> bool:
     return False
 
 
-def way(target: Tensor, *inputs: Tensor, **options) -> list[str]:
-    """Names of the files, each once for a stay."""
+def way(target: Tensor, *inputs: Tensor, calls_before: int = 0, **options) -> list[str]:
+    """Names of the files, each once for a stay, after so many calls of the same kind."""
     stack, path = [], []
+    dispatch.kept.clear()
+    for _ in range(calls_before):
+        entmax_attention(*inputs, **options, impl="triton")
 
     def note() -> None:
         frame = stack[-1]
@@ -104,7 +108,9 @@ def ways() -> dict[str, list[str]]:
     training = [tensor.clone().requires_grad_() for tensor in inputs]
     return {
         "query": way(inputs[0], *inputs, is_causal=True),
+        "query again": way(inputs[0], *inputs, is_causal=True, calls_before=2),
         "query in training": way(training[0], *training, is_causal=True),
+        "query in training, again": way(training[0], *training, is_causal=True, calls_before=2),
         "alpha": way(alpha, *inputs, alpha=alpha),
         "mask": way(mask, *inputs, key_mask=mask),
     }
@@ -123,4 +129,4 @@ def test_a_way_climbs_three_times_at_most_and_enters_no_file_three_times(name, p
 
 
 def test_the_way_of_a_query_ends_at_the_kernels():
-    assert ways()["query"][-1] == "backends.triton.attention"
+    assert ways()["query"][-1] == "backends.triton.stages"

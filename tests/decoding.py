@@ -19,7 +19,7 @@ from flash_entmax.testing import FLOOR, assert_within_budget
 if find_spec("triton"):
     import triton.language as tl
 
-    from flash_entmax.backends.triton import decode, plan
+    from flash_entmax.backends.triton import decode, decode_lists, plan
 
 
 def check_decode(case: Case, impl: str, more: float = 0.0) -> torch.Tensor:
@@ -127,7 +127,9 @@ def small_steps(part: int = 16, places: int = 64, processors: int = 3, decoded: 
     part, holders = tl.constexpr(part), [module for module in sys.modules.values() if holds_part(module)]
     with ExitStack() as stack:
         stack.enter_context(limits(DECODED=decoded))
-        stack.enter_context(mock.patch.multiple(decode, PLACES=tl.constexpr(places), LISTED=tl.constexpr(places)))
+        size = tl.constexpr(places)
+        stack.enter_context(mock.patch.object(decode, "PLACES", size))
+        stack.enter_context(mock.patch.multiple(decode_lists, PLACES=size, LISTED=size))
         stack.enter_context(mock.patch.object(plan, "processors_of", return_value=processors))
         for module in holders:
             stack.enter_context(mock.patch.object(module, "PART", part))

@@ -55,7 +55,7 @@ MEETING = {"variational.estimator": {"numpy", "sklearn"}}
 # Of the kernels: words that all share, and files that launch or lay out memory. Every other file is a stage.
 KERNEL_WORDS = {
     "tile", "alpha", "visibility", "queries", "keys", "score", "sums", "lists", "gather", "reach", "program",
-    "row_solve", "pages", "decode_values",
+    "row_solve", "pages", "decode_lists", "decode_values",
 }  # fmt: skip
 LAUNCHING = {
     "__init__", "append", "attention", "call_launches", "decoding", "launch", "notes", "parts", "plan", "prepared",

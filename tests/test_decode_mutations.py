@@ -13,7 +13,7 @@ from mutants import Mutant, plant
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
-from flash_entmax.backends.triton import decode, decode_values, pages, visibility
+from flash_entmax.backends.triton import decode, decode_lists, decode_values, pages, visibility
 from flash_entmax.testing import inputs_with_scores, poisoned, score_rows
 
 # Each with the check that must fail.
@@ -59,13 +59,14 @@ FAULTS = {
         decode, "certified_offset", "tl.where(...)", "0.9 * tl.where(...)", "sparse",
     ),
     "the last live tile is dropped": (
-        decode, "list_live_tiles", "return crowded, single", "return tl.maximum(crowded - 1, 0), single", "long",
+        decode_lists, "list_live_tiles", "return crowded, single", "return tl.maximum(crowded - 1, 0), single", "long",
     ),
     "the last tile with a single key is dropped": (
-        decode, "list_live_tiles", "return crowded, single", "return crowded, tl.maximum(single - 1, 0)", "sparse",
+        decode_lists, "list_live_tiles", "return crowded, single", "return crowded, tl.maximum(single - 1, 0)",
+        "sparse",
     ),
     "a tile with several keys is taken for one with one": (
-        decode, "list_live_tiles", "alive & above_threshold(row, load_numbers(second, ...), offset)",
+        decode_lists, "list_live_tiles", "alive & above_threshold(row, load_numbers(second, ...), offset)",
         "alive & (alive == 0)", "long",
     ),
     "the second score of a tile is not looked for": (
@@ -73,14 +74,14 @@ FAULTS = {
         "long",
     ),
     "each step of single keys writes over those before": (
-        decode, "append_singles", "return count + tiles", "return count + 0 * tiles", "sparse",
+        decode_lists, "append_singles", "return count + tiles", "return count + 0 * tiles", "sparse",
     ),
     "candidates of the first step only": (
-        decode, "list_crowded", "range(0, tiles * C.TILE, LISTED)",
+        decode_lists, "list_crowded", "range(0, tiles * C.TILE, LISTED)",
         "range(0, tl.minimum(tiles * C.TILE, LISTED), LISTED)", "long",
     ),
     "each step writes over the keys of the one before": (
-        decode, "append_keys", "count + tl.cumsum(alive, 0) - 1", "tl.cumsum(alive, 0) - 1", "long",
+        decode_lists, "append_keys", "count + tl.cumsum(alive, 0) - 1", "tl.cumsum(alive, 0) - 1", "long",
     ),
     "the solve takes no step": (decode, "solve_offset", "offset = stepped", "offset = offset", "long"),
     "the last step is left out": (

@@ -20,14 +20,11 @@ from torch import Tensor
 from ...core import call
 from .decode import (
     PART,
-    RowScores,
     certified_offset,
     head_of_row,
     highest,
     is_spoiled,
     keep_support,
-    list_crowded,
-    list_live_tiles,
     open_queries_of_group,
     solve_offset,
     spoil,
@@ -36,6 +33,7 @@ from .decode import (
     wait_for_previous,
 )
 from .decode_blocks import list_reached_tiles, load_least, margin_of, rows_of_program
+from .decode_lists import RowScores, list_crowded, list_live_tiles
 from .decode_values import store_output, weighted_values
 from .keys import Keys
 from .pages import open_batch_row

@@ -1,7 +1,7 @@
 """A sequence on several GPUs beside the same sequence on one.
 
-torchrun --standalone --nproc-per-node 2 benchmarks/context_parallel.py --out FOLDER takes about four minutes on two
-GPUs. A step is forward and backward pass of causal attention in bfloat16, batch 1, on inputs that are sparse by tile
+torchrun --standalone --nproc-per-node 2 benchmarks/context_parallel.py --out FOLDER takes some minutes on two GPUs.
+A step is forward and backward pass of causal attention in bfloat16, batch 1, on inputs that are sparse by tile
 (testing.topic_inputs with 20 topics). Milliseconds are medians by the clock, of the slowest
 rank; the host runs ahead, as in a training. Beside each step:
 

@@ -1,6 +1,7 @@
 """English prose for the recipe language-model: python benchmarks/prose.py FOLDER, on Debian or Ubuntu.
 
-Downloads Debian's documentation packages without installing them, and writes the text of each page to a file.
+Downloads Debian's documentation packages without installing them, and writes the text of each page to a file: of Debian
+12, 128 million characters in 5,123 documents.
 Then: flash-entmax recipe language-model --text FOLDER --out out/prose
 """
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from flash_entmax.programs.cli import main
 from flash_entmax.programs.recipes import max_retrieval, mixture, report, sweep, training
 from flash_entmax.programs.recipes.language_model import RECIPE as LANGUAGE_MODEL
-from flash_entmax.programs.recipes.recipe import Measure, Recipe, ScoredRecipe
+from flash_entmax.programs.recipes.recipe import BranchedRecipe, Measure, Recipe, ScoredRecipe, WatchedRecipe
 from flash_entmax.programs.recipes.runs import new_model
 from flash_entmax.programs.recipes.settings import NAMES, SIZES, TRAINED, settings_for
 from flash_entmax.programs.recipes.sweep import RECIPES
 
+OPTIONAL = {"score": ScoredRecipe, "watch": WatchedRecipe}
 ARMS = [(name, arm) for name in TRAINED for arm in RECIPES[name].arms]
 COMPILED = [name for name in TRAINED if RECIPES[name].sizes["full"].compiled]
 
@@ -40,13 +41,17 @@ def test_every_recipe_has_what_the_protocol_names():
         assert isinstance(recipe, Recipe)
         assert recipe.name == name
         assert set(recipe.sizes) == set(SIZES)
-        methods = ("build", "batch", "validate", "measure") + (("score",) if isinstance(recipe, ScoredRecipe) else ())
-        for method in methods:
-            assert (
-                list(signature(getattr(recipe, method)).parameters)
-                == list(signature(getattr(ScoredRecipe, method)).parameters)[1:]
-            ), (name, method)
-        assert isinstance(recipe, ScoredRecipe) or not any(size.checkpoints for size in recipe.sizes.values())
+        methods = dict.fromkeys(("build", "batch", "validate", "measure"), Recipe)
+        methods |= {method: kind for method, kind in OPTIONAL.items() if isinstance(recipe, kind)}
+        for method, kind in methods.items():
+            expected = list(signature(getattr(kind, method)).parameters)[1:]
+            assert list(signature(getattr(recipe, method)).parameters) == expected, (name, method)
+        for size in recipe.sizes.values():
+            assert isinstance(recipe, ScoredRecipe) or not size.checkpoints
+            assert isinstance(recipe, WatchedRecipe) or not size.watched
+        if isinstance(recipe, BranchedRecipe):
+            assert set(recipe.arms) >= {*recipe.parents, *recipe.parents.values()}
+            assert not set(recipe.parents) & set(recipe.parents.values())
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.gate = nn.Linear(width, 4 * width, bias=False) if gated_mlp else None
         self.mlp_output_norm = nn.RMSNorm(width) if sandwich_norm else nn.Identity()
 
-    def forward(self, x: Tensor, alpha: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, alpha: float | Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), alpha=alpha, cache=cache)
         return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
 
@@ -43,6 +43,8 @@ class Transformer(nn.Module):
 
     ``zero_branches``: every branch starts at zero. If it is False, all projections and the MLPs start as normal(0,
     0.02), as in GPT-2 and Gemma. So they must with ``sandwich_norm``: a norm of zeros has no useful gradient.
+
+    ``first_layer_alpha`` is the alpha of the first layer at all times. None: it is like the others.
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class Transformer(nn.Module):
         *,
         vocabulary: int = BYTES,
         zero_branches: bool = True,
+        first_layer_alpha: float | None = None,
         **block,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
+        self.first_layer_alpha = first_layer_alpha
         self.blocks = nn.ModuleList(Block(width, heads, **block) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         self.predict = nn.Linear(width, vocabulary, bias=False)
@@ -91,10 +95,11 @@ class Transformer(nn.Module):
     def forward(self, data: Tensor, alpha: Tensor | None = None, caches: list[KeyValueCache] | None = None) -> Tensor:
         """(batch, length) tokens -> (batch, length, vocabulary) logits of the next token.
 
-        ``alpha`` replaces the alpha of the layers, for a training in which it moves. With ``caches`` the tokens follow
-        those that were read before.
+        ``alpha`` replaces the alpha of the layers, for a training in which it moves, but not ``first_layer_alpha``.
+        With ``caches`` the tokens follow those that were read before.
         """
         x = self.embed(data)
         for layer, block in enumerate(self.blocks):
-            x = block(x, alpha, None if caches is None else caches[layer])
+            own = self.first_layer_alpha if layer == 0 and self.first_layer_alpha is not None else alpha
+            x = block(x, own, None if caches is None else caches[layer])
         return self.predict(self.norm(x))

@@ -59,9 +59,12 @@ def train(model: Transformer, settings: DemoSettings, training: Tensor, console:
 
 
 def parameter_groups(model: Transformer, weight_decay: float = 0.1) -> list[dict]:
-    """Weight decay for the matrices only, and not for the gains of the norms or the embedding."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embed")]
-    others = [p for name, p in model.named_parameters() if p.dim() != 2 or name.startswith("embed")]
+    """Weight decay for the matrices only, and not for the gains of the norms, the embedding or the temperature."""
+    groups: tuple[list, list] = [], []
+    for name, parameter in model.named_parameters():
+        decays = parameter.dim() == 2 and not name.startswith("embed") and ".temperature." not in name
+        groups[decays].append(parameter)
+    others, matrices = groups
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

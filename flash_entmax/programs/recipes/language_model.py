@@ -1,20 +1,23 @@
 """A byte-level language model on long documents: what does entmax attention cost at the training length, and what does
 it keep beyond it?
 
-Transformers of 25 million parameters read the same bytes and differ in their attention alone. Two use rotary positions:
-softmax and entmax 1.5. Three use the positions of NAPE (arXiv 2506.16640): softmax, entmax 1.5 and ASEntmax.
-AdaSplash-2 (arXiv 2604.15180) claims that entmax matches softmax at short context and gains at long context. Three
+Transformers of 33 million parameters read the same bytes and differ in their attention: softmax, entmax 1.5, entmax
+but for the first layer, and ASEntmax, with rotary positions or those of NAPE (arXiv 2506.16640). All have a gated MLP,
+and an RMSNorm behind attention and MLP; one arm of softmax does without that norm, and shows what it does alone.
+AdaSplash-2 (arXiv 2604.15180) claims that entmax matches softmax at short context and gains at long context. Four
 things test that:
 
 - the loss on held-out text at the training length;
 - the loss by position, in windows of up to eight times that length;
-- planted facts that are found again, by depth and by the length of the window.
+- planted facts that are found again, by depth and by the length of the window;
+- the loss on planted facts along the training, which falls when a model learns to look up.
 
 A fact is four letters that name it and four that follow, all drawn at random. Training windows hold some facts, each in
 several places. From the second place on, the name tells what follows.
 
 A key with probability 0 gets no gradient, so a model that starts sparse learns late what to look for. Alpha therefore
-moves from 1.01, which is almost softmax, to 1.5 over the first half of a training, as in AdaSplash (arXiv 2502.12082).
+starts at 1.01, which is almost softmax, and moves to 1.5 (arXiv 2502.12082). Arms "from softmax" go on from the model
+of softmax, of the same seed, after 60 % of its steps. So they and softmax differ in nothing but what follows.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -33,14 +36,29 @@ from ..demo.train import precision
 from .planted import DEPTHS, plant, slots_of_test, slots_of_training
 from .recipe import Measure, Run, Size
 from .training import TEST_SEED, mean_over
+from .transformer import transformer
+from .watched import noted
 
 ARMS = {
     "softmax, RoPE": {"alpha": 1.0, "position": "rope"},
     "entmax 1.5, RoPE": {"alpha": 1.5, "position": "rope"},
+    "entmax 1.5 after layer 1, RoPE": {"alpha": 1.5, "position": "rope", "first_layer_alpha": 1.0},
+    "entmax 1.5 from softmax, RoPE": {"alpha": 1.5, "position": "rope"},
     "softmax, NAPE": {"alpha": 1.0, "position": "nape"},
+    "softmax without sandwich norm, NAPE": {"alpha": 1.0, "position": "nape", "sandwich_norm": False},
     "entmax 1.5, NAPE": {"alpha": 1.5, "position": "nape"},
+    "entmax 1.5 from softmax, NAPE": {"alpha": 1.5, "position": "nape"},
     "ASEntmax, NAPE": {"alpha": 1.5, "position": "nape", "temperature": "adaptive"},
+    "ASEntmax from softmax, NAPE": {"alpha": 1.5, "position": "nape", "temperature": "adaptive"},
 }
+PARENTS = {
+    "entmax 1.5 from softmax, RoPE": "softmax, RoPE",
+    "entmax 1.5 from softmax, NAPE": "softmax, NAPE",
+    "ASEntmax from softmax, NAPE": "softmax, NAPE",
+}
+BRANCH = 0.6  # share of the steps
+# Shares of the steps after which alpha leaves 1.01, and is what it will stay: from the start, and after a branch.
+MOVES, MOVES_AFTER_BRANCH = (0.2, 0.5), (BRANCH, 0.85)
 TEST_BYTES = 2**14  # bytes of all windows that are tested at once
 
 
@@ -49,6 +67,7 @@ class LanguageModelSize(Size):
     """Trains on windows of ``context`` bytes, each with ``facts`` facts in ``times`` places.
 
     Tests ``windows`` windows of each of the ``multiples`` of the context, with ``asked`` facts at each depth.
+    ``softmax_rates`` are the learning rates of softmax; ``learning_rates`` are those of the others.
     """
 
     context: int
@@ -61,8 +80,13 @@ class LanguageModelSize(Size):
     multiples: tuple[int, ...]
     windows: int
     _: KW_ONLY
-    learning_rates: tuple[float, ...] = (4e-4, 6e-4, 9e-4)
+    learning_rates: tuple[float, ...] = (4e-4, 6e-4)
+    softmax_rates: tuple[float, ...] = (6e-4, 9e-4)
     workers: int = 3
+    watched: int = 12
+
+    def rates_of(self, arm: str) -> tuple[float, ...]:
+        return self.softmax_rates if ARMS[arm]["alpha"] == 1.0 else self.learning_rates
 
 
 @cache
@@ -83,13 +107,19 @@ def next_byte_losses(model: Transformer, data: Tensor, alpha: Tensor | None = No
     return cross_entropy(logits.float().mT, data[:, 1:], reduction="none")
 
 
-def moves_until(run: Run) -> int:
-    """The step at which alpha is what it will stay; 0 for softmax."""
-    return run.steps // 2 if ARMS[run.arm]["alpha"] > 1.0 else 0
+def annealing_of(run: Run) -> AlphaAnnealing | None:
+    """How alpha moves over the steps of a training; None for softmax."""
+    if ARMS[run.arm]["alpha"] == 1.0:
+        return None
+    hold, end = (round(share * run.steps) for share in (MOVES_AFTER_BRANCH if run.arm in PARENTS else MOVES))
+    return AlphaAnnealing(end - hold, end=ARMS[run.arm]["alpha"], shape="geometric", device=run.device, hold=hold)
 
 
-def alpha_at(step: int, run: Run) -> Tensor:
-    annealing = AlphaAnnealing(moves_until(run), end=ARMS[run.arm]["alpha"], device=run.device)
+def moving_alpha(step: int, run: Run) -> Tensor | None:
+    """Alpha after so many steps of a training, while it moves; None where it is what it will stay."""
+    annealing = annealing_of(run)
+    if annealing is None or step >= annealing.last_step:
+        return None
     annealing.load_state_dict({"taken": step})
     return annealing.alpha
 
@@ -105,7 +135,9 @@ def loss_at(model: Transformer, longest: Tensor, length: int) -> float:
     return mean_over(data.split(max(1, TEST_BYTES // length)), lambda part: next_byte_losses(model, part))
 
 
-def recall(model: Transformer, run: Run, size: LanguageModelSize, length: int) -> tuple[dict[str, float], float]:
+def recall(
+    model: Transformer, run: Run, size: LanguageModelSize, length: int, alpha: Tensor | None = None
+) -> tuple[dict[str, float], float]:
     """How well the planted facts of windows of ``length`` bytes are found, where the name of each is repeated.
 
     Returns ({depth: per cent of the facts whose bytes are all the likeliest}, mean loss of these bytes in nats).
@@ -117,7 +149,7 @@ def recall(model: Transformer, run: Run, size: LanguageModelSize, length: int) -
     windows = max(1, TEST_BYTES // length)
     for part, value_places in zip(data.split(windows), places.split(windows), strict=True):
         with precision(data.device):
-            logits = model(part)
+            logits = model(part, alpha)
         row = torch.arange(len(part), device=part.device)[:, None, None]
         predicted, values = logits[row, value_places - 1].float(), part[row, value_places]
         right.append((predicted.argmax(-1) == values).all(-1).unflatten(1, (len(DEPTHS), size.asked)))
@@ -125,6 +157,10 @@ def recall(model: Transformer, run: Run, size: LanguageModelSize, length: int) -
     shares = 100.0 * torch.cat(right).double().mean((0, 2))
     found = {str(depth): share for depth, share in zip(DEPTHS, shares.tolist(), strict=True)}
     return found, torch.cat(losses).double().mean().item()
+
+
+def one_rate(rate: float) -> dict[str, tuple[float]]:
+    return {"learning_rates": (rate,), "softmax_rates": (rate,)}
 
 
 class LanguageModel:
@@ -137,22 +173,30 @@ class LanguageModel:
         Measure("found", "planted facts found, %", "window, bytes"),
         Measure("depth", "planted facts found in the longest window, %", "depth, %", logarithmic=False),
         Measure("values", "loss on what follows the names of planted facts, nats per byte", "window, bytes", digits=2),
+        Measure(
+            "emergence",
+            "the same loss at the training length, along the training, nats per byte",
+            "steps",
+            digits=2,
+            logarithmic=False,
+        ),
     )
+    parents, branch = PARENTS, BRANCH
 
     def __init__(self) -> None:
         toy = {"layers": 2, "width": 32, "heads": 2, "facts": 2, "times": 2, "asked": 1, "windows": 4}
         small = {"layers": 3, "width": 96, "heads": 4, "facts": 2, "times": 4, "asked": 2, "windows": 16}
         full = {"layers": 5, "width": 640, "heads": 10, "facts": 16, "times": 4, "asked": 8, "windows": 8}
         self.sizes = {
-            "toy": LanguageModelSize(12, 4, 128, **toy, multiples=(1, 2), learning_rates=(3e-3,), seeds=1, workers=1),
-            "small": LanguageModelSize(
-                600, 4, 256, **small, multiples=(1, 2, 4, 8), learning_rates=(3e-3, 6e-3), seeds=1
+            "toy": LanguageModelSize(
+                12, 4, 128, **toy, multiples=(1, 2), **one_rate(3e-3), seeds=1, workers=1, watched=2
             ),
-            "full": LanguageModelSize(1500, 4, 2048, **full, multiples=(1, 2, 4, 8), extensions=2, compiled=True),
+            "small": LanguageModelSize(600, 4, 256, **small, multiples=(1, 2, 4, 8), **one_rate(3e-3), seeds=1),
+            "full": LanguageModelSize(12_000, 4, 2048, **full, multiples=(1, 2, 4, 8), extensions=1, compiled=True),
         }
 
     def build(self, arm: str, size: LanguageModelSize) -> Transformer:
-        return Transformer(size.layers, size.width, size.heads, **ARMS[arm])
+        return transformer(size.layers, size.width, size.heads, **ARMS[arm])
 
     def batch(self, step: int, run: Run, size: LanguageModelSize) -> tuple[Tensor] | tuple[Tensor, Tensor]:
         """Windows (batch, context + 1) with planted facts; while alpha moves, alpha as well."""
@@ -161,7 +205,8 @@ class LanguageModel:
         starts = torch.randint(len(text) - size.context, (size.batch, 1), generator=draw, device=run.device)
         data = text[starts + torch.arange(size.context + 1, device=run.device)].long()
         plant(data, slots_of_training(size.batch, size.context, size.facts, size.times, draw), draw)
-        return (data,) if step >= moves_until(run) else (data, alpha_at(step, run))
+        alpha = moving_alpha(step, run)
+        return (data,) if alpha is None else (data, alpha)
 
     def loss(self, model: Transformer, data: Tensor, alpha: Tensor | None = None) -> Tensor:
         return next_byte_losses(model, data, alpha).mean()
@@ -169,6 +214,10 @@ class LanguageModel:
     def validate(self, model: Transformer, run: Run, size: LanguageModelSize) -> float:
         data = windows_of(run, size, size.context, max(size.multiples) * size.windows)
         return mean_over(data.split(max(1, TEST_BYTES // size.context)), lambda part: next_byte_losses(model, part))
+
+    def watch(self, model: Transformer, run: Run, size: LanguageModelSize, step: int) -> float:
+        """The loss on what follows the names of planted facts, at the training length."""
+        return recall(model, run, size, size.context, moving_alpha(step, run))[1]
 
     def measure(self, model: Transformer, run: Run, size: LanguageModelSize) -> dict[str, dict[str, float]]:
         lengths = [size.context * multiple for multiple in size.multiples]
@@ -186,6 +235,7 @@ class LanguageModel:
             "found": {str(length): sum(shares.values()) / len(shares) for length, (shares, _) in found.items()},
             "depth": found[lengths[-1]][0],
             "values": {str(length): nats for length, (_, nats) in found.items()},
+            "emergence": noted(self, run),
         }
 
 

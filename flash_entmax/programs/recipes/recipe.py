@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -53,6 +53,7 @@ class Size:
         adamw: the optimizer of all trainings.
         checkpoints: at how many steps of a training, evenly spaced, a :class:`ScoredRecipe` scores the model. The best
             one is kept beside the last.
+        watched: at how many steps of a training, evenly spaced, a :class:`WatchedRecipe` looks at the model.
     """
 
     steps: int
@@ -66,6 +67,7 @@ class Size:
     compiled: bool = False
     adamw: AdamW = ADAMW
     checkpoints: int = 0
+    watched: int = 0
 
     def rates_of(self, arm: str) -> tuple[float, ...]:
         """The learning rates at which this arm is trained first."""
@@ -93,6 +95,11 @@ class Run:
     @property
     def path(self) -> Path:
         return self.folder / (re.sub(r"[^\w.]+", "-", self.key).lower() + ".safetensors")
+
+    @property
+    def branch_path(self) -> Path:
+        """The file of the model and the optimizer's state from which other trainings go on."""
+        return self.path.with_suffix(".branch.safetensors")
 
 
 @runtime_checkable
@@ -143,3 +150,41 @@ class ScoredRecipe(Recipe, Protocol):
     def score(self, model: nn.Module, run: Run, size: Size) -> float:
         """The higher, the better, on examples of its own. Called without gradients."""
         ...
+
+
+@runtime_checkable
+class WatchedRecipe(Recipe, Protocol):
+    """A recipe whose sizes may be ``watched``."""
+
+    def watch(self, model: nn.Module, run: Run, size: Size, step: int) -> float:
+        """A number of the model after so many steps. Called without gradients."""
+        ...
+
+
+@runtime_checkable
+class BranchedRecipe(Recipe, Protocol):
+    """A recipe some of whose arms go on from the model of another arm, with its optimizer's state.
+
+    Such an arm is trained at the best learning rate of its parent only. It shares the steps up to the branch with the
+    parent's training of the same seed.
+
+    Attributes:
+        parents: {arm: the arm that it goes on from}.
+        branch: the share of the steps after which it does.
+    """
+
+    parents: Mapping[str, str]
+    branch: float
+
+
+def parent_of(recipe: Recipe, run: Run) -> Run | None:
+    """The training that this one goes on from."""
+    parent = recipe.parents.get(run.arm) if isinstance(recipe, BranchedRecipe) else None
+    return None if parent is None else replace(run, arm=parent)
+
+
+def branch_step(recipe: Recipe, run: Run) -> int | None:
+    """The step of a training from which others go on, or of one that goes on; None for all others."""
+    if not isinstance(recipe, BranchedRecipe) or run.arm not in {*recipe.parents, *recipe.parents.values()}:
+        return None
+    return round(recipe.branch * run.steps)

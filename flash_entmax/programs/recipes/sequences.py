@@ -19,13 +19,14 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..demo.model import Transformer
 from ..demo.train import precision
 from .recipe import AdamW, Measure, Run, Size
 from .training import SCORE_SEED, TEST_SEED, VALIDATION_SEED, mean_over
+from .transformer import transformer
 
 ARMS = {
     "softmax, pre-norm": {"alpha": 1.0, "sandwich_norm": False},
@@ -39,7 +40,6 @@ SCORED_MULTIPLE = 2
 VOCABULARY = 32
 SEPARATOR = VOCABULARY
 TEST_TOKENS = 2**16  # tokens of all sequences that are tested at once
-BETA_BIAS = -2.97  # at the start: softplus of it is 0.05, so ASEntmax multiplies scores by 1.05 at first
 
 WITHOUT_DECAY = AdamW(weight_decay=0.0, betas=(0.9, 0.99), warm_up=0.06)
 
@@ -101,20 +101,8 @@ class Sequences:
         }
 
     def build(self, arm: str, size: SequencesSize) -> Transformer:
-        model = Transformer(
-            size.layers,
-            size.width,
-            size.heads,
-            vocabulary=VOCABULARY + 1,
-            zero_branches=False,
-            gated_mlp=True,
-            position="nape",
-            **ARMS[arm],
-        )
-        for block in model.blocks:
-            if block.attention.temperature is not None:
-                nn.init.constant_(block.attention.temperature.beta.bias, BETA_BIAS)
-        return model
+        options = {"vocabulary": VOCABULARY + 1, "position": "nape"} | ARMS[arm]
+        return transformer(size.layers, size.width, size.heads, **options)
 
     def problems(self, length: int, batch: int, seed: int, device: str) -> Tensor:
         """(batch, 2 length + 1) int64: source, separator, answer."""

@@ -4,7 +4,7 @@
 2. The best rate of an arm has the lowest mean validation loss. Validation looks like training, so that results at other
    lengths choose nothing. A shorter training could not choose: it prefers rates at which the whole one does worse.
 3. If the best rate is the first or last of several, add the next one and train again, up to ``extensions`` times.
-4. Train every arm at its best rate with all seeds, and measure these models.
+4. Train every arm at its best rate with all seeds, then those that go on from another arm, and measure these models.
 5. Where models are scored on their way: of all rates, seeds and checkpoints of an arm, measure the one with the highest
    score as well. Papers report such models. They show what an arm can do, and not what it does.
 
@@ -19,9 +19,10 @@ from statistics import mean
 import torch
 from rich.console import Console
 
+from ..errors import CommandError
 from ..files import write_json
-from . import checkpoints, language_model, max_retrieval, report, sequences, training
-from .recipe import Batch, Recipe, Run, ScoredRecipe, Size
+from . import checkpoints, language_model, max_retrieval, report, sequences, training, watched
+from .recipe import Batch, BranchedRecipe, Recipe, Run, ScoredRecipe, Size, WatchedRecipe, branch_step, parent_of
 from .results import conditions, load
 from .runs import chosen_runs, new_model, runs_of, trained_model
 from .settings import RecipeSettings
@@ -31,6 +32,8 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (max_retrieval.RECIPE, sequences.SORT, sequences.REVERSE, sequences.COPY, language_model.RECIPE)
 }
+
+MOST_GRAPHS = 64  # of a block: a process trains many arms, each with a moving alpha and without
 
 
 def run(recipe: Recipe, settings: RecipeSettings) -> None:
@@ -50,7 +53,8 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
             done[finished.key] = numbers
             write_json(path, results)
 
-    rates = {arm: list(size.rates_of(arm)) for arm in recipe.arms}
+    parents = recipe.parents if isinstance(recipe, BranchedRecipe) else {}
+    rates = {arm: list(size.rates_of(arm)) for arm in recipe.arms if arm not in parents}
     for _ in range(1 + size.extensions):
         swept = {
             arm: {rate: runs_of(recipe, settings, arm, rate, size.sweep_seeds) for rate in rates[arm]} for arm in rates
@@ -61,8 +65,12 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
         rates = {arm: extended(rates[arm], results["best"][arm]) for arm in rates}
         if rates == results["rates"]:
             break
+    results["rates"] |= {arm: [results["best"][parent]] for arm, parent in parents.items()}
+    results["best"] = {arm: results["best"][parents.get(arm, arm)] for arm in recipe.arms}
     chosen = chosen_runs(recipe, settings, results["best"])
-    perform(train, results["runs"], chosen)
+    perform(train, results["runs"], [run for run in chosen if run.arm not in parents])
+    if parents:
+        perform(train, results["runs"], [run for run in chosen if run.arm in parents])
     perform(measure, results["measures"], chosen)
     results["chosen"] = {arm: [run.key for run in chosen if run.arm == arm] for arm in recipe.arms}
     if size.checkpoints:
@@ -103,20 +111,33 @@ def train(run: Run, show: training.Show) -> dict:
     def batch_of(step: int) -> Batch:
         return recipe.batch(step, run, size)
 
-    def show_and_score(step: int, steps: int) -> None:
+    def show_and_look(step: int, steps: int) -> None:
         show(step, steps)
         if isinstance(recipe, ScoredRecipe) and checkpoints.is_due(step, steps, size.checkpoints):
             checkpoints.keep_if_best(recipe, model, run, size, step)
+        if isinstance(recipe, WatchedRecipe) and checkpoints.is_due(step, steps, size.watched):
+            watched.note(recipe, model, run, size, step)
 
     if not run.path.exists():
         model = new_model(recipe, run)
         if size.compiled:
+            torch._dynamo.config.recompile_limit = MOST_GRAPHS
             model.compile(fullgraph=True, dynamic=False)
-        arguments = batch_of, recipe.loss, run.steps, run.learning_rate, run.path, show_and_score, size.adamw
-        training.fit(model, *arguments)
+        arguments = batch_of, recipe.loss, run.steps, run.learning_rate, run.path, show_and_look, size.adamw
+        training.fit(model, *arguments, **branches(recipe, run))
     trained = trained_model(recipe, run)
     found = {"validation": recipe.validate(trained, run, size), "seconds": time.perf_counter() - start}
     return found | ({"checkpoint": checkpoints.kept(run)} if size.checkpoints else {})
+
+
+def branches(recipe: Recipe, run: Run) -> dict:
+    """What `fit` is told of a training that goes on from another one, or from which others go on."""
+    step, parent = branch_step(recipe, run), parent_of(recipe, run)
+    if parent is None:
+        return {} if step is None else {"branch": (step, run.branch_path)}
+    if not parent.branch_path.exists():
+        raise CommandError(f"{parent.branch_path} is not there, and {parent.path.name} is: move that away")
+    return {"start": parent.branch_path}
 
 
 def measure(run: Run, show: training.Show) -> dict:

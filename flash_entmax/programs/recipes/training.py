@@ -31,8 +31,14 @@ def fit(
     path: Path,
     show: Show,
     adamw: AdamW = ADAMW,
+    *,
+    start: Path | None = None,
+    branch: tuple[int, Path] | None = None,
 ) -> None:
     """Train on ``loss(model, *batch)`` to the last step, and write the model to ``path``.
+
+    ``start`` is a file from which the training goes on. After the step of ``branch``, its file gets the model and the
+    optimizer's state.
 
     AdamW, a short warm-up, a cosine, gradients clipped to 1. ``show`` is called after each step. The state of the
     training stands in a file beside ``path`` until it is done. An interrupted training goes on from there with the same
@@ -49,12 +55,15 @@ def fit(
     give_state(optimizer)
     unfinished = path.with_suffix(".unfinished.safetensors")
     advance = Graphed(model, loss, optimizer) if rate.is_cuda else Eager(model, loss, optimizer)
-    begin, saved = 0, time.perf_counter()
+    begin = 0 if start is None else restore(start, model, optimizer, is_whole=False)
     with suppress(FileNotFoundError, SafetensorError):  # none, or a broken one: begin anew
         begin = restore(unfinished, model, optimizer)
+    saved = time.perf_counter()
     for step in range(begin, steps):
         rate.fill_(learning_rate * pace((step + 1) / steps, adamw.warm_up))
         advance(batch_of(step))
+        if branch is not None and step + 1 == branch[0]:
+            save(branch[1], model, optimizer, step + 1)
         show(step + 1, steps)
         if time.perf_counter() - saved > SAVE_EVERY:
             save(unfinished, model, optimizer, step + 1)
@@ -132,32 +141,32 @@ def save(
 
     The step and the ``notes`` become the file's metadata.
     """
+    names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if optimizer is not None:
-        for number, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
+        for parameter, state in optimizer.state.items():
+            tensors |= {f"optimizer.{names[parameter]}.{key}": tensor for key, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"step": str(step), **notes})
     part.replace(path)
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Load what `save` wrote, and return the number of steps that were done."""
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, is_whole: bool = True) -> int:
+    """Load what `save` wrote, and return the number of steps that were done.
+
+    Parameters that a file that is not whole does not have stay as they are.
+    """
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         step = int(file.metadata()["step"])
-    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    model.load_state_dict(weights, strict=is_whole)
     if optimizer is not None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, number, key = name.split(".", 2)
-                state.setdefault(int(number), {})[key] = tensor
-        rates = [group["lr"] for group in optimizer.param_groups]
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the tensor that `fit` writes the rate to, not a copy of it
+        for name, parameter in model.named_parameters():
+            for key, number in optimizer.state[parameter].items():
+                if is_whole or name in weights:
+                    number.copy_(tensors[f"optimizer.{name}.{key}"])
     return step
 
 

@@ -7,6 +7,7 @@ exact answer is the reference in float64.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from unittest import mock
 
 import torch
@@ -33,40 +34,61 @@ def by_head(number: float | Tensor) -> Tensor:
     return torch.as_tensor(number, dtype=torch.float64).detach().view(-1, 1, 1)
 
 
-def dense_scores(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every pair in float64: z, the sum of its terms' absolute values (0 where hidden), whether it is visible."""
-    case = case.in_float64()
-    query, key, _ = (tensor.detach() for tensor in case.inputs)
-    key = key.repeat_interleave(case.problem.group, dim=1)
-    alpha, scale = (by_head(number).to(key.device) for number in case.numbers)
-    visible, distance = reference.visible_mask(case.problem, case.visibility, key.device)
-    scores, terms = scale * (query @ key.mT), scale * (query.abs() @ key.abs().mT)
-    if softcap := case.score.softcap:
-        scores, terms = softcap * torch.tanh(scores / softcap), terms + softcap
-    if case.slopes is not None:
-        bias = reference.alibi(case.slopes.detach(), distance)
-        scores, terms, visible = scores - bias, terms + bias.abs(), visible & (bias < torch.inf)
-    visible = visible.expand_as(scores)
-    return (alpha - 1) * scores, (alpha - 1) * terms.masked_fill(~visible, 0.0), visible
+class Pairs:
+    """Every pair of a query and a key of a case in float64, (batch, heads, query length, key length).
 
-
-def distances(case: Case, support: Support) -> tuple[Tensor, Tensor]:
-    """z - tau of every pair in float64 (-inf where hidden), and how far float32 rounding may move it.
-
-    A float32 score is off by some 2^-24 of the sum of its terms' absolute values, if any operation of it rounds; tau is
-    off by as much as the keys that may be in the support, and by a few 2^-24.
+    z: its score; terms: the sum of the absolute values that z adds, 0 where hidden; visible: whether the query sees the
+    key; apart: how far it stands from the query's position.
     """
-    z, terms, visible = dense_scores(case)
-    z = z.masked_fill(~visible, -torch.inf)
-    distance = z - support.maximum.double().unsqueeze(-1) + support.offset.double().unsqueeze(-1)
-    slack = 2e-6 * (torch.ones_like(terms) if case.scores_are_exact else terms.clamp_min(1.0))
-    slack = slack.masked_fill(distance == -torch.inf, 2e-6)  # no rounding brings a hidden key near
-    return distance, torch.maximum(slack, slack_of_rows(distance, slack).unsqueeze(-1))
 
+    def __init__(self, case: Case, exact: Support | None = None) -> None:
+        """`exact` is the reference's support, by which distances are taken."""
+        self.case, self.exact = case, exact
+        case = case.in_float64()
+        query, key, _ = (tensor.detach() for tensor in case.inputs)
+        key = key.repeat_interleave(case.problem.group, dim=1)
+        self.alpha, self.scale = (by_head(number).to(key.device) for number in case.numbers)
+        visible, self.apart = reference.visible_mask(case.problem, case.visibility, key.device)
+        scores, terms = self.scale * (query @ key.mT), self.scale * (query.abs() @ key.abs().mT)
+        if softcap := case.score.softcap:
+            scores, terms = softcap * torch.tanh(scores / softcap), terms + softcap
+        if case.slopes is not None:
+            bias = reference.alibi(case.slopes.detach(), self.apart)
+            scores, terms, visible = scores - bias, terms + bias.abs(), visible & (bias < torch.inf)
+        self.visible = visible.expand_as(scores)
+        self.z, self.terms = (self.alpha - 1) * scores, (self.alpha - 1) * terms.masked_fill(~self.visible, 0.0)
 
-def slack_of_rows(distance: Tensor, slack: Tensor) -> Tensor:
-    """(batch, heads, query length), the largest slack of a key that may be in the support."""
-    return torch.nn.functional.pad(torch.where(distance > -slack, slack, 2e-6), (0, 1), value=2e-6).amax(-1)
+    @cached_property
+    def distance(self) -> Tensor:
+        """z - tau; -inf where hidden."""
+        z = self.z.masked_fill(~self.visible, -torch.inf)
+        return z - self.exact.maximum.double().unsqueeze(-1) + self.exact.offset.double().unsqueeze(-1)
+
+    @cached_property
+    def slack(self) -> Tensor:
+        """How far float32 rounding may move z - tau.
+
+        A float32 score is off by some 2^-24 of the sum of its terms' absolute values, if any operation of it rounds;
+        tau is off by as much as the keys that may be in the support, and by a few 2^-24.
+        """
+        terms = self.terms
+        slack = 2e-6 * (torch.ones_like(terms) if self.case.scores_are_exact else terms.clamp_min(1.0))
+        slack = slack.masked_fill(self.distance == -torch.inf, 2e-6)  # no rounding brings a hidden key near
+        return torch.maximum(slack, self.largest_slack(slack).unsqueeze(-1))
+
+    def largest_slack(self, slack: Tensor) -> Tensor:
+        """(batch, heads, query length), of a key that may be in the support."""
+        return torch.nn.functional.pad(torch.where(self.distance > -slack, slack, 2e-6), (0, 1), value=2e-6).amax(-1)
+
+    @cached_property
+    def surely(self) -> Tensor:
+        """In the support."""
+        return self.distance > self.slack
+
+    @cached_property
+    def possibly(self) -> Tensor:
+        """In the support, by what float32 can tell."""
+        return self.distance > -self.slack
 
 
 def any_in_tiles(marks: Tensor, tile_shape: tuple[int, int]) -> Tensor:
@@ -76,10 +98,9 @@ def any_in_tiles(marks: Tensor, tile_shape: tuple[int, int]) -> Tensor:
     return padded.unflatten(-1, (-1, keys)).unflatten(-3, (-1, rows)).any(-1).any(-2)
 
 
-def check_support(case: Case, support: Support, exact: Support) -> None:
+def check_support(pairs: Pairs, support: Support) -> None:
     """Sizes and tiles are the reference's, but for keys so close to tau that float32 cannot tell their side."""
-    distance, slack = distances(case, exact)
-    surely, possibly = distance > slack, distance > -slack
+    surely, possibly, exact = pairs.surely, pairs.possibly, pairs.exact
     size = support.size.long()
     assert support.size.dtype == torch.int32
     assert (surely.sum(-1) <= size).all(), "a row's support lacks a key that is in it"
@@ -97,57 +118,52 @@ def check_support(case: Case, support: Support, exact: Support) -> None:
     assert torch.equal(support.maximum < torch.inf, has_key)
     tau, exact_tau = (s.maximum.double() - s.offset.double() for s in (support, exact))
     tau_error = (tau - exact_tau)[has_key].abs()
-    assert (tau_error <= slack_of_rows(distance, slack)[has_key]).all(), "tau differs from the reference's"
+    assert (tau_error <= pairs.largest_slack(pairs.slack)[has_key]).all(), "tau differs from the reference's"
 
 
-def settled_grad_output(case: Case, exact: Support) -> Tensor:
+def settled_grad_output(pairs: Pairs) -> Tensor:
     """A random gradient, 0 on rows where some key is so close to tau that the gradient itself is not determined.
 
     u = d^(1 / (alpha - 1) - 1) jumps at d = 0 for alpha = 2, and its slope there is infinite from alpha = 1.5 on.
     """
-    grad_output = case.grad_output()
-    alpha = by_head(case.numbers[0])
-    if (alpha <= 1.5).all():
+    grad_output = pairs.case.grad_output()
+    if (pairs.alpha <= 1.5).all():
         return grad_output
-    distance, slack = distances(case, exact)
-    settled = ((distance.abs() > 4 * slack) | (alpha.to(slack.device) <= 1.5)).all(-1, keepdim=True)
+    settled = ((pairs.distance.abs() > 4 * pairs.slack) | (pairs.alpha <= 1.5)).all(-1, keepdim=True)
     assert settled.numel() < 100 or settled.float().mean() > 0.3, "too few rows are left to check the gradient on"
-    return grad_output * case.as_given(settled)
+    return grad_output * pairs.case.as_given(settled)
 
 
-def magnitudes(case: Case, grad_output: Tensor, exact: Support) -> dict[str, float]:
+def magnitudes(pairs: Pairs, grad_output: Tensor) -> dict[str, float]:
     """The size of the terms that output and gradients add up; dS = u (dP - delta) may cancel to far less.
 
     A rounding of delta reaches dQ times sum u of its row.
     """
+    case, distance = pairs.case, pairs.distance
     if 0 in (grad_output.numel(), case.value.numel()):
         return {}
-    alpha, scale = (by_head(number).to(case.query.device) for number in case.numbers)
     size = {name: getattr(case, name).detach().double().abs().amax().item() for name in ("query", "key", "value")}
-    distance, _ = distances(case, exact)
-    u = torch.where(distance > 0, distance.clamp_min(0) ** (1 / (alpha - 1) - 1), 0.0)
+    u = torch.where(distance > 0, distance.clamp_min(0) ** (1 / (pairs.alpha - 1) - 1), 0.0)
     weight = u.sum(-1).amax().clamp_min(1).item()
     products = case.batched(grad_output).double().norm(dim=-1) * case.value.detach().double().norm(dim=-1).amax()
-    largest = scale.amax().item() * products.amax().item()
+    largest = pairs.scale.amax().item() * products.amax().item()
     return {
         "output": size["value"],
         "grad_query": largest * size["key"] * weight,
         "grad_key": largest * size["query"],
         "grad_value": grad_output.double().abs().amax().item(),
-        **parameter_magnitudes(case, products, u),
+        **parameter_magnitudes(pairs, products, u),
     }
 
 
-def parameter_magnitudes(case: Case, products: Tensor, u: Tensor) -> dict[str, float]:
+def parameter_magnitudes(pairs: Pairs, products: Tensor, u: Tensor) -> dict[str, float]:
     """The gradient of a parameter is a sum over rows, whose errors are independent, by `products` |dO| |v| of each.
 
     That of alpha adds (p - w) / (alpha - 1)^2 and entropies / (alpha - 1): see docs/math.md.
     """
-    alpha, scale = (by_head(number).to(case.query.device) for number in case.numbers)
-    _, terms, _ = dense_scores(case)
-    _, apart = reference.visible_mask(case.problem, case.visibility, case.query.device)
-    sharpness, entropy = 1 / (alpha.squeeze(-1) - 1), math.log(1 + case.problem.key_length)
-    score, distance = (torch.where(u > 0, numbers, 0.0).amax(-1) for numbers in (terms / ((alpha - 1) * scale), apart))
+    sharpness, entropy = 1 / (pairs.alpha.squeeze(-1) - 1), math.log(1 + pairs.case.problem.key_length)
+    scores = pairs.terms / ((pairs.alpha - 1) * pairs.scale)
+    score, distance = (torch.where(u > 0, numbers, 0.0).amax(-1) for numbers in (scores, pairs.apart))
     by_rows = {
         "grad_alpha": sharpness * (sharpness + entropy),
         "grad_scale": u.sum(-1) * score,
@@ -162,8 +178,8 @@ def check_attention(case: Case, impl: str, more: float = 0.0) -> Result:
     `more` is added to the floor of a few roundings that every result is allowed.
     """
     exact = Step(case.in_float64(), "reference")
-    exact_support = exact.support
-    grad_output = settled_grad_output(case, exact_support)
+    pairs = Pairs(case, exact.support)
+    grad_output = settled_grad_output(pairs)
     exact = exact.backward(grad_output.double())
     dense = run_dense(case, grad_output)
     with recorded_words() as kept:
@@ -171,15 +187,15 @@ def check_attention(case: Case, impl: str, more: float = 0.0) -> Result:
 
     assert result.output.dtype == case.query.dtype
     check_layout(case, result.output)
-    sizes = magnitudes(case, grad_output, exact_support)
+    sizes = magnitudes(pairs, grad_output)
     results = (result.tensors, exact.tensors, dense.tensors)
     for name, actual, expected, plain in zip(names(case), *results, strict=True):
         leaf = case.tensors.get(name.removeprefix("grad_"), case.query)
         assert actual.dtype == leaf.dtype, name
         floor = max(FLOOR[case.query.dtype], FLOOR[leaf.dtype]) + more
         assert_within_budget(actual, expected, plain, name=name, magnitude=sizes.get(name), floor=floor)
-    check_support(case, result.support, exact_support)
-    check_live_words(case, impl, kept[0], exact_support)
+    check_support(pairs, result.support)
+    check_live_words(pairs, impl, kept[0])
     return result
 
 
@@ -204,7 +220,7 @@ def score_rounding(case: Case) -> float:
     score_dtype = torch.float64 if case.query.dtype == torch.float64 else torch.float32
     alpha, scale = (by_head(number) for number in case.numbers)
     largest = ((alpha - 1) * scale).amax().item() * math.prod(lengths)
-    rounding = torch.finfo(score_dtype).eps / 2 * max(largest, dense_scores(case)[1].amax().item())
+    rounding = torch.finfo(score_dtype).eps / 2 * max(largest, Pairs(case).terms.amax().item())
     return 4 * rounding * (1 / (alpha - 1)).amax().item()
 
 
@@ -237,15 +253,15 @@ def check_live_map(case: Case, impl: str, exact: Support) -> Tensor:
     """No tile with support was dropped by the public call."""
     with torch.no_grad(), recorded_words() as kept:
         attend(case, impl, return_support=True)
-    return check_live_words(case, impl, kept[0], exact)
+    return check_live_words(Pairs(case, exact), impl, kept[0])
 
 
-def check_live_words(case: Case, impl: str, words: Tensor, exact: Support) -> Tensor:
+def check_live_words(pairs: Pairs, impl: str, words: Tensor) -> Tensor:
     """No tile with support was dropped; the tiles kept, (batch, heads, query tiles, key tiles) bool."""
+    case = pairs.case
     tile = ops.tile_of(impl, case.query, case.value)
     live = BACKENDS[impl].reached_tiles(case.problem, case.query.dtype, words)
-    distance, slack = distances(case, exact)
-    lost = any_in_tiles(distance > slack, (tile, tile)) & ~live
+    lost = any_in_tiles(pairs.surely, (tile, tile)) & ~live
     assert not lost.any(), f"{int(lost.sum())} tiles that hold support are not reached"
     return live
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 from cases import Case, attend, run_dense
-from checks import check_support, magnitudes, operator_arguments
+from checks import Pairs, check_support, magnitudes, operator_arguments
 from torch import Tensor
 
 from flash_entmax.backends import BACKENDS
@@ -103,10 +103,11 @@ def check_parts(case: Case, impl: str, edges: tuple[int, ...]) -> None:
     torch.testing.assert_close(offset, shipped.offset, rtol=0, atol=OFFSET_TOLERANCE[case.query.dtype])
     output, exact = attend(case.in_float64(), "reference", return_support=True)
     z_maximum, size, tiles, keys = parts.backend.attention_support(parts.problem, query, key, maximum, offset, *reach)
-    check_support(case, Support(z_maximum, offset, size, tiles, shipped.tile_shape, keys), exact)
+    pairs = Pairs(case, exact)
+    check_support(pairs, Support(z_maximum, offset, size, tiles, shipped.tile_shape, keys))
 
     ours, grad_output = parts.output(maximum, offset), case.grad_output()
     assert ours.dtype == maximum.dtype
     dense = run_dense(case, grad_output).output
-    size = magnitudes(case, grad_output, exact)["output"]
+    size = magnitudes(pairs, grad_output)["output"]
     assert_within_budget(ours, output, dense, name="output", magnitude=size, floor=FLOOR[case.query.dtype])

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from quick_arithmetic import NUMBERS, TYPES_TAKEN, compute_at_once
+
 
 def quicken_the_interpreter() -> None:
     """Leaves out what Triton's interpreter does again and again to no effect; results keep their bits."""
@@ -12,6 +14,8 @@ def quicken_the_interpreter() -> None:
     remember_types(interpreter)
     know_same_types()
     unwrap_by_type()
+    call_builtins_directly(interpreter)
+    compute_at_once(interpreter)
 
 
 def patch_once(interpreter) -> None:
@@ -84,9 +88,6 @@ def remember_types(interpreter) -> None:
     core.block_type.__init__, core.tensor.__init__ = block, tensor
 
 
-INTEGERS, FLOATS = ("int1", "int32", "int64"), ("fp32", "fp64")
-
-
 def know_same_types() -> None:
     """Most operations have operands of one type and one shape, or a number that takes the other operand's type: there
     is nothing to find out, cast or broadcast. Shapes of equal sizes are one object: see remember_types."""
@@ -98,12 +99,11 @@ def know_same_types() -> None:
     def takes_type_of(number, value) -> bool:
         if type(value) is not tensor:
             return False
-        kinds = {int: ("int32", "int64", *FLOATS), float: FLOATS}
-        return value.dtype.name in kinds.get(type(number), ())
+        return value.dtype.name in TYPES_TAKEN.get(type(number), ())
 
     def convert(self, left, right, *options, **more):
         if type(left) is type(right) is tensor:
-            if not left.dtype.name == right.dtype.name in INTEGERS + FLOATS:
+            if not left.dtype.name == right.dtype.name in ("int1", *NUMBERS):
                 return convert_both(self, left, right, *options, **more)
         elif takes_type_of(right, left):
             right = self._cast_to_computation_type(right, left.dtype)
@@ -145,3 +145,18 @@ def unwrap_by_type() -> None:
         return value if type(value) in bare else unwrap(value)
 
     core._unwrap_if_constexpr = quick_unwrap
+
+
+def call_builtins_directly(interpreter) -> None:
+    """A builtin gets the semantic that the interpreter has, without a look at what it got."""
+
+    def patch(obj, name, member, builder, scope) -> None:
+        function, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
+
+        def call(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_attr = patch

@@ -1,5 +1,6 @@
 """Four processes on gloo that wait for work: one start of them serves every group of one to four ranks."""
 
+import faulthandler
 import os
 import pickle
 import tempfile
@@ -46,7 +47,11 @@ class RankPool:
 
     def answer(self, rank: int):
         assert self.pipes[rank].poll(PATIENCE), f"rank {rank} has not answered in {PATIENCE} s"
-        return pickle.loads(self.pipes[rank].recv_bytes())
+        try:
+            return pickle.loads(self.pipes[rank].recv_bytes())
+        except EOFError:
+            self.processes[rank].join(PATIENCE)
+            raise AssertionError(f"rank {rank} ended with exit code {self.processes[rank].exitcode}") from None
 
     def answers_of_all_but_the_last(self, function, *arguments) -> list:
         """All ranks run it, and the last one may end."""
@@ -85,6 +90,7 @@ class Failure:
 
 def serve(rank: int, store: str, pipe) -> None:
     """One process: take a function, run it, answer; end when the pipe is closed."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     groups = {size: distributed.new_group(list(range(size))) for size in range(1, RANKS + 1)}

@@ -9,6 +9,7 @@ from recipe_runs import a_run, silent
 from safetensors.torch import load_file
 
 from flash_entmax import inspection
+from flash_entmax.nn.alpha import AlphaParameter
 from flash_entmax.programs.demo.model import Transformer
 from flash_entmax.programs.demo.train import parameter_groups
 from flash_entmax.programs.errors import CommandError
@@ -144,10 +145,12 @@ def test_the_first_layer_may_have_its_own_alpha():
     data = torch.arange(40)[None]
     model = Transformer(2, 32, 2, alpha=1.5, first_layer_alpha=1.0, position="nape", zero_branches=False)
     with inspection.record(model) as calls:
-        model(data, torch.tensor(1.2))
-    first, second = (call.problem.score.alpha for call in calls)
-    assert first == 1.0
-    torch.testing.assert_close(second, torch.full((2,), 1.2))
+        ours = model(data, torch.tensor(1.2))
+    (call,) = calls  # softmax is not recorded
+    torch.testing.assert_close(call.problem.score.alpha, torch.full((2,), 1.2))
+    model.first_layer_alpha, model.blocks[1].attention.alpha_parameter = None, AlphaParameter(1.2, None)
+    model.blocks[0].attention.alpha_parameter = AlphaParameter(1.0, None)
+    torch.testing.assert_close(model(data), ours)
 
 
 def test_compiled_blocks_train_as_others_do(tmp_path, monkeypatch):

@@ -74,10 +74,17 @@ def sparsity_of(run: Run, length: int) -> dict[str, list[list[float]] | int]:
     for window in held_out(run, WINDOWS[run.size], length).split(1):
         with precision(window.device), inspection.record(model, keep_inputs=False) as calls:
             model(window)
-        parts.append(torch.stack([torch.stack((c.block_sparsity, c.keys_per_query)).cpu() for c in calls]))
+        measured = [torch.stack((call.block_sparsity, call.keys_per_query)).cpu() for call in calls]
+        dense = [of_softmax(measured[0], length)] if model.first_layer_alpha == 1.0 else []
+        parts.append(torch.stack(dense + measured))
     blocks, keys = torch.stack(parts).mean(0).unbind(1)
     tile = calls[0].support.tile_shape[0]
     return {"block_sparsity": blocks.tolist(), "keys_per_query": keys.tolist(), "tile": tile}
+
+
+def of_softmax(like: Tensor, length: int) -> Tensor:
+    """No tile is skipped, and a query attends to all keys that it sees."""
+    return torch.stack((torch.zeros_like(like[0]), torch.full_like(like[1], (length + 1) / 2)))
 
 
 @torch.no_grad()

@@ -29,11 +29,14 @@ def outcome(layer, x, grad_output, options) -> dict:
     return {"output": output.detach(), "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
 
 
-def in_layers(group, options: dict, x, grad_output, call: dict, ways) -> list[dict]:
+def in_layers(group, options: dict, x, grad_output, call: dict, ways, is_compiled: bool = False) -> list[dict]:
     """Own positions, and the outcome on the own parts, for each (method, layout)."""
     answers = []
     for method, layout in ways:
         layer = layer_of(**options, context_parallel=ContextParallel(group, method, layout))
+        if is_compiled:
+            torch._dynamo.reset()
+            layer.compile(backend="aot_eager", fullgraph=True)
         own = [shard(whole, -2, group, layout) for whole in (x, grad_output)]
         own_call = dict(call)
         if "key_mask" in call:

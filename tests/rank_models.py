@@ -40,6 +40,22 @@ def share(group, name: str, alpha, batch: dict, method: str, layout: str) -> dic
     }  # fmt: skip
 
 
+def in_one_graph(group, batch: dict) -> list[dict]:
+    """The loss and the gradients of a model whose layers are checkpointed: as it is, and compiled without a break."""
+    answers = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        model = causal("llama", HEADS)
+        model.gradient_checkpointing_enable()
+        if is_compiled:
+            model.compile(backend="aot_eager", fullgraph=True)
+        with context_parallel(model, batch, group) as own:
+            loss = model(**own).loss
+            loss.backward()
+        answers.append({"loss": loss.detach(), **gradients(model)})
+    return answers
+
+
 def hidden(group, batch: dict) -> tuple:
     """The last hidden states of an encoder."""
     model = make("bert", 1.5)

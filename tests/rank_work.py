@@ -31,9 +31,13 @@ def one_attention(group, tensors: dict, options: dict) -> dict:
     options = dict(options)
     if "key_mask" in options:
         options["key_mask"] = shard(options["key_mask"], 1, group, layout)
+    attend = context_parallel_attention
+    if options.pop("compiled", False):
+        torch._dynamo.reset()
+        attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
     learned = {name: option for name, option in options.items() if name in LEARNED and torch.is_tensor(option)}
     own = leaves({name: parts[name] for name in LEARNED[:3]} | learned)
-    output = context_parallel_attention(**own, **{k: o for k, o in options.items() if k not in own}, group=group)
+    output = attend(**own, **{k: o for k, o in options.items() if k not in own}, group=group)
     output.backward(parts["grad_output"])
     gradients = {name: tensor.grad for name, tensor in own.items()}
     length = tensors["query"].shape[2]
@@ -53,17 +57,14 @@ def forward(group, by_rank: list[dict] | None = None, **options) -> torch.Tensor
     return context_parallel_attention(query, key, query, group=options.pop("group", group), **options)
 
 
-def called(group, tensors: dict, how: str) -> dict:
-    """Output and gradients of the same call: as it is, in a checkpoint, or in a compiled function."""
+def called(group, tensors: dict, is_checkpoint: bool) -> dict:
+    """Output and gradients of the same call: as it is, or in a checkpoint."""
 
     def run(query, key, value):
         return 2 * context_parallel_attention(query + 0, key, value, group=group, is_causal=True)
 
     own = leaves({name: shard(tensors[name], 2, group) for name in LEARNED[:3]})
-    if how == "checkpoint":
-        output = checkpoint(run, *own.values(), use_reentrant=False)
-    else:
-        output = (torch.compile(run, backend="eager") if how == "compiled" else run)(*own.values())
+    output = checkpoint(run, *own.values(), use_reentrant=False) if is_checkpoint else run(*own.values())
     output.backward(shard(tensors["grad_output"], 2, group))
     return {"output": output.detach(), **{name: tensor.grad for name, tensor in own.items()}}
 

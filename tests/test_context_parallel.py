@@ -51,6 +51,18 @@ def test_layers_compute_what_one_process_computes(pool, name, size):
             )
 
 
+@pytest.mark.parametrize("name", ["rope, grouped", "nape, adaptive"])
+def test_a_compiled_layer_is_one_graph(pool, name):
+    """The same bits as those of the layer as it is."""
+    options, call = CASES[name]
+    x, grad_output = torch.randn(2, 2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    answers, plain = (
+        pool.run(2, in_layers, options, x, grad_output, call, WAYS[:1], is_compiled) for is_compiled in (True, False)
+    )
+    for (own,), (expected,) in zip(answers, plain, strict=True):
+        assert all(torch.equal(own[key], expected[key]) for key in expected)
+
+
 def test_a_copy_of_a_layer_shares_its_group(pool):
     for is_shared, shown in pool.run(2, copied_and_shown):
         assert is_shared

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.4")
 pytest.importorskip("entmax")
 
-from rank_models import causal, everything, gradients, hidden, refused, share
+from rank_models import causal, everything, gradients, hidden, in_one_graph, refused, share
 from rank_pool import Failure
 from transformers_models import HEADS, make, padding
 
@@ -60,6 +60,11 @@ def test_an_encoder(pool):
     with torch.no_grad():
         expected = make("bert", 1.5)(**batch).last_hidden_state
     assert_near(torch.cat([states for states, _ in parts], 1)[:, order], expected, "hidden states", 2e-5)
+
+
+def test_a_compiled_model_is_one_graph(pool):
+    for plain, compiled in pool.run(2, in_one_graph, {"input_ids": IDS, "labels": IDS}):
+        assert all(torch.equal(plain[name], compiled[name]) for name in plain)
 
 
 def test_with_fsdp_checkpoints_compile_and_autocast(pool):

@@ -45,6 +45,15 @@ CASES = {  # options of the whole call
 }
 
 
+PACKED = {"cu_seq": torch.tensor([0, 11, 60, 90]), "is_causal": True}
+COMPILED = [
+    ("some heads at a time", ("gather", "balanced")),
+    ("slopes by batch row", ("gather", "contiguous")),
+    ("packed", ("gather", "balanced")),
+    ("padding anywhere", ("heads", "contiguous")),
+]
+
+
 def case(options, key_heads, **sizes):
     """Inputs, and options for as many heads as they have; `shared` is how many heads share a key head."""
     heads = key_heads * options.get("shared", 1)
@@ -168,12 +177,21 @@ def test_16_bit_types_and_autocast(pool, dtype, method):
     assert all(torch.equal(a["output"], b["output"]) for a, b in zip(plain, cast, strict=True))
 
 
-@pytest.mark.parametrize("how", ["checkpoint", "compiled"])
-def test_in_a_checkpoint_and_in_a_compiled_function(pool, how):
-    """The same bits. A compiled function runs the call between two graphs."""
+def test_in_a_checkpoint(pool):
+    """The same bits."""
     tensors = inputs(4, 2)
-    for own, plain in zip(pool.run(2, called, tensors, how), pool.run(2, called, tensors, "plain"), strict=True):
+    answers = (pool.run(2, called, tensors, is_checkpoint) for is_checkpoint in (True, False))
+    for own, plain in zip(*answers, strict=True):
         assert all(torch.equal(own[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("name", "way"), COMPILED)
+def test_one_graph_of_a_compiled_call(pool, name, way):
+    """The same bits of the output and of all gradients, without a break of the graph."""
+    tensors, options = case(CASES.get(name, PACKED), key_heads=2, batch=1 if name == "packed" else 2)
+    answers, plain = (pool.run(2, attention, tensors, options | {"compiled": c}, [way]) for c in (True, False))
+    for (own,), (expected,) in zip(answers, plain, strict=True):
+        assert all(torch.equal(own[part], expected[part]) for part in expected)
 
 
 def test_each_rank_may_keep_its_share_of_a_parameters_gradient(pool):

@@ -24,12 +24,11 @@ from ..core.visibility import Visibility
 from ..operators.kept_calls import attend
 from .exchange import Arriving, Exchange, gather, gathered, start_gathering, sum_gradients
 from .layout import Layout, check_layout, check_length, chunks, joined, local_positions
-from .ranks import Ranks, agreed, described, outside_of_graphs
+from .ranks import Ranks, agreed, described
 
 Method = Literal["gather", "heads"]
 
 
-@outside_of_graphs
 def context_parallel_attention(
     query: Tensor,
     key: Tensor,
@@ -88,6 +87,7 @@ def context_parallel_attention(
             the numbers of tensors on a CPU. An error of one rank, or a difference, is then an error on all of them. It
             takes one exchange of 32 bytes, and waits for it; a group with a backend for CPUs (``"cpu:gloo,cuda:nccl"``)
             does not wait for a GPU. With False, calls that differ give wrong results or wait until the group's timeout.
+            So it is in a graph of ``torch.compile``, which compares nothing.
 
     Returns:
         This rank's part of the output, (batch, heads, local length, value size). Repeated runs agree bit for bit.
@@ -100,18 +100,21 @@ def context_parallel_attention(
     ranks = Ranks.of(group)
     check_flag("check_ranks", check_ranks)
 
-    def prepare() -> tuple[Call, dict[str, str]]:
+    def prepare() -> Call:
         visibility = Visibility(is_causal, window_size, None, key_lengths, key_mask, None, cu_seq, cu_seq)
         own_alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
         score = ScoreOptions(own_alpha, scale, softcap, alibi_slopes)
         call = Call((query, key, value), score, visibility, method, layout, impl, heads_at_a_time, ranks)
         check_flag("sum_parameter_gradients", sum_parameter_gradients)
         call = call.checked()
-        if isinstance(own_alpha, Tensor):
-            check_alphas(own_alpha, ADVICE)
-        return call, call.description() | {"sum_parameter_gradients": repr(sum_parameter_gradients)}
+        if isinstance(own_alpha, Tensor) and not torch.compiler.is_compiling():
+            check_alphas(own_alpha, ADVICE)  # in a graph the operator of attention does so
+        return call
 
-    call = agreed(ranks, prepare, check_ranks)
+    def describe(call: Call) -> dict[str, str]:
+        return call.description() | {"sum_parameter_gradients": repr(sum_parameter_gradients)}
+
+    call = agreed(ranks, prepare, describe, check_ranks)
     if sum_parameter_gradients:
         call = call.with_summed_gradients()
     return by_gather(call) if method == "gather" else by_heads(call)
@@ -275,7 +278,7 @@ def by_gather(call: Call) -> Tensor:
     outputs, arriving = [], start(call, parts[0])
     for own, following in zip(parts, [*parts[1:], None], strict=True):
         tensors = key[:, own], value[:, own]
-        ready, arriving = arriving, [] if following is None else start(call, following)
+        ready, arriving = arriving, [None, None] if following is None else start(call, following)
         whole_key, whole_value = (
             gather(tensor, 2, ranks, layout, one) for tensor, one in zip(tensors, ready, strict=True)
         )
@@ -286,8 +289,10 @@ def by_gather(call: Call) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
-def start(call: Call, heads: slice) -> list[Arriving]:
-    """These heads of keys and of values start to travel."""
+def start(call: Call, heads: slice) -> list[Arriving | None]:
+    """These heads of keys and of values start to travel; in a graph, where they are read."""
+    if torch.compiler.is_compiling():
+        return [None, None]
     return [start_gathering(tensor[:, heads], call.ranks) for tensor in call.inputs[1:]]
 
 

@@ -79,7 +79,7 @@ def decode_sharded(
     ranks = Ranks.of(group)
     check_flag("check_ranks", check_ranks)
 
-    def prepare() -> tuple[tuple, dict[str, str]]:
+    def prepare() -> tuple[Tensor, Tensor, Tensor, ScoreOptions, Visibility, str]:
         score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
         visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -88,18 +88,20 @@ def decode_sharded(
         if isinstance(alpha, Tensor):
             check_alphas(alpha)
         check_decoding((*inputs, alpha, scale, alibi_slopes), score, first_key, query_positions)
-        backend = choose(inputs[0].dtype, inputs[0].device, impl)
-        parts = {"query": inputs[0], "key heads": key.shape[1], "value size": value.shape[3]}
+        return *inputs, score, visibility, choose(inputs[0].dtype, inputs[0].device, impl)
+
+    def describe(prepared: tuple) -> dict[str, str]:
+        parts = {"query": prepared[0], "key heads": key.shape[1], "value size": value.shape[3]}
         parts |= {"key length": key.shape[2]} if first_key is None else {}
-        shared = score._asdict() | {
+        shared = prepared[3]._asdict() | {
             "is_causal": is_causal, "window_size": tuple(window_size), "query_positions": query_positions,
             "key_lengths": key_lengths, "impl": impl, "first_key": "given" if first_key is not None else "none",
         }  # fmt: skip
         texts = {name: described(part, is_shared=False) for name, part in parts.items()}
         texts |= {name: described(option, is_shared=True) for name, option in shared.items()}
-        return (*inputs, score, visibility, backend), {"function": "decode_sharded"} | texts
+        return {"function": "decode_sharded"} | texts
 
-    query, key, value, score, visibility, backend = agreed(ranks, prepare, check_ranks)
+    query, key, value, score, visibility, backend = agreed(ranks, prepare, describe, check_ranks)
     with torch.no_grad(), as_given(query):
         problem = own_problem(query, key, value, score, visibility, backend, first_key, ranks)
         return solved(problem, query, key, value, backend, ranks)

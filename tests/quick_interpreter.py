@@ -6,9 +6,15 @@ from quick_arithmetic import NUMBERS, TYPES_TAKEN, compute_at_once
 
 
 def quicken_the_interpreter() -> None:
-    """Leaves out what Triton's interpreter does again and again to no effect; results keep their bits."""
+    """Leaves out what Triton's interpreter does again and again to no effect; results keep their bits.
+
+    Older interpreters are made otherwise: they run as they are, and take several times as long.
+    """
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
+    if not hasattr(TritonSemantic, "_cast_to_computation_type"):
+        return
     patch_once(interpreter)
     forget_overflow(interpreter.interpreter_builder)
     remember_types(interpreter)

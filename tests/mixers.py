@@ -91,7 +91,7 @@ def plain_mamba2(mixer: nn.Module, hidden: Tensor) -> Tensor:
         memory = decay * memory + (step[:, t, :, None] * channels[:, t])[..., None] * write[:, t, :, None]
         outputs.append((memory * read[:, t, :, None]).sum(-1) + mixer.D[:, None] * channels[:, t])
     gated = torch.stack(outputs, 1).flatten(2) * silu(z).detach()
-    grouped = gated.unflatten(-1, (groups, -1))
+    grouped = gated.unflatten(-1, (size // getattr(mixer.norm, "group_size", size), -1))  # older norms have one group
     gain = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon).detach()
     return mixer.out_proj((grouped * gain).flatten(2) * mixer.norm.weight)
 

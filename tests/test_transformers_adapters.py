@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("entmax")
 pytest.importorskip("peft")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("entmax")
 
 from transformers import AutoModelForCausalLM, StaticCache, masking_utils

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("entmax")
 
 from transformers import masking_utils as masks

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("entmax")
 
 from transformers import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("entmax")
 
 from torch import distributed, nn

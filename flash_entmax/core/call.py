@@ -68,7 +68,7 @@ class ScoreOptions(NamedTuple):
     alibi_slopes: Tensor | None = None
 
     def is_softmax(self) -> bool:
-        """alpha is the number 1. (No property: torch 2.8 cannot trace those of named tuples.)"""
+        """Whether alpha is the number 1."""
         return not isinstance(self.alpha, Tensor) and self.alpha == 1.0
 
     def lowered(self, query: torch.Size, dtype: torch.dtype, device: torch.device) -> "ScoreOptions":

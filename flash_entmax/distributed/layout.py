@@ -35,7 +35,7 @@ def joined(parts: Sequence[Tensor], dim: int, layout: Layout) -> Tensor:
     """The whole of the parts of all ranks: the inverse of `split`."""
     pieces: dict[int, Tensor] = {}
     for part, own in zip(parts, chunks(len(parts), layout), strict=True):
-        pieces |= zip(own, part.chunk(len(own), dim) if part.shape[dim] else [part] * len(own), strict=True)
+        pieces.update(zip(own, part.chunk(len(own), dim) if part.shape[dim] else [part] * len(own), strict=True))
     return torch.cat([pieces[number] for number in sorted(pieces)], dim)
 
 

@@ -1,4 +1,4 @@
-"""Entmax attention in the models of Transformers, version 5.4 and later.
+"""Entmax attention in the models of Transformers, version 5.17 and later.
 
 ::
 
@@ -36,8 +36,8 @@ __all__ = [
     "HARMLESS", "Mask", "attention", "context_parallel", "mask", "register", "saved_attention", "set_alpha",
 ]  # fmt: skip
 
-OLDEST = 5, 4  # older versions describe masks differently, and load what was saved as softmax
-INSTALL = 'this integration needs transformers 5.4 or later, {}: pip install "flash-entmax[transformers]"'
+OLDEST = 5, 17  # older versions describe masks differently, and load what was saved as softmax
+INSTALL = 'this integration needs transformers 5.17 or later, {}: pip install "flash-entmax[transformers]"'
 
 
 def register(*models: nn.Module) -> None:
@@ -50,7 +50,7 @@ def register(*models: nn.Module) -> None:
         models: models that were built before this call, and that get one of these by ``set_attn_implementation``.
 
     Raises:
-        ImportError: Transformers 5.4 or later is not installed.
+        ImportError: Transformers 5.17 or later is not installed.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, __version__

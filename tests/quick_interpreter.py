@@ -6,19 +6,15 @@ from quick_arithmetic import NUMBERS, TYPES_TAKEN, compute_at_once
 
 
 def quicken_the_interpreter() -> None:
-    """Leaves out what Triton's interpreter does again and again to no effect; results keep their bits.
-
-    Older interpreters are made otherwise: they run as they are, and take several times as long.
-    """
+    """Leaves out what Triton's interpreter does again and again to no effect; results keep their bits."""
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    if not hasattr(TritonSemantic, "_cast_to_computation_type"):
-        return
     patch_once(interpreter)
     forget_overflow(interpreter.interpreter_builder)
     remember_types(interpreter)
-    know_same_types()
+    if hasattr(TritonSemantic, "_cast_to_computation_type"):  # not in Triton 3.6
+        know_same_types()
     unwrap_by_type()
     call_builtins_directly(interpreter)
     compute_at_once(interpreter)

@@ -109,6 +109,18 @@ def test_what_is_there_is_not_made_again(written, monkeypatch, capsys):
     assert "take another --out" in capsys.readouterr().err
 
 
+def test_processes_share_the_work(tmp_path):
+    """A model each; the best of an arm is published by the first process."""
+    assert run(tmp_path, "--workers", "2", "--rates", "1e-3", "3e-3") == 0
+    results = json.loads((tmp_path / "adapt-toy.json").read_text())
+    of_entmax = {key: found["validation"] for key, found in results["runs"].items() if key.startswith("entmax")}
+    assert len(of_entmax) == 2
+    saved = results["saved"]["entmax 1.5"]
+    assert saved["run"] == min(of_entmax, key=of_entmax.get)
+    assert AutoModelForCausalLM.from_pretrained(saved["folder"]).config.entmax_alpha == 1.5
+    assert [path.name for path in (tmp_path / "adapt-toy").iterdir() if path.is_dir()] == ["entmax-1.5"]
+
+
 def test_arms_and_schedule(toy_text, monkeypatch):
     """Every arm gets the same batches. Softmax stays softmax; alpha is held, rises, and is where it ends."""
     base, seen = models.tiny_model()[0], {}
@@ -192,7 +204,6 @@ def test_a_folder_is_taken_with_softmax_and_safetensors(tmp_path, capsys):
         (["--distillation", "1.5"], "--distillation must be from 0 to 1, got 1.5"),
         (["--rates", "0"], "--rates must be positive, got 0"),
         (["--model", "/nowhere"], "--model /nowhere: no folder of a model of Transformers"),
-        (["--workers", "2"], "adapt trains one model at a time"),
         (["--lengths", "32", "512"], "the model reads up to 256 tokens, and 512 are asked for"),
         (["--lengths", "32", "256", "--text", str(ROOT / "LICENSE")], "too little prose"),
     ],

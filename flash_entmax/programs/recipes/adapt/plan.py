@@ -11,11 +11,18 @@ lengths, the keys a query attends to, how dense the attention is by layer, the t
 generation, and answers before and after. The best model of each alpha is saved, and a plain ``from_pretrained`` loads
 it.
 
-Several alphas make a price list: what each costs in loss, and saves in keys.
+Several alphas make a price list: what each costs in loss, and saves in keys. Several GPUs train a model each.
 """
 
+import re
+import shutil
 import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -23,7 +30,8 @@ from ...errors import CommandError
 from ...files import write_json
 from ..results import conditions, load
 from ..settings import RecipeSettings
-from ..workers import progress
+from ..training import Show
+from ..workers import distribute
 from . import measures, report
 from .models import load as load_model
 from .models import open_model, save, take_entmax
@@ -32,14 +40,43 @@ from .text import Text, batch_of, texts
 from .training import SOFTMAX, AdaptRun, arm_of, train
 
 
+@dataclass(frozen=True)
+class Job:
+    """One training, and what a process must know to do it."""
+
+    recipe: ClassVar[str] = "adapt"
+    run: AdaptRun
+    settings: RecipeSettings
+    size: AdaptSize
+
+    @property
+    def key(self) -> str:
+        return self.run.key
+
+    @property
+    def folder(self) -> Path:
+        """Of the trained model, until the best one of the arm is known."""
+        return folder_of(self.settings) / re.sub(r"[^\w.]+", "-", self.key)
+
+
+def folder_of(settings: RecipeSettings) -> Path:
+    return settings.out / f"adapt-{settings.size}"
+
+
+@lru_cache(maxsize=1)
+def opened(settings: RecipeSettings, size: AdaptSize):
+    """(model, tokenizer, texts), once in each process."""
+    model, tokenizer = open_model(size)
+    return model, tokenizer, texts(settings, size, tokenizer)
+
+
 def run(settings: RecipeSettings, size: AdaptSize) -> None:
     """Train what is not in the results yet; write results, models, tables, a picture and a page."""
     console, start = Console(highlight=False), time.perf_counter()
     path = settings.out / f"adapt-{settings.size}.json"
     own = conditions("adapt", settings) | {"settings": settings_of_all_runs(size)}
     results = load(path, own)
-    model, tokenizer = open_model(size)
-    text = texts(settings, size, tokenizer)
+    model, tokenizer, text = opened(settings, size)
     found = [part.found for part in text.values()]
     if results.setdefault("text", found) != found:
         raise CommandError(f"{path} has results on other text, {results['text']}, than {found}: take another --out")
@@ -48,20 +85,13 @@ def run(settings: RecipeSettings, size: AdaptSize) -> None:
     write_json(path, results)
 
     def perform(runs: list[AdaptRun]) -> None:
-        for each in runs:
-            if each.key in results["runs"]:
-                continue
-            with progress(console, f"adapt, {settings.size}: {each.key}") as show:
-                trained, numbers = train(
-                    model, each, size, lambda step, seed=each.seed: batch_of(text, step, seed, size, settings.device),
-                    settings.device, show,
-                )  # fmt: skip
-            numbers["held_out"] = measures.held_out(trained, text, size, settings.device)
-            numbers["validation"] = measures.validation(numbers["held_out"])
-            if each.alpha != SOFTMAX:
-                keep_the_best(trained, tokenizer, each, numbers, text["prose"], size, settings, results)
-            results["runs"][each.key] = numbers
+        jobs = [Job(each, settings, size) for each in runs if each.key not in results["runs"]]
+        for job, numbers in distribute(train_one, jobs, workers_for(settings), console):
+            results["runs"][job.key] = numbers
             write_json(path, results)
+        for alpha in size.alphas:
+            keep_the_best([Job(each, settings, size) for each in runs if each.alpha == alpha], results)
+        write_json(path, results)
 
     alphas = (SOFTMAX, *size.alphas)
     grid = {alpha: [AdaptRun(alpha, rate, 0, size.steps) for rate in size.rates] for alpha in alphas}
@@ -78,6 +108,27 @@ def run(settings: RecipeSettings, size: AdaptSize) -> None:
     results["seconds"] = results.get("seconds", 0.0) + time.perf_counter() - start
     write_json(path, results)
     report.write(console, results, path)
+
+
+def workers_for(settings: RecipeSettings) -> int:
+    """How many models are trained at a time: --workers, or else one on each GPU."""
+    if settings.workers is not None:
+        return settings.workers
+    return torch.cuda.device_count() if settings.device == "cuda" else 1
+
+
+def train_one(job: Job, show: Show) -> dict:
+    """Train, measure and save; of softmax, whose models are as any others, nothing is saved."""
+    each, size, device = job.run, job.size, job.settings.device
+    model, tokenizer, text = opened(job.settings, size)
+    trained, numbers = train(
+        model, each, size, lambda step: batch_of(text, step, each.seed, size, device), device, show
+    )
+    numbers["held_out"] = measures.held_out(trained, text, size, device)
+    numbers["validation"] = measures.validation(numbers["held_out"])
+    if each.alpha != SOFTMAX:
+        save(trained, tokenizer, each.alpha, job.folder)
+    return numbers
 
 
 def before(
@@ -102,26 +153,35 @@ def before(
     model.to("cpu")
 
 
-def keep_the_best(
-    model: nn.Module, tokenizer, each: AdaptRun, numbers: dict, text: Text, size: AdaptSize, settings: RecipeSettings,
-    results: dict,
-) -> None:  # fmt: skip
-    """Save the model if none of its arm had a lower validation loss; load it by the plain call, and generate with it.
+def keep_the_best(jobs: list[Job], results: dict) -> None:
+    """Of all models of an arm, the one with the lowest validation loss moves to the arm's folder; the others go.
 
-    All that is said of a saved model is measured here, so that results do not depend on its folder any more.
+    It is loaded there by the plain call, and generates. All that is said of a saved model is measured here, so that
+    results do not depend on its folder any more.
     """
     saved = results.setdefault("saved", {})
-    known = saved.get(each.arm)
-    if known is not None and numbers["validation"] >= results["runs"][known["run"]]["validation"]:
-        return
-    folder = settings.out / f"adapt-{settings.size}" / each.arm.replace(" ", "-")
-    save(model, tokenizer, each.alpha, folder)
+    for job in jobs:
+        known = saved.get(job.run.arm)
+        losses = [results["runs"][key]["validation"] for key in (job.key, *([known["run"]] if known else []))]
+        if job.folder.exists() and losses[0] < min(losses[1:], default=float("inf")):
+            saved[job.run.arm] = publish(job)
+    for job in jobs:
+        shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def publish(job: Job) -> dict:
+    """Move the model of a training to the folder of its arm, and measure it there."""
+    size, settings, arm = job.size, job.settings, job.run.arm
+    _, tokenizer, text = opened(settings, size)
+    folder = folder_of(settings) / arm.replace(" ", "-")
+    shutil.rmtree(folder, ignore_errors=True)
+    job.folder.rename(folder)
     loaded = load_model(folder, settings.device)
     generating = measures.for_generation(loaded)
-    saved[each.arm] = {
-        "run": each.key,
+    return {
+        "run": job.key,
         "folder": str(folder),
-        "page": report.page_of(loaded, tokenizer, text, size, folder, each.arm),
-        "tokens_per_second": measures.tokens_per_second(generating, tokenizer, text, size),
+        "page": report.page_of(loaded, tokenizer, text["prose"], size, folder, arm),
+        "tokens_per_second": measures.tokens_per_second(generating, tokenizer, text["prose"], size),
         "answers": measures.answers(generating, tokenizer, size),
     }

@@ -87,8 +87,6 @@ def size_for(settings: RecipeSettings, given: Mapping[str, Any]) -> AdaptSize:
         given["model"] = one_model(given["model"])
     size = replace(SIZES[settings.size], **given)
     check(size)
-    if settings.workers is not None:
-        raise CommandError(f"adapt trains one model at a time: leave --workers {settings.workers} out")
     packages = ["transformers"]
     if size.model is None and not size.is_tiny:
         packages += ["gguf", "accelerate"]

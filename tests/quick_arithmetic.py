@@ -72,9 +72,8 @@ class Quick:
         scalars = left.scalar, right.scalar
         if scalars[0].is_ptr() and operation is numpy.add and scalars[1].name in INTEGERS:
             width = numpy.uint64(max(1, scalars[0].element_ty.primitive_bitwidth // 8))
-            return self.result_type(
-                scalars[0], left, right
-            ), lambda left, right: left + width * right.astype(numpy.uint64)
+            place = self.result_type(scalars[0], left, right)
+            return place, lambda places, steps: places + width * steps.astype(numpy.uint64)
         names = {scalar.name for scalar in scalars}
         if not names <= set(types) or (len(names) > 1 and not names <= set(INTEGERS)):
             return None, None
@@ -109,6 +108,7 @@ class Quick:
         import triton.language
 
         core, value, plans = self.core, self.value, {}
+        numpy_types = {"int32": numpy.int32, "int64": numpy.int64, "fp32": numpy.float32, "fp64": numpy.float64}
         long_way = partial(core.where, _semantic=self.semantic)
 
         def plan_of(condition, kinds):
@@ -120,8 +120,8 @@ class Quick:
                 return None, None
             if any(not names <= set(TYPES_TAKEN.get(kind, ())) for kind in numbers):
                 return None, None
-            kinds = {"int32": numpy.int32, "int64": numpy.int64, "fp32": numpy.float32, "fp64": numpy.float64}
-            return self.result_type(found[0].scalar, condition, *found), kinds.get(found[0].scalar.name)
+            element = found[0].scalar
+            return self.result_type(element, condition, *found), numpy_types.get(element.name)
 
         def where(condition, x, y):
             if type(condition) is not core.tensor:

@@ -49,7 +49,7 @@ class RankPool:
         assert self.pipes[rank].poll(PATIENCE), f"rank {rank} has not answered in {PATIENCE} s"
         try:
             return pickle.loads(self.pipes[rank].recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.processes[rank].join(PATIENCE)
             raise AssertionError(f"rank {rank} ended with exit code {self.processes[rank].exitcode}") from None
 

@@ -32,9 +32,9 @@ def one_attention(group, tensors: dict, options: dict) -> dict:
     if "key_mask" in options:
         options["key_mask"] = shard(options["key_mask"], 1, group, layout)
     attend = context_parallel_attention
-    if options.pop("compiled", False):
+    if backend := options.pop("compiled", None):
         torch._dynamo.reset()
-        attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+        attend = torch.compile(attend, backend=backend, fullgraph=True)
     learned = {name: option for name, option in options.items() if name in LEARNED and torch.is_tensor(option)}
     own = leaves({name: parts[name] for name in LEARNED[:3]} | learned)
     output = attend(**own, **{k: o for k, o in options.items() if k not in own}, group=group)

@@ -47,10 +47,10 @@ CASES = {  # options of the whole call
 
 PACKED = {"cu_seq": torch.tensor([0, 11, 60, 90]), "is_causal": True}
 COMPILED = [
-    ("some heads at a time", ("gather", "balanced")),
-    ("slopes by batch row", ("gather", "contiguous")),
-    ("packed", ("gather", "balanced")),
-    ("padding anywhere", ("heads", "contiguous")),
+    ("some heads at a time", ("gather", "balanced"), "inductor"),  # which may move operators, but not the exchange
+    ("slopes by batch row", ("gather", "contiguous"), "aot_eager"),
+    ("packed", ("gather", "balanced"), "aot_eager"),
+    ("padding anywhere", ("heads", "contiguous"), "aot_eager"),
 ]
 
 
@@ -185,13 +185,15 @@ def test_in_a_checkpoint(pool):
         assert all(torch.equal(own[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize(("name", "way"), COMPILED)
-def test_one_graph_of_a_compiled_call(pool, name, way):
-    """The same bits of the output and of all gradients, without a break of the graph."""
+@pytest.mark.parametrize(("name", "way", "backend"), COMPILED)
+def test_one_graph_of_a_compiled_call(pool, name, way, backend):
+    """The same output and gradients, without a break of the graph; the same bits where nothing is fused."""
     tensors, options = case(CASES.get(name, PACKED), key_heads=2, batch=1 if name == "packed" else 2)
-    answers, plain = (pool.run(2, attention, tensors, options | {"compiled": c}, [way]) for c in (True, False))
+    tolerance = 1e-12 if backend == "inductor" else 0.0
+    answers, plain = (pool.run(2, attention, tensors, options | {"compiled": how}, [way]) for how in (backend, None))
     for (own,), (expected,) in zip(answers, plain, strict=True):
-        assert all(torch.equal(own[part], expected[part]) for part in expected)
+        for part, wanted in expected.items():
+            torch.testing.assert_close(own[part], wanted, rtol=tolerance, atol=tolerance, msg=part)
 
 
 def test_each_rank_may_keep_its_share_of_a_parameters_gradient(pool):

@@ -17,6 +17,8 @@ from flash_entmax.testing import DISTRIBUTIONS, iid_inputs, inputs_with_scores, 
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
+import triton
+
 from flash_entmax.backends.triton import (
     alpha,
     bound,
@@ -216,6 +218,8 @@ def no_plans():
 @pytest.mark.usefixtures("no_plans")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_kernel_fault_is_seen(fault, monkeypatch, tmp_path):
+    if fault == "NaN is lost" and triton.__version__.startswith("3.6."):
+        pytest.skip("the interpreter of Triton 3.6 keeps NaN in any case")
     *mutant, check = FAULTS[fault]
     plant(Mutant(*mutant), monkeypatch, tmp_path)
     with pytest.raises(AssertionError):

@@ -79,7 +79,8 @@ def context_parallel_attention(
             whole sequence, of a batch of 1, for queries and keys. They need not be those of the parts. Tokens past the
             last boundary get output 0. Not together with ``key_lengths``.
         heads_at_a_time: with ``"gather"``, so many key heads are gathered at a time, while those before are computed;
-            by default, and with more than there are, all at once.
+            by default, and with more than there are, all at once. In a graph of ``torch.compile``, Inductor decides
+            when they travel.
         sum_parameter_gradients: the gradient of a tensor ``alpha``, ``scale`` or ``alibi_slopes`` is summed over the
             ranks, in their order. With False each rank keeps its own share, for parameters whose gradients FSDP or DDP
             reduces over the same ranks, together with those of all other weights.
@@ -87,7 +88,7 @@ def context_parallel_attention(
             the numbers of tensors on a CPU. An error of one rank, or a difference, is then an error on all of them. It
             takes one exchange of 32 bytes, and waits for it; a group with a backend for CPUs (``"cpu:gloo,cuda:nccl"``)
             does not wait for a GPU. With False, calls that differ give wrong results or wait until the group's timeout.
-            So it is in a graph of ``torch.compile``, which compares nothing.
+            In a graph of ``torch.compile`` nothing is compared, whatever this is.
 
     Returns:
         This rank's part of the output, (batch, heads, local length, value size). Repeated runs agree bit for bit.
@@ -278,7 +279,7 @@ def by_gather(call: Call) -> Tensor:
     outputs, arriving = [], start(call, parts[0])
     for own, following in zip(parts, [*parts[1:], None], strict=True):
         tensors = key[:, own], value[:, own]
-        ready, arriving = arriving, [None, None] if following is None else start(call, following)
+        ready, arriving = arriving, [] if following is None else start(call, following)
         whole_key, whole_value = (
             gather(tensor, 2, ranks, layout, one) for tensor, one in zip(tensors, ready, strict=True)
         )
@@ -290,7 +291,7 @@ def by_gather(call: Call) -> Tensor:
 
 
 def start(call: Call, heads: slice) -> list[Arriving | None]:
-    """These heads of keys and of values start to travel; in a graph, where they are read."""
+    """These heads of keys and of values start to travel. None for each in a graph, where `gather` does it all."""
     if torch.compiler.is_compiling():
         return [None, None]
     return [start_gathering(tensor[:, heads], call.ranks) for tensor in call.inputs[1:]]

@@ -91,9 +91,10 @@ def decode_sharded(
         return *inputs, score, visibility, choose(inputs[0].dtype, inputs[0].device, impl)
 
     def describe(prepared: tuple) -> dict[str, str]:
-        parts = {"query": prepared[0], "key heads": key.shape[1], "value size": value.shape[3]}
+        query, key, value, score, *_ = prepared
+        parts = {"query": query, "key heads": key.shape[1], "value size": value.shape[3]}
         parts |= {"key length": key.shape[2]} if first_key is None else {}
-        shared = prepared[3]._asdict() | {
+        shared = score._asdict() | {
             "is_causal": is_causal, "window_size": tuple(window_size), "query_positions": query_positions,
             "key_lengths": key_lengths, "impl": impl, "first_key": "given" if first_key is not None else "none",
         }  # fmt: skip

@@ -1,11 +1,6 @@
 """What the ranks of a group exchange, with gradients. Sums over ranks are added in the order of the ranks.
 
 Every rank adds the same numbers in the same order, so repeated runs agree bit for bit, and so do the ranks.
-
-In a graph of torch.compile, two operators exchange tensors and wait for them:
-
-    flash_entmax::gather_parts   -> the parts of all ranks
-    flash_entmax::exchange_parts -> one part from each rank
 """
 
 from collections.abc import Callable
@@ -15,9 +10,10 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from ..core.registration import fake, operator
 from .layout import Layout, joined, split
 from .ranks import Ranks, all_gather
+
+collectives = torch.ops._c10d_functional
 
 
 class Arriving(NamedTuple):
@@ -42,7 +38,7 @@ def start_gathering(part: Tensor, ranks: Ranks) -> Arriving:
 def gathered(part: Tensor, ranks: Ranks) -> Tensor:
     """(ranks, *shape): the parts of all ranks, without gradient."""
     if torch.compiler.is_compiling():
-        return gather_parts(part.detach(), *ranks.in_graph())
+        return gathered_in_graph(part.detach(), ranks)
     arriving = start_gathering(part, ranks)
     arriving.wait()
     return arriving.parts
@@ -50,33 +46,32 @@ def gathered(part: Tensor, ranks: Ranks) -> Tensor:
 
 def exchanged(parts: Tensor, ranks: Ranks) -> Tensor:
     """(ranks, *shape), one part for each rank -> (ranks, *shape), one part from each rank."""
-    if torch.compiler.is_compiling():
-        return exchange_parts(parts, *ranks.in_graph())
     parts = parts.contiguous()
+    if not parts.numel():
+        return parts
+    if torch.compiler.is_compiling():
+        return exchanged_in_graph(parts, ranks)
     received = torch.empty_like(parts)
-    if parts.numel():
-        distributed.all_to_all_single(received, parts, group=ranks.group)
+    distributed.all_to_all_single(received, parts, group=ranks.group)
     return received
 
 
-@operator("Tensor part, str group, int rank, int size", results=1)
-def gather_parts(part: Tensor, *ranks: Any) -> Tensor:
-    return gathered(part, Ranks.named(*ranks))
+# In a graph of torch.compile, the collectives are operators of PyTorch: Inductor keeps their order, which must be the
+# same on all ranks, and moves other operators around them.
 
 
-@fake("gather_parts")
-def _(part: Tensor, group: str, rank: int, size: int) -> Tensor:
-    return part.new_empty(size, *part.shape)
+def gathered_in_graph(part: Tensor, ranks: Ranks) -> Tensor:
+    if not part.numel():
+        return part.new_empty(ranks.size, *part.shape)
+    sent = part.to(torch.uint8) if part.dtype == torch.bool else part
+    parts = collectives.all_gather_into_tensor(sent.contiguous().flatten(), ranks.size, ranks.group.group_name)
+    return collectives.wait_tensor(parts).view(ranks.size, *part.shape).to(part.dtype)
 
 
-@operator("Tensor parts, str group, int rank, int size", results=1)
-def exchange_parts(parts: Tensor, *ranks: Any) -> Tensor:
-    return exchanged(parts, Ranks.named(*ranks))
-
-
-@fake("exchange_parts")
-def _(parts: Tensor, group: str, rank: int, size: int) -> Tensor:
-    return torch.empty_like(parts, memory_format=torch.contiguous_format)
+def exchanged_in_graph(parts: Tensor, ranks: Ranks) -> Tensor:
+    sizes = [parts.numel() // ranks.size] * ranks.size
+    received = collectives.all_to_all_single(parts.flatten(), sizes, sizes, ranks.group.group_name)
+    return collectives.wait_tensor(received).view(parts.shape)
 
 
 def sum_in_order(parts: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from functools import wraps
 from textwrap import shorten
-from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
+from typing import NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -45,15 +45,6 @@ class Ranks(NamedTuple):
         if rank < 0:
             raise ValueError("group must be one that this process belongs to, got a group of others")
         return cls(group, rank, distributed.get_world_size(group))
-
-    @classmethod
-    def named(cls, group: Any, rank: int, size: int) -> "Ranks":
-        """The inverse of ``in_graph``."""
-        return cls(distributed.distributed_c10d._resolve_process_group(group), rank, size)
-
-    def in_graph(self) -> tuple[str, int, int]:
-        """As the operators in a graph take them: the name of the group in this process, rank and size."""
-        return self.group.group_name, self.rank, self.size
 
     def device(self) -> torch.device:
         """Where the group exchanges a few numbers with the least effort: on the CPU, if one of its backends can."""

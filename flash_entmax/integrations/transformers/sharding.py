@@ -37,7 +37,7 @@ def context_parallel(model: nn.Module, batch: dict[str, Any], group: object) -> 
     Logits are those of the own tokens; :func:`flash_entmax.distributed.unshard` puts them together.
 
     Take the backward pass within the block too, where a checkpoint may run the whole model again. It works under FSDP2,
-    DDP, activation checkpointing, autocast and ``torch.compile``, whose graphs hold the exchange.
+    DDP, activation checkpointing, autocast and ``torch.compile``. Graphs hold the exchange, and not FSDP2's hooks.
 
     Args:
         model: one of Transformers, or a wrapper around one, all of whose layers run entmax.

@@ -44,7 +44,8 @@ class Transformer(nn.Module):
     ``zero_branches``: every branch starts at zero. If it is False, all projections and the MLPs start as normal(0,
     0.02), as in GPT-2 and Gemma. So they must with ``sandwich_norm``: a norm of zeros has no useful gradient.
 
-    ``first_layer_alpha`` is the alpha of the first layer at all times. None: it is like the others.
+    ``first_layer_alpha`` is the alpha of the first layer at all times, whose own alpha is then not used. None: the
+    first layer is like the others.
     """
 
     def __init__(
@@ -100,6 +101,6 @@ class Transformer(nn.Module):
         """
         x = self.embed(data)
         for layer, block in enumerate(self.blocks):
-            own = self.first_layer_alpha if layer == 0 and self.first_layer_alpha is not None else alpha
-            x = block(x, own, None if caches is None else caches[layer])
+            layer_alpha = self.first_layer_alpha if layer == 0 and self.first_layer_alpha is not None else alpha
+            x = block(x, layer_alpha, None if caches is None else caches[layer])
         return self.predict(self.norm(x))

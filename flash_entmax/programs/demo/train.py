@@ -60,11 +60,10 @@ def train(model: Transformer, settings: DemoSettings, training: Tensor, console:
 
 def parameter_groups(model: Transformer, weight_decay: float = 0.1) -> list[dict]:
     """Weight decay for the matrices only, and not for the gains of the norms, the embedding or the temperature."""
-    groups: tuple[list, list] = [], []
+    matrices, others = [], []
     for name, parameter in model.named_parameters():
         decays = parameter.dim() == 2 and not name.startswith("embed") and ".temperature." not in name
-        groups[decays].append(parameter)
-    others, matrices = groups
+        (matrices if decays else others).append(parameter)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

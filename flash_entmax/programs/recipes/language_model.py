@@ -57,7 +57,8 @@ PARENTS = {
     "ASEntmax from softmax, NAPE": "softmax, NAPE",
 }
 BRANCH = 0.6  # share of the steps
-# Shares of the steps after which alpha leaves 1.01, and is what it will stay: from the start, and after a branch.
+# Alpha leaves 1.01 after the first share of the steps, and rests after the second: of a whole training, and of one that
+# goes on from another.
 MOVES, MOVES_AFTER_BRANCH = (0.2, 0.5), (BRANCH, 0.85)
 TEST_BYTES = 2**14  # bytes of all windows that are tested at once
 
@@ -175,7 +176,7 @@ class LanguageModel:
         Measure("values", "loss on what follows the names of planted facts, nats per byte", "window, bytes", digits=2),
         Measure(
             "emergence",
-            "the same loss at the training length, along the training, nats per byte",
+            "loss on what follows the names of planted facts, at the training length, nats per byte",
             "steps",
             digits=2,
             logarithmic=False,

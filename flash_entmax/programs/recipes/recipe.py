@@ -98,7 +98,7 @@ class Run:
 
     @property
     def branch_path(self) -> Path:
-        """The file of the model and the optimizer's state from which other trainings go on."""
+        """The file of the model and the optimizer's state from which other trainings go on, until these are done."""
         return self.path.with_suffix(".branch.safetensors")
 
 
@@ -169,7 +169,7 @@ class BranchedRecipe(Recipe, Protocol):
     parent's training of the same seed.
 
     Attributes:
-        parents: {arm: the arm that it goes on from}.
+        parents: {arm: the arm that it goes on from, which has no parent itself}.
         branch: the share of the steps after which it does.
     """
 
@@ -184,7 +184,7 @@ def parent_of(recipe: Recipe, run: Run) -> Run | None:
 
 
 def branch_step(recipe: Recipe, run: Run) -> int | None:
-    """The step of a training from which others go on, or of one that goes on; None for all others."""
+    """After how many steps a training branches: of an arm from which others go on, and of these others; else None."""
     if not isinstance(recipe, BranchedRecipe) or run.arm not in {*recipe.parents, *recipe.parents.values()}:
         return None
     return round(recipe.branch * run.steps)

@@ -75,7 +75,7 @@ def sparsity_of(run: Run, length: int) -> dict[str, list[list[float]] | int]:
         with precision(window.device), inspection.record(model, keep_inputs=False) as calls:
             model(window)
         measured = [torch.stack((call.block_sparsity, call.keys_per_query)).cpu() for call in calls]
-        dense = [of_softmax(measured[0], length)] if model.first_layer_alpha == 1.0 else []
+        dense = [of_softmax(measured[0], length)] if model.first_layer_alpha == 1.0 else []  # softmax is not recorded
         parts.append(torch.stack(dense + measured))
     blocks, keys = torch.stack(parts).mean(0).unbind(1)
     tile = calls[0].support.tile_shape[0]

@@ -33,7 +33,9 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (max_retrieval.RECIPE, sequences.SORT, sequences.REVERSE, sequences.COPY, language_model.RECIPE)
 }
 
-MOST_GRAPHS = 64  # of a block: a process trains many arms, each with a moving alpha and without
+# What torch.compile may make of one function, here of a block's: a process trains many arms, each with a moving alpha
+# and without. More would be an error.
+MOST_GRAPHS = 64
 
 
 def run(recipe: Recipe, settings: RecipeSettings) -> None:
@@ -71,6 +73,8 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
     perform(train, results["runs"], [run for run in chosen if run.arm not in parents])
     if parents:
         perform(train, results["runs"], [run for run in chosen if run.arm in parents])
+        for run in [run for runs in swept.values() for seeds in runs.values() for run in seeds] + chosen:
+            run.branch_path.unlink(missing_ok=True)  # three times the model's size
     perform(measure, results["measures"], chosen)
     results["chosen"] = {arm: [run.key for run in chosen if run.arm == arm] for arm in recipe.arms}
     if size.checkpoints:
@@ -136,7 +140,9 @@ def branches(recipe: Recipe, run: Run) -> dict:
     if parent is None:
         return {} if step is None else {"branch": (step, run.branch_path)}
     if not parent.branch_path.exists():
-        raise CommandError(f"{parent.branch_path} is not there, and {parent.path.name} is: move that away")
+        raise CommandError(
+            f"{parent.branch_path} is not there, and the results say that {parent.key} was trained: move them away"
+        )
     return {"start": parent.branch_path}
 
 

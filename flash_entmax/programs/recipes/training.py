@@ -155,18 +155,20 @@ def save(
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, is_whole: bool = True) -> int:
     """Load what `save` wrote, and return the number of steps that were done.
 
-    Parameters that a file that is not whole does not have stay as they are.
+    If ``is_whole`` is False, the file may lack parameters: these, and their optimizer's state, stay as they are.
     """
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         step = int(file.metadata()["step"])
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    model.load_state_dict(weights, strict=is_whole)
+    unknown = model.load_state_dict(weights, strict=is_whole).unexpected_keys
+    if unknown:
+        raise ValueError(f"{path} has weights that the model does not have: {', '.join(unknown)}")
     if optimizer is not None:
         for name, parameter in model.named_parameters():
-            for key, number in optimizer.state[parameter].items():
+            for key, state in optimizer.state[parameter].items():
                 if is_whole or name in weights:
-                    number.copy_(tensors[f"optimizer.{name}.{key}"])
+                    state.copy_(tensors[f"optimizer.{name}.{key}"])
     return step
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..errors import CommandError
 from ..files import write_json
-from .recipe import Recipe, Run, Size, WatchedRecipe, parent_of
+from .recipe import Recipe, Run, Size, WatchedRecipe, branch_step, parent_of
 
 
 def path_of(run: Run) -> Path:
@@ -27,7 +28,9 @@ def own(run: Run) -> dict[str, float]:
 
 
 def noted(recipe: Recipe, run: Run) -> dict[str, float]:
-    """{step: number}, with those of the parent before its branch."""
-    parent = parent_of(recipe, run)
-    found = own(run) if parent is None else own(parent) | own(run)
-    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+    """{step: number}, with those of the parent up to its branch. CommandError for a missing file."""
+    parent, branch = parent_of(recipe, run), branch_step(recipe, run)
+    found = {} if parent is None else {step: number for step, number in own(parent).items() if int(step) <= branch}
+    if not path_of(run).exists():
+        raise CommandError(f"{path_of(run)} is not there, and {run.path.name} is: move the results away")
+    return dict(sorted((found | own(run)).items(), key=lambda item: int(item[0])))

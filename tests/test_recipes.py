@@ -70,6 +70,11 @@ def test_every_arm_is_trained_and_measured(written, name):
     assert {"device", "torch", "flash_entmax", "date", "size"} <= set(results["conditions"])
 
 
+@pytest.mark.parametrize(("count", "shown"), [(6, [0, 1, 2, 3, 4, 5]), (12, [1, 3, 5, 7, 9, 11]), (7, [0, 2, 4, 6])])
+def test_a_table_has_some_of_many_places(count, shown):
+    assert report.some(list(range(count)), 6) == shown
+
+
 def test_what_is_there_is_not_made_again(written, monkeypatch, capsys):
     monkeypatch.setattr(training, "fit", None)
     monkeypatch.setattr(max_retrieval.RECIPE, "measure", None)

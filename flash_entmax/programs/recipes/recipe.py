@@ -16,6 +16,7 @@ class Measure:
     """One number of a model at several places, such as lengths: a table and a picture.
 
     ``title`` and ``place`` name the number and the places with their units. ``logarithmic`` is the axis of the places.
+    The picture has all places, and the table at most ``columns`` of them, the last one included.
     """
 
     key: str
@@ -23,6 +24,7 @@ class Measure:
     place: str
     digits: int = 1
     logarithmic: bool = True
+    columns: int = 6
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,17 @@ def places(measure: Measure, results: dict, arm: str) -> Iterator[tuple[str, lis
         yield place, [by_place[place] for by_place in found]
 
 
+def some(places: list, most: int) -> list:
+    """At most so many places, evenly spaced, the last one included."""
+    step = -(-len(places) // most)
+    return places[::-1][::step][::-1]
+
+
 def table(measure: Measure, results: dict) -> Table:
     title = f"{measure.title}, by {measure.place}: {seeds_of(results)}"
     result = Table(title=title, title_justify="left")
     result.add_column("arm")
-    rows = {arm: list(places(measure, results, arm)) for arm in results["chosen"]}
+    rows = {arm: some(list(places(measure, results, arm)), measure.columns) for arm in results["chosen"]}
     for place, _ in next(iter(rows.values())):
         result.add_column(heading(place), justify="right")
     for arm, cells in rows.items():

@@ -99,6 +99,8 @@ def test_an_arm_goes_on_from_its_parent(tmp_path, monkeypatch):
         assert set(weights_of(run)) >= set(expected)
     assert list(watched.noted(language_model.RECIPE, run)) == ["5", "10"]
     assert list(watched.own(run)) == ["10"]
+    with pytest.raises(CommandError, match=r"watched.json is not there"):
+        watched.noted(language_model.RECIPE, replace(run, seed=9))
     run.path.unlink()
     monkeypatch.setitem(language_model.ARMS, run.arm, language_model.ARMS["softmax, NAPE"])
     sweep.train(run, silent)

@@ -148,8 +148,10 @@ def test_compiled_generation():
 def test_a_mask_of_its_own_does_not_compile():
     torch._dynamo.reset()
     model, ids = make("gemma3, both ways", 1.5), tokens(2, 20)
-    refused = r"evaluated into a BlockMask, which cannot be done inside torch\.compile|Observed exception"
-    with pytest.raises(Exception, match=refused):  # by version, PyTorch shows the words or says that there are some
+    refused = r"evaluated into a BlockMask, which cannot be done inside torch\.compile"
+    if torch.__version__.startswith("2.11."):  # says that there is an error, and not which
+        refused = "Observed exception"
+    with pytest.raises(Exception, match=refused):
         torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)
     with torch.no_grad():  # in parts, it does
         ours = torch.compile(model, backend="eager")(ids, use_cache=False).last_hidden_state

@@ -3,8 +3,9 @@
 python benchmarks/decode.py takes a minute. Inputs are those of testing.decoding_inputs: each query attends to 10 to 400
 keys, far above the others. On a CPU, calls of both take turns, in two threads. On a GPU, both are CUDA graphs of
 several calls, and scaled_dot_product_attention is the fastest of its backends; the time of the host to call each is
-beside it. Milliseconds are medians. The GB/s are the bytes of keys and values over the time: for flash-entmax, which
-reads few values, they are no bandwidth. All of it goes to FOLDER/decode.json and FOLDER/decode.md with --out FOLDER.
+beside it, and the time of the same call on keys and values in pages of 16, in a random order. Milliseconds are medians.
+The GB/s are the bytes of keys and values over the time: for flash-entmax, which reads few values, they are no
+bandwidth. All of it goes to FOLDER/decode.json and FOLDER/decode.md with --out FOLDER.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flash_entmax import entmax_attention
+from flash_entmax import entmax_attention, entmax_attention_paged
 from flash_entmax.testing import decoding_inputs
 
 INPUTS = "testing.decoding_inputs: 10 to 400 planted keys for each query, random keys and values otherwise"
 THREADS = 2
 BEYOND_CACHES = 2**28  # bytes
+PAGE = 16  # keys
 SDPA_BACKENDS = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 
 
@@ -81,13 +83,14 @@ def measured(sizes: Sizes, device: str) -> dict:
         batch, heads, keys, dim, queries=queries, key_heads=key_heads, dtype=dtype, device=device, seed=1
     )
     size = entmax_attention(*inputs, return_support=True)[1].size.double()
-    ours, theirs = (times_on_cuda if device == "cuda" else times_on_cpu)(*inputs)
+    ours, theirs, *paged = (times_on_cuda if device == "cuda" else times_on_cpu)(*inputs)
     moved = sum(tensor.numel() * tensor.element_size() for tensor in inputs[1:]) / 1e6
     return {
         **sizes._replace(dtype=str(dtype).removeprefix("torch."))._asdict(),
         "support": [size.min().item(), size.mean().item(), size.max().item()],
         "sdpa": theirs,
         "entmax": ours,
+        "paged": paged[0] if paged else None,
         "quotient": ours / theirs,
         "sdpa_gb_per_s": moved / theirs,
         "entmax_gb_per_s": moved / ours,
@@ -112,8 +115,9 @@ def times_on_cpu(query: Tensor, key: Tensor, value: Tensor, runs: int = 100) -> 
     return median(times[0]), median(times[1])
 
 
-def times_on_cuda(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float]:
-    """Median milliseconds of a call of entmax_attention in a CUDA graph, and of the fastest SDPA.
+def times_on_cuda(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float, float]:
+    """Median milliseconds of a call of entmax_attention in a CUDA graph, of the fastest SDPA, and of
+    entmax_attention_paged.
 
     A graph has several calls, each on a copy of its own, as layers of a model have: no cache of the GPU holds them all.
     """
@@ -123,7 +127,21 @@ def times_on_cuda(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, flo
     for backend in SDPA_BACKENDS:
         with suppress(RuntimeError), sdpa_kernel(backend):  # it has no kernel for these inputs
             theirs.append(time_of_graph(sdpa, copies))
-    return time_of_graph(entmax_attention, copies), min(theirs)
+    ours = time_of_graph(entmax_attention, copies)
+    return ours, min(theirs), time_of_graph(entmax_attention_paged, [in_pages(*inputs) for inputs in copies])
+
+
+def in_pages(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """(query, caches of keys and of values, block table, lengths): the same keys in pages, in a random order."""
+    batch, heads, keys, dim = key.shape
+    count = batch * keys // PAGE
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(key.device)
+    caches = []
+    for tensor in (key, value):
+        pages = tensor.view(batch, heads, -1, PAGE, dim).permute(0, 2, 3, 1, 4).reshape(count, PAGE, heads, dim)
+        caches.append(torch.empty_like(pages).index_copy_(0, order, pages))
+    lengths = torch.full((batch,), keys, dtype=torch.int32, device=key.device)
+    return query, *caches, order.view(batch, -1).int(), lengths
 
 
 def time_of_graph(attend: Callable[..., Tensor], copies: list[tuple[Tensor, ...]]) -> float:
@@ -132,8 +150,8 @@ def time_of_graph(attend: Callable[..., Tensor], copies: list[tuple[Tensor, ...]
 
 HEAD = (
     "| batch | keys | heads | head size | queries | dtype | keys of a query: least, mean, most | SDPA, ms | "
-    "flash-entmax, ms | quotient | SDPA, GB/s | flash-entmax, GB/s | host: SDPA, flash-entmax, us |\n"
-    + 13 * "|---"
+    "flash-entmax, ms | quotient | in pages, ms | SDPA, GB/s | flash-entmax, GB/s | host: SDPA, flash-entmax, us |\n"
+    + 14 * "|---"
     + "|"
 )
 
@@ -142,7 +160,8 @@ def line(row: dict) -> str:
     support = ", ".join(f"{number:.0f}" for number in row["support"])
     cells = (
         row["batch"], row["keys"], f"{row['heads']} / {row['key_heads']}", row["dim"], row["queries"], row["dtype"],
-        support, f"{row['sdpa']:.3f}", f"{row['entmax']:.3f}", f"{row['quotient']:.2f}", f"{row['sdpa_gb_per_s']:.0f}",
+        support, f"{row['sdpa']:.3f}", f"{row['entmax']:.3f}", f"{row['quotient']:.2f}",
+        "" if row["paged"] is None else f"{row['paged']:.3f}", f"{row['sdpa_gb_per_s']:.0f}",
         f"{row['entmax_gb_per_s']:.0f}", ", ".join(f"{number:.0f}" for number in row["host"]),
     )  # fmt: skip
     return "".join(f"| {cell} " for cell in cells) + "|"

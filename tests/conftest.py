@@ -39,7 +39,9 @@ with_room.__code__ = with_room.__code__.replace(co_stacksize=2**17)
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
 # Hours of new examples: HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=100000 python -m pytest tests/test_fuzz.py
+# On a GPU most of the time goes to compiling: each test compiles kernels for so many kinds of calls.
 FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10000"))
+FUZZ_KITS = int(os.environ.get("FUZZ_KITS", "6"))
 settings.register_profile(
     "fuzz", deadline=None, print_blob=True, max_examples=FUZZ_EXAMPLES, suppress_health_check=list(HealthCheck)
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import Case, attend, make_case, names, packed_case, run
 from checks import check_attention, score_rounding
-from conftest import FUZZ_EXAMPLES, PROFILE, THIRD
+from conftest import FUZZ_EXAMPLES, FUZZ_KITS, PROFILE, THIRD
 from decoding import check_decode
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -45,7 +45,7 @@ class Kit:
 
 def kits(backend, shard: int):
     """On a GPU a kit takes seconds to compile; elsewhere nothing is compiled."""
-    few = 6 if backend.device == "cuda" else 10**6
+    few = FUZZ_KITS if backend.device == "cuda" else 10**6
     return st.integers(shard * few, (shard + 1) * few - 1).map(Kit)
 
 

@@ -24,6 +24,7 @@ from ..core.visibility import Visibility
 from ..operators.kept_calls import attend
 from .exchange import Arriving, Exchange, gather, gathered, start_gathering, sum_gradients
 from .layout import Layout, check_layout, check_length, chunks, joined, local_positions
+from .prefixes import prefixes
 from .ranks import Ranks, agreed, described
 
 Method = Literal["gather", "heads"]
@@ -198,7 +199,7 @@ class Call:
     def whole_key_mask(self) -> Tensor | None:
         """(batch, whole length) bool."""
         mask = self.visibility.key_mask
-        return None if mask is None else joined(gathered(mask, self.ranks).unbind(0), 1, self.layout)
+        return None if mask is None else joined(gathered(mask, self.ranks), 1, self.layout)
 
     def visibility_of_all(self) -> Visibility:
         """What the queries of the whole sequence see."""
@@ -311,9 +312,10 @@ def by_heads(call: Call) -> Tensor:
 def output_of_parts(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, parts: list[OwnPart], impl: Impl
 ) -> Tensor:
+    lengths = tuple(part.keys for part in parts)
     outputs = [
-        output_of(query[:, :, queries], key[:, :, :keys], value[:, :, :keys], score, visibility, impl)
-        for queries, keys, visibility in parts
+        output_of(query[:, :, part.queries], own_key, own_value, score, part.visibility, impl)
+        for part, own_key, own_value in zip(parts, prefixes(key, lengths), prefixes(value, lengths), strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 

@@ -21,7 +21,7 @@ from ..core.tensors import row_dtype
 from ..core.threshold import MAX_STEPS, newton_step, tolerance
 from ..core.visibility import Visibility
 from ..operators.attention import tile_of
-from .exchange import gathered, sum_in_order
+from .exchange import gathered, summed
 from .ranks import Ranks, agreed, described, outside_of_graphs
 
 
@@ -151,11 +151,11 @@ def solved(problem: Problem, query: Tensor, key: Tensor, value: Tensor, backend:
     offset = torch.ones_like(maximum)
     for _ in range(MAX_STEPS):
         sums = torch.stack(stages.sums_at(problem, query, key, maximum, offset))
-        total, weight = sum_in_order(gathered(sums, ranks))
+        total, weight = summed(gathered(sums, ranks))
         stepped = newton_step(offset, total, weight, alpha)
         stays = (total - 1 <= tolerance(offset)) | (stepped >= offset)  # a row that sees no key has F = 0
         if (stays | offset.isnan()).all():
             break
         offset = torch.where(stays, offset, stepped)
     parts = gathered(stages.output_at(problem, query, key, value, maximum, offset), ranks)
-    return sum_in_order(parts).to(query.dtype)
+    return summed(parts).to(query.dtype)

@@ -1,6 +1,7 @@
-"""What the ranks of a group exchange, with gradients. Sums over ranks are added in the order of the ranks.
+"""What the ranks of a group exchange, with gradients.
 
-Every rank adds the same numbers in the same order, so repeated runs agree bit for bit, and so do the ranks.
+A sum over ranks is an exchange of all parts and one addition of them on each rank, always in the same order. So repeated
+runs agree bit for bit, and so do the ranks.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from .layout import Layout, joined, split
+from .layout import Layout, joined, parted
 from .ranks import Ranks, all_gather
 
 collectives = torch.ops._c10d_functional
@@ -74,13 +75,9 @@ def exchanged_in_graph(parts: Tensor, ranks: Ranks) -> Tensor:
     return collectives.wait_tensor(received).view(parts.shape)
 
 
-def sum_in_order(parts: Tensor) -> Tensor:
-    """The sum over dimension 0, added in its order; in float32 for 16-bit types."""
-    wide = torch.float32 if parts.dtype.itemsize == 2 else parts.dtype
-    total = parts[0].to(wide)
-    for part in parts[1:]:
-        total = total + part
-    return total.to(parts.dtype)
+def summed(parts: Tensor) -> Tensor:
+    """The sum over dimension 0, the ranks: of 16-bit types in float32, rounded once."""
+    return parts.sum(0)
 
 
 class Gather(torch.autograd.Function):
@@ -90,16 +87,16 @@ class Gather(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor, arriving: Arriving | None, dim: int, ranks: Ranks, layout: Layout) -> Tensor:
         ctx.of = dim, ranks, layout
         if arriving is None:
-            return joined(gathered(part, ranks).unbind(0), dim, layout)
+            return joined(gathered(part, ranks), dim, layout)
         arriving.wait()
-        return joined(arriving.parts.unbind(0), dim, layout)
+        return joined(arriving.parts, dim, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_whole: Tensor) -> tuple:
         dim, ranks, layout = ctx.of
-        parts = torch.stack(split(grad_whole, dim, ranks.size, layout))
-        return sum_in_order(exchanged(parts, ranks)), None, None, None, None
+        parts = parted(grad_whole, dim, ranks.size, layout)
+        return summed(exchanged(parts, ranks)), None, None, None, None
 
 
 def gather(part: Tensor, dim: int, ranks: Ranks, layout: Layout, arriving: Arriving | None = None) -> Tensor:
@@ -125,8 +122,8 @@ class Exchange(torch.autograd.Function):
 def moved(tensor: Tensor, to_heads: bool, ranks: Ranks, layout: Layout) -> Tensor:
     if to_heads:
         parts = tensor.unflatten(1, (ranks.size, tensor.shape[1] // ranks.size)).movedim(1, 0)
-        return joined(exchanged(parts, ranks).unbind(0), 2, layout)
-    parts = torch.stack(split(tensor, 2, ranks.size, layout))
+        return joined(exchanged(parts, ranks), 2, layout)
+    parts = parted(tensor, 2, ranks.size, layout)
     return exchanged(parts, ranks).movedim(0, 1).flatten(1, 2)
 
 
@@ -141,7 +138,7 @@ class SumGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return sum_in_order(gathered(grad, ctx.ranks)), None
+        return summed(gathered(grad, ctx.ranks)), None
 
 
 def sum_gradients(parameter: Any, ranks: Ranks) -> Any:

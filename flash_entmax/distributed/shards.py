@@ -68,7 +68,7 @@ def unshard(tensor: Tensor, dim: int, group: ProcessGroup | DeviceMesh, layout: 
     """The whole tensor, on every rank, of parts of one shape: the inverse of :func:`shard`.
 
     Every rank of the group must call it. It is differentiable, once: the gradient of a part is the sum of what the
-    whole gets on each rank, added in the order of the ranks, in float32 for 16-bit types.
+    whole gets on each rank, always added in the same order, in float32 for 16-bit types.
 
     Args:
         tensor: of any dtype, of one shape and dtype on all ranks.

@@ -31,7 +31,7 @@ from .queries import Queries, open_options
 from .score import LOWEST, distance_to_threshold, scores, sees_a_key
 from .tile import UNSPECIALIZED, Sizes, add_compensated, open_tile
 
-PART = tl.constexpr(256)  # keys of a support whose values one program adds up
+PART = tl.constexpr(128)  # keys of a support whose values one program adds up
 CERTIFY_STEPS = tl.constexpr(3)
 MOST_STEPS = tl.constexpr(100)
 TOLERANCE = tl.constexpr(1e-6)  # of F - 1; one last step, taken on the probabilities themselves, mends what it leaves

@@ -278,7 +278,7 @@ def registers(config: Config, programs: int) -> int | None:
 def scan_settings(config: Config) -> LaunchSettings:
     """128 queries by 128 keys for twice the warps: each number that is loaded serves twice as many products."""
     if config.SCANNED > 1:
-        return LaunchSettings(8, 3, registers(config, 4))
+        return LaunchSettings(8, 2, registers(config, 4))
     return mark_settings(config)
 
 
@@ -328,15 +328,12 @@ def mark_settings(config: Config) -> LaunchSettings:
 
 def solve_settings(config: Config) -> LaunchSettings:
     if 64 < config.HEAD_PADDED <= 128:
-        return LaunchSettings(4, 3, registers(config, 3))
+        return LaunchSettings(4, 3, registers(config, 4))
     return mark_settings(config)
 
 
 def output_settings(config: Config) -> LaunchSettings:
-    return LaunchSettings(4, 3, registers(config, 3)) if is_narrow(config) else wide_settings(config)
-
-
-def gradient_settings(config: Config) -> LaunchSettings:
+    """Of the output, and of the gradients."""
     return LaunchSettings(4, 2, registers(config, 3)) if is_narrow(config) else wide_settings(config)
 
 

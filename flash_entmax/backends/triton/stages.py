@@ -121,7 +121,7 @@ def launch_backward(opened: OpenedKernels, arguments: Sequence, scratch: Sequenc
     grad_query, grad_key, grad_value = gradients
     for chunk in plan.query_chunks:
         opened.run(
-            gradient_query_kernel, chunk, schedule.gradient_settings, query, key, value, value_mean, grad_output,
+            gradient_query_kernel, chunk, schedule.output_settings, query, key, value, value_mean, grad_output,
             selected, maximum, offset, pairs, reached_keys, lists, grad_query, parameter_parts,
         )  # fmt: skip
     capacities = plan.backward_query_list
@@ -143,7 +143,7 @@ def launch_backward(opened: OpenedKernels, arguments: Sequence, scratch: Sequenc
                 plan.slots,
             )  # fmt: skip
         opened.run_over_tiles(
-            gradient_key_value_kernel, first_unit, units, tiles + plan.slots, schedule.gradient_settings, query, key,
+            gradient_key_value_kernel, first_unit, units, tiles + plan.slots, schedule.output_settings, query, key,
             value, selected or grad_output, pairs, lists, shares, parts, grad_key, grad_value,
             numbers=(first_key, *capacities, plan.slots),
         )  # fmt: skip

@@ -14,7 +14,7 @@ from .score import distance_to_threshold
 
 PLACES = tl.constexpr(256)  # numbers that one step of a row's program looks at
 SINGLES = tl.constexpr(2**16)  # counts two things in one number, at most PLACES of each
-LISTED = tl.constexpr(512)  # scores that one step of its list of keys looks at: the steps wait for one another
+LISTED = tl.constexpr(1024)  # scores that one step of its list of keys looks at: the steps wait for one another
 
 
 class TileMaxima(NamedTuple):

@@ -1,0 +1,114 @@
+"""Decoding under other launch settings of the kernels that read the keys.
+
+python benchmarks/decode_settings.py takes two minutes on a GPU. A setting is: warps of a program, stages of its
+pipeline, and how many programs a multiprocessor is given. Keys are 16-bit in one piece, 16-bit in pages of 16, and in 8
+bits. All settings are compiled first, in many processes, and then timed one after another. Times are those of calls in
+CUDA graphs, in microseconds, on the inputs of benchmarks/decode.py. There is a line for each kind and size: as shipped,
+and the five best settings. All of it goes to FOLDER/decode-settings.json with --out FOLDER.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from decode import in_pages, time_of_graph
+from torch import Tensor
+
+from flash_entmax import KeySummaries, entmax_attention, entmax_attention_paged
+from flash_entmax.backends.triton import launch, plan, schedule
+from flash_entmax.operators import dispatch
+from flash_entmax.programs.recipes.workers import cores
+from flash_entmax.testing import decoding_inputs
+
+HEADS, KEY_HEADS, DIM, COPIES = 32, 8, 128, 4
+SIZES = (1, 8_192), (1, 32_768), (1, 131_072), (16, 8_192), (16, 32_768)  # batch, keys
+RULES = "decode_scores_settings", "rounded_scores_settings"
+PROGRAMS = "SCORING_PROGRAMS", "ROUNDED_SCORING_PROGRAMS"
+SHIPPED = {name: getattr(schedule, name) for name in RULES + PROGRAMS}
+
+
+class Setting(NamedTuple):
+    warps: int
+    stages: int
+    programs: int
+
+    def rule(self, config: schedule.Config) -> schedule.LaunchSettings:
+        return schedule.LaunchSettings(self.warps, 2 * self.stages - 1 if config.PAGE else self.stages)
+
+
+SETTINGS = tuple(Setting(*numbers) for numbers in product((1, 2, 4), (2, 3, 4), (2, 4, 6, 8)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    conditions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    print(conditions, flush=True)
+    to_compile = [None, *dict.fromkeys(setting._replace(programs=2) for setting in SETTINGS)]
+    with ProcessPoolExecutor(min(cores(), len(to_compile)), get_context("spawn")) as pool:
+        list(pool.map(compile_all, to_compile))
+    rows = {}
+    for batch, keys in SIZES:
+        for kind, call in calls(batch, keys).items():
+            name = f"{batch} x {keys}, {kind}"
+            rows[name] = {"shipped": timed(None, call)}
+            rows[name] |= {str(tuple(setting)): timed(setting, call) for setting in SETTINGS}
+            best = sorted((time, setting) for setting, time in rows[name].items())[:5]
+            found = "  ".join(f"{time:.1f} {setting}" for time, setting in best)
+            print(f"{name}: shipped {rows[name]['shipped']:.1f}; {found}", flush=True)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "decode-settings.json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1))
+
+
+def calls(batch: int, keys: int) -> dict[str, list[Callable[[], Tensor]]]:
+    """Calls of each kind, each with tensors of its own."""
+    kinds: dict[str, list[Callable[[], Tensor]]] = {"one piece": [], "pages of 16": [], "8 bits": []}
+    for seed in range(COPIES):
+        inputs = decoding_inputs(
+            batch, HEADS, keys, DIM, queries=1, key_heads=KEY_HEADS, dtype=torch.bfloat16, device="cuda", seed=seed
+        )
+        kinds["one piece"].append(partial(entmax_attention, *inputs))
+        kinds["pages of 16"].append(partial(entmax_attention_paged, *in_pages(*inputs)))
+        kinds["8 bits"].append(partial(entmax_attention, *inputs, key_summary=KeySummaries.of(inputs[1])))
+    return kinds
+
+
+def use(setting: Setting | None) -> None:
+    """Launch with this setting from here on; None: as shipped."""
+    for name, shipped in SHIPPED.items():
+        other = None if setting is None else setting.rule if name in RULES else setting.programs
+        setattr(schedule, name, shipped if other is None else other)
+    launch.CAN_BE_DIRECT = False  # the settings are read again at every launch
+    launch.launcher_of.cache_clear()
+    plan.plan_of.cache_clear()
+    dispatch.kept.clear()
+
+
+@torch.no_grad()
+def compile_all(setting: Setting | None) -> None:
+    """Compile everything for a setting, in the cache on the disk."""
+    use(setting)
+    for kind in calls(1, 1_024).values():
+        kind[0]()
+    torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def timed(setting: Setting | None, kind: list[Callable[[], Tensor]]) -> float:
+    """Microseconds of a call."""
+    use(setting)
+    return 1e3 * time_of_graph(lambda call: call(), [(call,) for call in kind])
+
+
+if __name__ == "__main__":
+    main()

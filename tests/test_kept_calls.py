@@ -68,6 +68,15 @@ def test_autocast_counts(inputs):
     assert entmax_attention(*inputs, **OPTIONS).dtype == torch.float32
 
 
+def test_a_call_under_autocast_is_not_checked_again(inputs, monkeypatch):
+    with torch.autocast("cpu", torch.bfloat16):
+        first = entmax_attention(*inputs, **OPTIONS)
+        monkeypatch.setattr("flash_entmax.operators.kept_calls.checked_inputs", None)
+        assert torch.equal(entmax_attention(*inputs, **OPTIONS), first)
+    narrow = (tensor.bfloat16() for tensor in inputs)
+    assert torch.equal(entmax_attention(*narrow, **OPTIONS), first)
+
+
 def test_calls_with_tensors_among_their_options_are_not_kept(inputs):
     for options in ({"alpha": torch.tensor(1.5)}, {"key_mask": torch.ones(1, 70, dtype=torch.bool)}):
         entmax_attention(*inputs, **options)

@@ -122,6 +122,36 @@ def prepare(way, make, **options) -> None:
         way(make(), **options)
 
 
+def under_autocast(way, dtype=torch.float16):
+    """The call under autocast, which trains in `dtype` whatever the weights' dtype is."""
+
+    def run(tensors: Given, **options) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype):
+            return way(tensors, **options)
+
+    return run
+
+
+def as_under_autocast() -> Given:
+    """As a model has them: positions leave queries and keys in float32, values come in 16 bits."""
+    query, key, value, grad_output = given()
+    wide = (tensor.detach().float().requires_grad_() for tensor in (query, key))
+    return Given(*wide, value, grad_output)
+
+
+def test_autocast_launches_from_notes(way, launches):
+    """And gives the bits of the same call on tensors in its dtype."""
+    launches.are_run = True
+    prepare(under_autocast(way), as_under_autocast, is_causal=True)
+    tensors = as_under_autocast()
+    results = by_notes(launches, under_autocast(way), tensors, is_causal=True)
+    narrow = (tensor.detach().half().requires_grad_() for tensor in tensors[:3])
+    wanted = way(Given(*narrow, tensors.grad_output), is_causal=True)
+    assert results[0].dtype == torch.float16
+    for result, other in zip(results, wanted, strict=True):
+        assert torch.equal(result, other.to(result.dtype))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_launches_from_notes_are_those_through_triton(name, way, launches):
     make, options = CALLS[name]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends import choose
 from ..core.call import KeySummary, RoundedKeys, ScoreOptions, Support
 from ..core.checks import SummarySizes, check_flag, check_summaries, checked_inputs
+from ..core.modes import as_autocast
 from ..core.visibility import Visibility
 from . import dispatch
 from .eager import PLAIN
@@ -23,6 +24,7 @@ def attend(
     return_support: bool, summary: KeySummary | None = None, rounded: tuple[SummarySizes, RoundedKeys] | None = None,
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Inputs (batch, heads, length, dim); packed sequences are one batch row."""
+    query, key, value = as_autocast(query, key, value)
     like = likeness((query, key, value), score, visibility, impl, return_support, rounded or summary)
     if like is not None and (call := dispatch.kept.get(like)) is not None:
         return dispatch.attend_again(query, key, value, visibility, call)
@@ -41,7 +43,7 @@ def likeness(
 ) -> tuple | None:  # fmt: skip
     """What is equal in calls that are checked and lowered alike; None where more than this decides.
 
-    An option of another type is another option: 1 is a window, and True is none.
+    The tensors are as autocast wants them. An option of another type is another option: 1 is a window, and True is none.
     """
     v, (alpha, scale, softcap, slopes) = visibility, score
     if slopes is not None or v.key_mask is not None or v.block_mask is not None:
@@ -60,8 +62,6 @@ def likeness(
             return None
     query, key, value = tensors
     device, dtype = query.device, query.dtype
-    if torch.is_autocast_enabled(device.type):
-        return None
     return (
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), dtype, key.dtype,
         value.dtype, device, key.device, value.device, choose(dtype, device, impl, others=("reference",)), options,

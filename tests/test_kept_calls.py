@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from flash_entmax import entmax_attention
+from flash_entmax.core.call import ScoreOptions
+from flash_entmax.core.visibility import Visibility
+from flash_entmax.functional import attend
 from flash_entmax.operators import dispatch
 from flash_entmax.operators.attention import OptionTensors
 from flash_entmax.testing import iid_inputs
@@ -81,6 +84,20 @@ def test_calls_with_tensors_among_their_options_are_not_kept(inputs):
     for options in ({"alpha": torch.tensor(1.5)}, {"key_mask": torch.ones(1, 70, dtype=torch.bool)}):
         entmax_attention(*inputs, **options)
     assert not dispatch.kept
+
+
+def test_intervals_that_are_given_are_those_of_each_call(inputs, monkeypatch):
+    """As layers of Transformers give them: made once for all layers, from padding and positions."""
+    score, fresh = ScoreOptions(1.5, None), []
+    intervals = [
+        Visibility(True, key_lengths=torch.tensor([length])).intervals(inputs[0], 70) for length in (70, 5, 33)
+    ]
+    for given in intervals:
+        dispatch.kept.clear()
+        fresh.append(attend(*inputs, score, Visibility(known_intervals=given), "auto", False))
+    monkeypatch.setattr("flash_entmax.operators.kept_calls.checked_inputs", None)
+    for given, expected in zip(intervals, fresh, strict=True):
+        assert torch.equal(attend(*inputs, score, Visibility(known_intervals=given), "auto", False), expected)
 
 
 def test_intervals_are_those_of_each_call(inputs, monkeypatch):

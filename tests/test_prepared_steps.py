@@ -21,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from triton import knobs
 
-from flash_entmax import entmax_attention
+from flash_entmax import entmax_attention, functional
 from flash_entmax.backends.triton import launch, plan, prepared_backward, prepared_forward, schedule
 from flash_entmax.backends.triton.scratch import Scratch
 from flash_entmax.backends.triton.stages import BACKWARD, FORWARD
+from flash_entmax.core.call import ScoreOptions
+from flash_entmax.core.visibility import Visibility
 from flash_entmax.operators import dispatch
 
 
@@ -150,6 +152,40 @@ def test_autocast_launches_from_notes(way, launches):
     assert results[0].dtype == torch.float16
     for result, other in zip(results, wanted, strict=True):
         assert torch.equal(result, other.to(result.dtype))
+
+
+def attend_within(intervals: torch.Tensor, tensors: Given) -> torch.Tensor:
+    """As a layer of Transformers does: intervals are made once for all layers, from padding and positions."""
+    visibility = Visibility(window_size=(-1, 0), known_intervals=intervals)
+    return functional.attend(*tensors[:3], ScoreOptions(1.5, None), visibility, "triton", False)
+
+
+@pytest.mark.parametrize("queries", [70, 5])
+def test_given_intervals_are_taken_from_notes(queries, launches):
+    """Forward pass and step, of many queries and of few, with other intervals each time."""
+    launches.are_run = True
+    tensors = given(queries)
+    intervals = [
+        Visibility(True, key_lengths=torch.tensor(n)).intervals(tensors.query, 130) for n in ((130, 7), (3, 90))
+    ]
+
+    def both(own: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            alone = attend_within(own, tensors)
+        output = attend_within(own, tensors)
+        return [alone, output, *torch.autograd.grad(output, tensors[:3], tensors.grad_output)]
+
+    fresh = []
+    for own in intervals:
+        dispatch.kept.clear()
+        fresh.append(both(own))
+    for _ in range(2):
+        both(intervals[0])
+    for own, expected in zip(intervals, fresh, strict=True):
+        opened = launches.opened
+        results = both(own)
+        assert launches.opened == opened
+        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -1,7 +1,7 @@
 """What the ranks of a group exchange, with gradients.
 
-A sum over ranks is an exchange of all parts and one addition of them on each rank, always in the same order. So repeated
-runs agree bit for bit, and so do the ranks.
+A sum over ranks is an exchange of all parts, and one addition of them on each rank, always in the same order. So
+repeated runs agree bit for bit, and so do the ranks.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 To check and to lower a call takes the host as long as to launch a short one. Calls with tensors of the same shapes,
 strides, dtypes and devices pass the same checks and are lowered to the same, where their options are equal numbers, but
-for the intervals of keys, which `key_lengths` may decide. A backend may prepare more for them.
+for the intervals of keys, which may be given, or which `key_lengths` may decide. A backend may prepare more for them.
 """
 
 import torch
@@ -43,21 +43,25 @@ def likeness(
 ) -> tuple | None:  # fmt: skip
     """What is equal in calls that are checked and lowered alike; None where more than this decides.
 
-    The tensors are as autocast wants them. An option of another type is another option: 1 is a window, and True is none.
+    The tensors are as autocast wants them. An option of another type is another option: 1 is a window, True is none.
     """
     v, (alpha, scale, softcap, slopes) = visibility, score
+    lengths, known, positions = v.key_lengths, v.known_intervals, v.query_positions
     if slopes is not None or v.key_mask is not None or v.block_mask is not None:
         return None
-    if v.cu_seq_q is not None or v.known_intervals is not None or summary is not None:
+    if v.cu_seq_q is not None or summary is not None:
         return None
     if return_support is not False or type(v.window_size) is not tuple or torch.compiler.is_compiling():
         return None
-    options = alpha, scale, softcap, v.is_causal, v.query_positions, impl, *v.window_size
+    if known is not None:
+        if not known.is_contiguous():
+            return None
+        positions = isinstance(positions, Tensor)  # see Visibility.max_span; the intervals say where queries stand
+    options = alpha, scale, softcap, v.is_causal, positions, impl, *v.window_size
     types = tuple(map(type, options))
     if not NUMBERS.issuperset(types):
         return None
-    lengths = v.key_lengths
-    for tensor in tensors if lengths is None else (*tensors, lengths):
+    for tensor in (*tensors, *(limit for limit in (lengths, known) if limit is not None)):
         if type(tensor) not in PLAIN or tensor.is_nested or tensor.is_meta:
             return None
     query, key, value = tensors
@@ -66,4 +70,5 @@ def likeness(
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), dtype, key.dtype,
         value.dtype, device, key.device, value.device, choose(dtype, device, impl, others=("reference",)), options,
         types, None if lengths is None else (lengths.shape, lengths.dtype, lengths.device),
+        None if known is None else (known.shape, known.device),
     )  # fmt: skip

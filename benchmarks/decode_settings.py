@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 import triton
 from decode import in_pages, time_of_graph
+from launch_settings import read_settings_again
 from torch import Tensor
 
 from flash_entmax import KeySummaries, entmax_attention, entmax_attention_paged
-from flash_entmax.backends.triton import launch, plan, schedule
-from flash_entmax.operators import dispatch
+from flash_entmax.backends.triton import schedule
 from flash_entmax.programs.recipes.workers import cores
 from flash_entmax.testing import decoding_inputs
 
@@ -88,10 +88,7 @@ def use(setting: Setting | None) -> None:
     for name, shipped in SHIPPED.items():
         other = None if setting is None else setting.rule if name in RULES else setting.programs
         setattr(schedule, name, shipped if other is None else other)
-    launch.CAN_BE_DIRECT = False  # the settings are read again at every launch
-    launch.launcher_of.cache_clear()
-    plan.plan_of.cache_clear()
-    dispatch.kept.clear()
+    read_settings_again()
 
 
 @torch.no_grad()

@@ -80,7 +80,12 @@ def use(setting: Setting | None) -> None:
     """Launch with this setting from here on; None: as shipped."""
     for rule, shipped in SHIPPED.items():
         setattr(schedule, rule, shipped if setting is None else setting.rule)
-    launch.CAN_BE_DIRECT = False  # the settings are read again at every launch
+    read_settings_again()
+
+
+def read_settings_again() -> None:
+    """From here on, every launch asks for its settings."""
+    launch.CAN_BE_DIRECT = False
     launch.launcher_of.cache_clear()
     plan.plan_of.cache_clear()
     dispatch.kept.clear()

@@ -289,11 +289,35 @@ def test_a_graph_trains_as_single_operations_do(tmp_path, monkeypatch, name, arm
         (["sparsity"], "language-model comes first"),
         (["sort", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["language-model", "--text", "/nowhere"], "--text /nowhere: no such file or folder"),
+        (["sort", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["sort", "--rates", "1e-3", "0"], "--rates must be positive, got 0.001 0"),
+        (["sort", "--arms", "SSMax"], "sort has no arm 'SSMax' (--arms), but 'softmax, pre-norm', 'softmax'"),
+        (["sort", "max-retrieval", "--arms", "softmax", "SSMax"], "sort has no arm 'SSMax'"),
+        (["language-model", "--arms", "ASEntmax from softmax, NAPE"], "goes on from 'softmax, NAPE': name that arm"),
+        (["mixture", "--arms", "EM"], "--arms is an option of max-retrieval, sort"),
     ],
 )
 def test_what_cannot_run_says_why(tmp_path, capsys, arguments, message):
     assert main(["recipe", *arguments, "--size", "toy", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_some_arms_other_rates_and_more_seeds(tmp_path):
+    """Nothing else is trained, and the rates do not grow. What is asked for later is added."""
+    command = ["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(tmp_path)]
+    rates = ["--rates", "1e-3", "2e-3"]
+    assert main([*command, *rates, "--arms", "SSMax", "softmax", "--seeds", "2"]) == 0
+    results = json.loads((tmp_path / "max-retrieval-toy.json").read_text())
+    assert list(results["best"]) == list(results["chosen"]) == ["softmax", "SSMax"]
+    assert set(map(tuple, results["rates"].values())) == {(1e-3, 2e-3)}
+    assert all(len(keys) == 2 for keys in results["chosen"].values())
+    assert len(results["runs"]) == 2 * (2 + 1)
+    assert len(results["measures"]) == 2 * 2
+    assert main([*command, *rates, "--arms", "softmax", "entmax 1.5"]) == 0
+    more = json.loads((tmp_path / "max-retrieval-toy.json").read_text())
+    assert list(more["chosen"]) == ["softmax", "entmax 1.5"]
+    assert all(more["runs"][key] == numbers for key, numbers in results["runs"].items())
+    assert len(more["runs"]) == len(results["runs"]) + 2
 
 
 def test_results_of_other_conditions_are_not_mixed(written, capsys):

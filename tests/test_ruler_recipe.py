@@ -326,7 +326,7 @@ def test_options_of_ruler_belong_to_it(tmp_path, capsys):
     assert main(["recipe", "sort", "--samples", "3", "--out", str(tmp_path)]) == 1
     assert "--samples is an option of ruler, got sort" in capsys.readouterr().err
     assert main(["recipe", "sort", "--lengths", "3", "--out", str(tmp_path)]) == 1
-    assert "--lengths is an option of adapt and ruler, got sort" in capsys.readouterr().err
+    assert "--lengths is an option of adapt, ruler, got sort" in capsys.readouterr().err
     assert main(["recipe", "adapt", "--model", "a", "b", "--out", str(tmp_path)]) == 1
     assert "adapt takes one --model, got a b" in capsys.readouterr().err
 

@@ -131,11 +131,16 @@ def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
         "(default at size full: 2,048 to 32,768, as far as all models read)"
     )
     both("--lengths", nargs="+", type=int, metavar="N", help=about)
+    group = recipe_parser.add_argument_group("what trains models", "each flag replaces what --size says")
+    trained = group.add_argument
+    about = "some of the arms, by name; not of adapt (default: all)"
+    trained("--arms", nargs="+", metavar="ARM", help=about)
+    trained("--rates", nargs="+", type=float, metavar="R", help="learning rates; each arm takes its best")
+    trained("--seeds", type=int, metavar="N", help="trainings of each arm at its best rate")
     adapt = recipe_parser.add_argument_group("adapt", "each flag replaces what --size says").add_argument
     adapt("--steps", type=int, metavar="N", help="optimizer steps of a training")
     adapt("--batch", type=int, metavar="N", help="windows of a step, half prose, half code")
     adapt("--length", type=int, metavar="N", help="tokens of a window")
-    adapt("--rates", nargs="+", type=float, metavar="R", help="learning rates; each arm takes its best")
     about = "where alpha ends, one arm each; several make a table and a picture of what each costs and saves"
     adapt("--alphas", nargs="+", type=float, metavar="A", help=about)
     adapt("--hold", type=float, metavar="SHARE", help="share of the steps in which alpha stays at 1.01")
@@ -143,7 +148,6 @@ def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
     about = "share of the loss that is the divergence from the model's own softmax, 0 to 1"
     adapt("--distillation", type=float, metavar="SHARE", help=about)
     adapt("--rank", type=int, metavar="R", help="train adapters of this rank in place of the weights (needs peft)")
-    adapt("--seeds", type=int, metavar="N", help="trainings of each arm at its best rate")
     add_ruler_options(recipe_parser)
 
 
@@ -231,15 +235,15 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def recipe(options: argparse.Namespace) -> int:
-    from .recipes import run, run_adapt, run_ruler
+    from .recipes import check_arms, run, run_adapt, run_ruler
     from .recipes.adapt.settings import OPTIONS, size_for
     from .recipes.ruler.settings import RULER_OPTIONS, ruler_size_for
-    from .recipes.settings import ADAPT, NAMES, RULER, settings_for
+    from .recipes.settings import ADAPT, NAMES, RULER, TRAINED, TRAINED_OPTIONS, of_training, settings_for
 
     settings = settings_for(options.out, options.size, options.device, options.text, options.workers)
     names = dict.fromkeys((*NAMES, *options.names) if "all" in options.names else options.names)
     names.pop("all", None)
-    own_options = {ADAPT: OPTIONS, RULER: RULER_OPTIONS}
+    own_options = {ADAPT: OPTIONS, RULER: RULER_OPTIONS} | dict.fromkeys(TRAINED, TRAINED_OPTIONS)
     given = {
         name: {option: value for option in taken if (value := getattr(options, option)) is not None}
         for name, taken in own_options.items()
@@ -247,18 +251,21 @@ def recipe(options: argparse.Namespace) -> int:
     for option in [option for each in given.values() for option in each]:
         owners = [name for name, taken in own_options.items() if option in taken]
         if not any(name in names for name in owners):
-            raise CommandError(f"--{option} is an option of {' and '.join(owners)}, got {' '.join(options.names)}")
+            raise CommandError(f"--{option} is an option of {', '.join(owners)}, got {' '.join(options.names)}")
     if ADAPT in names:
         size = size_for(settings, given[ADAPT])
     if RULER in names:
         ruler_size = ruler_size_for(settings, given[RULER])
-    for name in names:
+    all_settings = {name: of_training(settings, given[name]) if name in TRAINED else settings for name in names}
+    for name, own_settings in all_settings.items():
+        check_arms(name, own_settings)
+    for name, own_settings in all_settings.items():
         if name == ADAPT:
             run_adapt(settings, size)
         elif name == RULER:
             run_ruler(settings, ruler_size)
         else:
-            run(name, settings)
+            run(name, own_settings)
     return 0
 
 

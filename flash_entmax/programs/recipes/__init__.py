@@ -8,6 +8,14 @@ from .ruler.settings import RulerSize
 from .settings import TRAINED, RecipeSettings
 
 
+def check_arms(name: str, settings: RecipeSettings) -> None:
+    """Refuse arms that the recipe does not have."""
+    from . import sweep
+
+    if name in TRAINED:
+        sweep.chosen_arms(sweep.RECIPES[name], settings.arms)
+
+
 def run(name: str, settings: RecipeSettings) -> None:
     """Do what is not in the results yet; write results, tables and pictures."""
     from . import mixture, sparsity, sweep, training_speed

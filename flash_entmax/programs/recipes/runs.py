@@ -20,9 +20,8 @@ def runs_of(recipe: Recipe, settings: RecipeSettings, arm: str, rate: float, see
     ]
 
 
-def chosen_runs(recipe: Recipe, settings: RecipeSettings, best: dict[str, float]) -> list[Run]:
+def chosen_runs(recipe: Recipe, settings: RecipeSettings, best: dict[str, float], seeds: int) -> list[Run]:
     """All seeds of every arm at its best learning rate."""
-    seeds = recipe.sizes[settings.size].seeds
     return [run for arm, rate in best.items() for run in runs_of(recipe, settings, arm, rate, seeds)]
 
 

@@ -59,7 +59,7 @@ def trained(settings: RecipeSettings) -> list[Run]:
     results = load(path, conditions(RECIPE.name, settings, RECIPE.sizes[settings.size]))
     if "chosen" not in results:
         raise CommandError(f"{path} has no trained models yet: flash-entmax recipe {RECIPE.name} comes first")
-    return chosen_runs(RECIPE, settings, results["best"])
+    return chosen_runs(RECIPE, settings, results["best"], len(next(iter(results["chosen"].values()))))
 
 
 def held_out(run: Run, count: int, length: int) -> Tensor:

@@ -8,7 +8,8 @@
 5. Where models are scored on their way: of all rates, seeds and checkpoints of an arm, measure the one with the highest
    score as well. Papers report such models. They show what an arm can do, and not what it does.
 
-Numbers that are in the results are not computed again. An interrupted training goes on from its last checkpoint.
+Numbers that are in the results are not computed again. An interrupted training goes on from its last checkpoint. The
+command line may ask for some of the arms, other rates (which then do not grow by step 3), or another number of seeds.
 """
 
 import time
@@ -55,9 +56,9 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
             done[finished.key] = numbers
             write_json(path, results)
 
-    parents = recipe.parents if isinstance(recipe, BranchedRecipe) else {}
-    rates = {arm: list(size.rates_of(arm)) for arm in recipe.arms if arm not in parents}
-    for _ in range(1 + size.extensions):
+    arms, parents = chosen_arms(recipe, settings.arms)
+    rates = {arm: list(settings.rates or size.rates_of(arm)) for arm in arms if arm not in parents}
+    for _ in range(1 + (0 if settings.rates else size.extensions)):
         swept = {
             arm: {rate: runs_of(recipe, settings, arm, rate, size.sweep_seeds) for rate in rates[arm]} for arm in rates
         }
@@ -68,24 +69,38 @@ def run(recipe: Recipe, settings: RecipeSettings) -> None:
         if rates == results["rates"]:
             break
     results["rates"] |= {arm: [results["best"][parent]] for arm, parent in parents.items()}
-    results["best"] = {arm: results["best"][parents.get(arm, arm)] for arm in recipe.arms}
-    chosen = chosen_runs(recipe, settings, results["best"])
+    results["best"] = {arm: results["best"][parents.get(arm, arm)] for arm in arms}
+    chosen = chosen_runs(recipe, settings, results["best"], settings.seeds or size.seeds)
     perform(train, results["runs"], [run for run in chosen if run.arm not in parents])
     if parents:
         perform(train, results["runs"], [run for run in chosen if run.arm in parents])
         for run in [run for runs in swept.values() for seeds in runs.values() for run in seeds] + chosen:
             run.branch_path.unlink(missing_ok=True)  # three times the model's size
     perform(measure, results["measures"], chosen)
-    results["chosen"] = {arm: [run.key for run in chosen if run.arm == arm] for arm in recipe.arms}
+    results["chosen"] = {arm: [run.key for run in chosen if run.arm == arm] for arm in arms}
     if size.checkpoints:
         trained = [run for runs in swept.values() for seeds in runs.values() for run in seeds] + chosen
-        best = [best_checkpoint(results["runs"], [run for run in trained if run.arm == arm]) for arm in recipe.arms]
+        best = [best_checkpoint(results["runs"], [run for run in trained if run.arm == arm]) for arm in arms]
         perform(measure_best, results.setdefault("best_measures", {}), best)
         results["best_checkpoints"] = {run.arm: run.key for run in best}
     results["seconds"] = results.get("seconds", 0.0) + time.perf_counter() - start
     results["workers"] = workers_for(settings, size)
     write_json(path, results)
     report.write(console, recipe, results, path)
+
+
+def chosen_arms(recipe: Recipe, wanted: tuple[str, ...] | None) -> tuple[list[str], dict[str, str]]:
+    """(arms to train, in the order of the recipe; {arm: the arm that it goes on from} of these)."""
+    parents = dict(recipe.parents) if isinstance(recipe, BranchedRecipe) else {}
+    if wanted is None:
+        return list(recipe.arms), parents
+    unknown = [arm for arm in wanted if arm not in recipe.arms]
+    if unknown:
+        raise CommandError(f"{recipe.name} has no arm {unknown[0]!r} (--arms), but {', '.join(map(repr, recipe.arms))}")
+    for arm in wanted:
+        if parents.get(arm, arm) not in wanted:
+            raise CommandError(f"--arms {arm!r} goes on from {parents[arm]!r}: name that arm as well")
+    return [arm for arm in recipe.arms if arm in wanted], {arm: parents[arm] for arm in wanted if arm in parents}
 
 
 def extended(rates: list[float], best: float) -> list[float]:

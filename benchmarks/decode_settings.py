@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from decode import in_pages, time_of_graph
+from decode import BEYOND_CACHES, in_pages, time_of_graph
 from launch_settings import read_settings_again
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from flash_entmax.backends.triton import schedule
 from flash_entmax.programs.recipes.workers import cores
 from flash_entmax.testing import decoding_inputs
 
-HEADS, KEY_HEADS, DIM, COPIES = 32, 8, 128, 4
+HEADS, KEY_HEADS, DIM = 32, 8, 128
 SIZES = (1, 8_192), (1, 32_768), (1, 131_072), (16, 8_192), (16, 32_768)  # batch, keys
 RULES = "decode_scores_settings", "rounded_scores_settings"
 PROGRAMS = "SCORING_PROGRAMS", "ROUNDED_SCORING_PROGRAMS"
@@ -42,6 +42,17 @@ class Setting(NamedTuple):
 
     def rule(self, config: schedule.Config) -> schedule.LaunchSettings:
         return schedule.LaunchSettings(self.warps, 2 * self.stages - 1 if config.PAGE else self.stages)
+
+    def of(self, name: str):
+        """What stands in for a rule or a number of schedule.py."""
+        if name in PROGRAMS:
+            return self.programs
+        return self.rounded_rule if name == "rounded_scores_settings" else self.rule
+
+    def rounded_rule(self, config: schedule.Config) -> schedule.LaunchSettings:
+        """With registers for all programs of a multiprocessor, as the shipped rule has them."""
+        limit = schedule.registers(config, max(1, self.programs * self.warps // 4))
+        return schedule.LaunchSettings(self.warps, self.stages, limit)
 
 
 SETTINGS = tuple(Setting(*numbers) for numbers in product((1, 2, 4), (2, 3, 4), (2, 4, 6, 8)))
@@ -71,9 +82,9 @@ def main() -> None:
 
 
 def calls(batch: int, keys: int) -> dict[str, list[Callable[[], Tensor]]]:
-    """Calls of each kind, each with tensors of its own."""
+    """Calls of each kind, each with tensors of its own: so many that no cache holds their keys, in 8 bits either."""
     kinds: dict[str, list[Callable[[], Tensor]]] = {"one piece": [], "pages of 16": [], "8 bits": []}
-    for seed in range(COPIES):
+    for seed in range(max(2, BEYOND_CACHES // (batch * KEY_HEADS * keys * DIM))):
         inputs = decoding_inputs(
             batch, HEADS, keys, DIM, queries=1, key_heads=KEY_HEADS, dtype=torch.bfloat16, device="cuda", seed=seed
         )
@@ -86,8 +97,7 @@ def calls(batch: int, keys: int) -> dict[str, list[Callable[[], Tensor]]]:
 def use(setting: Setting | None) -> None:
     """Launch with this setting from here on; None: as shipped."""
     for name, shipped in SHIPPED.items():
-        other = None if setting is None else setting.rule if name in RULES else setting.programs
-        setattr(schedule, name, shipped if other is None else other)
+        setattr(schedule, name, shipped if setting is None else setting.of(name))
     read_settings_again()
 
 

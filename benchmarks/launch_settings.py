@@ -1,11 +1,12 @@
 """The kernels of a training step under other launch settings than those of schedule.py.
 
-python benchmarks/launch_settings.py FILE takes two minutes on a GPU. FILE holds one captured head of 64, as
-`flash-entmax bench --inputs` reads it; benchmarks/keys.py says what is made of it. Beside it, synthetic inputs that are
-sparse by tile. Every setting is given to all kernels at once: warps of a program, stages of its pipeline, and how many
-programs of 128 threads the registers leave room for (0: no limit). All are compiled first, in many processes, and then
-timed one after another. Milliseconds are means of five steps by PyTorch's profiler. A line for each kernel says what it
-takes as shipped, and with the best settings. All of it goes to FOLDER/launch-settings.json with --out FOLDER.
+python benchmarks/launch_settings.py FILE takes two minutes on a GPU. FILE holds one captured head of 64, as `flash-
+entmax bench --inputs` reads it; benchmarks/keys.py says what is made of it. Beside it, synthetic inputs that are sparse
+by tile. Every setting is given at once to scan, mark, solve, output and the gradients: warps of a program, stages of
+its pipeline, and how many programs of 128 threads the registers leave room for (0: no limit). All are compiled first,
+in many processes, and then timed one after another. Milliseconds are means of five steps by PyTorch's profiler. A line
+for each kernel says what it takes as shipped, and with the best settings. All of it goes to FOLDER/launch-settings.json
+with --out FOLDER.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from flash_entmax.operators import dispatch
 from flash_entmax.programs.recipes.workers import cores
 from flash_entmax.testing import topic_inputs
 
+KERNELS = "scan", "mark", "solve", "output", "gradient_query", "gradient_key_value"
 RULES = "scan_settings", "mark_settings", "solve_settings", "output_settings"
 SHIPPED = {rule: getattr(schedule, rule) for rule in RULES}
 SHORT, LONG = 4_096, 32_768
@@ -121,7 +123,8 @@ def timed(setting: Setting | None, inputs: list[Tensor], scale: float | None) ->
 
 def report(name: str, row: dict[str, dict[str, float]]) -> None:
     print(f"{name}: kernel, ms as shipped, the three best settings (warps, stages, programs)", flush=True)
-    for kernel, shipped in row["shipped"].items():
+    for kernel in KERNELS:
+        shipped = row["shipped"][kernel]
         others = sorted((times[kernel], setting) for setting, times in row.items() if setting != "shipped")
         print(f"    {kernel:24} {shipped:.3f}  " + "  ".join(f"{ms:.3f} {setting}" for ms, setting in others[:3]))
 

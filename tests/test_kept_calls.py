@@ -100,6 +100,24 @@ def test_intervals_that_are_given_are_those_of_each_call(inputs, monkeypatch):
         assert torch.equal(attend(*inputs, score, Visibility(known_intervals=given), "auto", False), expected)
 
 
+@pytest.mark.parametrize("positions", [1.5, "x", torch.arange(70.0), torch.arange(3)])
+def test_positions_beside_given_intervals_are_still_refused(inputs, positions):
+    """They decide nothing there, and are options all the same."""
+    score = ScoreOptions(1.5, None)
+    given = Visibility(True, key_lengths=torch.tensor([70])).intervals(inputs[0], 70)
+    for accepted in (None, 3, torch.arange(70)):
+        attend(*inputs, score, Visibility(query_positions=accepted, known_intervals=given), "auto", False)
+    with pytest.raises((TypeError, ValueError), match="query_positions"):
+        attend(*inputs, score, Visibility(query_positions=positions, known_intervals=given), "auto", False)
+
+
+def test_intervals_of_another_dtype_are_another_call(inputs):
+    given = Visibility(True, key_lengths=torch.tensor([70])).intervals(inputs[0], 70)
+    for intervals in (given, given.long()):
+        attend(*inputs, ScoreOptions(1.5, None), Visibility(known_intervals=intervals), "auto", False)
+    assert len(dispatch.kept) == 2
+
+
 def test_intervals_are_those_of_each_call(inputs, monkeypatch):
     """Windows and lengths are kept without the intervals that they make."""
     options, lengths = {"window_size": (30, 0)}, [torch.tensor([length]) for length in (70, 5, 70)]

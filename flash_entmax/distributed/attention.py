@@ -83,8 +83,8 @@ def context_parallel_attention(
             by default, and with more than there are, all at once. In a graph of ``torch.compile``, Inductor decides
             when they travel.
         sum_parameter_gradients: the gradient of a tensor ``alpha``, ``scale`` or ``alibi_slopes`` is summed over the
-            ranks, in their order. With False each rank keeps its own share, for parameters whose gradients FSDP or DDP
-            reduces over the same ranks, together with those of all other weights.
+            ranks, always in the same order. With False each rank keeps its own share, for parameters whose gradients
+            FSDP or DDP reduces over the same ranks, together with those of all other weights.
         check_ranks: compare the calls of all ranks before anything else is exchanged: shapes, dtypes and options, and
             the numbers of tensors on a CPU. An error of one rank, or a difference, is then an error on all of them. It
             takes one exchange of 32 bytes, and waits for it; a group with a backend for CPUs (``"cpu:gloo,cuda:nccl"``)

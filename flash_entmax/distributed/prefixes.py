@@ -18,8 +18,7 @@ class Prefixes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        longest, *others = sorted(zip(ctx.lengths, grads, strict=True), key=lambda pair: -pair[0])
-        length, grad = longest
+        *others, (length, grad) = zip(ctx.lengths, grads, strict=True)
         total = grad.new_empty(ctx.shape)
         total[:, :, :length].copy_(grad)
         total[:, :, length:].zero_()
@@ -29,7 +28,7 @@ class Prefixes(torch.autograd.Function):
 
 
 def prefixes(tensor: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """tensor[:, :, :length] for each length. Views."""
+    """tensor[:, :, :length] for each length. Views. No length is above the one behind it."""
     if lengths == (tensor.shape[2],):
         return (tensor,)
     return Prefixes.apply(tensor, lengths)

@@ -46,7 +46,7 @@ def likeness(
     The tensors are as autocast wants them. An option of another type is another option: 1 is a window, True is none.
     """
     v, (alpha, scale, softcap, slopes) = visibility, score
-    lengths, known, positions = v.key_lengths, v.known_intervals, v.query_positions
+    lengths, known, positions, given = v.key_lengths, v.known_intervals, v.query_positions, None
     if slopes is not None or v.key_mask is not None or v.block_mask is not None:
         return None
     if v.cu_seq_q is not None or summary is not None:
@@ -56,7 +56,8 @@ def likeness(
     if known is not None:
         if not known.is_contiguous():
             return None
-        positions = isinstance(positions, Tensor)  # see Visibility.max_span; the intervals say where queries stand
+        if isinstance(positions, Tensor):  # where queries stand, the intervals say
+            given, positions = (type(positions), positions.shape, positions.dtype, positions.device), None
     options = alpha, scale, softcap, v.is_causal, positions, impl, *v.window_size
     types = tuple(map(type, options))
     if not NUMBERS.issuperset(types):
@@ -66,9 +67,11 @@ def likeness(
             return None
     query, key, value = tensors
     device, dtype = query.device, query.dtype
+    if not dtype == key.dtype == value.dtype:
+        return None
     return (
-        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), dtype, key.dtype,
-        value.dtype, device, key.device, value.device, choose(dtype, device, impl, others=("reference",)), options,
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), dtype, device, key.device,
+        value.device, choose(dtype, device, impl, others=("reference",)), options,
         types, None if lengths is None else (lengths.shape, lengths.dtype, lengths.device),
-        None if known is None else (known.shape, known.device),
+        None if known is None else (known.shape, known.dtype, known.device), given,
     )  # fmt: skip

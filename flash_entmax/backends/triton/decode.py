@@ -262,12 +262,13 @@ def sums_at(row, begin, end, offset, C: tl.constexpr):
 def certified_offset(row, begin, end, C: tl.constexpr):
     """An offset at or above the true one: maxima are a subset of the scores, and Newton's steps end above the root.
 
-    The rounding of a step is relative to the offset that it starts from, and less than 2^-16 of it: see certify.py.
+    The rounding of a step is relative to the offset that it starts from. Its bound is that of certify.py.
     """
     offset = 1.0
+    rounding = (tl.cdiv(end - begin, PLACES) + 64) * 2.0**-22
     for _ in range(CERTIFY_STEPS):
         total, weight = sums_at(row, begin, end, offset, C)
-        stepped = newton_step(offset, total, weight, row.exponent) + 2.0**-16 * offset
+        stepped = newton_step(offset, total, weight, row.exponent) + rounding * offset
         offset = tl.where(stepped < offset, stepped, offset)
     return offset
 

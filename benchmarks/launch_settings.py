@@ -1,12 +1,12 @@
 """The kernels of a training step under other launch settings than those of schedule.py.
 
-python benchmarks/launch_settings.py FILE takes two minutes on a GPU. FILE holds one captured head of 64, as `flash-
-entmax bench --inputs` reads it; benchmarks/keys.py says what is made of it. Beside it, synthetic inputs that are sparse
-by tile. Every setting is given at once to scan, mark, solve, output and the gradients: warps of a program, stages of
-its pipeline, and how many programs of 128 threads the registers leave room for (0: no limit). All are compiled first,
-in many processes, and then timed one after another. Milliseconds are means of five steps by PyTorch's profiler. A line
-for each kernel says what it takes as shipped, and with the best settings. All of it goes to FOLDER/launch-settings.json
-with --out FOLDER.
+python benchmarks/launch_settings.py FILE takes two minutes on a GPU. FILE holds one captured head of 64, as
+`flash-entmax bench --inputs` reads it; benchmarks/keys.py says what is made of it. Beside it, synthetic inputs that are
+sparse by tile. Every setting is given at once to scan, mark, solve, output and the gradients: warps of a program,
+stages of its pipeline, and how many programs of 128 threads the registers leave room for (0: no limit). All are
+compiled first, in many processes, and then timed one after another. Milliseconds are means of five steps by PyTorch's
+profiler. A line for each kernel says what it takes as shipped, and with the best settings. All of it goes to
+FOLDER/launch-settings.json with --out FOLDER.
 """
 
 import argparse

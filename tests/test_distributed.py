@@ -18,11 +18,9 @@ from rank_work import (
     round_trip,
     sum_of,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from flash_entmax import entmax_attention, entmax_attention_varlen
 from flash_entmax.distributed import context_parallel_attention
-from flash_entmax.distributed.prefixes import prefixes
 
 pytestmark = pytest.mark.xdist_group("distributed")
 SIZES = (1, 2, 3, 4)
@@ -196,26 +194,6 @@ def test_one_graph_of_a_compiled_call(pool, name, way, backend):
     for (own,), (expected,) in zip(answers, plain, strict=True):
         for part, wanted in expected.items():
             torch.testing.assert_close(own[part], wanted, rtol=tolerance, atol=tolerance, msg=part)
-
-
-def test_prefixes_of_any_length_are_in_one_graph():
-    """Their gradients are those of slices, and a compiler that keeps lengths open keeps one graph."""
-
-    def weighted(tensor: torch.Tensor, take) -> torch.Tensor:
-        length = tensor.shape[2]
-        parts = take(tensor, (length // 4, length // 2, length // 2, length))
-        return sum(((number + 1) * part.square()).sum() for number, part in enumerate(parts))
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda tensor: weighted(tensor, prefixes), fullgraph=True, dynamic=True, backend=counter)
-    for length in (16, 32, 48):
-        tensor = torch.randn(1, 2, length, 3, dtype=torch.float64, requires_grad=True)
-        plain = weighted(tensor, lambda tensor, lengths: [tensor[:, :, :n] for n in lengths])
-        (expected,) = torch.autograd.grad(plain, tensor)
-        for run in (compiled, lambda tensor: weighted(tensor, prefixes)):
-            (gradient,) = torch.autograd.grad(run(tensor), tensor)
-            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
-    assert counter.frame_count == 1
 
 
 def test_each_rank_may_keep_its_share_of_a_parameters_gradient(pool):

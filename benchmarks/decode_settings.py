@@ -31,7 +31,7 @@ from flash_entmax.testing import decoding_inputs
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 SIZES = (1, 8_192), (1, 32_768), (1, 131_072), (16, 8_192), (16, 32_768)  # batch, keys
 RULES = "decode_scores_settings", "rounded_scores_settings"
-PROGRAMS = "SCORING_PROGRAMS", "ROUNDED_SCORING_PROGRAMS"
+PROGRAMS = "scoring_programs", "rounded_scoring_programs"
 SHIPPED = {name: getattr(schedule, name) for name in RULES + PROGRAMS}
 
 
@@ -44,9 +44,9 @@ class Setting(NamedTuple):
         return schedule.LaunchSettings(self.warps, 2 * self.stages - 1 if config.PAGE else self.stages)
 
     def of(self, name: str):
-        """What stands in for a rule or a number of schedule.py."""
+        """What stands in for a rule of schedule.py."""
         if name in PROGRAMS:
-            return self.programs
+            return lambda config: self.programs
         return self.rounded_rule if name == "rounded_scores_settings" else self.rule
 
     def rounded_rule(self, config: schedule.Config) -> schedule.LaunchSettings:
@@ -55,7 +55,7 @@ class Setting(NamedTuple):
         return schedule.LaunchSettings(self.warps, self.stages, limit)
 
 
-SETTINGS = tuple(Setting(*numbers) for numbers in product((1, 2, 4), (2, 3, 4), (2, 4, 6, 8)))
+SETTINGS = tuple(Setting(*numbers) for numbers in product((1, 2, 4), (2, 3, 4), (2, 4, 6, 8, 12)))
 
 
 def main() -> None:

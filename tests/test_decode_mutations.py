@@ -70,15 +70,15 @@ FAULTS = {
         "alive & (alive == 0)", "long",
     ),
     "the second score of a tile is not looked for": (
-        decode, "store_maxima", "tl.where(tl.arange(0, C.TILE)[None, :] == column[:, None], ...)", "score - 1e9",
+        decode, "store_maxima", "tl.where(tl.arange(0, C.TILE)[:, None] == first[None, :], ...)", "score - 1e9",
         "long",
     ),
     "each step of single keys writes over those before": (
         decode_lists, "append_singles", "return count + tiles", "return count + 0 * tiles", "sparse",
     ),
     "candidates of the first step only": (
-        decode_lists, "list_crowded", "range(0, tiles * C.TILE, LISTED)",
-        "range(0, tl.minimum(tiles * C.TILE, LISTED), LISTED)", "long",
+        decode_lists, "list_crowded", "range(0, end, LISTED)",
+        "range(0, tl.minimum(end, LISTED), LISTED)", "long",
     ),
     "each step writes over the keys of the one before": (
         decode_lists, "append_keys", "count + tl.cumsum(alive, 0) - 1", "tl.cumsum(alive, 0) - 1", "long",

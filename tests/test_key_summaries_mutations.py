@@ -30,7 +30,7 @@ FAULTS = {
         decode_summaries, "bound_scores", "margin = ...", "margin = 0.0 * (...)", "nearly one",
     ),
     "a tile's largest score is bounded from above only": (
-        decode_summaries, "bound_scores", "largest - 2.0 * tl.max(margin, 1)", "largest", "nearly one",
+        decode_summaries, "bound_scores", "largest - 2.0 * tl.max(margin, 0)", "largest", "nearly one",
     ),
     "the low bits of the query are left out": (
         decode_summaries, "product_of_integers", "queries.low", "0 * queries.low", "whole numbers",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...core import call
 from .lists import append_tiles, close_list
-from .score import alibi_penalty, apply_softcap
+from .score import alibi_penalty, apply_softcap, by_key, by_query
 from .tile import UNSPECIALIZED, Matrix, head_of, key_head, load_tile
 from .visibility import HIDDEN, WHOLE, are_whole, kinds_of, seen_tiles
 
@@ -88,7 +88,7 @@ def bound_tiles(places, capacity, queries, last_tile, summary, C: tl.constexpr):
         error = tl.load(summary.error + first_block + block, mask=block < end, other=0.0)
         lowest, _ = apply_softcap(score - query_norm[:, None] * error[None, :], options.softcap, C)
         if C.ALIBI:
-            lowest -= block_alibi_penalty(queries, block, True, C)
+            lowest -= block_alibi_penalty(queries, block, True, False, C)
         _, whole = seen_blocks(queries, block, end, C)
         maximum_bound = tl.maximum(maximum_bound, tl.max(tl.where(whole, lowest, float("-inf")), 1))
         components = tl.load(summary.largest + first_block + block, mask=block < end, other=0.0)
@@ -105,7 +105,7 @@ def bound_tiles(places, capacity, queries, last_tile, summary, C: tl.constexpr):
         score = centre_scores(queries.q, centre, first, blocks, C)
         highest, _ = apply_softcap(score + query_norm[:, None] * radius[None, :], options.softcap, C)
         if C.ALIBI:
-            highest -= block_alibi_penalty(queries, block, False, C)
+            highest -= block_alibi_penalty(queries, block, False, False, C)
         some, _ = seen_blocks(queries, block, end, C)
         dead = (highest - maximum_bound[:, None]) * options.z_scale <= depth[:, None]
         alive = tl.max(tl.where(some & (dead == 0), 1, 0), 0)
@@ -155,11 +155,11 @@ def seen_blocks(queries, block, end, C: tl.constexpr):
 
 
 @triton.jit
-def block_alibi_penalty(queries, block, LARGEST: tl.constexpr, C: tl.constexpr):
-    """(queries, BLOCKS): the largest, or the least, ALiBi penalty of a block's keys."""
-    first = (block * C.TILE)[None, :]
+def block_alibi_penalty(queries, block, LARGEST: tl.constexpr, TRANSPOSED: tl.constexpr, C: tl.constexpr):
+    """(queries, BLOCKS), or the transpose: the largest, or the least, ALiBi penalty of a block's keys."""
+    first = by_key(block * C.TILE, TRANSPOSED)
     last = tl.minimum(first + C.TILE, queries.sizes.key_length) - 1
-    position = queries.position[:, None]
+    position = by_query(queries.position, TRANSPOSED)
     nearest = tl.maximum(tl.maximum(first - position, position - last), 0)
     furthest = tl.maximum(tl.abs(position - first), tl.abs(position - last))
     near = alibi_penalty(nearest, queries.options.alibi_slopes)

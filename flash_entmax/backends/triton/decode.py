@@ -1,7 +1,7 @@
 """Few queries, many keys: every key is read once, and values only where there is support.
 
-The queries of all heads that share a key head are rows of one tile, so their keys are read once. Three kernels follow
-one another:
+The queries of all heads that share a key head are columns of one tile, so their keys are read once. Keys are its rows:
+matrix units multiply 16 rows or more, and 8 columns or more. Three kernels follow one another:
 
     decode_scores    keys split over programs -> the scores of all rows, and their maxima by tile of keys
     decode_solve     one program a row: the threshold, the list of its support, and the output of a short list
@@ -24,11 +24,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .alpha import newton_step, probability_and_weight, support_weight
-from .decode_lists import PLACES, RowScores, TileMaxima, append_keys, list_candidates, load_numbers
+from .decode_lists import PLACES, RowScores, TileMaxima, append_keys, distances, list_candidates, load_numbers
 from .decode_values import store_output, sum_of_parts, weighted_values
 from .pages import interval_of_row, keys_of_batch_row, open_batch_row, open_keys_of_row
 from .queries import Queries, open_options
-from .score import LOWEST, distance_to_threshold, scores, sees_a_key
+from .score import LOWEST, sees_a_key, transposed_scores
 from .tile import UNSPECIALIZED, Sizes, add_compensated, open_tile
 
 PART = tl.constexpr(128)  # keys of a support whose values one program adds up
@@ -119,22 +119,22 @@ def score_tiles(queries, key, table, places, begin, end, MASKED: tl.constexpr, C
     NaN counts as infinite in a maximum: that of the row then says that a score is not finite.
     """
     exists = places.exists
-    columns = places.scores[:, None] + tl.arange(0, C.TILE)[None, :]
+    columns = places.scores[None, :] + tl.arange(0, C.TILE)[:, None]
     for tile in range(begin, end):
         keys = open_keys_of_row(key, table, open_tile(tile, C), queries.sizes, MASKED, C)
-        score, _ = scores(queries, keys, MASKED, C)
-        tl.store(columns + tile * C.TILE, score, mask=exists[:, None])
+        score, _ = transposed_scores(queries, keys, MASKED, C)
+        tl.store(columns + tile * C.TILE, score, mask=exists[None, :])
         store_maxima(places.maxima, tile, tl.where(score == score, score, float("inf")), exists, C)
 
 
 @triton.jit
 def store_maxima(maxima, tile, score, exists, C: tl.constexpr):
     """The two largest scores of a tile of keys, which may be equal, and the key of the first."""
-    largest, column = tl.max(score, 1, return_indices=True)
-    others = tl.where(tl.arange(0, C.TILE)[None, :] == column[:, None], float("-inf"), score)
+    largest, first = tl.max(score, 0, return_indices=True)
+    others = tl.where(tl.arange(0, C.TILE)[:, None] == first[None, :], float("-inf"), score)
     tl.store(maxima.largest + tile, largest, mask=exists)
-    tl.store(maxima.second + tile, tl.max(others, 1), mask=exists)
-    tl.store(maxima.key + tile, tile * C.TILE + column, mask=exists)
+    tl.store(maxima.second + tile, tl.max(others, 0), mask=exists)
+    tl.store(maxima.key + tile, tile * C.TILE + first, mask=exists)
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def open_queries_of_group(query, unit, row, exists, score_options, sizes, visibi
 def open_group(
     query, unit, row, exists, batch_row, left, score_options, sizes, visibility, C: tl.constexpr
 ):  # fmt: skip
-    """Rows of one key head as queries. Each has the numbers of its own query head, (rows, 1)."""
+    """Rows of one key head as queries. Each has the numbers of its own query head, (1, rows)."""
     key_heads = sizes.heads // sizes.group
     batch, first_head = unit // key_heads, unit % key_heads * sizes.group
     head = first_head + tl.minimum(row // sizes.query_length, sizes.group - 1)
@@ -171,7 +171,7 @@ def open_group(
         number = tl.where((number >= batch_row.absent) & batch_row.fits, number, sizes.query_length)
         exists = number < sizes.query_length
     start, stop, position = interval_of_row(number, batch, left, sizes, visibility, C)
-    head_unit = (batch * sizes.heads + head)[:, None]
+    head_unit = (batch * sizes.heads + head)[None, :]
     column = tl.arange(0, C.HEAD_PADDED)[None, :]
     query_row = batch_row.first + number
     places = tl.cast(head, tl.int64) * query.head_stride + tl.cast(query_row, tl.int64) * query.row_stride
@@ -240,21 +240,21 @@ def highest(numbers, begin, end):
 
 
 @triton.jit
-def distances(row, first, end, offset):
-    """(PLACES,): distances of the numbers from `first` on to the threshold at an offset; 0 from `end` on."""
-    return distance_to_threshold(load_numbers(row.numbers, first, end), row.maximum, row.z_scale, offset)
-
-
-@triton.jit
 def sums_at(row, begin, end, offset, C: tl.constexpr):
-    """(F, sum u) over numbers[begin:end] at an offset. Thousands of equal parts lose no digits."""
+    """(F, sum u) over numbers[begin:end] at an offset. Thousands of equal parts lose no digits.
+
+    The numbers of a step are loaded while the step before it is added up.
+    """
     total = tl.zeros((PLACES,), tl.float32)
     error = tl.zeros((PLACES,), tl.float32)
     weight = tl.zeros((PLACES,), tl.float32)
+    number = load_numbers(row.numbers, begin, end)
     for first in range(begin, end, PLACES):
-        p, u = probability_and_weight(distances(row, first, end, offset), row.exponent, C.POWER, False)
+        next_number = load_numbers(row.numbers, first + PLACES, end)
+        p, u = probability_and_weight(distances(row, number, offset), row.exponent, C.POWER, False)
         total, error = add_compensated(total, error, p)
         weight += u
+        number = next_number
     return tl.sum(total, 0), tl.sum(weight, 0)
 
 
@@ -296,7 +296,7 @@ def keep_support(row, keys, count, offset, last_step, C: tl.constexpr):
     """
     kept = 0
     for first in range(0, count, PLACES):
-        d = distances(row, first, count, offset)
+        d = distances(row, load_numbers(row.numbers, first, count), offset)
         p = support_weight(d, row.exponent, C.POWER) * tl.maximum(d + last_step, 0.0)
         place = first + tl.arange(0, PLACES)
         key = tl.load(keys + place, mask=place < count, other=0)

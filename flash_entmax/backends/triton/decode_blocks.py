@@ -37,9 +37,9 @@ class KernelBlocks(NamedTuple):
 
 
 class Margin(NamedTuple):
-    """Numbers of each row, (rows, 1). A score is within `length * error + rest` of one by rounded queries and keys.
+    """Numbers of each row. A score is within `length * error + rest`, (1, rows), of one by rounded queries and keys.
 
-    `largest` is the largest |component| of the query; where not `is_rounded`, its margin is infinite or NaN.
+    `largest`, (rows,), is the largest |component| of the query; where not `is_rounded`, its margin is infinite or NaN.
     """
 
     length: Tensor
@@ -78,15 +78,15 @@ def margin_of(queries, C: tl.constexpr):
     q = queries.q.to(tl.float32)
     largest = tl.max(tl.where(q == q, tl.abs(q), float("inf")), 1)
     is_rounded = (largest >= SMALLEST_ROUNDED) & (largest < float("inf"))
-    length = tl.where(is_rounded | (largest == 0), norm(q, 1) * NORM_ROUNDING, float("inf"))[:, None]
+    length = tl.where(is_rounded | (largest == 0), norm(q, 1) * NORM_ROUNDING, float("inf"))[None, :]
     rest = tl.zeros_like(length)
     if C.SOFTCAP:
         rest += options.softcap * 2.0**-20
     if C.ALIBI:
         furthest = tl.maximum(tl.abs(queries.position - queries.start), tl.abs(queries.position - queries.stop))
         finite = tl.where(options.alibi_slopes == float("inf"), 0.0, tl.abs(options.alibi_slopes))
-        rest += finite * furthest[:, None].to(tl.float32) * 2.0**-20
-    return Margin(length, rest, largest[:, None], is_rounded[:, None])
+        rest += finite * furthest[None, :].to(tl.float32) * 2.0**-20
+    return Margin(length, rest, largest, is_rounded)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -113,50 +113,50 @@ def block_bounds_kernel(
         score = centre_products(queries.q, centre, block, inside, C)
         radius = tl.load(blocks.radius + first_block + block, mask=inside, other=0.0)
         error = tl.load(blocks.centre_error + first_block + block, mask=inside, other=0.0)
-        upper, _ = apply_softcap(score + margin.length * radius[None, :], queries.options.softcap, C)
-        lower, _ = apply_softcap(score - margin.length * error[None, :], queries.options.softcap, C)
+        upper, _ = apply_softcap(score + margin.length * radius[:, None], queries.options.softcap, C)
+        lower, _ = apply_softcap(score - margin.length * error[:, None], queries.options.softcap, C)
         if C.ALIBI:
-            upper -= block_alibi_penalty(queries, tile, False, C)
+            upper -= block_alibi_penalty(queries, tile, False, True, C)
             lower -= largest_alibi_penalty(queries, block, C)
         some, whole = seen_by_rows(queries, tile, block, C)
         upper = tl.where(upper == upper, upper + margin.rest, float("inf"))
         upper = tl.where(some, upper, float("-inf"))
         tl.store(
-            highest_of_tiles + line_of_tiles[:, None] + tile[None, :], upper, mask=own.exists[:, None] & inside[None, :]
+            highest_of_tiles + line_of_tiles[None, :] + tile[:, None], upper, mask=own.exists[None, :] & inside[:, None]
         )
-        is_known = whole & inside[None, :] & (lower < float("inf"))
-        row_least = tl.maximum(row_least, tl.max(tl.where(is_known, lower - margin.rest, float("-inf")), 1))
+        is_known = whole & inside[:, None] & (lower < float("inf"))
+        row_least = tl.maximum(row_least, tl.max(tl.where(is_known, lower - margin.rest, float("-inf")), 0))
     tl.store(least + line_of_tiles + own.split, row_least, mask=own.exists)
 
 
 @triton.jit
 def centre_products(q, centre, block, inside, C: tl.constexpr):
-    """(rows, TILES): query . centre of the blocks of some tiles."""
+    """(TILES, rows): query . centre of the blocks of some tiles."""
     column = tl.arange(0, C.HEAD_PADDED)[None, :]
     pointers = centre.data + (tl.cast(block, tl.int64) * centre.row_stride)[:, None] + column
     c = tl.load(pointers, mask=inside[:, None] & (column < C.HEAD), other=0.0)
-    return tl.dot(q, tl.trans(c), input_precision=C.PRECISION)
+    return tl.dot(c, tl.trans(q), input_precision=C.PRECISION)
 
 
 @triton.jit
 def largest_alibi_penalty(queries, block, C: tl.constexpr):
-    """(rows, TILES): over the keys of a whole block, which may be two tiles."""
+    """(TILES, rows): over the keys of a whole block, which may be two tiles."""
     PER_BLOCK: tl.constexpr = SUMMARY_BLOCK // C.TILE
-    penalty = block_alibi_penalty(queries, block * PER_BLOCK, True, C)
+    penalty = block_alibi_penalty(queries, block * PER_BLOCK, True, True, C)
     if PER_BLOCK > 1:
-        penalty = tl.maximum(penalty, block_alibi_penalty(queries, block * PER_BLOCK + PER_BLOCK - 1, True, C))
+        penalty = tl.maximum(penalty, block_alibi_penalty(queries, block * PER_BLOCK + PER_BLOCK - 1, True, True, C))
     return penalty
 
 
 @triton.jit
 def seen_by_rows(queries, tile, block, C: tl.constexpr):
-    """(some, whole), (rows, TILES): whether a row may see a key of a tile, and whether it sees its block whole."""
-    start, stop = queries.start[:, None], queries.stop[:, None]
-    first, first_of_block = (tile * C.TILE)[None, :], (block * SUMMARY_BLOCK)[None, :]
+    """(some, whole), (TILES, rows): whether a row may see a key of a tile, and whether it sees its block whole."""
+    start, stop = queries.start[None, :], queries.stop[None, :]
+    first, first_of_block = (tile * C.TILE)[:, None], (block * SUMMARY_BLOCK)[:, None]
     some = (start < stop) & (first < stop) & (first + C.TILE > start)
     whole = (first_of_block >= start) & (first_of_block + SUMMARY_BLOCK <= stop)
     if C.FILTERED:
-        kinds = kinds_of(queries.unit, 0, tile[None, :], queries.sizes, queries.visibility, C)
+        kinds = kinds_of(queries.unit, 0, tile[:, None], queries.sizes, queries.visibility, C)
         some = some & (kinds != HIDDEN)
         whole = whole & (kinds == WHOLE) & (C.TILE == SUMMARY_BLOCK)
     return some, whole
@@ -164,14 +164,14 @@ def seen_by_rows(queries, tile, block, C: tl.constexpr):
 
 @triton.jit
 def load_least(least, exists, splits, C: tl.constexpr):
-    """(rows, 1): the largest of what all splits found. `least` points to the first split of each row."""
+    """(1, rows): the largest of what all splits found. `least` points to the first split of each row."""
     row_least = tl.full(least.shape, float("-inf"), tl.float32)
     for first in range(0, splits, TILES):
         split = first + tl.arange(0, TILES)
-        inside = exists[:, None] & (split < splits)[None, :]
-        numbers = tl.load(least[:, None] + split[None, :], mask=inside, other=float("-inf"))
-        row_least = tl.maximum(row_least, tl.max(numbers, 1))
-    return row_least[:, None]
+        inside = exists[None, :] & (split < splits)[:, None]
+        numbers = tl.load(least[None, :] + split[:, None], mask=inside, other=float("-inf"))
+        row_least = tl.maximum(row_least, tl.max(numbers, 0))
+    return row_least[None, :]
 
 
 @triton.jit
@@ -181,14 +181,14 @@ def list_reached_tiles(listed, places, least, z_scale, begin, end, C: tl.constex
     count = 0
     for first in range(begin, end, TILES):
         tile = first + tl.arange(0, TILES)
-        inside = places.exists[:, None] & (tile < end)[None, :]
-        pointers = places.highest[:, None] + tile[None, :]
+        inside = places.exists[None, :] & (tile < end)[:, None]
+        pointers = places.highest[None, :] + tile[:, None]
         upper = tl.load(pointers, mask=inside, other=float("-inf"))
         dead = ((upper - least) * z_scale <= -1.0 - 2.0**-20) | (upper == float("-inf"))
-        alive = tl.max(tl.where(dead, 0, 1), 0)
-        unread = inside & (alive == 0)[None, :]
+        alive = tl.max(tl.where(dead, 0, 1), 1)
+        unread = inside & (alive == 0)[:, None]
         tl.store(pointers, tl.full(upper.shape, float("-inf"), tl.float32), mask=unread)
-        tl.store(places.lowest[:, None] + tile[None, :], tl.full(upper.shape, float("-inf"), tl.float32), mask=unread)
+        tl.store(places.lowest[None, :] + tile[:, None], tl.full(upper.shape, float("-inf"), tl.float32), mask=unread)
         count = append(listed, count, tile, alive)
     tl.debug_barrier()
     return count

@@ -80,25 +80,42 @@ def load_numbers(numbers, first, end):
 
 
 @triton.jit
-def above_threshold(row, score, offset):
-    return distance_to_threshold(score, row.maximum, row.z_scale, offset) > 0
+def distances(row, numbers, offset):
+    """Of numbers of the row to the threshold at an offset; of -inf, 0."""
+    return distance_to_threshold(numbers, row.maximum, row.z_scale, offset)
+
+
+@triton.jit
+def above_threshold(row, numbers, offset):
+    return distances(row, numbers, offset) > 0
 
 
 @triton.jit
 def list_crowded(row, keys, places, tiles, offset, C: tl.constexpr):
     """How many keys of the listed tiles have a score above the threshold.
 
-    The scores of the n-th listed tile lie behind n tiles of scores or more. So what is written over has been read.
+    The scores of the n-th listed tile lie behind n tiles of scores or more. So what is written over has been read. The
+    scores of a step are loaded while the step before it is appended.
     """
     count = 0
-    for first in range(0, tiles * C.TILE, LISTED):
-        number = first + tl.arange(0, LISTED)
-        inside = number < tiles * C.TILE
-        key = tl.load(places + number // C.TILE, mask=inside, other=0) * C.TILE + number % C.TILE
-        score = tl.load(row.numbers + key, mask=inside, other=float("-inf"))
+    end = tiles * C.TILE
+    key, score = listed_scores(row, places, 0, end, C)
+    for first in range(0, end, LISTED):
+        next_key, next_score = listed_scores(row, places, first + LISTED, end, C)
         alive = tl.where(above_threshold(row, score, offset), 1, 0)
         count = append_keys(row.numbers, keys, count, score, key, alive)
+        key = next_key
+        score = next_score
     return count
+
+
+@triton.jit
+def listed_scores(row, places, first, end, C: tl.constexpr):
+    """(keys, their scores), (LISTED,), from number `first` on of all keys of the listed tiles; -inf from `end` on."""
+    number = first + tl.arange(0, LISTED)
+    inside = number < end
+    key = tl.load(places + number // C.TILE, mask=inside, other=0) * C.TILE + number % C.TILE
+    return key, tl.load(row.numbers + key, mask=inside, other=float("-inf"))
 
 
 @triton.jit

@@ -68,7 +68,7 @@ class BoundPlaces(NamedTuple):
 class RoundedQueries(NamedTuple):
     """Queries as unit * (256 high + low), the last two int8; and the two numbers of their margins.
 
-    A score is within `length * error + rest` of that by the rounded query and key. All but high and low are (rows, 1).
+    A score is within `length * error + rest` of that by the rounded query and key. high and low are (rows, HEAD_PADDED), the others (1, rows).
     """
 
     high: Tensor
@@ -140,11 +140,11 @@ def round_queries(queries, C: tl.constexpr):
     divisor = tl.where(margin.is_rounded, margin.largest, 1.0)
     unit = tl.where(margin.is_rounded, margin.largest * (1.0 / LARGEST_QUERY), 0.0)
     inverse = tl.where(margin.is_rounded, tl.div_rn(LARGEST_QUERY, divisor), 0.0)
-    q = tl.where(margin.is_rounded, queries.q.to(tl.float32), 0.0)
-    number = tl.floor(q * inverse + 0.5).to(tl.int32)
+    q = tl.where(margin.is_rounded[:, None], queries.q.to(tl.float32), 0.0)
+    number = tl.floor(q * inverse[:, None] + 0.5).to(tl.int32)
     low = ((number + 128) & 255) - 128
     high = ((number - low) >> 8).to(tl.int8)
-    return RoundedQueries(high, low.to(tl.int8), unit, margin.length, margin.rest)
+    return RoundedQueries(high, low.to(tl.int8), unit[None, :], margin.length, margin.rest)
 
 
 @triton.jit
@@ -156,25 +156,25 @@ def bound_scores(queries, rounded_queries, keys, places, listed, begin, end, MAS
     multiplied.
     """
     exists = places.exists
-    columns = places.highest_scores[:, None] + tl.arange(0, C.TILE)[None, :]
+    columns = places.highest_scores[None, :] + tl.arange(0, C.TILE)[:, None]
     unit, error = load_units(keys, tile_at(listed, begin, end), queries.sizes.key_length, C)
     for number in range(begin, end):
         tile = tile_at(listed, number, end)
         next_unit, next_error = load_units(keys, tile_at(listed, number + 1, end), queries.sizes.key_length, C)
         block = open_tile(tile, C)
         rounded = load_block(keys.rounded, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
-        product = product_of_integers(rounded_queries, tl.trans(rounded)).to(tl.float32)
-        product = product * unit[None, :] * rounded_queries.unit
+        product = product_of_integers(rounded_queries, rounded).to(tl.float32)
+        product = product * unit[:, None] * rounded_queries.unit
         tile_keys = Keys(tile, block.first, block.column, rounded)
-        score, _ = apply_score_options(product, queries, tile_keys, MASKED, False, C)
+        score, _ = apply_score_options(product, queries, tile_keys, MASKED, True, C)
         margin = rounded_queries.length * error + rounded_queries.rest
         upper = score + margin
         upper = tl.where(upper == upper, upper, float("inf"))
         if MASKED or C.ALIBI:
             upper = tl.where(score == float("-inf"), score, upper)  # hidden, also where the margin is infinite
-        tl.store(columns + tile * C.TILE, upper, mask=exists[:, None])
-        largest = tl.max(upper, 1)
-        lower = tl.where(largest < float("inf"), largest - 2.0 * tl.max(margin, 1), float("-inf"))
+        tl.store(columns + tile * C.TILE, upper, mask=exists[None, :])
+        largest = tl.max(upper, 0)
+        lower = tl.where(largest < float("inf"), largest - 2.0 * tl.max(margin, 0), float("-inf"))
         tl.store(places.highest + tile, largest, mask=exists)
         tl.store(places.lowest + tile, lower, mask=exists)
         unit = next_unit
@@ -201,9 +201,9 @@ def load_units(keys, tile, key_length, C: tl.constexpr):
 
 @triton.jit
 def product_of_integers(queries, keys):
-    """(256 high + low) . rounded, below 2^31 for heads of 512."""
-    product = tl.dot(queries.high, keys, out_dtype=tl.int32) * 256
-    return tl.dot(queries.low, keys, acc=product, out_dtype=tl.int32)
+    """(keys, rows): (256 high + low) . rounded, below 2^31 for heads of 512."""
+    product = tl.dot(keys, tl.trans(queries.high), out_dtype=tl.int32) * 256
+    return tl.dot(keys, tl.trans(queries.low), acc=product, out_dtype=tl.int32)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -75,7 +75,7 @@ def launch_decode(
     scores, support, largest, live_tiles, bounds, counts, finished, parts, second, largest_key = scratch
     for chunk in opened.plan.decode_chunks:
         numbers, programs, tiles = numbers_of(opened, chunk)
-        splits = splits_of(tiles, opened.plan.key_tiles, schedule.SCORING_PROGRAMS, device)
+        splits = splits_of(tiles, opened.plan.key_tiles, schedule.scoring_programs(opened.plan.config), device)
         opened.launch(
             decode_scores_kernel, tiles * splits, schedule.decode_scores_settings, query, key, scores, largest,
             second, largest_key, bounds, opened.options, opened.visibility, tensors, *numbers, *paging, splits,
@@ -104,7 +104,7 @@ def decode_rounded(problem: Problem, inputs: tuple[Tensor, ...], output: Tensor)
     least = least[0] if least else None
     for chunk in plan.decode_chunks:
         numbers, programs, tiles = numbers_of(opened, chunk)
-        splits = splits_of(tiles, plan.key_tiles, schedule.ROUNDED_SCORING_PROGRAMS, device)
+        splits = splits_of(tiles, plan.key_tiles, schedule.rounded_scoring_programs(plan.config), device)
         split_numbers = *numbers[:4], capacity, *numbers[4:], splits
         scoring = schedule.rounded_scores_settings
         if blocks is not None:

@@ -16,8 +16,7 @@ from ...core.pages import Pages
 from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
-SCORING_PROGRAMS, ADDING_PROGRAMS = 2, 2  # of decode.py on a multiprocessor
-ROUNDED_SCORING_PROGRAMS = 4  # of decode_summaries.py: half of the bytes, and more steps for each of them
+ADDING_PROGRAMS = 2  # of decode.py on a multiprocessor
 KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
 OTHER_BYTES = 32  # of these: maximum and offset, four more numbers in either pass, the summary, the words of a record
 WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared memory
@@ -240,7 +239,7 @@ def _config(
         CAUSAL=causal,
         PRECISION="ieee",
         COMPENSATED=is_single,
-        ROWS=min(max(rows, 16), 64 if head_padded <= WIDEST_PIPELINED else 16) if rows else 0,
+        ROWS=min(max(rows, 8), 64 if head_padded <= WIDEST_PIPELINED else 16) if rows else 0,
         OVERLAPPED=overlaps,
         PAGE=page,
         PACKED=packed,
@@ -295,16 +294,40 @@ def list_settings(config: Config) -> LaunchSettings:
     return LaunchSettings(1, 1)
 
 
+def has_few_rows(config: Config) -> bool:
+    """Few queries of a key head share a tile of its keys in decode.py, and the tile is a pipelined one."""
+    return config.ROWS <= 16 and config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED
+
+
 def decode_scores_settings(config: Config) -> LaunchSettings:
-    """Keys in pages wait for the numbers of their pages: twice the stages, less the first, have as many tiles of keys
-    on their way."""
-    stages = 4 if config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED else 2
-    return LaunchSettings(4, 2 * stages - 1 if config.PAGE else stages)
+    """Few rows are little work: one warp does it, whose maxima cross no others.
+
+    Keys in pages wait for the numbers of their pages: twice the stages, less the first, have as many tiles of keys on
+    their way.
+    """
+    is_pipelined = config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED
+    stages = 4 if is_pipelined and not has_few_rows(config) else 2
+    return LaunchSettings(1 if has_few_rows(config) else 4, 2 * stages - 1 if config.PAGE else stages)
+
+
+def scoring_programs(config: Config) -> int:
+    """On a multiprocessor."""
+    if not has_few_rows(config):
+        return 2
+    return 8 if config.PAGE else 4
 
 
 def rounded_scores_settings(config: Config) -> LaunchSettings:
-    limit = registers(config, ROUNDED_SCORING_PROGRAMS) if config.HEAD_PADDED <= WIDEST_PIPELINED else None
+    """As many programs as `rounded_scoring_programs` have the registers."""
+    if has_few_rows(config):
+        return LaunchSettings(2, 3, registers(config, 3))
+    limit = registers(config, 4) if config.HEAD_PADDED <= WIDEST_PIPELINED else None
     return LaunchSettings(4, listed_scores_settings(config).stages, limit)
+
+
+def rounded_scoring_programs(config: Config) -> int:
+    """On a multiprocessor: keys in 8 bits are half of the bytes, and more steps for each of them."""
+    return 6 if has_few_rows(config) else 4
 
 
 def listed_scores_settings(config: Config) -> LaunchSettings:

@@ -5,8 +5,8 @@ one batch row in bfloat16: in a forward pass without gradients, kept from the fo
 most in a training step. Beside them, what FlashAttention keeps: the logarithm of a sum for each query of each head, in
 float32.
 
-Where there is a GPU, the last three columns are measured, up to 131,072 tokens, on random inputs: the peak of a training
-step, the same of scaled_dot_product_attention by cuDNN, and what that keeps.
+Where there is a GPU, the last three columns are measured, up to 131,072 tokens, on random inputs: the peak of a
+training step, the same of scaled_dot_product_attention by cuDNN, and what that keeps.
 """
 
 from functools import partial
@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from flash_entmax import entmax_attention
-
 from flash_entmax.backends.triton.plan import Plan
 from flash_entmax.backends.triton.reach import reach_shapes
 from flash_entmax.backends.triton.schedule import Outline

@@ -68,7 +68,8 @@ class BoundPlaces(NamedTuple):
 class RoundedQueries(NamedTuple):
     """Queries as unit * (256 high + low), the last two int8; and the two numbers of their margins.
 
-    A score is within `length * error + rest` of that by the rounded query and key. high and low are (rows, HEAD_PADDED), the others (1, rows).
+    A score is within `length * error + rest` of that by the rounded query and key. high and low are (rows,
+    HEAD_PADDED), the others (1, rows).
     """
 
     high: Tensor

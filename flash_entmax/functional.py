@@ -1,6 +1,6 @@
 """The public calls of attention: check, lower, call."""
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from .core.alphas import within_range
 from .core.call import KeySummary, ScoreOptions, Support
 from .core.checks import check_keys, refuse_nested
 from .core.intervals import UNLIMITED
+from .core.keywords import refuse_keywords
 from .core.modes import as_autocast
 from .core.tensors import is_jagged, is_nested, longest_sequence
 from .core.visibility import Visibility
@@ -74,6 +75,7 @@ def entmax_attention(
     key_summary: KeySummary | KeySummaries | None = None,
     impl: Impl = "auto",
     return_support: bool = False,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Support]:
     """Attention whose weights are alpha-entmax instead of softmax: most keys get a probability of exactly zero.
 
@@ -146,6 +148,8 @@ def entmax_attention(
             ``return_support`` or more than 16 queries are asked for. A tensor alpha out of range on CUDA, where reading
             it would wait for the device, is a device-side assertion.
     """
+    if unknown:
+        refuse_keywords("entmax_attention", unknown)
     alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     if is_nested(query) or is_nested(key) or is_nested(value):
@@ -209,6 +213,7 @@ def entmax_attention_varlen(
     query_positions: Tensor | None = None,
     impl: Impl = "auto",
     return_support: bool = False,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Support]:
     """Entmax attention over packed sequences, each of which attends to itself only: ``torch.nn.attention.varlen``.
 
@@ -235,6 +240,8 @@ def entmax_attention_varlen(
         TypeError, ValueError: as :func:`entmax_attention`; ValueError for boundaries that fall, exceed the tokens or
             the longest lengths. On CUDA, where reading them would wait for the device, that is a device-side assertion.
     """
+    if unknown:
+        refuse_keywords("entmax_attention_varlen", unknown)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

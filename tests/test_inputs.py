@@ -1,11 +1,13 @@
 """Each input that cannot be honoured is refused with the right exception, and the message quotes what was passed."""
 
+import inspect
 import re
 
 import pytest
 import torch
 
 from flash_entmax import entmax_attention, entmax_attention_varlen
+from flash_entmax.core.keywords import SAID_BY
 
 
 def tensor(*shape, **options):
@@ -172,10 +174,25 @@ def test_options_that_do_not_fit_nested_tensors(options, match):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(TypeError, match="dropout_p"):
-        call(dropout_p=0.1)
+    """By the name that they have, and those of other libraries with what says the same here."""
+    with pytest.raises(TypeError, match=r"entmax_attention\(\) got an unexpected keyword argument 'is_casual'$"):
+        call(is_casual=True)
+    with pytest.raises(TypeError, match=r"arguments 'attn_mask' \(padding is key_mask .*, 'dropout_p' \(entmax drops"):
+        call(attn_mask=None, dropout_p=0.0)
+    boundaries = torch.tensor([0, 4])
+    with pytest.raises(TypeError, match=r"entmax_attention_varlen\(\) .* 'causal' \(it is is_causal\)$"):
+        entmax_attention_varlen(*(torch.randn(4, 1, 8) for _ in range(3)), boundaries, None, 4, 4, causal=True)
     with pytest.raises(TypeError, match="positional"):
         entmax_attention(tensor(), tensor(), tensor(), 1.5)
+
+
+def test_what_stands_for_a_keyword_of_another_library_is_taken():
+    """Every option that an advice names is one of the call."""
+    taken = set(inspect.signature(entmax_attention).parameters)
+    assert not taken & set(SAID_BY)
+    words = set(re.findall(r"[a-z]+_[a-z_]+|\bscale\b|\bsoftcap\b", " ".join(SAID_BY.values())))
+    assert words
+    assert words <= taken
 
 
 def test_triton_refuses_float64():

@@ -84,6 +84,10 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
         visibility = visibility._replace(intervals=visibility.intervals[:, :, :5].contiguous())
     problem = Problem.of(few.shape, key.shape, score, visibility)
     attention.attention_forward(problem, few, key, key, False)
+    for queries in (1, 16):  # of two heads: few rows, and many
+        shape = query[:, :, :queries].shape
+        one = Problem.of(shape, key.shape, ScoreOptions(alpha, 1.0), VisibilityArgs(None, None, None, True, 512))
+        attention.attention_forward(one, query[:, :, :queries], key, key, False)
     rounded_keys = rounded_keys_of(key)
     for given in (rounded_keys, rounded_keys._replace(centre=None, radius=None, centre_error=None)):
         append.append_keys(given, key, torch.zeros(1, dtype=torch.int32))

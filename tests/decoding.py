@@ -22,9 +22,12 @@ if find_spec("triton"):
     from flash_entmax.backends.triton import decode, decode_lists, plan
 
 
-def check_decode(case: Case, impl: str, more: float = 0.0) -> torch.Tensor:
-    """The output without gradients against the float64 reference; `more` is added to the floor of a few roundings."""
-    actual = attend(case, impl)
+def check_decode(case: Case, impl: str, more: float = 0.0, **options) -> torch.Tensor:
+    """The output without gradients against the float64 reference; `more` is added to the floor of a few roundings.
+
+    Options are for the call that is checked only.
+    """
+    actual = attend(case, impl, **options)
     exact = attend(case.in_float64(), "reference")
     dense = run_dense(case, case.grad_output()).output
     size = case.value.double().abs().amax().item() if case.value.numel() else 0.0

@@ -80,6 +80,10 @@ FAULTS = {
         decode_lists, "list_crowded", "range(0, end, LISTED)",
         "range(0, tl.minimum(end, LISTED), LISTED)", "long",
     ),
+    "the scores of a step are taken again in the next one": (
+        decode_lists, "list_crowded", "first + LISTED", "first", "long",
+    ),
+    "the numbers of a step are added again in the next one": (decode, "sums_at", "first + PLACES", "first", "long"),
     "each step writes over the keys of the one before": (
         decode_lists, "append_keys", "count + tl.cumsum(alive, 0) - 1", "tl.cumsum(alive, 0) - 1", "long",
     ),

@@ -5,6 +5,7 @@ The default profile draws the same few examples every third day; conftest says h
 
 import random
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -14,15 +15,18 @@ from conftest import FUZZ_EXAMPLES, FUZZ_KITS, PROFILE, THIRD
 from decoding import check_decode
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from paged_cases import PagedCase, check_pages, make_paged_case
 from single_keys import limits_of, lone_inputs
 from torch.nn.attention.flex_attention import create_block_mask
 
+from flash_entmax import KeySummaries
 from flash_entmax.testing import KEY_PATTERNS, key_sparse_inputs, poisoned
 
 numbers = st.sampled_from
 alphas = (st.just(1.5), st.just(2.0), st.one_of(st.just(1.25), st.floats(1.05, 2.0)))
 slope_values = numbers([0.0, 0.01, 0.3, 2.0, 50.0, -0.05, -1.0, float("inf")])
 dims = (1, 3, 8, 16, 17, 32, 64, 80, 128, 256, 512)
+FAMILIES = 6  # of calls, a test each
 SHARDS = 16 if PROFILE == "fuzz" else 1  # so that pytest-xdist can share the examples out
 MASK_MODS = {
     "causal": lambda b, h, q, k: k <= q,
@@ -147,6 +151,23 @@ def decoding_calls(draw, backend, shard: int, longest: int) -> tuple[Case, dict]
 
 
 @st.composite
+def paged_calls(draw, backend, shard: int, longest: int) -> PagedCase:
+    """Few queries for each row of keys in pages, or more than the kernels of few queries take."""
+    kit = draw(kits(backend, shard))
+    key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 4))
+    heads, lengths = key_heads * group, st.one_of(st.integers(0, longest), numbers([0, 1, 63, 64, 65]))
+    options = draw(scores(kit, 0, heads, backend.device))
+    if kit.pick([False, True]):
+        options["window_size"] = (draw(numbers([0, 1, 20, 100])), draw(numbers([-1, 0, 5])))
+    return make_paged_case(
+        backend, tuple(draw(st.lists(lengths, min_size=1, max_size=3))), kit.pick([1, 16, 32, 48, 64, 128]),
+        queries=draw(st.integers(1, 18)), heads=heads, key_heads=key_heads, dim=kit.pick(dims),
+        value_dim=kit.pick(dims), dtype=kit.pick(backend.dtypes), index_dtype=draw(numbers([torch.int32, torch.int64])),
+        behind=draw(numbers(["NaN page", "far", "negative"])), seed=draw(st.integers(0, 10**6)), **options,
+    )  # fmt: skip
+
+
+@st.composite
 def packed_calls(draw, backend, shard: int, longest: int) -> Case:
     kit = draw(kits(backend, shard))
     key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 1 if backend.is_interpreted else 2))
@@ -211,13 +232,30 @@ def check_decoded(case: Case, impl: str) -> None:
         assert torch.equal(attend(case, impl), actual), "memory that was not written reached the output"
 
 
+def check_by_summaries(case: Case, impl: str) -> None:
+    """With all keys in 8 bits and with half of them, and with bounds of blocks: within budget, and finite."""
+    keys = case.key.shape[2]
+    for appended, skips_blocks in product((keys, keys // 2), (False, True)):
+        summaries = KeySummaries.of(case.key[:, :, :appended], capacity=keys, skips_blocks=skips_blocks, impl=impl)
+        actual = check_decode(case, impl, more=score_rounding(case), key_summary=summaries)
+        assert actual.isfinite().all()
+
+
+def check_paged(case: PagedCase, impl: str) -> None:
+    """The bits of keys in one piece. In plain PyTorch a product of copies may add up in another order."""
+    if impl == "triton":
+        check_pages(case, impl)
+    else:
+        torch.testing.assert_close(case.attend(impl), case.attend_in_one_piece(impl))
+
+
 def check_calls(backend, calls, shard: int, examples: int, check_call=check_drawn) -> None:
     # To shrink a failure would take the interpreter minutes.
     phases = [phase for phase in Phase if phase is not Phase.shrink or not backend.is_interpreted]
     if PROFILE == "fuzz":
-        examples = FUZZ_EXAMPLES // (4 * SHARDS)
+        examples = FUZZ_EXAMPLES // (FAMILIES * SHARDS)
     elif backend.impl == "torch":  # the third of the day, whose kits the other two have not
-        shard, examples = shard + 4 * SHARDS * THIRD, examples // 3
+        shard, examples = shard + FAMILIES * SHARDS * THIRD, examples // 3
 
     @settings(max_examples=examples, phases=phases)
     @given(calls(backend, shard, backend.sizes(80, 200, 1000)))
@@ -247,3 +285,15 @@ def test_any_key_sparse_call(backend, shard):
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_any_decoding_call(backend, shard):
     check_calls(backend, decoding_calls, 3 * SHARDS + shard, backend.sizes(10, 30, 50), check_decoded)
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_any_call_by_keys_in_8_bits(backend, shard):
+    if backend.impl == "torch":
+        pytest.skip("plain PyTorch reads the keys themselves")
+    check_calls(backend, decoding_calls, 4 * SHARDS + shard, backend.sizes(5, 0, 50), check_by_summaries)
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_any_call_by_pages(backend, shard):
+    check_calls(backend, paged_calls, 5 * SHARDS + shard, backend.sizes(6, 30, 50), check_paged)

@@ -1,7 +1,7 @@
 """Few queries, many keys: every key is read once, and values only where there is support.
 
-The queries of all heads that share a key head are columns of one tile, so their keys are read once. Keys are its rows:
-matrix units multiply 16 rows or more, and 8 columns or more. Three kernels follow one another:
+The queries of all heads that share a key head are multiplied by its keys at once, so that keys are read once. Three
+kernels follow one another:
 
     decode_scores    keys split over programs -> the scores of all rows, and their maxima by tile of keys
     decode_solve     one program a row: the threshold, the list of its support, and the output of a short list
@@ -9,6 +9,9 @@ matrix units multiply 16 rows or more, and 8 columns or more. Three kernels foll
 
 tau is final before any value is read, so the sums of parts add up as they are. A row's bits depend on its own query and
 keys only: neither how the keys are split nor what else is in the batch changes the order of an addition.
+
+A row, here and below, is one query of one query head. Products are (keys, rows): matrix units multiply 16 keys or more
+by 8 rows or more, and a group of heads has few rows.
 
 A launch takes `rows` rows, from `first_row` on, of each of some key heads, from number `first_unit` on. Row r of a key
 head is query r % query_length of the head's query head r // query_length. `line` is how many numbers lie between the
@@ -28,7 +31,7 @@ from .decode_lists import PLACES, RowScores, TileMaxima, append_keys, distances,
 from .decode_values import store_output, sum_of_parts, weighted_values
 from .pages import interval_of_row, keys_of_batch_row, open_batch_row, open_keys_of_row
 from .queries import Queries, open_options
-from .score import LOWEST, sees_a_key, transposed_scores
+from .score import LOWEST, apply_score_options, products_by_key, sees_a_key
 from .tile import UNSPECIALIZED, Sizes, add_compensated, open_tile
 
 PART = tl.constexpr(128)  # keys of a support whose values one program adds up
@@ -38,7 +41,7 @@ TOLERANCE = tl.constexpr(1e-6)  # of F - 1; one last step, taken on the probabil
 
 
 class ScorePlaces(NamedTuple):
-    """Pointers to the scores and the maxima of each row of a tile, and which of these rows exist."""
+    """Pointers to the scores and the maxima of the rows of a program, and which of these rows exist."""
 
     scores: Tensor
     maxima: TileMaxima
@@ -60,8 +63,9 @@ def decode_scores_kernel(
     query, key, row_scores, largest, second, largest_key, bounds, score_options, visibility, pages, heads, group,
     query_length, key_length, first_unit, first_row, rows, line, table_stride, left, tokens, splits, C: tl.constexpr,
 ):  # fmt: skip
-    """Scores of each row and key that any row of its tile sees, -inf where the row does not see the key; their maxima
-    by tile of keys, see TileMaxima; and the tiles of keys that a row sees, from bounds[row, 0] up to bounds[row, 1]."""
+    """Scores of each row and key that any row of its program sees, -inf where the row does not see the key; their
+    maxima by tile of keys, see TileMaxima; and the tiles of keys that a row sees, from bounds[row, 0] up to
+    bounds[row, 1]."""
     start_next(C)
     sizes = Sizes(heads, group, query_length, key_length)
     program, split = tl.program_id(0) // splits, tl.program_id(0) % splits
@@ -119,11 +123,11 @@ def score_tiles(queries, key, table, places, begin, end, MASKED: tl.constexpr, C
     NaN counts as infinite in a maximum: that of the row then says that a score is not finite.
     """
     exists = places.exists
-    columns = places.scores[None, :] + tl.arange(0, C.TILE)[:, None]
+    pointers = places.scores[None, :] + tl.arange(0, C.TILE)[:, None]
     for tile in range(begin, end):
         keys = open_keys_of_row(key, table, open_tile(tile, C), queries.sizes, MASKED, C)
-        score, _ = transposed_scores(queries, keys, MASKED, C)
-        tl.store(columns + tile * C.TILE, score, mask=exists[None, :])
+        score, _ = apply_score_options(products_by_key(queries.q, keys.k, C), queries, keys, MASKED, True, C)
+        tl.store(pointers + tile * C.TILE, score, mask=exists[None, :])
         store_maxima(places.maxima, tile, tl.where(score == score, score, float("inf")), exists, C)
 
 

@@ -18,7 +18,7 @@ from ...core import call
 from .bound import block_alibi_penalty, norm
 from .decode import open_queries_of_group, tiles_of_split
 from .lists import append
-from .score import apply_softcap
+from .score import apply_softcap, products_by_key
 from .tile import UNSPECIALIZED, Matrix, Sizes, head_of
 from .visibility import HIDDEN, WHOLE, kinds_of
 
@@ -39,7 +39,7 @@ class KernelBlocks(NamedTuple):
 class Margin(NamedTuple):
     """Numbers of each row. A score is within `length * error + rest`, (1, rows), of one by rounded queries and keys.
 
-    `largest`, (rows,), is the largest |component| of the query; where not `is_rounded`, its margin is infinite or NaN.
+    `largest` is the largest |component| of the query; where not `is_rounded`, its margin is infinite or NaN: (rows,).
     """
 
     length: Tensor
@@ -135,7 +135,7 @@ def centre_products(q, centre, block, inside, C: tl.constexpr):
     column = tl.arange(0, C.HEAD_PADDED)[None, :]
     pointers = centre.data + (tl.cast(block, tl.int64) * centre.row_stride)[:, None] + column
     c = tl.load(pointers, mask=inside[:, None] & (column < C.HEAD), other=0.0)
-    return tl.dot(c, tl.trans(q), input_precision=C.PRECISION)
+    return products_by_key(q, c, C)
 
 
 @triton.jit

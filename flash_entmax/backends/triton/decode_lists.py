@@ -94,8 +94,8 @@ def above_threshold(row, numbers, offset):
 def list_crowded(row, keys, places, tiles, offset, C: tl.constexpr):
     """How many keys of the listed tiles have a score above the threshold.
 
-    The scores of the n-th listed tile lie behind n tiles of scores or more. So what is written over has been read. The
-    scores of a step are loaded while the step before it is appended.
+    The scores of the n-th listed tile lie behind n tiles of scores or more. So a step writes before what any
+    later step loads, and its scores can be loaded while the step before it is appended.
     """
     count = 0
     end = tiles * C.TILE

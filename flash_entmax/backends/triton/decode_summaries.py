@@ -57,7 +57,7 @@ class KernelRoundedKeys(NamedTuple):
 
 
 class BoundPlaces(NamedTuple):
-    """Pointers to the bounds on the scores of each row of a tile, and on the largest of a tile of keys."""
+    """Pointers to the bounds on the scores of the rows of a program, and on the largest of a tile of keys."""
 
     highest_scores: Tensor
     highest: Tensor
@@ -157,7 +157,7 @@ def bound_scores(queries, rounded_queries, keys, places, listed, begin, end, MAS
     multiplied.
     """
     exists = places.exists
-    columns = places.highest_scores[None, :] + tl.arange(0, C.TILE)[:, None]
+    pointers = places.highest_scores[None, :] + tl.arange(0, C.TILE)[:, None]
     unit, error = load_units(keys, tile_at(listed, begin, end), queries.sizes.key_length, C)
     for number in range(begin, end):
         tile = tile_at(listed, number, end)
@@ -173,7 +173,7 @@ def bound_scores(queries, rounded_queries, keys, places, listed, begin, end, MAS
         upper = tl.where(upper == upper, upper, float("inf"))
         if MASKED or C.ALIBI:
             upper = tl.where(score == float("-inf"), score, upper)  # hidden, also where the margin is infinite
-        tl.store(columns + tile * C.TILE, upper, mask=exists[None, :])
+        tl.store(pointers + tile * C.TILE, upper, mask=exists[None, :])
         largest = tl.max(upper, 0)
         lower = tl.where(largest < float("inf"), largest - 2.0 * tl.max(margin, 0), float("-inf"))
         tl.store(places.highest + tile, largest, mask=exists)

@@ -104,11 +104,12 @@ def decode_rounded(problem: Problem, inputs: tuple[Tensor, ...], output: Tensor)
     least = least[0] if least else None
     for chunk in plan.decode_chunks:
         numbers, programs, tiles = numbers_of(opened, chunk)
-        splits = splits_of(tiles, plan.key_tiles, schedule.rounded_scoring_programs(plan.config), device)
-        split_numbers = *numbers[:4], capacity, *numbers[4:], splits
-        scoring = schedule.rounded_scores_settings
+        scoring, scorers = schedule.rounded_scores_settings, schedule.rounded_scoring_programs(plan.config)
         if blocks is not None:
-            scoring = schedule.listed_scores_settings
+            scoring, scorers = schedule.listed_scores_settings, schedule.LISTED_SCORING_PROGRAMS
+        splits = splits_of(tiles, plan.key_tiles, scorers, device)
+        split_numbers = *numbers[:4], capacity, *numbers[4:], splits
+        if blocks is not None:
             opened.launch(
                 block_bounds_kernel, tiles * splits, schedule.block_bounds_settings, query, blocks, maxima, least,
                 bounds, opened.options, opened.visibility, *split_numbers,

@@ -17,6 +17,7 @@ from ...core.tensors import WORD_BITS, aligned_size, ceil_div
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
 ADDING_PROGRAMS = 2  # of decode.py on a multiprocessor
+LISTED_SCORING_PROGRAMS = 4  # of decode_summaries.py where blocks of keys are left out
 KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
 OTHER_BYTES = 32  # of these: maximum and offset, four more numbers in either pass, the summary, the words of a record
 WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared memory
@@ -294,44 +295,50 @@ def list_settings(config: Config) -> LaunchSettings:
     return LaunchSettings(1, 1)
 
 
-def has_few_rows(config: Config) -> bool:
-    """Few queries of a key head share a tile of its keys in decode.py, and the tile is a pipelined one."""
-    return config.ROWS <= 16 and config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED
+def is_pipelined(config: Config) -> bool:
+    """Matrix units multiply tiles of keys of which several fit the shared memory."""
+    return config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED
+
+
+def is_light(config: Config) -> bool:
+    """So few rows share a tile of keys in decode.py that one or two warps keep up with memory."""
+    return config.ROWS <= 16 and is_pipelined(config)
 
 
 def decode_scores_settings(config: Config) -> LaunchSettings:
-    """Few rows are little work: one warp does it, whose maxima cross no others.
+    """With more warps than one, each computes the same addresses, and the maxima of a row cross warps. Programs of one
+    warp are many, so that two stages of each keep memory busy.
 
     Keys in pages wait for the numbers of their pages: twice the stages, less the first, have as many tiles of keys on
     their way.
     """
-    is_pipelined = config.HEAD_PADDED <= WIDEST_PIPELINED and not config.COMPENSATED
-    stages = 4 if is_pipelined and not has_few_rows(config) else 2
-    return LaunchSettings(1 if has_few_rows(config) else 4, 2 * stages - 1 if config.PAGE else stages)
+    warps, stages = (1, 2) if is_light(config) else (4, 4 if is_pipelined(config) else 2)
+    return LaunchSettings(warps, 2 * stages - 1 if config.PAGE else stages)
 
 
 def scoring_programs(config: Config) -> int:
-    """On a multiprocessor."""
-    if not has_few_rows(config):
+    """On a multiprocessor. With four warps and four stages, more than two do not run at once."""
+    if not is_light(config):
         return 2
     return 8 if config.PAGE else 4
 
 
 def rounded_scores_settings(config: Config) -> LaunchSettings:
-    """As many programs as `rounded_scoring_programs` have the registers."""
-    if has_few_rows(config):
-        return LaunchSettings(2, 3, registers(config, 3))
-    limit = registers(config, 4) if config.HEAD_PADDED <= WIDEST_PIPELINED else None
-    return LaunchSettings(4, listed_scores_settings(config).stages, limit)
+    """With registers for all programs of a multiprocessor."""
+    warps, stages = (2, 3) if is_light(config) else (4, listed_scores_settings(config).stages)
+    limit = None
+    if config.HEAD_PADDED <= WIDEST_PIPELINED:
+        limit = registers(config, rounded_scoring_programs(config) * warps // 4)
+    return LaunchSettings(warps, stages, limit)
 
 
 def rounded_scoring_programs(config: Config) -> int:
     """On a multiprocessor: keys in 8 bits are half of the bytes, and more steps for each of them."""
-    return 6 if has_few_rows(config) else 4
+    return 6 if is_light(config) else 4
 
 
 def listed_scores_settings(config: Config) -> LaunchSettings:
-    """A list of tiles takes more registers than four programs of a multiprocessor have."""
+    """A list of tiles takes more registers than LISTED_SCORING_PROGRAMS programs of a multiprocessor have."""
     return LaunchSettings(4, 4 if config.HEAD_PADDED <= 2 * WIDEST_PIPELINED else 2)
 
 

@@ -29,6 +29,16 @@ def transposed_scores(queries, keys, MASKED: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def products_by_key(q, k, C: tl.constexpr):
+    """(keys, queries). Without matrix units, few queries by many keys take fewer registers than keys by queries."""
+    if C.COMPENSATED:
+        product = tl.trans(tl.dot(q, tl.trans(k), input_precision=C.PRECISION))
+    else:
+        product = tl.dot(k, tl.trans(q), input_precision=C.PRECISION)
+    return product
+
+
+@triton.jit
 def apply_score_options(product, queries, keys, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, C: tl.constexpr):
     """(scores, derivative by the product) from products of queries and keys, or (TRANSPOSED) of keys and queries."""
     options = queries.options

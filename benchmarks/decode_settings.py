@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flash_entmax import KeySummaries, entmax_attention, entmax_attention_paged
 from flash_entmax.backends.triton import schedule
+from flash_entmax.backends.triton.config import Config
 from flash_entmax.programs.recipes.workers import cores
 from flash_entmax.testing import decoding_inputs
 
@@ -40,7 +41,7 @@ class Setting(NamedTuple):
     stages: int
     programs: int
 
-    def rule(self, config: schedule.Config) -> schedule.LaunchSettings:
+    def rule(self, config: Config) -> schedule.LaunchSettings:
         return schedule.LaunchSettings(self.warps, 2 * self.stages - 1 if config.PAGE else self.stages)
 
     def of(self, name: str):
@@ -49,7 +50,7 @@ class Setting(NamedTuple):
             return lambda config: self.programs
         return self.rounded_rule if name == "rounded_scores_settings" else self.rule
 
-    def rounded_rule(self, config: schedule.Config) -> schedule.LaunchSettings:
+    def rounded_rule(self, config: Config) -> schedule.LaunchSettings:
         """With registers for all programs of a multiprocessor, as the shipped rule has them."""
         limit = schedule.registers(config, max(1, self.programs * self.warps // 4))
         return schedule.LaunchSettings(self.warps, self.stages, limit)

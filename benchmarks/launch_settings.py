@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flash_entmax import entmax_attention
 from flash_entmax.backends.triton import launch, plan, schedule
+from flash_entmax.backends.triton.config import Config
 from flash_entmax.operators import dispatch
 from flash_entmax.programs.recipes.workers import cores
 from flash_entmax.testing import topic_inputs
@@ -40,7 +41,7 @@ class Setting(NamedTuple):
     stages: int
     programs: int  # that share a multiprocessor; 0 where registers have no limit
 
-    def rule(self, config: schedule.Config) -> schedule.LaunchSettings:
+    def rule(self, config: Config) -> schedule.LaunchSettings:
         limit = schedule.registers(config, self.programs) if self.programs else None
         return schedule.LaunchSettings(self.warps, self.stages, limit)
 

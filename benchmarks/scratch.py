@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from flash_entmax import entmax_attention
+from flash_entmax.backends.triton.config import Outline
 from flash_entmax.backends.triton.plan import Plan
 from flash_entmax.backends.triton.reach import reach_shapes
-from flash_entmax.backends.triton.schedule import Outline
 from flash_entmax.core.call import Problem, ScoreOptions, VisibilityArgs
 from flash_entmax.testing import iid_inputs
 

@@ -48,8 +48,8 @@ def all_options(heads: int, length: int, tile: int) -> tuple[ScoreOptions, Visib
 
 def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, everything: bool) -> None:
     driver.set_active(AbsentGpu(capability))
-    from flash_entmax.backends.triton import append, attention, launch, parts, plan, schedule
-    from flash_entmax.backends.triton.schedule import tile_size
+    from flash_entmax.backends.triton import append, attention, config, launch, parts, plan
+    from flash_entmax.backends.triton.config import tile_size
 
     def compile_only(kernel, programs, setting, config, *arguments):
         compiled = kernel.warmup(*arguments, grid=(1,), C=config, **setting(config).options, enable_fp_fusion=True)
@@ -66,8 +66,8 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
     plan.FEWEST_SHARED = 0  # as for more tokens
     plan.plan_of.cache_clear()
     attention.attention_backward(problem, output, query, key, key, *saved, everything)
-    schedule.reach_limits = lambda *_: (64, 0)  # as for very many tokens
-    schedule._config.cache_clear()
+    config.reach_limits = lambda *_: (64, 0)  # as for very many tokens
+    config._config.cache_clear()
     plan.plan_of.cache_clear()
     attention.attention_backward(problem, output, query, key, key, *saved, everything)
     attention.attention_support(problem, query, key, *saved[1:])

@@ -18,7 +18,7 @@ from flash_entmax.operators import attention as ops
 if find_spec("triton"):
     import triton.language as tl
 
-    from flash_entmax.backends.triton import plan, schedule, share
+    from flash_entmax.backends.triton import config, plan, share
 
 TOPIC_SCORE = 30.0
 
@@ -26,7 +26,7 @@ TOPIC_SCORE = 30.0
 def forget_plans() -> None:
     """Plans and Configs keep what a test sets."""
     plan.plan_of.cache_clear()
-    schedule._config.cache_clear()
+    config._config.cache_clear()
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def limits(reach: tuple[int, int] | None = None, blocks_of_part: int | None = No
         stack.callback(forget_plans)
         stack.enter_context(mock.patch.multiple(plan, **{"FEWEST_MARKED": 1} | numbers))
         if reach is not None:
-            stack.enter_context(mock.patch.object(schedule, "reach_limits", return_value=reach))
+            stack.enter_context(mock.patch.object(config, "reach_limits", return_value=reach))
         if blocks_of_part is not None:
             stack.enter_context(mock.patch.object(share, "FEWEST", tl.constexpr(blocks_of_part)))
         forget_plans()

@@ -58,9 +58,9 @@ KERNEL_WORDS = {
     "row_solve", "pages", "decode_lists", "decode_values",
 }  # fmt: skip
 LAUNCHING = {
-    "__init__", "append", "attention", "call_launches", "decoding", "launch", "notes", "parts", "plan", "prepared",
-    "prepared_backward", "prepared_decode", "prepared_forward", "reach", "rows", "schedule", "scratch", "stages",
-    "written_stage",
+    "__init__", "append", "attention", "call_launches", "config", "decoding", "launch", "notes", "parts", "plan",
+    "prepared", "prepared_backward", "prepared_decode", "prepared_forward", "reach", "rows", "schedule", "scratch",
+    "stages", "written_stage",
 }  # fmt: skip
 # A stage reads what a stage before it has written, and repeats its bound.
 STAGES_TOGETHER = {

@@ -23,6 +23,7 @@ from flash_entmax.backends.triton import (
     alpha,
     bound,
     certify,
+    config,
     keys,
     lists,
     output,
@@ -30,7 +31,6 @@ from flash_entmax.backends.triton import (
     plan,
     queries,
     scan,
-    schedule,
     score,
     solve,
     tile,
@@ -82,7 +82,7 @@ FAULTS = {
     "the second of two tiles is read next to the first": (
         keys, "open_listed_keys", "shift", "0 * shift", "tiles apart",
     ),
-    "O1 is not computed": (schedule.Config, "MEAN", "return ...", "return False", "tiles apart"),
+    "O1 is not computed": (config.Config, "MEAN", "return ...", "return False", "tiles apart"),
     "no whole tile is kept for the backward": (
         solve, "solve_kernel", "set_bits(record.whole, ...)", "set_bits(record.live, ...)", "causal",
     ),

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton import knobs
 
 from flash_entmax import entmax_attention
-from flash_entmax.backends.triton import launch, plan, prepared_backward, prepared_forward, schedule
+from flash_entmax.backends.triton import config, launch, plan, prepared_backward, prepared_forward
 from flash_entmax.backends.triton.scratch import Scratch
 from flash_entmax.backends.triton.stages import BACKWARD, FORWARD
 from flash_entmax.operators import dispatch
@@ -168,8 +168,8 @@ def test_what_notes_launch_gives_the_bits_of_the_first_call(name, way, launches,
 def test_steps_of_long_rows_find_their_words_again(launches, monkeypatch):
     """Beyond Config.STORED_TILES tiles of keys, no words are kept."""
     for tiles in (3, 2):
-        monkeypatch.setattr(schedule, "reach_limits", lambda *_, tiles=tiles: (64, tiles))
-        schedule._config.cache_clear()
+        monkeypatch.setattr(config, "reach_limits", lambda *_, tiles=tiles: (64, tiles))
+        config._config.cache_clear()
         forget()
         dispatch.kept.clear()
         launches.all.clear()
@@ -180,7 +180,7 @@ def test_steps_of_long_rows_find_their_words_again(launches, monkeypatch):
         by_notes(launches, step, given())
         assert [launch[:2] for launch in asked] == [launch[:2] for launch in launches.direct]
         assert ("reaching_kernel" in names(asked)) == (tiles == 2)
-    schedule._config.cache_clear()
+    config._config.cache_clear()
 
 
 def names(launched: list[tuple]) -> list[str]:

@@ -12,9 +12,9 @@ import torch
 if not find_spec("triton"):
     pytest.skip("needs Triton", allow_module_level=True)
 
+from flash_entmax.backends.triton.config import KEPT_BYTES, Outline
 from flash_entmax.backends.triton.plan import plan_of
 from flash_entmax.backends.triton.reach import reach_shapes
-from flash_entmax.backends.triton.schedule import KEPT_BYTES, Outline
 from flash_entmax.core.call import Problem, ScoreOptions, VisibilityArgs
 
 FIXED = 256 * 2**20

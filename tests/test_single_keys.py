@@ -20,7 +20,7 @@ if not find_spec("triton"):
 from single_keys import limits, lone_case, lone_inputs, with_single_keys
 
 from flash_entmax import entmax_attention
-from flash_entmax.backends.triton import gradient, plan, schedule
+from flash_entmax.backends.triton import config, gradient, plan
 from flash_entmax.backends.triton.scratch import Scratch
 from flash_entmax.testing import KEY_PATTERNS, key_sparse_inputs
 
@@ -174,7 +174,7 @@ def test_chunks_change_nothing_without_gradients(set_limits, name):
 def test_a_small_limit_makes_several_chunks_of_both_kinds(set_limits):
     """What the tests of chunks rely on."""
     case = call_case("grouped heads")
-    outline = schedule.Outline.of(case.problem, torch.float32)
+    outline = config.Outline.of(case.problem, torch.float32)
     for places, splits_heads in ((7, True), (13, True), (40, False)):
         set_limits(MAXIMA=places * 32, LISTED=places, REACHING=700)
         own = plan.plan_of(outline)
@@ -238,7 +238,7 @@ def test_shares_of_chunks_of_tiles_of_keys(sharing, monkeypatch):
     case = call_case({"length": 256, "heads": 2, "keys_of_topic": 1, "sinks": (0, 140)})
     single = run(case, "triton", case.grad_output())
     sharing(REACHING=5600)
-    chunks = plan.plan_of(schedule.Outline.of(case.problem, torch.float32)).key_chunks
+    chunks = plan.plan_of(config.Outline.of(case.problem, torch.float32)).key_chunks
     assert [chunk.first_tile for chunk in chunks] == [4, 0]
     with counted_parts(monkeypatch) as parts:
         assert_close(case, check(case), single)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from .schedule import tile_size as tile_size
+from .config import tile_size as tile_size
 
 TRITON_IS_INSTALLED = find_spec("triton") is not None
 OLDEST = 3, 6  # version of Triton that compiles all kernels

@@ -11,6 +11,7 @@ from ...core.tensors import aligned_size, ceil_div, empty_stored_as
 from . import schedule
 from .bound import KernelKeySummary, summary_kernel
 from .call_launches import CallLaunches
+from .config import is_decoded, tile_size
 from .decoding import decoded, decoded_in_pages
 from .output import support_kernel
 from .reach import reach_shapes
@@ -24,7 +25,7 @@ STATE_DTYPES = torch.float32, torch.int32
 def summarise(key: Tensor, value_size: int) -> KeySummary:
     """The summary of blocks of keys; see backends.Backend."""
     batch, key_heads, length, size = key.shape
-    blocks = ceil_div(length, schedule.tile_size(key.dtype, max(size, value_size)))
+    blocks = ceil_div(length, tile_size(key.dtype, max(size, value_size)))
     centre = key.new_empty(batch, key_heads, blocks, aligned_size(size))
     numbers = [key.new_empty(batch, key_heads, blocks, dtype=torch.float32) for _ in range(3)]
     if centre.numel():
@@ -46,7 +47,7 @@ def attention_forward(
 ) -> tuple[Tensor, ...]:
     """(output, value_mean, maximum, offset, reached_keys, reaching_queries); see backends.Backend."""
     with device_of(query):
-        if schedule.is_decoded(problem, needs_backward):
+        if is_decoded(problem, needs_backward):
             return decoded(problem, query, key, value), query.new_empty(0), *no_state(query.device)
         launches = None if problem.is_empty else CallLaunches.of(problem, query.dtype, needs_backward)
         shapes = ((0,), (0,)) if launches is None else launches.plan.reach_shapes
@@ -72,7 +73,7 @@ def attention_forward(
 def attention_paged(problem: Problem, pages: Pages, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
     """The output; see backends.Backend. Few queries read aligned pages in place."""
     caches = [cache.transpose(1, 2) for cache in (key_cache, value_cache)]
-    if not (schedule.is_decoded(problem, False) and all(is_aligned(matrix(cache)) for cache in caches)):
+    if not (is_decoded(problem, False) and all(is_aligned(matrix(cache)) for cache in caches)):
         return attend_gathered(attention_forward, problem, pages, query, key_cache, value_cache)
     with device_of(query):
         return decoded_in_pages(problem, pages, query, *caches)
@@ -145,7 +146,7 @@ def attention_support(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(maximum in units of z, support size, exact map of live tiles, keys of each tile of queries)."""
     size = torch.zeros(maximum.shape, dtype=torch.int32, device=query.device)
-    tile = schedule.tile_size(query.dtype, problem.widest)
+    tile = tile_size(query.dtype, problem.widest)
     grid = (ceil_div(length, tile) for length in (problem.query_length, problem.key_length))
     marks = torch.zeros(problem.batch, problem.heads, *grid, dtype=torch.bool, device=query.device)
     keys = torch.zeros(marks.shape[:3], dtype=torch.int32, device=query.device)

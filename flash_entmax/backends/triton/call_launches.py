@@ -6,10 +6,10 @@ import torch
 
 from ...core.call import Problem
 from ...core.pages import Pages
+from .config import Outline
 from .launch import Direct, SettingsRule, ThroughTriton
 from .plan import NO_MASKS, Chunk, Plan, kernel_options, kernel_visibility, plan_of
 from .queries import KernelScoreOptions
-from .schedule import Outline
 from .scratch import Scratch
 from .visibility import KernelVisibility
 

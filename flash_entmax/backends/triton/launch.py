@@ -15,7 +15,8 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from .schedule import HAS_PTX, Config, LaunchSettings
+from .config import HAS_PTX, Config
+from .schedule import LaunchSettings
 from .scratch import ALIGNMENT, Scratch
 from .tile import Matrix
 

@@ -13,11 +13,11 @@ import torch
 from ...core.call import ScoreOptions, VisibilityArgs
 from ...core.tensors import ceil_div
 from . import schedule
+from .config import Outline, config_of
 from .decode import PART
 from .launch import launcher_of
 from .queries import KernelScoreOptions
 from .reach import record_size, shapes_of
-from .schedule import Outline
 from .scratch import Scratch
 from .visibility import KernelVisibility, bounds_kernel
 
@@ -79,7 +79,7 @@ class Plan:
 
     def __init__(self, outline: Outline) -> None:
         self.outline = outline
-        self.config = config = schedule.config_of(outline)
+        self.config = config = config_of(outline)
         self.launcher = launcher_of(config)
         self.units = outline.batch * outline.heads
         self.query_tiles = ceil_div(outline.query_length, config.TILE)

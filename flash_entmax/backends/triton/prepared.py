@@ -6,13 +6,13 @@ from torch import Tensor
 
 from ...core.call import Problem
 from ...core.tensors import ROW_ALIGNMENT
-from . import launch, schedule
+from . import launch
+from .config import Outline, is_decoded
 from .decoding import launches_of
 from .plan import plan_of
 from .prepared_backward import PreparedBackward
 from .prepared_decode import PreparedDecode
 from .prepared_forward import PreparedForward, PreparedOutput
-from .schedule import Outline
 from .tile import device_of, is_aligned, matrix
 
 
@@ -27,7 +27,7 @@ def prepare(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Prep
     """See backends.Backend."""
     if not can_be_prepared(problem, query, key, value):
         return None
-    if not schedule.is_decoded(problem, False):
+    if not is_decoded(problem, False):
         return PreparedOutput(plan_of(Outline.of(problem, query.dtype, needs_backward=False)), query, value)
     with device_of(query):
         return PreparedDecode(launches_of(problem, query).plan, query, value)

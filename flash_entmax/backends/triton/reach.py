@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...core.call import Problem, live_words
 from ...core.tensors import ceil_div, unpack_tiles
-from . import schedule
+from . import config
 from .tile import WORD
 
 SPARE = tl.constexpr(2)
@@ -43,9 +43,9 @@ class Record(NamedTuple):
 
 def reach_shapes(problem: Problem, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of `reached_keys` and `reaching_queries`; see backends.Backend. Lengths may be symbols."""
-    tile = schedule.tile_size(dtype, problem.widest)
+    tile = config.tile_size(dtype, problem.widest)
     sizes = problem.batch, problem.heads, problem.query_length, problem.key_length
-    return shapes_of(sizes, tile, *schedule.reach_limits(dtype, problem.value_size, tile))
+    return shapes_of(sizes, tile, *config.reach_limits(dtype, problem.value_size, tile))
 
 
 def shapes_of(sizes: tuple, tile: int, quota: int, stored_tiles: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -53,7 +53,7 @@ def shapes_of(sizes: tuple, tile: int, quota: int, stored_tiles: int) -> tuple[t
     batch, heads, query_length, key_length = sizes
     query_tiles, key_tiles = ceil_div(query_length, tile), ceil_div(key_length, tile)
     is_stored = torch.sym_min(1, stored_tiles // torch.sym_max(1, key_tiles))
-    words = query_tiles * (key_tiles * is_stored + SPARE.value) * schedule.words_per_tile(tile)
+    words = query_tiles * (key_tiles * is_stored + SPARE.value) * config.words_per_tile(tile)
     return (batch, heads, query_tiles * record_size(key_length, tile, quota)), (batch, heads, words)
 
 
@@ -68,8 +68,8 @@ def header_size(words: int) -> int:
 
 def reached_tiles(problem: Problem, dtype: torch.dtype, reached_keys: Tensor) -> Tensor:
     """(batch, heads, query tiles, key tiles) bool: see backends.Backend."""
-    tile = schedule.tile_size(dtype, problem.widest)
-    quota, _ = schedule.reach_limits(dtype, problem.value_size, tile)
+    tile = config.tile_size(dtype, problem.widest)
+    quota, _ = config.reach_limits(dtype, problem.value_size, tile)
     size = record_size(problem.key_length, tile, quota)
     records = reached_keys.unflatten(-1, (ceil_div(problem.query_length, tile), size))
     return unpack_tiles(records[..., : live_words(problem.key_length, tile)], ceil_div(problem.key_length, tile))

@@ -103,7 +103,7 @@ def test_what_is_there_is_not_made_again(written, monkeypatch, capsys):
     assert trained == []
     assert "one seed" in capsys.readouterr().out
     assert run(written, *options, "--seeds", "2") == 0
-    assert trained == [f"{arm} | 0.003 | seed 1 | 6 steps" for arm in ("softmax", "entmax 1.5")]
+    assert trained == [f"{arm} | 0.003 | seed 1 | 6 steps" for arm in ("softmax", "entmax 1.25")]
     assert "of 2 seeds" in capsys.readouterr().out
     assert run(written, *options, "--ramp", "0.1") == 1
     assert "take another --out" in capsys.readouterr().err
@@ -115,10 +115,10 @@ def test_processes_share_the_work(tmp_path):
     results = json.loads((tmp_path / "adapt-toy.json").read_text())
     of_entmax = {key: found["validation"] for key, found in results["runs"].items() if key.startswith("entmax")}
     assert len(of_entmax) == 2
-    saved = results["saved"]["entmax 1.5"]
+    saved = results["saved"]["entmax 1.25"]
     assert saved["run"] == min(of_entmax, key=of_entmax.get)
-    assert AutoModelForCausalLM.from_pretrained(saved["folder"]).config.entmax_alpha == 1.5
-    assert [path.name for path in (tmp_path / "adapt-toy").iterdir() if path.is_dir()] == ["entmax-1.5"]
+    assert AutoModelForCausalLM.from_pretrained(saved["folder"]).config.entmax_alpha == 1.25
+    assert [path.name for path in (tmp_path / "adapt-toy").iterdir() if path.is_dir()] == ["entmax-1.25"]
 
 
 def test_arms_and_schedule(toy_text, monkeypatch):

@@ -1,13 +1,23 @@
 """The public call of attention over keys in pages, for generation: check, lower, call."""
 
+from typing import NoReturn
+
 from torch import Tensor
 
 from .backends import Impl
 from .core.call import ScoreOptions
 from .core.intervals import FURTHEST, UNLIMITED
+from .core.keywords import refuse_keywords
 from .core.paged_checks import check_paged_inputs
 from .core.pages import Pages
 from .operators.paged import attend_paged
+
+LAST_TOKENS = "queries are the last tokens of their batch row, always"
+OTHERWISE_HERE = {
+    "is_causal": LAST_TOKENS,
+    "query_positions": LAST_TOKENS,
+    "key_summary": "keys in 8 bits stand beside a cache in one piece, not in pages",
+}
 
 
 def entmax_attention_paged(
@@ -25,6 +35,7 @@ def entmax_attention_paged(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     impl: Impl = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Causal entmax attention over keys and values that lie in pages, for inference: it has no derivatives.
 
@@ -68,6 +79,8 @@ def entmax_attention_paged(
             of pages that do not exist. On a GPU, where reading them would wait for the device, a row whose length or
             boundaries do not fit gets NaN, and the numbers of its pages are trusted.
     """
+    if unknown:
+        refuse_keywords("entmax_attention_paged", unknown, OTHERWISE_HERE)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     check_paged_inputs(
         query, key_cache, value_cache, block_table, key_lengths, cu_seq_q, max_q, score, window_size

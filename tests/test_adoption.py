@@ -14,7 +14,7 @@ def close(actual, expected):
 
 
 def test_scaled_dot_product_attention():
-    """At alpha 1 the same call; grouped heads need no flag; a row without a key is 0 for NaN."""
+    """At alpha 1 the same call; grouped heads need no flag; a row without a key is 0; any boolean mask is a BlockMask."""
     query, key, value = iid_inputs(2, 4, 50, 16, key_heads=2)
     theirs = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.1, enable_gqa=True)
     close(entmax_attention(query, key, value, is_causal=True, scale=0.1, alpha=1.0), theirs)
@@ -24,6 +24,10 @@ def test_scaled_dot_product_attention():
     close(entmax_attention(query, key, value, alpha=1.0, key_lengths=torch.tensor([30, 30])), theirs)
     nothing = torch.zeros(2, 50, dtype=torch.bool)
     assert (entmax_attention(query, key, value, key_mask=nothing) == 0).all()
+    attn_mask = torch.rand(2, 1, 50, 50, generator=torch.Generator().manual_seed(0)) < 0.3
+    theirs = scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, enable_gqa=True)
+    block_mask = create_block_mask(lambda b, h, q, k: attn_mask[b, 0, q, k], 2, None, 50, 50, device="cpu")
+    close(entmax_attention(query, key, value, alpha=1.0, block_mask=block_mask), theirs)
 
 
 def test_the_layout_of_flash_attn():

@@ -1,5 +1,6 @@
 """KeySummaries as an object: appended to, reset, reordered, captured and compiled; and what they refuse."""
 
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -53,7 +54,22 @@ def test_batch_rows_of_their_own_lengths(backend):
     assert (summaries.rounded_keys.error >= expected.rounded_keys.error).all()
 
 
-def test_what_lies_past_the_capacity_is_left_out(backend):
+def test_what_lies_past_the_capacity_is_refused_on_a_cpu():
+    """The lengths say what fits, and those that are given; nothing is written."""
+    key = torch.randn(2, 1, 20, 4)
+    summaries = KeySummaries.of(key[:, :, :18], capacity=20)
+    before = tensors_of(summaries)
+    for given, standing in ((None, "[18, 18]"), ([3, 19], "[3, 19]"), ([-1, 3], "[-1, 3]")):
+        lengths = None if given is None else torch.tensor(given)
+        with pytest.raises(ValueError, match=re.escape(f"capacity, 20, got 3 new keys behind {standing}")):
+            summaries.append(key[:, :, :3], lengths)
+    assert all(torch.equal(*pair) for pair in zip(tensors_of(summaries), before, strict=True))
+    summaries.append(key[:, :, :3], torch.tensor([17, 0]))
+
+
+def test_what_lies_past_the_capacity_is_left_out_on_a_gpu(backend, monkeypatch):
+    """There lengths are not read."""
+    monkeypatch.setattr("flash_entmax.key_summaries.check_room", lambda *_: None)
     key = few_queries(backend, keys=70).key
     summaries = KeySummaries.of(key[:, :, :66], impl=backend.impl)
     summaries.append(key[:, :, 62:], torch.tensor([62], device=backend.device))

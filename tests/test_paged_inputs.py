@@ -38,7 +38,6 @@ TYPES = [
     ({n: tensor(n, dtype=torch.int64) for n in list(EMPTY)[:3]}, "query, key_cache and value_cache.*int64"),
     (of("block_table", dtype=torch.int16), "block_table must be int32 or int64, got torch.int16"),
     (of("key_lengths", dtype=torch.float32), "key_lengths must be int32 or int64, got torch.float32"),
-    (PACKED | {"max_q": None}, "max_q must be an integer, got NoneType"),
     (PACKED | {"max_q": 2.0}, "max_q must be an integer, got float 2.0"),
     (PACKED | {"cu_seq_q": [0, 1, 2, 3]}, "cu_seq_q must be a torch.Tensor, got list"),
     (PACKED | of("cu_seq_q", dtype=torch.float32), "cu_seq_q must be int32 or int64, got torch.float32"),
@@ -46,7 +45,8 @@ TYPES = [
     ({"alpha": "1.5"}, "alpha.*str"),
 ]
 VALUES = [
-    (of("query", 4, 1, 16), r"query.*\(batch, heads, queries, dim\), got \(4, 1, 16\)"),
+    (PACKED | {"max_q": None}, "max_q, at least the most queries of a row, must be given beside cu_seq_q, got None"),
+    (of("query", 4, 1, 16), r"query.*\(batch, heads, queries, dim\), or \(tokens.* beside cu_seq_q, got \(4, 1, 16\)"),
     (of("key_cache", 9, 16, 16), r"key_cache.*\(pages, page size, key heads, dim\), got \(9, 16, 16\)"),
     (of("value_cache", 9, 32, 2, 8), r"same pages, page size and key heads, got \(9, 16, 2, 16\) and \(9, 32, 2, 8\)"),
     (of("key_cache", 0, 16, 2, 16) | of("value_cache", 0, 16, 2, 8), "at least one page.*0, 16, 2, 16"),

@@ -223,6 +223,13 @@ def check_appended(sizes: SummarySizes, key: object, key_lengths: object) -> Non
         check_index("key_lengths", key_lengths, key, ((sizes.batch,),), "the key")
 
 
+def check_room(sizes: SummarySizes, key: Tensor, lengths: Tensor) -> None:
+    """New keys behind so many of each batch row. The lengths are read."""
+    new, standing = key.shape[2], lengths.tolist()
+    if max(standing, default=0) + new > sizes.capacity or min(standing, default=0) < 0:
+        raise ValueError(f"key must end by the capacity, {sizes.capacity}, got {new} new keys behind {standing}")
+
+
 def check_softcap(softcap: object) -> None:
     if not is_number(softcap):
         raise TypeError(f"softcap must be a positive float, or 0 for none, got {typed(softcap)}")
@@ -351,9 +358,13 @@ def _check_block_mask(block_mask: object, sizes: tuple[int, int, int, int], devi
     from torch.nn.attention.flex_attention import BlockMask
 
     if not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a FlexAttention BlockMask, got {type(block_mask).__name__}")
+        of_tensor = "; create_block_mask makes one of a boolean tensor" if isinstance(block_mask, Tensor) else ""
+        raise TypeError(f"block_mask must be a FlexAttention BlockMask, got {type(block_mask).__name__}{of_tensor}")
     if torch.compiler.is_compiling():
-        raise ValueError("block_mask cannot be read inside torch.compile: which tiles it fills depends on its data")
+        raise ValueError(
+            "block_mask cannot be read inside torch.compile: which tiles it fills depends on its data. is_causal, "
+            "window_size, key_lengths and key_mask compile; torch.compiler.disable leaves a call out of the graph"
+        )
     batch, heads, *lengths = sizes
     if tuple(block_mask.seq_lengths) != tuple(lengths):
         raise ValueError(

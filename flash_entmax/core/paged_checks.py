@@ -33,7 +33,8 @@ def check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, is_packe
     """Tensors of one floating dtype and device, whose shapes fit."""
     tensors = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
     shapes = dict.fromkeys(tensors, "(pages, page size, key heads, dim)")
-    shapes["query"] = "(tokens, heads, dim) beside cu_seq_q" if is_packed else "(batch, heads, queries, dim)"
+    packed = "(tokens, heads, dim) beside cu_seq_q"
+    shapes["query"] = packed if is_packed else f"(batch, heads, queries, dim), or {packed}"
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -68,6 +69,8 @@ def check_table(
             raise ValueError(f"query and block_table must have one batch size, got {query.shape[0]} and {batch}")
         return
     check_index("cu_seq_q", cu_seq_q, query, ((batch + 1,),))
+    if max_q is None:
+        raise ValueError("max_q, at least the most queries of a row, must be given beside cu_seq_q, got None")
     check_longest("max_q", max_q, least=1)
 
 

@@ -14,7 +14,7 @@ def close(actual, expected):
 
 
 def test_scaled_dot_product_attention():
-    """At alpha 1 the same call; grouped heads need no flag; a row without a key is 0; any boolean mask is a BlockMask."""
+    """At alpha 1 the same call; grouped heads need no flag; a row without a key is 0; a boolean mask is a BlockMask."""
     query, key, value = iid_inputs(2, 4, 50, 16, key_heads=2)
     theirs = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.1, enable_gqa=True)
     close(entmax_attention(query, key, value, is_causal=True, scale=0.1, alpha=1.0), theirs)

@@ -23,6 +23,7 @@ SCRIPTS = {
     "torchtitan_attention.py": ((), r"2 processes, 128 of 256 tokens each: loss 8\.\d+, norm", "torchtitan"),
     "variational_autoencoder.py": (("1",), r"alpha 2: error of a restored pixel 0\.\d+, exactly", "sklearn"),
     "see_state_space.py": (("0", "4", "5"), r"entmax .*Mamba-2  0\.\d{3}      1   \d\.\d .*trained in", "transformers"),
+    "serve_from_pages.py": ((), r"5 answers, each the same from keys in one piece; 24 of 24 pages are free", None),
     "see_attention.py": ((), r"attends to\n  0\.\d{4}  token", "matplotlib"),
 }
 

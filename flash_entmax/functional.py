@@ -118,7 +118,8 @@ def entmax_attention(
             from the score (Press et al. 2022, arXiv 2108.12409). An infinite slope leaves only the own position.
         query_positions: the position of the first query, or that of each one, (query length,) or (batch, query length)
             int32 or int64, in any order: for shards and chunks of the queries.
-        key_lengths: (batch,) int32 or int64: of each batch row, only so many keys exist (padding on the right).
+        key_lengths: (batch,) int32 or int64: of each batch row, only so many keys exist (padding on the right). Where
+            queries are not as many as keys, masks by position and slopes then need ``query_positions``.
         key_mask: (batch, key length) bool, True where the key may be seen (padding on the left, or anywhere).
         block_mask: a FlexAttention ``BlockMask`` for these lengths: of its partial blocks the ``mask_mod`` decides,
             evaluated by PyTorch. What comes of it is kept until another one is set, or a tensor, number or function

@@ -68,7 +68,9 @@ def options_of(name: str, device: str, keys: int) -> dict:
             "query_positions": numbers((90, 3, 64, 0, 9), (5, 6, 7, 8, -1)), "is_causal": True,
         },
         "key lengths": lambda: {"key_lengths": numbers(keys - 3, 17)},
-        "a row without keys": lambda: {"key_lengths": numbers(keys, 0), "is_causal": True},
+        "a row without keys": lambda: {
+            "key_lengths": numbers(keys, 0), "is_causal": True, "query_positions": keys - 5,
+        },
         "left padding": lambda: {"key_mask": torch.arange(keys, device=device) >= numbers(70, 3).unsqueeze(-1)},
         "right padding": lambda: {"key_mask": torch.arange(keys, device=device) < numbers(20, 100).unsqueeze(-1)},
         "key mask": lambda: {"key_mask": torch.arange(2 * keys, device=device).view(2, keys) % 7 % 2 > 0},
@@ -89,7 +91,7 @@ def options_of(name: str, device: str, keys: int) -> dict:
         "learned": lambda: {name: numbers(*pair * 2) for name, pair in PAIRS.items()},
         "together": lambda: {
             "alpha": numbers(1.2, 1.5, 1.7, 2.0), "softcap": 2.0, "alibi_slopes": numbers(0.1, torch.inf, 0.0, -0.01),
-            "window_size": (100, 0), "key_lengths": numbers(keys - 1, 90),
+            "window_size": (100, 0), "key_lengths": numbers(keys - 1, 90), "query_positions": keys - 5,
             "key_mask": torch.arange(2 * keys, device=device).view(2, keys) % 5 > 0,
         },
     }[name]()  # fmt: skip

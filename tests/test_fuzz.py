@@ -132,6 +132,8 @@ def padded_calls(draw, backend, shard: int, longest: int, most_queries: int | No
     options = draw(scores(kit, batch, heads, device)) | draw(intervals(kit))
     options |= draw(positions(kit, batch, queries, keys, device, seed))
     options |= draw(masks(kit, batch, heads, queries, keys, device, seed))
+    if "key_lengths" in options and queries != keys:
+        options.setdefault("query_positions", keys - queries)
     case = make_case(
         backend, heads, queries, kit.pick(dims), batch=batch, seed=seed, key_length=keys, key_heads=key_heads,
         value_dim=kit.pick(dims), dtype=kit.pick(backend.dtypes), **options,

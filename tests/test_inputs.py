@@ -195,6 +195,20 @@ def test_what_stands_for_a_keyword_of_another_library_is_taken():
     assert words - {"create_block_mask"} <= taken
 
 
+def test_where_queries_stand_is_not_guessed():
+    """Beside key_lengths, fewer queries than keys could be the last of either, and masks by position must know."""
+    few, lengths = tensor(2, 4, 3, 16), whole(2) + 5
+    for options in ({"is_causal": True}, {"window_size": (4, -1)}, {"alibi_slopes": torch.ones(4)}):
+        with pytest.raises(ValueError, match=r"needs query_positions .*, got 3 and 8: .*arange\(-3, 0\).*, 5 if it is"):
+            call(few, key_lengths=lengths, **options)
+        for positions in (5, lengths.unsqueeze(1) + torch.arange(-3, 0)):
+            call(few, key_lengths=lengths, query_positions=positions, **options)
+        call(key_lengths=lengths, **options)
+    for harmless in ({}, {"is_causal": True}):
+        call(tensor(2, 4, 1, 16), key_lengths=lengths, **harmless)
+    call(few, key_lengths=lengths)
+
+
 def test_triton_refuses_float64():
     double = tensor(dtype=torch.float64)
     with pytest.raises(ValueError, match=r"impl='triton'.*float64"):

@@ -45,7 +45,7 @@ OPTIONS = {
     "together": {
         "heads": 4, "key_heads": 2, "batch": 2, "length": 70, "key_length": 130, "window_size": (90, 5), "softcap": 2.0,
         "alibi_slopes": lambda b: torch.tensor([[0.1, 0, 0.2, -0.01], [0, 0.3, 0.1, 0]], device=b.device),
-        "alpha": tensor(1.2, 1.5, 2.0, 1.7), "key_lengths": tensor(130, 77),
+        "alpha": tensor(1.2, 1.5, 2.0, 1.7), "key_lengths": tensor(130, 77), "query_positions": 60,
         "key_mask": lambda b: torch.arange(260, device=b.device).view(2, 130) % 7 > 1,
     },
 }  # fmt: skip

@@ -34,7 +34,8 @@ def seen_keys(case, backend, **more):
 def test_key_lengths(backend, is_causal):
     """Padding on the right: a batch row is its own shorter call, and its padding gets gradient 0. 0 keys: output 0."""
     lengths = torch.tensor([0, 1, 64, 90], device=backend.device)
-    case = make_case(backend, batch=4, heads=1, length=70, key_length=90, key_lengths=lengths, is_causal=is_causal)
+    sizes = {"batch": 4, "heads": 1, "length": 70, "key_length": 90}
+    case = make_case(backend, **sizes, key_lengths=lengths, is_causal=is_causal, query_positions=20)
     result = check_attention(case, backend.impl)
     assert (result.output[0] == 0).all()
     for row, length in enumerate(lengths.tolist()):
@@ -221,8 +222,12 @@ def check_window(backend, window, queries, keys):
 
 
 COMBINATIONS = {
-    "causal window and lengths": {"is_causal": True, "window_size": (40, -1), "key_lengths": True},
-    "window, mask and lengths": {"window_size": (50, 10), "key_mask": True, "key_lengths": True},
+    "causal window and lengths": {
+        "is_causal": True, "window_size": (40, -1), "key_lengths": True, "query_positions": 30,
+    },
+    "window, mask and lengths": {
+        "window_size": (50, 10), "key_mask": True, "key_lengths": True, "query_positions": 30,
+    },
     "causal mask and positions": {"is_causal": True, "key_mask": True, "query_positions": 15},
     "everything": {"is_causal": True, "window_size": (60, 3), "key_mask": True, "key_lengths": True,
                    "query_positions": -5, "softcap": 3.0, "alibi_slopes": True},

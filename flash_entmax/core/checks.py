@@ -27,6 +27,7 @@ def checked_inputs(
     if visibility.cu_seq_q is not None:
         check_packed(visibility)
     check_visibility(query, key, visibility)
+    check_alignment(query, key, score, visibility)
     if visibility.cu_seq_q is not None:
         check_boundaries(query, visibility)
     return query, key, value
@@ -293,6 +294,23 @@ def check_visibility(query: Tensor, key: Tensor, visibility: Visibility) -> None
         if visibility.key_mask is not None:
             raise ValueError("key_mask and block_mask exclude each other: let the block mask's mask_mod hide the keys")
         _check_block_mask(visibility.block_mask, (batch, heads, query_length, key_length), query.device)
+
+
+def check_alignment(query: Tensor, key: Tensor, score: ScoreOptions, visibility: Visibility) -> None:
+    """Whether the last query is the last of all keys or of ``key_lengths`` must not be guessed. One causal query sees
+    the same keys in both cases."""
+    queries, keys = query.shape[2], key.shape[2]
+    left, right = visibility.window
+    if visibility.key_lengths is None or visibility.query_positions is not None or visibility.cu_seq_q is not None:
+        return
+    if left == UNLIMITED and score.alibi_slopes is None and (right == UNLIMITED or (queries == 1 and right == 0)):
+        return
+    if queries != keys:
+        raise ValueError(
+            "key_lengths beside is_causal, window_size or alibi_slopes needs query_positions where queries are not as "
+            f"many as keys, got {queries} and {keys}: key_lengths.unsqueeze(1) + torch.arange(-{queries}, 0) if the "
+            f"last query is the last of key_lengths, {keys - queries} if it is the last of all keys"
+        )
 
 
 def check_window(window: object) -> None:

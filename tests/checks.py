@@ -383,7 +383,8 @@ def check_options(impl: str, device: str) -> None:
     check_attention(Case(*inputs, options={"alibi_slopes": infinite}), impl)
     mask = torch.arange(130, device=device)[None] % 3 > 0
     lengths = torch.tensor([120], device=device)
-    check_attention(Case(*inputs, is_causal=True, options={"key_mask": mask, "key_lengths": lengths}), impl)
+    padding = {"key_mask": mask, "key_lengths": lengths, "query_positions": 90}
+    check_attention(Case(*inputs, is_causal=True, options=padding), impl)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in inputs)
     cu_seq_q, cu_seq_k = (torch.tensor(edges, device=device) for edges in ((0, 10, 38), (0, 66, 128)))
     options = {"cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k}

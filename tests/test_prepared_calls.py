@@ -63,7 +63,10 @@ CALLS = {
     "options": (lambda: inputs(), {"alpha": 1.3, "scale": 0.5, "softcap": 20.0, "is_causal": True}),
     "float32": (lambda: inputs(dtype=torch.float32), {}),
     "rows first": (lambda: list(map(rows_first, inputs())), {"is_causal": True}),
-    "lengths": (lambda: inputs(), {"is_causal": True, "key_lengths": torch.tensor([3, 200])}),
+    "lengths": (
+        lambda: inputs(),
+        {"is_causal": True, "key_lengths": torch.tensor([3, 200]), "query_positions": 198},
+    ),
     "a window": (lambda: inputs(), {"window_size": (20, 0), "query_positions": 150}),
     "a cache with room": (lambda: [inputs()[0], *(cache[:, :, :200] for cache in inputs(keys=300)[1:])], {}),
 }

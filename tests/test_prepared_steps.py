@@ -82,7 +82,7 @@ CALLS = {
     "float32": (lambda: given(dtype=torch.float32), {}),
     "rows first": (all_rows_first, {"is_causal": True}),
     "another gradient": (other_gradient, {"is_causal": True}),
-    "lengths": (given, {"is_causal": True, "key_lengths": torch.tensor([3, 130])}),
+    "lengths": (given, {"is_causal": True, "key_lengths": torch.tensor([3, 130]), "query_positions": 60}),
     "a window": (given, {"window_size": (20, 0)}),
     "single keys": (lambda: given(70, 500, batch=1), {}),
     "more queries than keys": (lambda: given(130, 70), {"is_causal": True}),

@@ -78,7 +78,9 @@ def masks(queries, keys):
     return {
         "window": ({"window_size": (9, 4)}, (key >= place - 9) & (key <= place + 4), apart),
         "causal window": ({"window_size": (9, -1), "is_causal": True}, (key >= place - 9) & (key <= place), apart),
-        "lengths": ({"key_lengths": lengths}, (key < lengths[:, None])[:, None, None], apart),
+        "lengths": (
+            {"key_lengths": lengths, "query_positions": keys - queries}, (key < lengths[:, None])[:, None, None], apart,
+        ),
         "key mask": ({"key_mask": padding}, padding[:, None, None], apart),
         "positions": (
             {"query_positions": shuffled, "is_causal": True}, key <= shuffled[:, None], (shuffled[:, None] - key).abs(),

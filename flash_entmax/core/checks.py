@@ -299,13 +299,15 @@ def check_visibility(query: Tensor, key: Tensor, visibility: Visibility) -> None
 def check_alignment(query: Tensor, key: Tensor, score: ScoreOptions, visibility: Visibility) -> None:
     """Whether the last query is the last of all keys or of ``key_lengths`` must not be guessed. One causal query sees
     the same keys in both cases."""
-    queries, keys = query.shape[2], key.shape[2]
-    left, right = visibility.window
     if visibility.key_lengths is None or visibility.query_positions is not None or visibility.cu_seq_q is not None:
         return
-    if left == UNLIMITED and score.alibi_slopes is None and (right == UNLIMITED or (queries == 1 and right == 0)):
+    queries, keys = query.shape[2], key.shape[2]
+    left, right = visibility.window_size
+    right = 0 if visibility.is_causal else right
+    sees_the_past = left == UNLIMITED and score.alibi_slopes is None
+    if sees_the_past and (right == UNLIMITED or (right == 0 and queries == 1)):
         return
-    if queries != keys:
+    if queries != keys and 0 not in (queries, keys):
         raise ValueError(
             "key_lengths beside is_causal, window_size or alibi_slopes needs query_positions where queries are not as "
             f"many as keys, got {queries} and {keys}: key_lengths.unsqueeze(1) + torch.arange(-{queries}, 0) if the "

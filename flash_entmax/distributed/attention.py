@@ -231,7 +231,7 @@ class Call:
         lengths = self.visibility.key_lengths
         visibility = replace(
             self.visibility,
-            query_positions=None if keys == last else first,
+            query_positions=None if keys == last and lengths is None else first,
             key_lengths=None if lengths is None else lengths.clamp(max=keys),
             key_mask=None if mask is None else mask[:, :keys],
         )

@@ -39,10 +39,11 @@ def decode(queries: int, keys: int, dim: int, dtype=torch.bfloat16, **options) -
     """Few queries of keys in one piece, in pages, and by keys in 8 bits."""
     query, key, value = iid_inputs(2, 4, queries, dim, key_heads=2, key_length=keys, dtype=dtype, device="cuda")
     lengths = torch.tensor([keys - 5, keys // 3], device="cuda")
-    results = [entmax_attention(query, key, value, key_lengths=lengths, impl="triton", **options)]
+    masks = {"key_lengths": lengths, "query_positions": keys - queries}
+    results = [entmax_attention(query, key, value, **masks, impl="triton", **options)]
     for skips_blocks in (False, True):
         summaries = KeySummaries.of(key, skips_blocks=skips_blocks)
-        results.append(entmax_attention(query, key, value, key_lengths=lengths, key_summary=summaries, **options))
+        results.append(entmax_attention(query, key, value, **masks, key_summary=summaries, **options))
     caches = (tensor.transpose(1, 2).reshape(-1, 16, 2, dim) for tensor in (key, value))
     table = torch.arange(2 * keys // 16, dtype=torch.int32, device="cuda").view(2, -1)
     results.append(entmax_attention_paged(query, *caches, table, lengths, impl="triton", **options))

@@ -5,16 +5,9 @@ from torch import Tensor
 
 from .backends import Impl, choose
 from .core.call import SUMMARY_BLOCK, RoundedKeys
-from .core.checks import (
-    SummarySizes,
-    check_appended,
-    check_flag,
-    check_index,
-    check_keys,
-    check_room,
-    check_summary_sizes,
-)
+from .core.checks import check_flag, check_index, check_keys
 from .core.modes import as_autocast
+from .core.summary_checks import SummarySizes, check_appended, check_room, check_summary_sizes
 from .core.tensors import aligned_size, ceil_div
 from .operators.eager import is_eager
 from .operators.key_summaries import append

@@ -69,13 +69,10 @@ class Pairs:
         """How far float32 rounding may move z - tau.
 
         A float32 score is off by some 2^-24 of the sum of its terms' absolute values, if any operation of it rounds;
-        tau is off by as much as the keys that may be in the support, and by a few 2^-24. The matrix units of a GPU add
-        16 terms at a time, and cut off what float32 does not hold, always towards 0: off by 2^-23 each time.
+        tau is off by as much as the keys that may be in the support, and by a few 2^-24.
         """
-        terms, query = self.terms, self.case.query
-        cut_off = 2.0**-23 * query.shape[-1] / 16 if query.is_cuda and query.dtype.itemsize == 2 else 0.0
-        exact = self.case.scores_are_exact
-        slack = 2e-6 * torch.ones_like(terms) if exact else max(2e-6, cut_off) * terms.clamp_min(1.0)
+        terms = self.terms
+        slack = 2e-6 * (torch.ones_like(terms) if self.case.scores_are_exact else terms.clamp_min(1.0))
         slack = slack.masked_fill(self.distance == -torch.inf, 2e-6)  # no rounding brings a hidden key near
         return torch.maximum(slack, self.largest_slack(slack).unsqueeze(-1))
 

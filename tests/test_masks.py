@@ -222,12 +222,8 @@ def check_window(backend, window, queries, keys):
 
 
 COMBINATIONS = {
-    "causal window and lengths": {
-        "is_causal": True, "window_size": (40, -1), "key_lengths": True, "query_positions": 30,
-    },
-    "window, mask and lengths": {
-        "window_size": (50, 10), "key_mask": True, "key_lengths": True, "query_positions": 30,
-    },
+    "causal window, lengths": {"is_causal": True, "window_size": (40, -1), "key_lengths": True, "query_positions": 30},
+    "window, mask and lengths": {"window_size": (50, 10), "key_mask": True, "key_lengths": True, "query_positions": 30},
     "causal mask and positions": {"is_causal": True, "key_mask": True, "query_positions": 15},
     "everything": {"is_causal": True, "window_size": (60, 3), "key_mask": True, "key_lengths": True,
                    "query_positions": -5, "softcap": 3.0, "alibi_slopes": True},

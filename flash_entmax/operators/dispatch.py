@@ -12,8 +12,8 @@ from torch import Tensor
 from ..backends import BACKENDS, choose, reference
 from ..core.alphas import ADVICE, check_alphas
 from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Support
-from ..core.checks import check_decoded, check_key_summary
 from ..core.modes import as_given, is_recorded, is_transformed
+from ..core.summary_checks import check_decoded, check_key_summary
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
 from . import attention as attention_operators

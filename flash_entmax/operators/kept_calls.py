@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..backends import choose
 from ..core.call import KeySummary, RoundedKeys, ScoreOptions, Support
-from ..core.checks import SummarySizes, check_flag, check_summaries, checked_inputs
+from ..core.checks import check_flag, checked_inputs
 from ..core.modes import as_autocast
+from ..core.summary_checks import SummarySizes, check_summaries
 from ..core.visibility import Visibility
 from . import dispatch
 from .eager import PLAIN

@@ -84,12 +84,6 @@ FAULTS = {
         decode_lists, "list_crowded", "first + LISTED", "first", "long",
     ),
     "the numbers of a step are added again in the next one": (decode, "sums_at", "first + PLACES", "first", "long"),
-    "the tiles of a step are listed again in the next one": (
-        decode_lists, "list_live_tiles", "first + PLACES", "first", "many tiles",
-    ),
-    "the scores of a step are weighed again in the next one": (
-        decode, "keep_support", "first + PLACES", "first", "long",
-    ),
     "each step writes over the keys of the one before": (
         decode_lists, "append_keys", "count + tl.cumsum(alive, 0) - 1", "tl.cumsum(alive, 0) - 1", "long",
     ),
@@ -164,7 +158,6 @@ CHECKS = {
     "long": partial(check, few_queries(BACKEND, 2, 170, **LONG)),
     "chunks": partial(check, few_queries(BACKEND, 2, 100, **LONG), decoded=3000),
     "sparse": partial(check, few_queries(BACKEND, 2, 100, alpha=2.0)),
-    "many tiles": partial(check, few_queries(BACKEND, 2, 1300, alpha=2.0), places=16),
     "causal": partial(check, few_queries(BACKEND, 5, 64, is_causal=True, scale=0.1)),
     "window": partial(check, few_queries(BACKEND, 2, 130, window_size=(50, 0), scale=0.1)),
     "key lengths": partial(check, case_with(BACKEND, "key lengths", scale=0.1)),

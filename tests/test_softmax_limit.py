@@ -202,6 +202,17 @@ def test_the_choice_of_backends_compiles():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_slopes_compile():
+    def attend(query, slopes):
+        return entmax_attention(query, query, query, alpha=1.0, is_causal=True, alibi_slopes=slopes)
+
+    query = torch.randn(1, 2, 2048, 64, device="cuda", dtype=torch.bfloat16)
+    slopes = torch.tensor([0.5, 0.0], device="cuda")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)(query, slopes)
+    torch.testing.assert_close(compiled, attend(query, slopes), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("length", [64, 128, 192, 200])
 def test_gradients_are_finite_where_all_scores_are_low(length):
     """With a mask cuDNN's gradient is NaN at 64 and 192, where exp(-score) is no float32 any more."""

@@ -43,7 +43,7 @@ def softmax_attention(problem: Problem, query: Tensor, key: Tensor, value: Tenso
     if shared and query.is_cuda:  # where PyTorch's fused kernel for masks takes no shared heads
         key, value = (tensor.repeat_interleave(problem.group, 1) for tensor in (key, value))
         shared = {}
-    visible, distance = visible_mask(problem, options, problem.intervals(query.device))
+    visible, distance = reference.visible_mask(problem, options, query.device)
     if slopes is not None:
         slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
         visible = visible & ~((slopes == torch.inf)[:, :, None, None] & (distance > 0))
@@ -57,19 +57,6 @@ def softmax_attention(problem: Problem, query: Tensor, key: Tensor, value: Tenso
         # (pytorch/pytorch#196678). An exported graph has no trace of this: it takes what is there where it runs.
         attend = partial(with_backends, other_backends(), attend)
     return attend(query, key, value, attn_mask=bias, **shared).masked_fill(blind, 0.0)
-
-
-def visible_mask(problem: Problem, options: Visibility, intervals: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch or 1, heads or 1, query length, key length): whether the query sees the key, and their distance."""
-    intervals = intervals[:1] if intervals.stride(0) == 0 else intervals
-    start, stop, position = intervals[:, None, :, :, None].unbind(2)
-    key = torch.arange(problem.key_length, device=intervals.device)
-    visible = (start <= key) & (key < stop)
-    if options.key_mask is not None:
-        visible = visible & options.key_mask[:, None, None, :]
-    if options.block_mask is not None:
-        visible = visible & reference.blocks_mask(problem, options.block_mask)
-    return visible, (position - key).abs()
 
 
 def nothing(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

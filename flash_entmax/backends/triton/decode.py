@@ -205,17 +205,14 @@ def decode_solve_kernel(
     maxima = maxima_of_rows(largest, second, largest_key, place * tiles)
     weights, keys = row_scores + place * line, support + place * line
 
-    first_maxima = load_numbers(maxima.largest, begin, end)
-    maximum = highest(maxima.largest, first_maxima, begin, end)
+    maximum = highest(maxima.largest, begin, end)
     last = tl.where((maximum > float("-inf")) & (maximum < float("inf")), end, begin)
     row = RowScores(maxima.largest, maximum, options.z_scale, options.exponent)
-    offset = certified_offset(row, first_maxima, begin, last, C)
+    offset = certified_offset(row, begin, last, C)
     row = RowScores(weights, maximum, options.z_scale, options.exponent)
-    places = live_tiles + place * tiles
-    count = list_candidates(row, keys, maxima, first_maxima, places, tiles, begin, last, offset, C)
-    first_scores = load_numbers(weights, 0, count)
-    offset, last_step = solve_offset(row, first_scores, count, offset, C)
-    count = keep_support(row, keys, first_scores, count, offset, last_step, C)
+    count = list_candidates(row, keys, maxima, live_tiles + place * tiles, tiles, begin, last, offset, C)
+    offset, last_step = solve_offset(row, count, offset, C)
+    count = keep_support(row, keys, count, offset, last_step, C)
     count = spoil(weights, keys, count, is_spoiled(row, sees_a_key(maximum, begin < end, C)), begin, C)
     tl.store(counts + place, count)
     tl.store(finished + place, 0)
@@ -238,35 +235,35 @@ def head_of_row(place, first_unit, first_row, rows, sizes):
 
 
 @triton.jit
-def highest(numbers, first_numbers, begin, end):
-    """The largest of numbers[begin:end], of which the first PLACES are loaded; -inf of none."""
-    maxima = first_numbers
-    for first in range(begin + PLACES, end, PLACES):
+def highest(numbers, begin, end):
+    """The largest of numbers[begin:end]; -inf of none."""
+    maxima = tl.full((PLACES,), float("-inf"), tl.float32)
+    for first in range(begin, end, PLACES):
         maxima = tl.maximum(maxima, load_numbers(numbers, first, end))
     return tl.max(maxima, 0)
 
 
 @triton.jit
-def sums_at(row, numbers, begin, end, offset, C: tl.constexpr):
-    """(F, sum u) over row.numbers[begin:end] at an offset, of which the first PLACES are loaded: `numbers`. Thousands
-    of equal parts lose no digits.
+def sums_at(row, begin, end, offset, C: tl.constexpr):
+    """(F, sum u) over numbers[begin:end] at an offset. Thousands of equal parts lose no digits.
 
     The numbers of a step are loaded while the step before it is added up.
     """
     total = tl.zeros((PLACES,), tl.float32)
     error = tl.zeros((PLACES,), tl.float32)
     weight = tl.zeros((PLACES,), tl.float32)
+    number = load_numbers(row.numbers, begin, end)
     for first in range(begin, end, PLACES):
-        next_numbers = load_numbers(row.numbers, first + PLACES, end)
-        p, u = probability_and_weight(distances(row, numbers, offset), row.exponent, C.POWER, False)
+        next_number = load_numbers(row.numbers, first + PLACES, end)
+        p, u = probability_and_weight(distances(row, number, offset), row.exponent, C.POWER, False)
         total, error = add_compensated(total, error, p)
         weight += u
-        numbers = next_numbers
+        number = next_number
     return tl.sum(total, 0), tl.sum(weight, 0)
 
 
 @triton.jit
-def certified_offset(row, first_numbers, begin, end, C: tl.constexpr):
+def certified_offset(row, begin, end, C: tl.constexpr):
     """An offset at or above the true one: maxima are a subset of the scores, and Newton's steps end above the root.
 
     The rounding of a step is relative to the offset that it starts from. Its bound is that of certify.py.
@@ -274,43 +271,40 @@ def certified_offset(row, first_numbers, begin, end, C: tl.constexpr):
     offset = 1.0
     rounding = (tl.cdiv(end - begin, PLACES) + 64) * 2.0**-22
     for _ in range(CERTIFY_STEPS):
-        total, weight = sums_at(row, first_numbers, begin, end, offset, C)
+        total, weight = sums_at(row, begin, end, offset, C)
         stepped = newton_step(offset, total, weight, row.exponent) + rounding * offset
         offset = tl.where(stepped < offset, stepped, offset)
     return offset
 
 
 @triton.jit
-def solve_offset(row, first_scores, count, offset, C: tl.constexpr):
+def solve_offset(row, count, offset, C: tl.constexpr):
     """(offset, last_step): the offset of a row from the scores of its candidates. Each step ends at or above the true
     one. The last is for the probabilities, see `keep_support`."""
-    total, weight = sums_at(row, first_scores, 0, count, offset, C)
+    total, weight = sums_at(row, 0, count, offset, C)
     stepped = newton_step(offset, total, weight, row.exponent)
     steps = 0
     while (total > 1.0 + TOLERANCE) & (stepped < offset) & (steps < MOST_STEPS):
         offset = stepped
-        total, weight = sums_at(row, first_scores, 0, count, offset, C)
+        total, weight = sums_at(row, 0, count, offset, C)
         stepped = newton_step(offset, total, weight, row.exponent)
         steps += 1
     return offset, tl.where(weight == 0, 0.0, (1.0 - total) / weight)
 
 
 @triton.jit
-def keep_support(row, keys, scores, count, offset, last_step, C: tl.constexpr):
+def keep_support(row, keys, count, offset, last_step, C: tl.constexpr):
     """How many keys have a positive probability p = u [d + last_step]_+. It stands in place of their score.
 
-    dF / d offset = r sum u and p = d^r, so this step brings sum p to 1 up to the square of what was left. `scores` are
-    those of the first PLACES keys. A step writes before what any later step loads.
+    dF / d offset = r sum u and p = d^r, so this step brings sum p to 1 up to the square of what was left.
     """
     kept = 0
     for first in range(0, count, PLACES):
-        next_scores = load_numbers(row.numbers, first + PLACES, count)
-        d = distances(row, scores, offset)
+        d = distances(row, load_numbers(row.numbers, first, count), offset)
         p = support_weight(d, row.exponent, C.POWER) * tl.maximum(d + last_step, 0.0)
         place = first + tl.arange(0, PLACES)
         key = tl.load(keys + place, mask=place < count, other=0)
         kept = append_keys(row.numbers, keys, kept, p, key, tl.where(p > 0, 1, 0))
-        scores = next_scores
     return kept
 
 

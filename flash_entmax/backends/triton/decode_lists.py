@@ -36,32 +36,27 @@ class RowScores(NamedTuple):
 
 
 @triton.jit
-def list_candidates(row, keys, maxima, first_maxima, places, capacity, begin, end, offset, C: tl.constexpr):
+def list_candidates(row, keys, maxima, places, capacity, begin, end, offset, C: tl.constexpr):
     """How many keys of the tiles from `begin` up to `end` have a score above the threshold. Their scores move to the
-    front of the row, their numbers to `keys`. `places` has room for `capacity` tiles. The largest scores of the first
-    PLACES tiles are loaded: `first_maxima`."""
+    front of the row, their numbers to `keys`. `places` has room for `capacity` tiles."""
     last_place = places + capacity - 1
-    crowded, single = list_live_tiles(
-        row, maxima.largest, maxima.second, first_maxima, places, last_place, begin, end, offset
-    )
+    crowded, single = list_live_tiles(row, maxima.largest, maxima.second, places, last_place, begin, end, offset)
     count = list_crowded(row, keys, places, crowded, offset, C)
     return append_singles(row, keys, maxima, last_place, single, count)
 
 
 @triton.jit
-def list_live_tiles(row, largest, second, maxima, places, last_place, begin, end, offset):
+def list_live_tiles(row, largest, second, places, last_place, begin, end, offset):
     """(crowded, single): how many tiles have several scores above the threshold, and how many have one.
 
     The numbers of the first stand from `places` on, rising; those of the others from `last_place` back. Where the
-    second largest scores are not known, every tile with one score above the threshold may have several. `maxima` are
-    the largest scores of the first PLACES tiles.
+    second largest scores are not known, every tile with one score above the threshold may have several.
     """
     crowded = 0
     single = 0
     for first in range(begin, end, PLACES):
         number = first + tl.arange(0, PLACES)
-        next_maxima = load_numbers(largest, first + PLACES, end)
-        alive = above_threshold(row, maxima, offset)
+        alive = above_threshold(row, load_numbers(largest, first, end), offset)
         several = alive
         if second is not None:
             several = alive & above_threshold(row, load_numbers(second, first, end), offset)
@@ -73,7 +68,6 @@ def list_live_tiles(row, largest, second, maxima, places, last_place, begin, end
         total = tl.sum(kind, 0)
         crowded += total % SINGLES
         single += total // SINGLES
-        maxima = next_maxima
     tl.debug_barrier()
     return crowded, single
 

@@ -33,7 +33,7 @@ from .decode import (
     wait_for_previous,
 )
 from .decode_blocks import list_reached_tiles, load_least, margin_of, rows_of_program
-from .decode_lists import RowScores, list_crowded, list_live_tiles, load_numbers
+from .decode_lists import RowScores, list_crowded, list_live_tiles
 from .decode_values import store_output, weighted_values
 from .keys import Keys
 from .pages import open_batch_row
@@ -225,28 +225,25 @@ def rounded_solve_kernel(
     tile_place = place * (line // C.TILE)
     weights, keys = highest_scores + place * line, support + place * line
 
-    first_bounds = load_numbers(lowest_of_tiles + tile_place, begin, end)
-    least = highest(lowest_of_tiles + tile_place, first_bounds, begin, end)
+    least = highest(lowest_of_tiles + tile_place, begin, end)
     lower = RowScores(lowest_of_tiles + tile_place, least, options.z_scale, options.exponent)
-    offset = certified_offset(lower, first_bounds, begin, tl.where(least > float("-inf"), end, begin), C)
+    offset = certified_offset(lower, begin, tl.where(least > float("-inf"), end, begin), C)
     z_scale = tl.where(options.z_scale == options.z_scale, options.z_scale, 0.0)  # where NaN, all keys are candidates
     upper = RowScores(highest_of_tiles + tile_place, least, z_scale, options.exponent)
     places = live_tiles + tile_place
-    first_maxima = load_numbers(upper.numbers, begin, end)
-    listed, _ = list_live_tiles(upper, upper.numbers, None, first_maxima, places, places, begin, end, offset)
+    listed, _ = list_live_tiles(upper, upper.numbers, None, places, places, begin, end, offset)
     upper = RowScores(weights, least, z_scale, options.exponent)
     count = list_crowded(upper, keys, places, listed, offset, C)
 
     _, _, position = visible_interval(number + tl.arange(0, 1), unit, sizes, visibility, C)
     q = load_query(head_of(query, batch, head), number, C)
     score_candidates(q, position, head_of(key, batch, key_head), weights, keys, count, options, C)
-    first_scores = load_numbers(weights, 0, count)
-    maximum = highest(weights, first_scores, 0, count)
+    maximum = highest(weights, 0, count)
     row = RowScores(weights, maximum, options.z_scale, options.exponent)
     known = tl.where((maximum > float("-inf")) & (maximum < float("inf")), count, 0)
-    offset, last_step = solve_offset(row, first_scores, known, moved_offset(offset, least, row), C)
-    count = keep_support(row, keys, first_scores, known, offset, last_step, C)
-    sees = sees_a_key(highest(highest_of_tiles + tile_place, first_maxima, begin, end), begin < end, C)
+    offset, last_step = solve_offset(row, known, moved_offset(offset, least, row), C)
+    count = keep_support(row, keys, known, offset, last_step, C)
+    sees = sees_a_key(highest(highest_of_tiles + tile_place, begin, end), begin < end, C)
     count = spoil(weights, keys, count, is_spoiled(row, sees), begin, C)
     tl.store(counts + place, count)
     tl.store(finished + place, 0)

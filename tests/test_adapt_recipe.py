@@ -196,6 +196,8 @@ def test_a_folder_is_taken_with_softmax_and_safetensors(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--characters", "0"], "--characters must be at least 1, got 0"),
+        (["--characters", "90"], "too little prose"),
         (["--rank", "-1"], "--rank must be at least 0, got -1"),
         (["--batch", "3"], "--batch must be even, half prose and half code, got 3"),
         (["--alphas", "1.5", "1"], "--alphas must be from 1.01 to 2, got 1.5 1"),

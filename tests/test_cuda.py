@@ -6,7 +6,7 @@ from cases import Case, run
 from checks import check_attention, check_live_map
 from conftest import HAS_CUDA
 
-from flash_entmax import entmax_attention
+from flash_entmax import entmax_attention, entmax_attention_varlen
 from flash_entmax.testing import iid_inputs, relative_error, topic_inputs
 
 pytestmark = pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
@@ -163,6 +163,30 @@ def test_calls_from_notes_give_the_bits_of_the_first(name, order, monkeypatch):
         again = results()
         assert [tensor.stride() for tensor in again] == [tensor.stride() for tensor in first]
         assert all(map(torch.equal, again, first))
+
+
+def test_packed_steps_from_notes_have_the_boundaries_of_each_call(monkeypatch):
+    from flash_entmax.operators import dispatch
+
+    inputs, grad_output = noted_inputs(torch.bfloat16, "rows first")
+    tokens = [tensor[0].transpose(0, 1) for tensor in (*inputs, grad_output)]
+    given = [
+        torch.tensor(ends, dtype=torch.int32, device="cuda") for ends in ([0, 2048], [0, 3, 3, 900], [0, 77, 2048])
+    ]
+
+    def results(boundaries: torch.Tensor) -> list[torch.Tensor]:
+        output = entmax_attention_varlen(*tokens[:3], boundaries, None, 2048, 2048, is_causal=True)
+        return [output, *torch.autograd.grad(output, inputs, tokens[3])]
+
+    first = []
+    for boundaries in given:
+        dispatch.kept.clear()
+        first.append(results(boundaries))
+    for _ in range(3):
+        results(given[0])
+    refuse_other_launches(monkeypatch)
+    for boundaries, expected in zip(given, first, strict=True):
+        assert all(map(torch.equal, results(boundaries), expected))
 
 
 def test_a_graph_of_steps_from_notes_gives_their_bits(monkeypatch):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from flash_entmax import entmax_attention
+from flash_entmax import entmax_attention, entmax_attention_varlen
 from flash_entmax.core.call import ScoreOptions
 from flash_entmax.core.visibility import Visibility
 from flash_entmax.functional import attend
@@ -134,6 +134,53 @@ def test_intervals_are_those_of_each_call(inputs, monkeypatch):
     entmax_attention(query, *inputs[1:], **options, key_lengths=lengths[1]).sum().backward()
     assert query.grad[:, :, 40:].eq(0).all(), "these queries see no key"
     assert all(tensor is None for call in dispatch.kept.values() for tensor in call.lowered.tensors)
+
+
+@pytest.fixture
+def tokens():
+    return [tensor.squeeze(0).transpose(0, 1) for tensor in iid_inputs(1, 2, 70, 16)]
+
+
+def test_boundaries_are_those_of_each_call(tokens, monkeypatch):
+    """However many sequences there are: calls with as many tokens are alike."""
+    given = [torch.tensor(list(each), dtype=torch.int32) for each in ((0, 70), (0, 3, 3, 40), (0, 30, 70), (0, 70))]
+    fresh = []
+    for boundaries in given:
+        dispatch.kept.clear()
+        fresh.append(entmax_attention_varlen(*tokens, boundaries, None, 70, 70, is_causal=True))
+    monkeypatch.setattr("flash_entmax.operators.kept_calls.checked_inputs", None)
+    for boundaries, expected in zip(given, fresh, strict=True):
+        assert torch.equal(entmax_attention_varlen(*tokens, boundaries, None, 70, 70, is_causal=True), expected)
+    assert not torch.equal(fresh[0], fresh[2])
+    query = tokens[0].requires_grad_()
+    entmax_attention_varlen(query, *tokens[1:], given[1], None, 70, 70, is_causal=True).sum().backward()
+    assert query.grad[40:].eq(0).all(), "these tokens are in no sequence"
+    assert len(dispatch.kept) == 1
+    assert all(tensor is None for call in dispatch.kept.values() for tensor in call.lowered.tensors)
+
+
+RIGHT = torch.tensor([0, 30, 70])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"cu_seq_q": RIGHT.double()}, "cu_seq_q"),
+        ({"cu_seq_q": RIGHT[None]}, "cu_seq_q"),
+        ({"cu_seq_q": RIGHT.to("meta")}, "cu_seq_q"),
+        ({"cu_seq_q": torch.tensor([0, 50, 20])}, "cu_seq_q"),
+        ({"cu_seq_k": RIGHT[:2]}, "cu_seq_k"),
+        ({"cu_seq_k": [0, 30, 70]}, "cu_seq_k"),
+        ({"max_q": 20}, "cu_seq_q"),
+        ({"max_q": 70.0}, "max_q"),
+        ({"max_k": True}, "max_k"),
+    ],
+)
+def test_other_boundaries_are_still_refused(tokens, wrong, name):
+    options = {"cu_seq_q": RIGHT, "cu_seq_k": RIGHT.clone(), "max_q": 70, "max_k": 70}
+    entmax_attention_varlen(*tokens, **options)
+    with pytest.raises((TypeError, ValueError), match=name):
+        entmax_attention_varlen(*tokens, **options | wrong)
 
 
 @pytest.mark.parametrize("wrong", [torch.tensor([5.0]), torch.tensor([5, 5]), torch.tensor([5], device="meta"), [5]])

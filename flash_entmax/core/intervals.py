@@ -57,15 +57,14 @@ def intervals_of_rows(
     batch, query_length, key_length = sizes
     left, right = window
     dtype = torch.int32 if max(window) < FURTHEST // 2 else torch.int64  # a position and a window add up in it
-    if query_positions is not None:
-        position = query_positions.clamp(-FURTHEST, FURTHEST).to(dtype)
-    else:
-        position = torch.arange(first_position, first_position + query_length, dtype=dtype, device=device)
     start: Tensor | int = 0
     stop: Tensor | int = key_length
+    position = None if query_positions is None else query_positions.clamp(-FURTHEST, FURTHEST).to(dtype)
     if cu_seq_q is not None and cu_seq_k is not None:
-        to_last, start, stop = packed_rows(query_length, cu_seq_q.to(torch.int64), cu_seq_k.to(torch.int64))
-        position = stop - to_last if query_positions is None else start + position
+        start, stop, own_position = packed_rows(query_length, cu_seq_q, cu_seq_k, dtype)
+        position = own_position if position is None else start + position
+    elif position is None:
+        position = torch.arange(first_position, first_position + query_length, dtype=dtype, device=device)
     if key_lengths is not None:
         stop = key_lengths.unsqueeze(-1)
     if left != UNLIMITED:
@@ -89,19 +88,16 @@ def within_keys(row: Tensor | int, position: Tensor, key_length: int) -> Tensor:
     return row.clamp(0, key_length) if isinstance(row, Tensor) else torch.full_like(position, row)
 
 
-def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each query token: how far it is from the end of its queries; its sequence's first key, and one past the last.
+def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Of each query token: the first key of its sequence, one past the last, and its own position.
 
-    Tokens past the last boundary get no key.
+    Tokens past the last boundary are a sequence without keys, behind the others.
     """
-    row = torch.arange(query_length, device=cu_q.device)
-    if cu_q.shape[0] == 1:
-        return row, row * 0, row * 0
-    sequence = torch.searchsorted(cu_q, row, right=True) - 1
-    inside = sequence < cu_q.shape[0] - 1
-    sequence = sequence.clamp(0, cu_q.shape[0] - 2)
-    first, end = cu_k[sequence], cu_k[sequence + 1]
-    return cu_q[sequence + 1] - row, first, torch.where(inside, end, first)
+    row = torch.arange(query_length, device=cu_q.device, dtype=cu_q.dtype)
+    sequence = torch.searchsorted(cu_q[1:], row, right=True)
+    end_q, end_k = (torch.cat((cu[1:], cu[-1:])) for cu in (cu_q, cu_k))
+    first, end, to_keys = torch.stack((cu_k, end_k, end_k - end_q)).to(dtype).index_select(1, sequence)
+    return first, end, row + to_keys
 
 
 def check_packing(

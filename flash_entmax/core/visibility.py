@@ -4,6 +4,7 @@ The backends know two things only. Each query has an interval of keys: causality
 sequences are all intervals. A filter by tiles holds any other mask.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,8 +78,16 @@ class Visibility:
         is_causal, span = self.is_plain and self.window[1] == 0, self.max_span(key_length)
         return VisibilityArgs(self.intervals(query, key_length), kinds, bits, is_causal, span)
 
-    def intervals(self, query: Tensor, key_length: int) -> Tensor | None:
-        """(batch, 3, query length) int32, or None where every query sees all keys, or the causal ones."""
+    @property
+    def limits(self) -> tuple[int | Tensor | None, ...]:
+        """What intervals are made of."""
+        return self.known_intervals, self.query_positions, self.key_lengths, self.cu_seq_q, self.cu_seq_k
+
+    def intervals(self, query: Tensor, key_length: int, compute: Callable[..., Tensor] = intervals) -> Tensor | None:
+        """(batch, 3, query length) int32, or None where every query sees all keys, or the causal ones.
+
+        `compute` is the operator, or the function that computes it.
+        """
         if self.is_plain:
             return None
         if self.known_intervals is not None:
@@ -88,4 +97,4 @@ class Visibility:
         if first is None:  # the last query stands at the last key
             first = key_length - query.shape[2]
         limits = positions, self.key_lengths, self.cu_seq_q, self.cu_seq_k
-        return intervals(query.detach(), *limits, key_length, first, *self.window, self.max_q, self.max_k)
+        return compute(query.detach(), *limits, key_length, first, *self.window, self.max_q, self.max_k)

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..backends import BACKENDS, choose, reference
 from ..core.alphas import ADVICE, check_alphas
 from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Support
+from ..core.intervals import intervals as interval_operator
 from ..core.modes import as_given, is_recorded, is_transformed
+from ..core.registration import function_of
 from ..core.summary_checks import check_decoded, check_key_summary
 from ..core.tensors import row_dtype
 from ..core.visibility import Visibility
@@ -101,12 +103,15 @@ def attend_again(
     query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, call: KeptCall
 ) -> Tensor | tuple[Tensor, Support]:
     """A call like one that is kept."""
-    intervals = visibility.intervals(query, key.shape[2]) if call.has_intervals else None
-    inputs = query, key, value, intervals
-    if is_eager(inputs):
+    inputs, intervals = (query, key, value), None
+    is_direct = is_eager((*inputs, *(limit for limit in visibility.limits if isinstance(limit, Tensor))))
+    if call.has_intervals:
+        compute_intervals = function_of(interval_operator) if is_direct else interval_operator
+        intervals = visibility.intervals(query, key.shape[2], compute_intervals)
+    if is_direct:
         is_differentiated = query.requires_grad or key.requires_grad or value.requires_grad
         compute = call.record if is_differentiated and torch.is_grad_enabled() else call.compute
-        if compute is not None and (output := compute(*inputs)) is not None:
+        if compute is not None and (output := compute(*inputs, intervals)) is not None:
             return output
     lowered = call.lowered.with_intervals(intervals) if call.has_intervals else call.lowered
     return attend_lowered(query, key, value, lowered, False)

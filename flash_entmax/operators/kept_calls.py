@@ -2,7 +2,8 @@
 
 To check and to lower a call takes the host as long as to launch a short one. Calls with tensors of the same shapes,
 strides, dtypes and devices pass the same checks and are lowered to the same, where their options are equal numbers, but
-for the intervals of keys, which may be given, or which `key_lengths` may decide. A backend may prepare more for them.
+for the intervals of keys, which are given, or made of `key_lengths` or of the boundaries of packed sequences. A backend
+may prepare more for them.
 """
 
 import torch
@@ -48,9 +49,7 @@ def likeness(
     """
     v, (alpha, scale, softcap, slopes) = visibility, score
     lengths, known, positions, given = v.key_lengths, v.known_intervals, v.query_positions, None
-    if slopes is not None or v.key_mask is not None or v.block_mask is not None:
-        return None
-    if v.cu_seq_q is not None or summary is not None:
+    if slopes is not None or v.key_mask is not None or v.block_mask is not None or summary is not None:
         return None
     if return_support is not False or type(v.window_size) is not tuple or torch.compiler.is_compiling():
         return None
@@ -59,11 +58,14 @@ def likeness(
             return None
         if isinstance(positions, Tensor):  # where queries stand, the intervals say
             given, positions = (type(positions), positions.shape, positions.dtype, positions.device), None
-    options = alpha, scale, softcap, v.is_causal, positions, impl, *v.window_size
+    packing = packing_of(v)
+    if v.cu_seq_q is not None and (packing is None or positions is not None):
+        return None
+    options = alpha, scale, softcap, v.is_causal, positions, impl, *v.window_size, v.max_q, v.max_k
     types = tuple(map(type, options))
     if not NUMBERS.issuperset(types):
         return None
-    for tensor in (*tensors, *(limit for limit in (lengths, known) if limit is not None)):
+    for tensor in (*tensors, *(limit for limit in (lengths, known, v.cu_seq_q, v.cu_seq_k) if limit is not None)):
         if type(tensor) not in PLAIN or tensor.is_nested or tensor.is_meta:
             return None
     query, key, value = tensors
@@ -74,5 +76,18 @@ def likeness(
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), dtype, device, key.device,
         value.device, choose(dtype, device, impl, others=("reference",)), options,
         types, None if lengths is None else (lengths.shape, lengths.dtype, lengths.device),
-        None if known is None else (known.shape, known.dtype, known.device), given,
+        None if known is None else (known.shape, known.dtype, known.device), given, packing,
     )  # fmt: skip
+
+
+def packing_of(visibility: Visibility) -> tuple | None:
+    """What is equal in boundaries of packed sequences that pass the same checks; None where they fail them.
+
+    How many sequences there are is left out: only the intervals depend on it.
+    """
+    cu_q, cu_k = visibility.cu_seq_q, visibility.cu_seq_k
+    if not (isinstance(cu_q, Tensor) and isinstance(cu_k, Tensor)):
+        return None
+    if cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.shape[0] == 0:
+        return None
+    return cu_q.dtype, cu_k.dtype, cu_q.device, cu_k.device, cu_q is cu_k

@@ -141,6 +141,7 @@ def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
     adapt("--steps", type=int, metavar="N", help="optimizer steps of a training")
     adapt("--batch", type=int, metavar="N", help="windows of a step, half prose, half code")
     adapt("--length", type=int, metavar="N", help="tokens of a window")
+    adapt("--characters", type=int, metavar="N", help="of prose, and of code, that are read at most")
     about = "where alpha ends, one arm each; several make a table and a picture of what each costs and saves"
     adapt("--alphas", nargs="+", type=float, metavar="A", help=about)
     adapt("--hold", type=float, metavar="SHARE", help="share of the steps in which alpha stays at 1.01")

@@ -59,7 +59,8 @@ class AdaptSize:
 
 
 OPTIONS = (
-    "model", "steps", "batch", "length", "rates", "alphas", "hold", "ramp", "distillation", "rank", "seeds", "lengths",
+    "model", "steps", "batch", "length", "characters", "rates", "alphas", "hold", "ramp", "distillation", "rank",
+    "seeds", "lengths",
 )  # fmt: skip
 # Results of one file may differ in these: each run says its own.
 OF_A_RUN = ("steps", "rates", "alphas", "seeds")
@@ -104,7 +105,7 @@ def one_model(folders: tuple[Path, ...] | Path) -> Path:
 
 
 def check(size: AdaptSize) -> None:
-    for name in ("steps", "batch", "seeds"):
+    for name in ("steps", "batch", "characters", "seeds"):
         if getattr(size, name) < 1:
             raise CommandError(f"--{name} must be at least 1, got {getattr(size, name)}")
     if size.length < 2:

@@ -8,6 +8,7 @@ torchrun --standalone --nproc-per-node 2 examples/train_context_parallel.py --st
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to save, and to go on from")
     parser.add_argument("--save-every", type=int, default=100, help="steps; the last one is saved as well")
     args = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it by torchrun: torchrun --standalone --nproc-per-node 2 " + parser.prog)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     if device == "cuda":

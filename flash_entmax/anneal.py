@@ -47,7 +47,8 @@ class AlphaAnnealing:
 
         annealing = AlphaAnnealing(steps=1000, device="cuda")
         for batch in batches:
-            loss = model(batch, alpha=annealing.alpha)  # entmax_attention(..., alpha=annealing.alpha)
+            alpha = annealing.end if annealing.is_at_rest else annealing.alpha  # for a number, kernels are faster
+            loss = model(batch, alpha=alpha)  # entmax_attention(..., alpha=alpha)
             ...
             annealing.step()
     """
@@ -82,6 +83,11 @@ class AlphaAnnealing:
     def last_step(self) -> int:
         """How many calls of ``step()`` it takes until alpha is at ``end``: ``hold + steps``."""
         return self.hold + self.steps
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether alpha has come to ``end``. From then on, pass that number: there are faster kernels for it."""
+        return self.taken == self.last_step
 
     def step(self) -> float:
         """Move alpha by one step, and return its new value."""

@@ -115,7 +115,8 @@ def entmax_attention(
             Tiles outside are never visited. With ``is_causal``, right counts as 0.
         softcap: bounds scores to (-softcap, softcap), before any bias; 0 is none. At most 1,000 in 16-bit types.
         alibi_slopes: (heads,) or (batch, heads), any floating dtype, with gradient: what each step of distance takes
-            from the score (Press et al. 2022, arXiv 2108.12409). An infinite slope leaves only the own position.
+            from the score (Press et al. 2022, arXiv 2108.12409). An infinite slope leaves only the own position; a
+            finite one times any distance must fit float32.
         query_positions: the position of the first query, or that of each one, (query length,) or (batch, query length)
             int32 or int64, in any order: for shards and chunks of the queries.
         key_lengths: (batch,) int32 or int64: of each batch row, only so many keys exist (padding on the right). Where
@@ -140,8 +141,8 @@ def entmax_attention(
         as for ``scaled_dot_product_attention``), stored in the order of the query's dimensions, as gradients are; with
         ``return_support`` a pair of it and the ``Support``, which carries no gradient. A query that sees no key gets
         output 0 and gradient 0. A NaN or inf among a row's scores, scores that are all -inf, or a NaN or inf in a value
-        that it attends to, make it NaN; so padding must be finite. A NaN in a tensor alpha, scale or slope makes its
-        head NaN.
+        that it attends to, make it NaN. Padding must be finite: a hidden NaN makes gradients NaN. A NaN in a tensor
+        alpha, scale or slope makes its head NaN.
 
     Raises:
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.

@@ -139,9 +139,11 @@ class KeySummaries:
         """Batch row n becomes a copy of batch row indices[n], (batch,) int32 or int64, as a beam search does it.
 
         Raises:
-            TypeError, ValueError: indices of another kind.
+            TypeError, ValueError: indices of another kind; on a CPU, also of rows that there are not.
         """
         check_index("indices", indices, self.lengths, ((self.sizes.batch,),), "these summaries")
+        if indices.device.type == "cpu" and not all(0 <= row < self.sizes.batch for row in indices.tolist()):
+            raise ValueError(f"indices must be from 0 to {self.sizes.batch - 1}, got {indices.tolist()}")
         for tensor in self.tensors():
             tensor.copy_(tensor.index_select(0, indices))
 

@@ -151,7 +151,7 @@ def linear_entmax_loss(
     check_options(alpha, ignore_index, reduction, label_smoothing)
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum', got 'none': use entmax_loss for the loss of each token")
-    rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
+    rows, classes = hidden.flatten(0, -2), target.reshape(-1).contiguous()
     backend = choose_for(alpha, hidden, impl)
     scalars = ignore_index, float(label_smoothing), float(alpha), backend
     total, *_ = linear_loss(rows, weight, bias, classes, False, False, False, *scalars)

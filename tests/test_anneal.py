@@ -37,6 +37,8 @@ def test_held_then_geometric_then_at_rest():
     again = AlphaAnnealing(4, shape="geometric", hold=3)
     again.load_state_dict(annealing.state_dict() | {"taken": 5})
     assert again.alpha.item() == pytest.approx(values[5])
+    assert annealing.is_at_rest
+    assert not again.is_at_rest
     assert "geometric, held for 3, step 5 of 7" in repr(again)
 
 

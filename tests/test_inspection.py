@@ -268,6 +268,15 @@ def test_nothing_stays_on_the_model():
     assert [call.name for call in calls] == ["call 0", "layers.0.attention", "layers.1.attention"]
 
 
+def test_a_recording_in_another_is_recorded_once():
+    query = torch.randn(1, 2, 64, 16)
+    with inspection.record() as outer:
+        with inspection.record() as inner:
+            entmax_attention(query, query, query)
+        entmax_attention(query, query, query)
+    assert ([call.name for call in outer], [call.name for call in inner]) == (["call 0", "call 1"], ["call 0"])
+
+
 def test_only_some_calls():
     model, x = Model(layers=4), torch.randn(1, 5, 16)
     with inspection.record(model, only=lambda name: name.startswith("layers.2")) as calls:

@@ -268,3 +268,16 @@ def test_what_holds_itself_has_no_state():
         return again(n - 1) if n else 0
 
     assert state_of(again).key == state_of(again).key
+
+
+def test_numbers_that_numpy_shares_are_looked_at():
+    """PyTorch does not count what NumPy writes."""
+    numpy = pytest.importorskip("numpy")
+    numbers = numpy.arange(LENGTH) // 20
+    mask = create_block_mask(of_table(torch.from_numpy(numbers)), 1, 1, LENGTH, LENGTH, device="cpu")
+    inputs = iid_inputs(1, 1, LENGTH, 8)
+    before = entmax_attention(*inputs, block_mask=mask)
+    numbers[:] = numpy.arange(LENGTH) // 11
+    after = entmax_attention(*inputs, block_mask=mask)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, entmax_attention(*inputs, block_mask=mask, impl="reference"))

@@ -267,6 +267,8 @@ def test_keys_that_are_refused():
             summaries.append(key, lengths)
         with pytest.raises(error, match="indices must"):
             summaries.reorder(lengths)
+    with pytest.raises(ValueError, match=r"indices must be from 0 to 1, got \[0, 2\]"):
+        summaries.reorder(torch.tensor([0, 2]))
     lengths = torch.zeros(2, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match="key_lengths must be on the device of the key, cpu, got meta"):
         summaries.append(key, lengths)

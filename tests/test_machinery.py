@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flash_entmax import entmax_attention, entmax_attention_varlen, linear_entmax_loss, register_flop_formulas
 from flash_entmax.backends import BACKENDS
+from flash_entmax.nn import EntmaxAttention
 from flash_entmax.testing import iid_inputs
 
 OPERATOR = torch.ops.flash_entmax.attention.default
@@ -131,6 +132,16 @@ def test_export(backend):
     ):
         other = iid_inputs(of_batch, 2, of_length, 16, device=backend.device)
         assert_same([program.module()(*other)], [module(*other)])
+
+
+def test_export_of_a_layer_of_any_length():
+    """With parameters, and without a largest length."""
+    layer, x = EntmaxAttention(16, 4), torch.randn(2, 9, 16)
+    shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": shape})
+    for batch, length in ((1, 1), (2, 65), (3, 300)):
+        other = torch.randn(batch, length, 16)
+        torch.testing.assert_close(program.module()(other), layer(other))
 
 
 def masked(query, key, value, mask, impl):

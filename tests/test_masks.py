@@ -131,8 +131,10 @@ def test_lengths_take_few_operators(queries, dtype, options, count, monkeypatch)
 LIMITS = -1, 0, 3, 50, 2**29, 2**30, 2**31
 
 
-def test_intervals_are_their_definition():
-    """Where windows, positions and lengths end before, among and after the keys, and far away."""
+def test_intervals_are_their_definition(monkeypatch):
+    """Where windows, positions and lengths end before, among and after the keys, and far away. Lengths are taken as on
+    a GPU, where they are not read."""
+    monkeypatch.setattr("flash_entmax.core.intervals.check_lengths", lambda *_: None)
     draw = random.Random(0)
     for _ in range(300):
         batch, queries, keys = draw.choice((1, 2)), draw.choice((1, 3)), draw.choice((1, 9, 100))

@@ -115,6 +115,34 @@ def test_masks_and_slopes_equal_a_dense_mask(impl, name, slopes):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5)
 
 
+WIDE_CASES = {
+    "recent keys are masked": {"key_mask": torch.arange(200)[None] < 60, "alibi_slopes": torch.tensor([0.7, 0.3])},
+    "a late chunk": {"query_positions": 2000, "is_causal": True, "alibi_slopes": torch.tensor([0.7, 0.3])},
+    "a very late chunk": {"query_positions": 150_000, "is_causal": True, "alibi_slopes": torch.tensor([0.5, 0.5])},
+    "a tensor scale": {"scale": torch.tensor(0.7)},
+    "a large scale": {"scale": torch.tensor([1e5, 0.3])},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", WIDE_CASES)
+def test_penalties_and_scales_that_do_not_fit_16_bits(name, dtype):
+    inputs = [tensor.to(dtype) for tensor in iid_inputs(1, 2, 200, 64)]
+    output = entmax_attention(*inputs, alpha=1.0, **WIDE_CASES[name])
+    assert output.dtype == dtype
+    exact = entmax_attention(*(t.double() for t in inputs), alpha=1.0, impl="reference", **WIDE_CASES[name])
+    torch.testing.assert_close(output.double(), exact, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("slope", [4e37, 3.4e38, torch.inf])
+def test_slopes_that_no_distance_can_multiply(slope):
+    """The nearest key that is seen loses nothing beside the others."""
+    inputs, options = iid_inputs(1, 1, 8, 16), {"query_positions": 12, "is_causal": True, "alpha": 1.0}
+    slopes = torch.tensor([slope])
+    exact = entmax_attention(*(t.double() for t in inputs), alibi_slopes=slopes, impl="reference", **options)
+    torch.testing.assert_close(entmax_attention(*inputs, alibi_slopes=slopes, **options).double(), exact)
+
+
 FLASH, EFFICIENT, MATH, CUDNN = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,

@@ -267,8 +267,13 @@ def test_the_ends_of_the_range_are_taken():
 
 def test_models_that_have_no_alpha():
     model, ids = make("llama"), tokens(1, 20)
-    with pytest.raises(ValueError, match="'entmax' needs an alpha"):
+    with pytest.raises(ValueError, match="'entmax' needs an alpha: set entmax_alpha of the LlamaConfig"):
         model(ids)
+    for wrong in ([1.5, 1.6], "1.5"):
+        with pytest.raises(
+            TypeError, match=r"config\.entmax_alpha must be a number, or a dict of numbers by layer, got"
+        ):
+            make("llama", wrong)(ids)
     with pytest.raises(ValueError, match=r"from 1 to 2, got 2\.5"):
         make("llama", 2.5)(ids)
     for name in ("eager", "entmax15"):

@@ -4,6 +4,7 @@ Imported by the first call that needs it: the decorator below loads torch._dynam
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -26,8 +27,11 @@ def softmax_attention(problem: Problem, query: Tensor, key: Tensor, value: Tenso
     _, scale, softcap, slopes = problem.score
     if softcap:
         raise ValueError("softcap with alpha=1 (softmax) is not computed here: use FlexAttention, or alpha above 1")
-    if isinstance(scale, Tensor):
-        query, scale = (query * scale.view(-1, 1, 1)).to(query.dtype), 1.0
+    if isinstance(scale, Tensor):  # queries times their scale do not fit 16 bits
+        dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+        query, key, value = query.to(wide) * scale.view(-1, 1, 1), key.to(wide), value.to(wide)
+        score = problem.score._replace(scale=1.0)
+        return softmax_attention(replace(problem, score=score), query, key, value, options).to(dtype)
     if problem.is_empty:
         return nothing(problem, query, key, value)
     attend: Callable[..., Tensor] = partial(scaled_dot_product_attention, scale=scale)
@@ -48,9 +52,13 @@ def softmax_attention(problem: Problem, query: Tensor, key: Tensor, value: Tenso
         slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
         visible = visible & ~((slopes == torch.inf)[:, :, None, None] & (distance > 0))
     blind = ~visible.any(-1, keepdim=True)
-    bias = torch.zeros_like(visible, dtype=query.dtype)
+    # On a GPU, PyTorch's kernels take a mask in the query's dtype.
+    dtype = query.dtype if query.is_cuda else torch.promote_types(query.dtype, torch.float32)
+    bias = torch.zeros_like(visible, dtype=dtype)
     if slopes is not None:
-        bias = bias - torch.where(visible, reference.alibi(slopes, distance), 0.0).to(query.dtype)
+        # The softmax of a row stays what it is if its nearest key loses nothing. So what is near keeps its digits.
+        nearest = distance.masked_fill(~visible, torch.iinfo(distance.dtype).max).amin(-1, keepdim=True)
+        bias = bias - torch.where(visible, reference.alibi(slopes, distance - nearest), 0.0).to(dtype)
     bias = bias.masked_fill(~visible & ~blind, -torch.inf)
     if query.is_cuda and query.requires_grad and not is_forward:
         # With a mask, 64 keys modulo 128 and scores below -88 cuDNN's gradient of the query is NaN

@@ -8,7 +8,7 @@ from .checks import is_number, said, typed
 from .tensors import clamped
 
 ROUNDING = 0.0022  # 1.01 in bfloat16 is 1.0078
-ADVICE = "; alpha_range=(1.01, 2) clamps it"
+ADVICE = "; alpha_range=(1.01, 2) of entmax_attention clamps it"
 
 
 def check_alpha_range(alpha_range: object) -> None:

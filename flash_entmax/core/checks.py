@@ -13,6 +13,7 @@ from .tensors import ceil_div, is_nested
 from .visibility import Visibility
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+SMALLEST_SOFTCAP = 1e-30  # kernels divide by it in float32
 
 
 def checked_inputs(
@@ -134,8 +135,8 @@ def check_keys(key: Tensor, value_size: object) -> None:
 def check_softcap(softcap: object) -> None:
     if not is_number(softcap):
         raise TypeError(f"softcap must be a positive float, or 0 for none, got {typed(softcap)}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or 0 for none, got {softcap}")
+    if not (softcap == 0 or SMALLEST_SOFTCAP <= softcap < math.inf):
+        raise ValueError(f"softcap must be at least {SMALLEST_SOFTCAP:g} and finite, or 0 for none, got {softcap}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -278,7 +279,11 @@ def _check_block_mask(block_mask: object, sizes: tuple[int, int, int, int], devi
     from torch.nn.attention.flex_attention import BlockMask
 
     if not isinstance(block_mask, BlockMask):
-        of_tensor = "; create_block_mask makes one of a boolean tensor" if isinstance(block_mask, Tensor) else ""
+        of_tensor = ""
+        if isinstance(block_mask, Tensor):
+            of_tensor = (
+                ": create_block_mask(lambda b, h, q, k: mask[q, k], None, None, queries, keys, device) makes one"
+            )
         raise TypeError(f"block_mask must be a FlexAttention BlockMask, got {type(block_mask).__name__}{of_tensor}")
     if torch.compiler.is_compiling():
         raise ValueError(

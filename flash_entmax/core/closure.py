@@ -25,14 +25,28 @@ class State(NamedTuple):
 def state_of(value: object) -> State | None:
     """The state of functions, tensors and constants, in tuples or alone; None where anything else has a part in it.
 
-    Of a tensor it is the object, and how often that was written to as PyTorch counts it. Of a Python function it is the
-    code, with the state of all that this reads: defaults, closure, attributes, global variables.
+    Of a tensor it is the object, where its numbers lie, and how often it was written to as PyTorch counts that; on a
+    CPU also the numbers, which NumPy may share without counting. Of a Python function it is the code, with the state of
+    all that this reads: defaults, closure, attributes, global variables.
     """
     alive: list[object] = []
     try:
         return State(_key(value, alive, {}), alive)
     except (_UnknownError, RecursionError):  # of a list that holds itself
         return None
+
+
+class Content:
+    """A copy of a tensor's numbers, equal to a copy of the same ones. NaN is equal to nothing."""
+
+    def __init__(self, copy: Tensor) -> None:
+        self.copy = copy
+
+    def __hash__(self) -> int:
+        return hash((self.copy.shape, self.copy.dtype))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Content) and torch.equal(self.copy, other.copy)
 
 
 class _UnknownError(Exception):
@@ -48,7 +62,8 @@ def _key(value: Any, alive: list[object], seen: dict[int, int]) -> object:
     if kind is dict:
         return kind, tuple((_key(name, alive, seen), _key(part, alive, seen)) for name, part in value.items())
     if kind in (Tensor, nn.Parameter) and not value.is_inference():  # those do not count what is written to them
-        return _held(value, alive), value._version
+        content = Content(value.detach().clone()) if value.device.type == "cpu" else value.data_ptr()
+        return _held(value, alive), value._version, content
     if kind is FunctionType:
         return _key_of_function(value, alive, seen)
     if kind is MethodType:

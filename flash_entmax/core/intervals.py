@@ -22,6 +22,8 @@ def intervals(
     cu_seq_k: Tensor | None, key_length: int, first_position: int, left: int, right: int, max_q: int, max_k: int,
 ) -> Tensor:  # fmt: skip
     sizes = query.shape[0], query.shape[2], key_length
+    if key_lengths is not None:
+        check_lengths(key_lengths, key_length)
     if cu_seq_q is not None and cu_seq_k is not None:
         check_packing(cu_seq_q, cu_seq_k, *sizes[1:], max_q, max_k)
     elif query_positions is None:
@@ -98,6 +100,15 @@ def packed_rows(query_length: int, cu_q: Tensor, cu_k: Tensor, dtype: torch.dtyp
     end_q, end_k = (torch.cat((cu[1:], cu[-1:])) for cu in (cu_q, cu_k))
     first, end, to_keys = torch.stack((cu_k, end_k, end_k - end_q)).to(dtype).index_select(1, sequence)
     return first, end, row + to_keys
+
+
+def check_lengths(key_lengths: Tensor, key_length: int) -> None:
+    """Their values, where reading them waits for no device. Elsewhere intervals end at the keys that there are."""
+    if key_lengths.device.type != "cpu":
+        return
+    lengths = key_lengths.tolist()
+    if not all(0 <= length <= key_length for length in lengths):
+        raise ValueError(f"key_lengths must be from 0 to {key_length}, the number of keys, got {lengths}")
 
 
 def check_packing(

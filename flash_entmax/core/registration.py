@@ -99,7 +99,7 @@ def below_autograd() -> AbstractContextManager:
 
 def refuse_second_derivative(operator: OpOverload) -> None:
     """The derivative has none of its own: a second derivative is refused, not left out."""
-    message = f"{operator.name().rpartition('_')[0]} has no second derivative"
+    message = f"{operator.name().rpartition('_')[0]} has no second derivative: impl='reference' of the call has"
 
     class Derivative(torch.autograd.Function):
         @staticmethod

@@ -83,10 +83,10 @@ class Visibility:
         """What intervals are made of."""
         return self.known_intervals, self.query_positions, self.key_lengths, self.cu_seq_q, self.cu_seq_k
 
-    def intervals(self, query: Tensor, key_length: int, compute: Callable[..., Tensor] = intervals) -> Tensor | None:
+    def intervals(self, query: Tensor, key_length: int, compute: Callable[..., Tensor] | None = None) -> Tensor | None:
         """(batch, 3, query length) int32, or None where every query sees all keys, or the causal ones.
 
-        `compute` is the operator, or the function that computes it.
+        `compute` may be the function that computes the operator, in its place.
         """
         if self.is_plain:
             return None
@@ -97,4 +97,5 @@ class Visibility:
         if first is None:  # the last query stands at the last key
             first = key_length - query.shape[2]
         limits = positions, self.key_lengths, self.cu_seq_q, self.cu_seq_k
+        compute = compute or intervals
         return compute(query.detach(), *limits, key_length, first, *self.window, self.max_q, self.max_k)

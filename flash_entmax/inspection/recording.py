@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..operators import attention as ops
 
@@ -104,7 +104,8 @@ class CallWatcher(TorchDispatchMode):
             number = next(self.numbers)
             kept = results
             if not arguments[3]:  # what a backward reads was not kept, and the report needs it
-                kept = function(*arguments[:3], True, *arguments[4:])
+                with _disable_current_modes():  # other watchers have seen the call
+                    kept = function(*arguments[:3], True, *arguments[4:])
             name = self.running.names[-1] if self.running.names else f"call {number}"
             self.on_call(name, partial(self.make_call, name, number, arguments, kept))
         return results

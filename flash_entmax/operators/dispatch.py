@@ -106,8 +106,7 @@ def attend_again(
     inputs, intervals = (query, key, value), None
     is_direct = is_eager((*inputs, *(limit for limit in visibility.limits if isinstance(limit, Tensor))))
     if call.has_intervals:
-        compute_intervals = function_of(interval_operator) if is_direct else interval_operator
-        intervals = visibility.intervals(query, key.shape[2], compute_intervals)
+        intervals = visibility.intervals(query, key.shape[2], function_of(interval_operator) if is_direct else None)
     if is_direct:
         is_differentiated = query.requires_grad or key.requires_grad or value.requires_grad
         compute = call.record if is_differentiated and torch.is_grad_enabled() else call.compute

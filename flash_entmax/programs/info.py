@@ -120,6 +120,8 @@ def choices() -> Iterator[str]:
             impl, obstacle = choose(*kind, "auto"), BACKENDS["triton"].obstacle(*kind)
             if impl == "triton":
                 reason = "the kernels run here"
+            elif device == "cpu" and dtype != torch.float64:
+                reason = "kernels are for CUDA; impl='triton' runs them in Triton's interpreter, to check them"
             else:
                 reason = obstacle or "the interpreter is for checking the kernels: impl='triton' asks for it"
             yield f"{device:4}  {str(dtype).removeprefix('torch.'):8}  {impl:6}  {reason}"

@@ -22,11 +22,16 @@ def keys_of_a_bit(key_length: int) -> int:
     return 1 + key_length // MAX_BITS
 
 
+def words_of(key_length: int) -> int:
+    """The int32 words of a tile of rows. One more than elsewhere: so that PyTorch can prove, where it exports a call of
+    any length, that those of all tiles together are more than one."""
+    return live_words(key_length, keys_of_a_bit(key_length)) + 1
+
+
 def reach_shapes(problem: Problem, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The packed map of reached keys, by which both gradients go; see backends.Backend."""
     units = problem.batch, problem.heads
-    words = live_words(problem.key_length, keys_of_a_bit(problem.key_length))
-    return (*units, ceil_div(problem.query_length, TILE) * words), (*units, 0)
+    return (*units, ceil_div(problem.query_length, TILE) * words_of(problem.key_length)), (*units, 0)
 
 
 def pack_keys(reached: Tensor, key_length: int) -> Tensor:
@@ -35,7 +40,7 @@ def pack_keys(reached: Tensor, key_length: int) -> Tensor:
     bits = ceil_div(key_length, span)
     marks = pad(reached[..., :key_length], (0, bits * span - key_length)).unflatten(-1, (bits, span)).any(-1)
     words = pack_tiles(marks)
-    return pad(words, (0, live_words(key_length, span) - words.shape[-1]))
+    return pad(words, (0, words_of(key_length) - words.shape[-1]))
 
 
 def unpack_keys(words: Tensor, key_length: int) -> Tensor:
@@ -54,7 +59,7 @@ def bands(problem: Problem) -> Iterator[slice]:
 
 def unpacked_bands(problem: Problem, reached_keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Bands, and (units, query tiles, keys of whole tiles) bool, what these reach."""
-    shape = ceil_div(problem.query_length, TILE), live_words(problem.key_length, keys_of_a_bit(problem.key_length))
+    shape = ceil_div(problem.query_length, TILE), words_of(problem.key_length)
     words = reached_keys.flatten(0, 1).unflatten(-1, shape)
     for band in bands(problem):
         yield band, unpack_keys(words[:, band], problem.key_length)

@@ -137,8 +137,8 @@ def alpha_of(module: nn.Module, device: torch.device) -> float | Tensor:
     declared = getattr(module.config, "entmax_alpha", None)
     if declared is None:
         raise ValueError(
-            "attn_implementation='entmax' needs an alpha: set config.entmax_alpha to a number from 1 to 2, or call "
-            "flash_entmax.integrations.transformers.set_alpha(model, alpha)"
+            f"attn_implementation='entmax' needs an alpha: set entmax_alpha of the {type(module.config).__name__} to a "
+            "number from 1 to 2, or call flash_entmax.integrations.transformers.set_alpha(model, alpha)"
         )
     if is_held(declared):
         return _held_alpha(module, declared, device)
@@ -146,6 +146,8 @@ def alpha_of(module: nn.Module, device: torch.device) -> float | Tensor:
         return _alpha_of_layer(module, declared)
     if isinstance(declared, Tensor):
         raise TypeError(f"config.entmax_alpha holds numbers, got {said(declared)}: use set_alpha(model, tensor)")
+    if not isinstance(declared, Real):
+        raise TypeError(f"config.entmax_alpha must be a number, or a dict of numbers by layer, got {said(declared)}")
     check_number("config.entmax_alpha", declared)
     return float(declared)
 

@@ -6,6 +6,7 @@ that entmax was saved.
 """
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -119,6 +120,8 @@ def saved_attention(config: Any) -> tuple[str, float | str | None] | None:
         count = len(alpha["initial"]) if isinstance(alpha["initial"], list) else 1
         whose = f"one for each of {count} heads" if count > 1 else "one for all heads"
         return name, f"{'learned' if alpha['learned'] else 'a tensor'}, {whose}, among the weights"
-    if isinstance(alpha, dict):
+    if isinstance(alpha, dict) and alpha:
         return name, f"by layer, {min(alpha.values()):g} to {max(alpha.values()):g}"
+    if alpha is not None and (not isinstance(alpha, Real) or isinstance(alpha, bool)):
+        raise TypeError(f"config.entmax_alpha must be a number, or a dict of numbers by layer, got {alpha!r}")
     return name, None if alpha is None else float(alpha)

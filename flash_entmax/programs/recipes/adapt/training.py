@@ -76,9 +76,9 @@ def train(
         losses.append(add_gradients(model, batch, size, teacher))
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        if schedule is not None and schedule.taken < schedule.last_step:
+        if schedule is not None and not schedule.is_at_rest:
             schedule.step()
-            if schedule.taken == schedule.last_step:
+            if schedule.is_at_rest:
                 set_alpha(adapted, run.alpha)  # at rest it is a number, for which there are faster kernels
         if batch.is_cuda:
             torch.cuda.synchronize()

@@ -118,6 +118,8 @@ STEPS = {
     "numbers": {"is_causal": True, "alpha": 1.3, "scale": 0.5, "softcap": 20.0},
     "window": {"window_size": (300, 0)},
     "lengths": {"is_causal": True, "key_lengths": torch.tensor([2048, 3])},
+    "slopes": {"is_causal": True, "alibi_slopes": torch.tensor([0.5, 0.1, 0.01, 0.0])},
+    "alpha": {"is_causal": True, "alpha": torch.tensor(1.3), "scale": torch.tensor([0.1, 0.2, 0.1, 0.3])},
 }
 
 

@@ -80,10 +80,61 @@ def test_a_call_under_autocast_is_not_checked_again(inputs, monkeypatch):
     assert torch.equal(entmax_attention(*narrow, **OPTIONS), first)
 
 
-def test_calls_with_tensors_among_their_options_are_not_kept(inputs):
-    for options in ({"alpha": torch.tensor(1.5)}, {"key_mask": torch.ones(1, 70, dtype=torch.bool)}):
-        entmax_attention(*inputs, **options)
+def test_calls_with_masks_are_not_kept(inputs):
+    entmax_attention(*inputs, key_mask=torch.ones(1, 70, dtype=torch.bool))
     assert not dispatch.kept
+
+
+OWN = {
+    "alpha": [torch.tensor(1.2), torch.tensor(1.9)],
+    "scale": [torch.tensor([0.1, 1.0]), torch.tensor([1.0, 0.1])],
+    "alibi_slopes": [torch.tensor([0.5, 0.0]), torch.tensor([0.0, 0.1])],
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_tensors_among_the_options_are_those_of_each_call(inputs, name, monkeypatch):
+    fresh = []
+    for own in OWN[name]:
+        dispatch.kept.clear()
+        fresh.append(entmax_attention(*inputs, is_causal=True, **{name: own}))
+    monkeypatch.setattr("flash_entmax.operators.kept_calls.checked_inputs", None)
+    for own, expected in zip(OWN[name], fresh, strict=True):
+        assert torch.equal(entmax_attention(*inputs, is_causal=True, **{name: own}), expected)
+    assert not torch.equal(*fresh)
+    assert all(tensor is None for call in dispatch.kept.values() for tensor in call.lowered.tensors)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_kept_calls_learn_their_tensors(inputs, name):
+    """Some calls of a kind ask for gradients of their tensors, and others do not."""
+    own = OWN[name][0]
+    for _ in range(3):
+        entmax_attention(*inputs, is_causal=True, **{name: own})
+    learned, exact = own.clone().requires_grad_(), own.double().requires_grad_()
+    entmax_attention(*inputs, is_causal=True, **{name: learned}).square().sum().backward()
+    wide = (tensor.double() for tensor in inputs)
+    entmax_attention(*wide, is_causal=True, impl="reference", **{name: exact}).square().sum().backward()
+    torch.testing.assert_close(learned.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("alpha", torch.tensor(2.5)),
+        ("alpha", torch.tensor([1.2, 1.2, 1.2])),
+        ("alpha", torch.tensor(1)),
+        ("scale", torch.tensor([0.1])[:0]),
+        ("alibi_slopes", torch.tensor([0.5, 0.1], device="meta")),
+        ("alibi_slopes", torch.tensor([1, 2])),
+        ("alibi_slopes", [0.5, 0.0]),
+    ],
+)
+def test_other_tensors_among_the_options_are_still_refused(inputs, name, wrong):
+    for _ in range(2):
+        entmax_attention(*inputs, **{name: OWN[name][0]})
+    with pytest.raises((TypeError, ValueError), match=name):
+        entmax_attention(*inputs, **{name: wrong})
 
 
 def test_intervals_that_are_given_are_those_of_each_call(inputs, monkeypatch):

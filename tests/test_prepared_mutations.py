@@ -12,16 +12,20 @@ from mutants import Mutant, plant
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("as if there were a GPU", allow_module_level=True)
 
+import test_prepared_options as options
 import test_prepared_steps as checks
 from direct_launches import Launches, direct_launches
 
 from flash_entmax.backends.triton import notes, prepared_backward, prepared_forward, written_stage
-from flash_entmax.operators import steps
+from flash_entmax.operators import dispatch, steps
 
 CHECKS = {
     "forward": partial(checks.test_launches_from_notes_are_those_through_triton, "causal", checks.forward),
     "step": partial(checks.test_launches_from_notes_are_those_through_triton, "another gradient", checks.step),
     "a window": partial(checks.test_launches_from_notes_are_those_through_triton, "a window", checks.step),
+    "alpha": partial(options.test_notes_take_the_tensors_of_each_call, "alpha", checks.step),
+    "slopes": partial(options.test_notes_take_the_tensors_of_each_call, "alibi_slopes", checks.step),
+    "learned": partial(options.test_a_learned_tensor_finds_the_operator, "alpha"),
     "one tensor": checks.test_one_tensor_may_be_query_key_and_value,
     "scratch": partial(checks.test_scratch_is_that_of_each_call, checks.step),
     "state": checks.test_state_is_zero_where_kernels_need_it,
@@ -53,6 +57,20 @@ FAULTS = {
     "bounds of intervals are not made": (
         written_stage.WrittenStage, "write_down", "launch_bounds(notes, ...)", "None", "a window",
     ),
+    "alpha is that of the first call": (
+        written_stage.WrittenStage, "run", "own_tensors(options, own.intervals)",
+        "self.__dict__.setdefault('kept', own_tensors(options, own.intervals))", "alpha",
+    ),
+    "tensors change places": (
+        written_stage.WrittenStage, "run", "(*tensors, *beside)", "(*tensors, *beside[::-1])", "alpha",
+    ),
+    "slopes are not those of a gradient": (
+        steps.KeptAttention, "backward", "ctx.step.backward(grad_output, *saved, own)",
+        "ctx.step.backward(grad_output, *saved, own._replace(alibi_slopes=0 * own.alibi_slopes))", "slopes",
+    ),
+    "a learned tensor gets no gradient": (
+        dispatch, "attend_again", "is_direct and not is_learned", "is_direct", "learned",
+    ),
     "hooks are not looked for": (
         written_stage.WrittenStage, "is_open", "not is_watched(self.watched)", "True", "a hook",
     ),
@@ -75,8 +93,8 @@ FAULTS = {
         "torch.ones(self.reach, **self.integers)", "state",
     ),
     "a step saves in another order": (
-        steps.KeptAttention, "forward", "ctx.save_for_backward(query, key, value, *state, intervals)",
-        "ctx.save_for_backward(query, key, value, *state[::-1], intervals)", "checkpoint",
+        steps.KeptAttention, "forward", "ctx.save_for_backward(query, key, value, *state, *own)",
+        "ctx.save_for_backward(query, key, value, *state[::-1], *own)", "checkpoint",
     ),
     "a second derivative is left out": (
         steps.KeptAttention, "backward", "torch.is_grad_enabled()", "False", "second",

@@ -84,6 +84,10 @@ CALLS = {
     "another gradient": (other_gradient, {"is_causal": True}),
     "lengths": (given, {"is_causal": True, "key_lengths": torch.tensor([3, 130]), "query_positions": 60}),
     "a window": (given, {"window_size": (20, 0)}),
+    "slopes": (given, {"is_causal": True, "scale": 0.5, "alibi_slopes": torch.tensor([0.5, 0.01])}),
+    "slopes by row": (given, {"window_size": (20, 0), "alibi_slopes": torch.tensor([[0.5, 0.0], [0.1, 0.2]])}),
+    "a moving alpha": (given, {"is_causal": True, "alpha": torch.tensor(1.3), "softcap": 20.0}),
+    "alpha by head": (given, {"alpha": torch.tensor([1.3, 1.9]), "scale": torch.tensor([0.1, 0.5])}),
     "single keys": (lambda: given(70, 500, batch=1), {}),
     "more queries than keys": (lambda: given(130, 70), {"is_causal": True}),
 }

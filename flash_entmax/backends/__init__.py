@@ -10,7 +10,7 @@ from typing import Literal, Protocol, get_args
 
 from torch import Tensor, device, dtype
 
-from ..core.call import KeySummary, Problem, RoundedKeys, Tangents
+from ..core.call import KeySummary, OwnOptions, Problem, RoundedKeys, Tangents
 from ..core.loss import LossOptions
 from ..core.pages import Pages
 
@@ -26,13 +26,13 @@ class PreparedStep(Protocol):
     """
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None, /
+        self, query: Tensor, key: Tensor, value: Tensor, own: OwnOptions, /
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
         """What `attention_forward` returns with `needs_backward`."""
 
     def backward(
         self, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, value_mean: Tensor, maximum: Tensor,
-        offset: Tensor, reached_keys: Tensor, reaching_queries: Tensor, intervals: Tensor | None, /,
+        offset: Tensor, reached_keys: Tensor, reaching_queries: Tensor, own: OwnOptions, /,
     ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
         """(grad_query, grad_key, grad_value)."""
 
@@ -84,10 +84,11 @@ class Backend(Protocol):
 
     def prepare(
         self, problem: Problem, query: Tensor, key: Tensor, value: Tensor
-    ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None:
-        """What computes the output of `attention_forward` for this problem without `needs_backward`, from query, key,
-        value and intervals with the shapes, strides, dtypes and devices of these, or returns None where
-        `attention_forward` has to. None where nothing is prepared. The problem holds no tensor but its intervals.
+    ) -> Callable[[Tensor, Tensor, Tensor, OwnOptions], Tensor | None] | None:
+        """What computes the output of `attention_forward` for this problem without `needs_backward`, from query, key
+        and value with the shapes, strides, dtypes and devices of these, and own options in place of those that the
+        problem has; or returns None where `attention_forward` has to. None where nothing is prepared. The problem holds
+        no other tensors.
         """
 
     def prepare_step(self, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> PreparedStep | None:

@@ -89,6 +89,31 @@ class ScoreOptions(NamedTuple):
             slopes = slopes.to(dtype).expand(batch, heads)
         return ScoreOptions(alpha, scale, float(softcap), slopes)
 
+    @property
+    def tensors(self) -> "OwnOptions":
+        """Without intervals."""
+        numbers = self.alpha, self.scale, self.alibi_slopes
+        return OwnOptions(*(number if isinstance(number, Tensor) else None for number in numbers))
+
+    def without_tensors(self) -> "ScoreOptions":
+        """With numbers that count for nothing in their place."""
+        numbers = (1.5, 1.0) if isinstance(self.alpha, Tensor) else (self.alpha, self.scale)
+        return ScoreOptions(*numbers, self.softcap)
+
+    def with_tensors(self, own: "OwnOptions") -> "ScoreOptions":
+        """With these in place of its own tensors."""
+        alpha, scale = (self.alpha, self.scale) if own.alpha is None else (own.alpha, own.scale)
+        return ScoreOptions(alpha, scale, self.softcap, own.alibi_slopes)
+
+
+class OwnOptions(NamedTuple):
+    """The options that are tensors, and that each of several calls alike has its own of; None where there is none."""
+
+    alpha: Tensor | None = None
+    scale: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    intervals: Tensor | None = None
+
 
 def expanded(number: float | Tensor, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(heads,), a copy: its holder may change a tensor in place before the backward pass."""

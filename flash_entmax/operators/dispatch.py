@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS, choose, reference
 from ..core.alphas import ADVICE, check_alphas
-from ..core.call import KeySummary, Problem, RoundedKeys, ScoreOptions, Support
+from ..core.call import KeySummary, OwnOptions, Problem, RoundedKeys, ScoreOptions, Support
 from ..core.intervals import intervals as interval_operator
 from ..core.modes import as_given, is_recorded, is_transformed
 from ..core.registration import function_of
@@ -30,38 +30,42 @@ class Lowered(NamedTuple):
     tensors: OptionTensors
     numbers: OptionNumbers
 
-    def with_intervals(self, intervals: Tensor | None) -> "Lowered":
-        return Lowered(self.tensors._replace(intervals=intervals), self.numbers)
+    def with_own(self, own: OwnOptions) -> "Lowered":
+        return Lowered(self.tensors._replace(**own._asdict()), self.numbers)
 
 
 class KeptCall:
-    """What a call was lowered to, but for its intervals. For the first call like it, its backend prepares more:
+    """What a call was lowered to, but for its own options. For the first call like it, its backend prepares more:
 
-    `compute` is for calls that nothing differentiates, and `record` for those that autograd does. Both return None
-    where the operator has to compute a call.
+    `compute` is for calls that nothing differentiates, and `record` for those that autograd does, but for their
+    options. Both return None where the operator has to compute a call.
     """
 
-    __slots__ = "compute", "has_intervals", "lowered", "record"
+    __slots__ = "compute", "has_intervals", "has_score_tensors", "lowered", "record"
 
     def __init__(self, lowered: Lowered) -> None:
-        self.has_intervals, self.lowered = lowered.tensors.intervals is not None, lowered.with_intervals(None)
+        tensors = lowered.tensors
+        self.has_intervals = tensors.intervals is not None
+        self.has_score_tensors = tensors.alpha is not None or tensors.alibi_slopes is not None
+        self.lowered = lowered.with_own(OwnOptions())
         self.compute: Compute | None = self.prepare
         self.record: Compute | None = self.prepare_step
 
-    def prepare(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> None:
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor, own: OwnOptions) -> None:
         """From now on, what `compute` is comes from the backend, see backends.Backend."""
-        problem, backend = unpack_arguments(query, value, *self.lowered.with_intervals(intervals))
+        problem, backend = unpack_arguments(query, value, *self.lowered.with_own(own))
         self.compute = BACKENDS[backend].prepare(problem, query, key, value)
 
-    def prepare_step(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> None:
+    def prepare_step(self, query: Tensor, key: Tensor, value: Tensor, own: OwnOptions) -> None:
         """Likewise `record`."""
-        problem, backend = unpack_arguments(query, value, *self.lowered.with_intervals(intervals))
+        problem, backend = unpack_arguments(query, value, *self.lowered.with_own(own))
         step = BACKENDS[backend].prepare_step(problem, query, key, value)
         self.record = None if step is None else partial(attend_by, step, self.lowered.numbers)
 
 
-Compute = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
+Compute = Callable[[Tensor, Tensor, Tensor, OwnOptions], Tensor | None]
 MOST_KEPT = 256
+NOTHING = OwnOptions()
 kept: OrderedDict[tuple, KeptCall] = OrderedDict()
 
 
@@ -100,19 +104,27 @@ def attend(
 
 
 def attend_again(
-    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, call: KeptCall
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, call: KeptCall
 ) -> Tensor | tuple[Tensor, Support]:
     """A call like one that is kept."""
-    inputs, intervals = (query, key, value), None
-    is_direct = is_eager((*inputs, *(limit for limit in visibility.limits if isinstance(limit, Tensor))))
+    inputs, own, is_learned = (query, key, value), NOTHING, False
+    given = (*visibility.limits, *score) if call.has_score_tensors else visibility.limits
+    is_direct = is_eager((*inputs, *(option for option in given if isinstance(option, Tensor))))
+    if call.has_score_tensors:
+        own = score.lowered(query.shape, row_dtype(query), query.device).tensors
+        is_learned = is_recorded(own)
     if call.has_intervals:
-        intervals = visibility.intervals(query, key.shape[2], function_of(interval_operator) if is_direct else None)
-    if is_direct:
+        compute_intervals = function_of(interval_operator) if is_direct else None
+        own = own._replace(intervals=visibility.intervals(query, key.shape[2], compute_intervals))
+    if is_direct and not is_learned:
         is_differentiated = query.requires_grad or key.requires_grad or value.requires_grad
         compute = call.record if is_differentiated and torch.is_grad_enabled() else call.compute
-        if compute is not None and (output := compute(*inputs, intervals)) is not None:
-            return output
-    lowered = call.lowered.with_intervals(intervals) if call.has_intervals else call.lowered
+        if compute is not None:
+            if own.alpha is not None:
+                check_alphas(own.alpha, ADVICE)
+            if (output := compute(*inputs, own)) is not None:
+                return output
+    lowered = call.lowered if own is NOTHING else call.lowered.with_own(own)
     return attend_lowered(query, key, value, lowered, False)
 
 

@@ -1,9 +1,9 @@
 """The way of a call: check, lower, call. A call like one before is neither checked nor lowered again.
 
 To check and to lower a call takes the host as long as to launch a short one. Calls with tensors of the same shapes,
-strides, dtypes and devices pass the same checks and are lowered to the same, where their options are equal numbers, but
-for the intervals of keys, which are given, or made of `key_lengths` or of the boundaries of packed sequences. A backend
-may prepare more for them.
+strides, dtypes and devices pass the same checks and are lowered to the same, where their options are equal numbers, or
+tensors of the same kind: each call has its own alpha, scale, slopes, and intervals of keys. These are given, or made of
+`key_lengths` or of the boundaries of packed sequences. A backend may prepare more for calls that are alike.
 """
 
 import torch
@@ -19,6 +19,7 @@ from . import dispatch
 from .eager import PLAIN
 
 NUMBERS = frozenset((float, int, bool, str, type(None)))
+NUMBERS_AND_TENSORS = NUMBERS | frozenset(PLAIN)
 
 
 def attend(
@@ -29,7 +30,7 @@ def attend(
     query, key, value = as_autocast(query, key, value)
     like = likeness((query, key, value), score, visibility, impl, return_support, rounded or summary)
     if like is not None and (call := dispatch.kept.get(like)) is not None:
-        return dispatch.attend_again(query, key, value, visibility, call)
+        return dispatch.attend_again(query, key, value, score, visibility, call)
     inputs = checked_inputs(query, key, value, score, visibility)
     check_flag("return_support", return_support)
     rounded_keys = None
@@ -49,7 +50,7 @@ def likeness(
     """
     v, (alpha, scale, softcap, slopes) = visibility, score
     lengths, known, positions, given = v.key_lengths, v.known_intervals, v.query_positions, None
-    if slopes is not None or v.key_mask is not None or v.block_mask is not None or summary is not None:
+    if v.key_mask is not None or v.block_mask is not None or summary is not None:
         return None
     if return_support is not False or type(v.window_size) is not tuple or torch.compiler.is_compiling():
         return None
@@ -61,11 +62,13 @@ def likeness(
     packing = packing_of(v)
     if v.cu_seq_q is not None and (packing is None or positions is not None):
         return None
-    options = alpha, scale, softcap, v.is_causal, positions, impl, *v.window_size, v.max_q, v.max_k
-    types = tuple(map(type, options))
-    if not NUMBERS.issuperset(types):
+    options = softcap, v.is_causal, positions, impl, *v.window_size, v.max_q, v.max_k
+    score_options = alpha, scale, slopes
+    types = tuple(map(type, (*score_options, *options)))
+    if not NUMBERS.issuperset(types[3:]) or not NUMBERS_AND_TENSORS.issuperset(types):
         return None
-    for tensor in (*tensors, *(limit for limit in (lengths, known, v.cu_seq_q, v.cu_seq_k) if limit is not None)):
+    limits = (limit for limit in (lengths, known, v.cu_seq_q, v.cu_seq_k) if limit is not None)
+    for tensor in (*tensors, *limits, *(option for option in score_options if isinstance(option, Tensor))):
         if type(tensor) not in PLAIN or tensor.is_nested or tensor.is_meta:
             return None
     query, key, value = tensors
@@ -74,10 +77,16 @@ def likeness(
         return None
     return (
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), dtype, device, key.device,
-        value.device, choose(dtype, device, impl, others=("reference",)), options,
-        types, None if lengths is None else (lengths.shape, lengths.dtype, lengths.device),
+        value.device, choose(dtype, device, impl, others=("reference",)), options, types,
+        *map(number_or_kind, score_options),
+        None if lengths is None else (lengths.shape, lengths.dtype, lengths.device),
         None if known is None else (known.shape, known.dtype, known.device), given, packing,
     )  # fmt: skip
+
+
+def number_or_kind(option: float | Tensor | None) -> object:
+    """Of a tensor, what is equal in those that pass the same checks, but for their values."""
+    return (option.shape, option.dtype, option.device) if isinstance(option, Tensor) else option
 
 
 def packing_of(visibility: Visibility) -> tuple | None:

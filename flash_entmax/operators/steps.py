@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from ..backends import PreparedStep
-from .attention import OptionNumbers, OptionTensors, attention_backward
+from ..core.call import OwnOptions
+from .attention import SAVED, OptionNumbers, OptionTensors, attention_backward
 from .eager import is_eager, unrecorded
 
 NO_TENSORS = OptionTensors(*[None] * 6)
 
 
 def attend_by(
-    step: PreparedStep, numbers: OptionNumbers, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None
+    step: PreparedStep, numbers: OptionNumbers, query: Tensor, key: Tensor, value: Tensor, own: OwnOptions
 ) -> Tensor | None:
     """The output, which autograd records; None where the operator has to compute it."""
-    results = step.forward(query, key, value, intervals)
+    results = step.forward(query, key, value, own)
     if results is None:
         return None
-    return KeptAttention.apply(query, key, value, intervals, results, step, numbers)
+    return KeptAttention.apply(query, key, value, own, results, step, numbers)
 
 
 class KeptAttention(torch.autograd.Function):
@@ -30,11 +31,11 @@ class KeptAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None, results: tuple[Tensor, ...],
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, own: OwnOptions, results: tuple[Tensor, ...],
         step: PreparedStep, numbers: OptionNumbers,
     ) -> Tensor:  # fmt: skip
         output, *state = results
-        ctx.save_for_backward(query, key, value, *state, intervals)
+        ctx.save_for_backward(query, key, value, *state, *own)
         ctx.step, ctx.numbers = step, numbers
         ctx.set_materialize_grads(False)
         return output
@@ -44,17 +45,17 @@ class KeptAttention(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         saved = ctx.saved_tensors  # read once: a checkpoint gives them once
-        gradients = None
+        saved, own, gradients = saved[:SAVED], OwnOptions(*saved[SAVED:]), None
         if not torch.is_grad_enabled() and is_eager((grad_output,)):
-            gradients = ctx.step.backward(grad_output, *saved)
+            gradients = ctx.step.backward(grad_output, *saved, own)
         if gradients is None:
-            gradients = by_operator(grad_output, saved, ctx.numbers)
+            gradients = by_operator(grad_output, saved, own, ctx.numbers)
         return *gradients, None, None, None, None
 
 
-def by_operator(grad_output: Tensor, saved: tuple[Tensor, ...], numbers: OptionNumbers) -> tuple[Tensor, ...]:
+def by_operator(
+    grad_output: Tensor, saved: tuple[Tensor, ...], own: OwnOptions, numbers: OptionNumbers
+) -> tuple[Tensor, ...]:
     """The gradients where nothing is prepared for them. A second derivative finds the operator, which refuses it."""
-    *tensors, intervals = saved
-    compute = unrecorded(attention_backward, (grad_output, *saved))
-    options = NO_TENSORS._replace(intervals=intervals)
-    return compute(grad_output, *tensors, False, *options, *numbers)[:3]
+    compute = unrecorded(attention_backward, (grad_output, *saved, *own))
+    return compute(grad_output, *saved, False, *NO_TENSORS._replace(**own._asdict()), *numbers)[:3]

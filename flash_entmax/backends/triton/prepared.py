@@ -28,9 +28,10 @@ def prepare(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Prep
     if not can_be_prepared(problem, query, key, value):
         return None
     if not is_decoded(problem, False):
-        return PreparedOutput(plan_of(Outline.of(problem, query.dtype, needs_backward=False)), query, value)
+        plan = plan_of(Outline.of(problem, query.dtype, needs_backward=False))
+        return PreparedOutput(plan, problem.score, query, value)
     with device_of(query):
-        return PreparedDecode(launches_of(problem, query).plan, query, value)
+        return PreparedDecode(launches_of(problem, query).plan, problem.score, query, value)
 
 
 def prepare_step(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> PreparedStep | None:
@@ -38,7 +39,8 @@ def prepare_step(problem: Problem, query: Tensor, key: Tensor, value: Tensor) ->
     if not can_be_prepared(problem, query, key, value):
         return None
     plan = plan_of(Outline.of(problem, query.dtype))
-    return PreparedStep(PreparedForward(plan, query, value), PreparedBackward(plan, problem.may_hide_all_keys))
+    backward = PreparedBackward(plan, problem.score, problem.may_hide_all_keys)
+    return PreparedStep(PreparedForward(plan, problem.score, query, value), backward)
 
 
 def can_be_prepared(problem: Problem, *inputs: Tensor) -> bool:

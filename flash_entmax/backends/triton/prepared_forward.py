@@ -5,6 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ...core.call import OwnOptions, ScoreOptions
 from ...core.tensors import empty_stored_as
 from .plan import Plan
 from .scratch import Scratch
@@ -12,7 +13,7 @@ from .stages import forward_arguments, forward_kernels, launch_forward
 from .written_stage import WrittenStage
 
 
-def stage_of(plan: Plan) -> WrittenStage:
+def stage_of(plan: Plan, score: ScoreOptions) -> WrittenStage:
     """The stage whose tensors are query, key, value and results, without those that only a backward needs."""
 
     def arguments_of(query: Tensor, key: Tensor, value: Tensor, output: Tensor, *kept: Tensor) -> tuple:
@@ -20,32 +21,32 @@ def stage_of(plan: Plan) -> WrittenStage:
         results = output, *(kept or (None,) * 4), words
         return forward_arguments(plan, None, (query, key, value), results)
 
-    return WrittenStage(plan, forward_kernels(plan, None), plan.forward_scratch, arguments_of, launch_forward)
+    return WrittenStage(plan, score, forward_kernels(plan, None), plan.forward_scratch, arguments_of, launch_forward)
 
 
 class PreparedOutput:
     """Forward passes without gradients, whose tensors differ by their addresses only."""
 
-    def __init__(self, plan: Plan, query: Tensor, value: Tensor) -> None:
+    def __init__(self, plan: Plan, score: ScoreOptions, query: Tensor, value: Tensor) -> None:
         output, device = empty_stored_as(query, value.shape[-1]), query.device
-        self.stage = stage_of(plan)
+        self.stage = stage_of(plan, score)
         self.output, self.kind = layout_of(output), {"dtype": query.dtype, "device": device}
         self.words, self.integers = plan.chunk_words, {"dtype": torch.int32, "device": device}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> Tensor | None:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, own: OwnOptions) -> Tensor | None:
         """The output; None where the launches are no direct ones, see launch.py."""
         if not self.stage.is_open(query):
             return None
         output, words = torch.empty_strided(*self.output, **self.kind), torch.zeros(self.words, **self.integers)
-        return output if self.stage.run((query, key, value, output, words), intervals) else None
+        return output if self.stage.run((query, key, value, output, words), own) else None
 
 
 class PreparedForward:
     """Forward passes that keep what the backward needs, whose tensors differ by their addresses only."""
 
-    def __init__(self, plan: Plan, query: Tensor, value: Tensor) -> None:
+    def __init__(self, plan: Plan, score: ScoreOptions, query: Tensor, value: Tensor) -> None:
         output, device = empty_stored_as(query, value.shape[-1]), query.device
-        self.stage, self.kind = stage_of(plan), {"dtype": query.dtype, "device": device}
+        self.stage, self.kind = stage_of(plan, score), {"dtype": query.dtype, "device": device}
         self.floats, self.integers = ({"dtype": dtype, "device": device} for dtype in (torch.float32, torch.int32))
         self.output, self.rows = layout_of(output), output.shape[:3]
         self.value_mean = layout_of(torch.empty_like(output))
@@ -57,9 +58,7 @@ class PreparedForward:
         )
         self.own_words = 0 if plan.are_words_kept else plan.chunk_words
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None
-    ) -> tuple[Tensor, ...] | None:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, own: OwnOptions) -> tuple[Tensor, ...] | None:
         """What `attention_forward` returns; None where the launches are no direct ones, see launch.py.
 
         What must be 0 before is one tensor, which takes one kernel of PyTorch.
@@ -73,7 +72,7 @@ class PreparedForward:
         reached_keys, words = reach.as_strided(*self.reached_keys), reach.as_strided(*self.words)
         written = torch.zeros(self.own_words, **self.integers) if self.own_words else words
         tensors = query, key, value, output, value_mean, maximum, offset, reached_keys, written
-        if not self.stage.run(tensors, intervals):
+        if not self.stage.run(tensors, own):
             return None
         return output, value_mean, maximum, offset, reached_keys, words
 

@@ -50,14 +50,14 @@ def softmax_attention(problem: Problem, query: Tensor, key: Tensor, value: Tenso
     visible, distance = reference.visible_mask(problem, options, query.device)
     if slopes is not None:
         slopes = slopes[:1] if slopes.stride(0) == 0 else slopes  # given by head: one bias for the whole batch
+        # The softmax of a row stays what it is if its nearest key loses nothing. So what is near keeps its digits.
+        nearest = distance.masked_fill(~visible, torch.iinfo(distance.dtype).max).amin(-1, keepdim=True)
         visible = visible & ~((slopes == torch.inf)[:, :, None, None] & (distance > 0))
     blind = ~visible.any(-1, keepdim=True)
     # On a GPU, PyTorch's kernels take a mask in the query's dtype.
     dtype = query.dtype if query.is_cuda else torch.promote_types(query.dtype, torch.float32)
     bias = torch.zeros_like(visible, dtype=dtype)
     if slopes is not None:
-        # The softmax of a row stays what it is if its nearest key loses nothing. So what is near keeps its digits.
-        nearest = distance.masked_fill(~visible, torch.iinfo(distance.dtype).max).amin(-1, keepdim=True)
         bias = bias - torch.where(visible, reference.alibi(slopes, distance - nearest), 0.0).to(dtype)
     bias = bias.masked_fill(~visible & ~blind, -torch.inf)
     if query.is_cuda and query.requires_grad and not is_forward:

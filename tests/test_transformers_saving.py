@@ -79,16 +79,32 @@ def test_models_with_other_heads_find_alpha(tmp_path):
         assert torch.equal(classifier.model(ids).last_hidden_state, hidden)
 
 
-def test_parts_of_a_model_keep_their_own_attention(tmp_path):
-    """Here the text has entmax and the images have softmax; alpha is a number, then a weight of the whole."""
-    torch.manual_seed(0)
+def clip_config() -> CLIPConfig:
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = CLIPConfig(
+    return CLIPConfig(
         text_config=small | {"vocab_size": 97, "eos_token_id": 2},
         vision_config=small | {"image_size": 16, "patch_size": 8},
         projection_dim=16,
     )
-    attention = {"text_config": "entmax", "vision_config": "sdpa"}
+
+
+def test_parts_of_a_model_take_the_alpha_of_the_whole(tmp_path):
+    """Where they have no other."""
+    config = clip_config()
+    config.entmax_alpha, config.text_config.entmax_alpha = 1.7, 1.3
+    model = CLIPModel._from_config(config, attn_implementation="entmax").eval()
+    assert (model.config.text_config.entmax_alpha, model.config.vision_config.entmax_alpha) == (1.3, 1.7)
+    inputs = {"input_ids": tokens(2, 20), "pixel_values": torch.randn(2, 3, 16, 16)}
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded = CLIPModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(**inputs).logits_per_text, model(**inputs).logits_per_text)
+
+
+def test_parts_of_a_model_keep_their_own_attention(tmp_path):
+    """Here the text has entmax and the images have softmax; alpha is a number, then a weight of the whole."""
+    torch.manual_seed(0)
+    config, attention = clip_config(), {"text_config": "entmax", "vision_config": "sdpa"}
     model = CLIPModel._from_config(config, attn_implementation=attention).eval()
     inputs = {"input_ids": tokens(2, 20), "pixel_values": torch.randn(2, 3, 16, 16)}
     for alpha in (1.3, nn.Parameter(torch.tensor(1.8))):

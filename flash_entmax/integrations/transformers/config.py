@@ -47,6 +47,15 @@ def takes_alpha(config: Any) -> bool:
     return config._attn_implementation == "entmax" or any(takes_alpha(part) for _, part in _parts_of(config))
 
 
+def hand_down(config: Any) -> None:
+    """Give the parts that have "entmax" and no alpha the number of this config."""
+    alpha = getattr(config, "entmax_alpha", None)
+    for _, part in _parts_of(config):
+        if isinstance(alpha, Real) and takes_alpha(part) and getattr(part, "entmax_alpha", None) is None:
+            part.entmax_alpha = alpha
+        hand_down(part)
+
+
 def is_held(alpha: object) -> bool:
     """Whether this value of config.entmax_alpha says that alpha is a tensor among the weights."""
     return isinstance(alpha, dict) and HELD_BY in alpha

@@ -19,6 +19,7 @@ from .config import (
     declare,
     declared_attention,
     drop_held,
+    hand_down,
     implementation_of,
     is_undeclared,
     takes_alpha,
@@ -70,6 +71,7 @@ def prepare(model: nn.Module) -> None:
             "keep it, load with attn_implementation='entmax'",
             stacklevel=2,
         )
+    hand_down(model.config)
     if takes_alpha(model.config) and awaits_alpha(model):
         model.entmax_awaited = True
     declare(model.config)

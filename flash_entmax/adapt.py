@@ -25,9 +25,11 @@
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +80,7 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Args:
         logits, teacher_logits: (..., vocabulary), in any floating-point dtype. The loss is float32, or float64 if the
-            logits are. The teacher's logits get no gradient.
+            logits are. The teacher's logits get no gradient. A token with the teacher's logit -inf counts for nothing.
 
     Raises:
         TypeError: one of them is no floating-point tensor.
@@ -96,7 +98,8 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     ours, theirs = (
         tensor.to(dtype).flatten(0, -2).log_softmax(-1) for tensor in (logits, teacher_logits.detach().to(dtype))
     )
-    return kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    terms = kl_div(ours, theirs, log_target=True, reduction="none")
+    return terms.masked_fill(theirs == -torch.inf, 0.0).sum() / max(1, len(terms))
 
 
 def softmax_teacher(model: nn.Module, attention: str = "sdpa") -> Callable[[Tensor], Tensor]:
@@ -129,16 +132,34 @@ def softmax_teacher(model: nn.Module, attention: str = "sdpa") -> Callable[[Tens
 def _own_teacher(model: nn.Module, attention: str) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def logits(ids: Tensor) -> Tensor:
-        ours, trains = model.config._attn_implementation, model.training
+        ours = attention_by_part(model.config)
         model.set_attn_implementation(attention)
         try:
-            with model.disable_adapter():
-                return model.eval()(ids, use_cache=False).logits
+            with model.disable_adapter(), in_evaluation(model):
+                return model(ids, use_cache=False).logits
         finally:
             model.set_attn_implementation(ours)
-            model.train(trains)
 
     return logits
+
+
+def attention_by_part(config: Any) -> str | dict[str, str]:
+    """What ``set_attn_implementation`` takes to give the model, and parts with configs of their own, what they have."""
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    named = {name: part._attn_implementation for name, part in parts.items() if hasattr(part, "_attn_implementation")}
+    return {"": config._attn_implementation, **named} if named else config._attn_implementation
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; then each of its modules in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -200,9 +221,8 @@ def evaluate(model: nn.Module, windows: Iterable[Tensor]) -> Evaluation:
         TypeError: a window is no int64 tensor.
         ValueError: no windows, or one that is not (batch, length) with at least two tokens.
     """
-    total, count, layers, trains = 0.0, 0, [], model.training
-    model.eval()
-    try:
+    total, count, layers = 0.0, 0, []
+    with in_evaluation(model):
         for ids in windows:
             check_window(ids)
             with inspection.record(model, keep_inputs=False) as calls:
@@ -211,8 +231,6 @@ def evaluate(model: nn.Module, windows: Iterable[Tensor]) -> Evaluation:
             total += sum(_losses(logits, ids))
             count += ids[:, 1:].numel()
             layers.append([_figures(call) for call in calls])
-    finally:
-        model.train(trains)
     if not count:
         raise ValueError("evaluate needs at least one window, got none")
     by_layer = zip(*layers, strict=True)

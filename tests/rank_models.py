@@ -4,7 +4,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 from transformers_models import HEADS, make
 
 from flash_entmax.distributed import ContextParallel, positions
@@ -87,6 +87,12 @@ def everything(group, batches: list[dict]) -> tuple[list, dict, list[int]]:
     return losses, gradients(model), graphs
 
 
+SMALL_OPT = {
+    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 32, "num_attention_heads": 4,
+    "word_embed_proj_dim": 32, "attention_dropout": 0.0,
+}  # fmt: skip
+
+
 def refused(group, case: str) -> None:
     """A block that is refused."""
     ids = torch.arange(3, 19).view(2, 8)
@@ -105,6 +111,12 @@ def refused(group, case: str) -> None:
     if case == "a mask of its own":
         with context_parallel(model, batch, group) as own:
             model(**own | {"attention_mask": torch.ones(2, 1, 8, 8, dtype=torch.bool)})
+    if case == "masks without positions":
+        config = OPTConfig(**SMALL_OPT)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="entmax15")
+        batch = {"input_ids": ids[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])}
+        with context_parallel(model, batch, group) as own:
+            model(**own)
     if case == "softmax":
         model.set_attn_implementation("sdpa")
     if case == "no model":

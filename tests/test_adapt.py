@@ -1,5 +1,7 @@
 """A softmax model taken to entmax: the functions for a loop of one's own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers_models import make, tokens
 
 from flash_entmax import inspection
-from flash_entmax.adapt import alpha_schedule, distillation_loss, evaluate, softmax_teacher
+from flash_entmax.adapt import alpha_schedule, attention_by_part, distillation_loss, evaluate, softmax_teacher
 
 
 def decoder():
@@ -93,6 +95,32 @@ def test_a_model_with_adapters_is_its_own_teacher():
     assert model.training
     assert torch.equal(model(ids).logits, ours), "adapters and entmax are on again"
     assert not torch.allclose(ours, expected, atol=1e-3)
+
+
+def test_each_module_is_left_in_its_mode():
+    """A part that is frozen stays in evaluation mode, where the model trains."""
+    model, ids = decoder().train(), tokens(1, 20)
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, [ids])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_attention_by_part():
+    """What a teacher gives back where text and images have attention of their own."""
+    parts = {"text_config": SimpleNamespace(_attn_implementation="entmax"), "of_nothing": None}
+    config = SimpleNamespace(_attn_implementation="sdpa", sub_configs=dict.fromkeys(parts), **parts)
+    assert attention_by_part(config) == {"": "sdpa", "text_config": "entmax"}
+    assert attention_by_part(decoder().config) == "entmax"
+
+
+def test_a_teacher_that_rules_a_token_out():
+    logits, theirs = torch.randn(3, 5), torch.randn(3, 5)
+    theirs[:, 2] = -torch.inf
+    expected = (theirs.softmax(-1) * (theirs.log_softmax(-1) - logits.log_softmax(-1)))[:, [0, 1, 3, 4]].sum(-1).mean()
+    torch.testing.assert_close(distillation_loss(logits, theirs), expected)
+    logits[:, 2] = -torch.inf
+    assert distillation_loss(logits, theirs).isfinite()
 
 
 def test_evaluation_is_of_all_windows():

@@ -215,6 +215,13 @@ def test_what_cannot_run_says_why(tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["mixture", "copy", "adapt"])
+def test_an_out_that_is_a_file_says_so(tmp_path, capsys, name):
+    (tmp_path / "file").touch()
+    assert main(["recipe", name, "--size", "toy", "--device", "cpu", "--out", str(tmp_path / "file")]) == 1
+    assert f"--out {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+
+
 def test_options_of_adapt_belong_to_it(tmp_path, capsys):
     assert main(["recipe", "sort", "--steps", "3", "--out", str(tmp_path)]) == 1
     assert "--steps is an option of adapt, got sort" in capsys.readouterr().err

@@ -90,6 +90,7 @@ REFUSED = {
     "packed by boundaries": "context_parallel packs sequences by position_ids",
     "another batch": r"same call, got input_ids .* of checksum \d+ on rank 0, .* on rank 1",
     "a mask of its own": "its model passes the mask of the part, got Tensor",
+    "masks without positions": "this model makes its masks without position_ids, and does not pack",
     "softmax": "attention is one of 'entmax15', 'sparsemax', 'entmax', got 'sdpa'",
     "no model": "takes a model of Transformers, got Linear",
     "rope": "rotary angles of type 'dynamic'",

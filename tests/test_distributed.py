@@ -356,6 +356,15 @@ def test_parts_of_a_cache_may_have_any_length(pool):
         torch.testing.assert_close(answer, expected, rtol=0, atol=1e-12)
 
 
+def test_parts_of_a_cache_may_end_before_its_length(pool):
+    tensors, options = decoding_case("causal")
+    batch = tensors["key"].shape[0]
+    options |= {"key_lengths": torch.full((batch,), LENGTH - 7), "query_positions": LENGTH - 8}
+    expected = entmax_attention(*(tensors[name] for name in LEARNED[:3]), **options)
+    for answer in pool.run(3, decode, tensors, options | {"first_key": None}, [0, 20, 50, LENGTH]):
+        torch.testing.assert_close(answer, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_in_every_dtype(pool, dtype):
     tensors, options = decoding_case("causal")
@@ -376,6 +385,7 @@ def test_decoding_in_every_dtype(pool, dtype):
         ({"first_key": -1, "query_positions": 0}, "first_key must be from 0 to 2^30, got -1"),
         ({"first_key": "a"}, "first_key must be an integer or None, got str 'a'"),
         ({"impl": "reference"}, "impl must be one of"),
+        ({"key_lengths": torch.tensor([3])}, "key_lengths must be from 0 to 0, the number of keys, got [3]"),
     ],
 )
 def test_wrong_decoding_is_refused(pool, options, message):

@@ -19,7 +19,7 @@ from ..backends import Impl, choose
 from ..core.alphas import ADVICE, check_alphas, within_range
 from ..core.call import ScoreOptions
 from ..core.checks import check_boundaries, check_flag, check_index, checked_inputs, refuse_nested, said, typed
-from ..core.intervals import UNLIMITED
+from ..core.intervals import UNLIMITED, check_lengths
 from ..core.visibility import Visibility
 from ..operators.kept_calls import attend
 from .exchange import Arriving, Exchange, gather, gathered, start_gathering, sum_gradients
@@ -152,6 +152,8 @@ class Call:
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"query and key must have one local length, got {query.shape[2]} and {key.shape[2]}")
         check_length(query.shape[2] * self.ranks.size, self.ranks.size, self.layout)
+        if self.visibility.key_lengths is not None:
+            check_lengths(self.visibility.key_lengths, query.shape[2] * self.ranks.size)
         choose(query.dtype, query.device, self.impl, others=("reference",))
         if self.score.is_softmax() and self.score.softcap:
             raise ValueError("softcap with alpha=1 (softmax) is not computed here: use alpha above 1")

@@ -15,7 +15,7 @@ from ..backends import BACKENDS, Impl, choose
 from ..core.alphas import check_alphas
 from ..core.call import Problem, ScoreOptions
 from ..core.checks import check_flag, checked_inputs, refuse_nested, typed
-from ..core.intervals import FURTHEST, UNLIMITED
+from ..core.intervals import FURTHEST, UNLIMITED, check_lengths
 from ..core.modes import as_given, is_recorded
 from ..core.tensors import row_dtype
 from ..core.threshold import MAX_STEPS, newton_step, tolerance
@@ -88,6 +88,8 @@ def decode_sharded(
         if isinstance(alpha, Tensor):
             check_alphas(alpha)
         check_decoding((*inputs, alpha, scale, alibi_slopes), score, first_key, query_positions)
+        if key_lengths is not None:
+            check_lengths(key_lengths, FURTHEST if first_key is not None else inputs[1].shape[2] * ranks.size)
         return *inputs, score, visibility, choose(inputs[0].dtype, inputs[0].device, impl)
 
     def describe(prepared: tuple) -> dict[str, str]:
@@ -132,7 +134,8 @@ def own_problem(
     first, end = (ranks.rank * size, ranks.size * size) if first_key is None else (first_key, first_key + size)
     score = score.lowered(query.shape, row_dtype(query), query.device)
     whole_value = torch.Size((*value.shape[:2], end, value.shape[3]))
-    limits = replace(visibility, key_mask=None).lowered(query, end, None)
+    lengths = None if visibility.key_lengths is None else visibility.key_lengths.clamp(max=end)
+    limits = replace(visibility, key_mask=None, key_lengths=lengths).lowered(query, end, None)
     whole = Problem.of(query.shape, whole_value, score, limits)
     start, stop, position = (whole.intervals(query.device) - first).unbind(1)
     intervals = torch.stack((start.clamp(0, size), stop.clamp(0, size), position), 1)

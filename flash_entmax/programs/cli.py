@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import CommandError
+from .errors import CommandError, make_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,6 +260,8 @@ def recipe(options: argparse.Namespace) -> int:
     all_settings = {name: of_training(settings, given[name]) if name in TRAINED else settings for name in names}
     for name, own_settings in all_settings.items():
         check_arms(name, own_settings)
+    if options.write is None:
+        make_folder(options.out)
     for name, own_settings in all_settings.items():
         if name == ADAPT:
             run_adapt(settings, size)

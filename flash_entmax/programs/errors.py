@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 
 class CommandError(Exception):
@@ -26,9 +27,11 @@ def device_for(choice: str) -> str:
     return choice
 
 
-def make_folder(path: Path) -> None:
-    """Make the folder of the results, which --out named."""
+def make_folder(path: Path, option: str = "--out") -> None:
+    """Make the folder of the results, which the option named, and see that files can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        raise CommandError(f"--out {path}: {error.strerror}") from error
+        raise CommandError(f"{option} {path}: {error.strerror}") from error

@@ -168,6 +168,11 @@ def _held_alpha(module: nn.Module, declared: dict[str, Any], device: torch.devic
 def _alpha_of_layer(module: nn.Module, declared: dict) -> float:
     index = getattr(module, "layer_idx", None)
     alpha = declared.get(str(index), declared.get(index))  # the keys of JSON are text
+    if alpha is None and index is None:
+        raise ValueError(
+            f"config.entmax_alpha has an alpha for each layer_idx, and {type(module).__name__} has none: set one "
+            "number for all layers, or give its part of the model another attention"
+        )
     if alpha is None:
         raise ValueError(f"config.entmax_alpha has no alpha for the layer_idx {index!r} of {type(module).__name__}")
     check_number(f"config.entmax_alpha[{index}]", alpha)

@@ -66,4 +66,5 @@ class AnnealAlpha(TrainerCallback):
     def on_log(self, arguments, state, control, logs=None, **kwargs) -> None:
         alpha = self.annealing.alpha.item()
         for record in (logs, *state.log_history[-1:]):
-            record["entmax_alpha"] = alpha
+            if record is not None:
+                record["entmax_alpha"] = alpha

@@ -179,6 +179,11 @@ def _mask_of_part(
         raise ValueError(
             "context_parallel takes causal, bidirectional and windowed attention, got a mask function of another kind"
         )
+    if shared.boundaries is not None and shared.jumps and terms.sequences is None:
+        raise ValueError(
+            "position_ids that start anew pack sequences under context_parallel, but this model makes its masks "
+            "without position_ids, and does not pack: leave position_ids out, or let them rise by one"
+        )
     key_mask = None if attention_mask is None else attention_mask.to(torch.bool)
     window = terms.left, terms.right
     return Mask(q_length, kv_length, window, None, key_mask, shared.boundaries, parallel=shared.parallel)

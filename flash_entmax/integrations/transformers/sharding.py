@@ -119,7 +119,8 @@ def own_part(
         own["num_items_in_batch"] = (whole["shift_labels"] != IGNORED).sum() if counted is None else counted
     if hasattr(root.config, "use_cache"):
         own["use_cache"] = False
-    return own, SharedBatch(parallel, length // parallel.size, boundaries)
+    jumps = bool((own["position_ids"].diff(dim=1) != 1).any())
+    return own, SharedBatch(parallel, length // parallel.size, boundaries, jumps)
 
 
 def boundaries_of(position_ids: Tensor, batch_size: int) -> Tensor | None:

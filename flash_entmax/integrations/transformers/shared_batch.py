@@ -14,11 +14,13 @@ class SharedBatch:
     """What masks must know of it: the group, this rank's length, and the boundaries of packed sequences in the whole.
 
     boundaries: (sequences + 1,) int32, None where no sequences are packed.
+    jumps: whether this rank's positions do not follow one another, as models that pack by positions see.
     """
 
     parallel: "ContextParallel"
     local_length: int
     boundaries: Tensor | None
+    jumps: bool
 
 
 _open: list[SharedBatch] = []  # at most one, for all threads: autograd computes checkpoints again in threads of its own

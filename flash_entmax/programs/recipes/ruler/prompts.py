@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ...errors import make_folder
+from ...errors import CommandError, make_folder
 from .haystack import Haystack
 from .settings import RulerSize
 from .tasks import TASKS, generate
@@ -16,7 +16,9 @@ def write_prompts(path: Path, tokenizer, size: RulerSize, lengths: tuple[int, ..
     many tokens the answer gets. A score is the share of the answers that occur in it, whatever their case.
     """
     places = [(task, length, seed) for length in lengths for task in size.tasks for seed in range(size.samples)]
-    make_folder(path.parent)
+    make_folder(path.parent, "--write")
+    if path.is_dir():
+        raise CommandError(f"--write {path}: is a folder")
     part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
         for task, length, seed in places:

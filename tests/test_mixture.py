@@ -37,6 +37,13 @@ def fit(points, *args, steps=10, **options):
     return GaussianMixture(3, *args, max_iter=steps, tol=0, **options).fit(points)
 
 
+def test_without_a_tolerance_all_iterations_are_taken():
+    """On a plateau the free energy rises by roundings."""
+    for alpha in (1.0, 1.5, 2.0):
+        fitted = fit(blobs(), alpha, steps=60)
+        assert (fitted.n_iter_, fitted.converged_) == (60, False)
+
+
 def independent_losses(points, means, covariances, jitter):
     """-ln N, and jitter / 2 of the trace of the inverse, by torch.distributions."""
     covariances = covariances if covariances.dim() == 3 else covariances.diag_embed()

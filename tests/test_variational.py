@@ -138,6 +138,9 @@ def test_excluded_causes_count_for_nothing(alpha):
     for result in (q[:, 0].sum(), least[0], variational.free_energy(scores, losses, q, alpha)[0]):
         for gradient in torch.autograd.grad(result, (scores, losses), retain_graph=True):
             assert gradient.isfinite().all()
+    of_scores, of_losses = torch.autograd.grad(least[1], (scores, losses))
+    assert torch.equal(of_losses, torch.zeros_like(losses)), "the posterior"
+    torch.testing.assert_close(of_scores, entmax(scores.detach(), alpha))
 
 
 def test_gradients_through_a_posterior_that_underflows():

@@ -110,6 +110,7 @@ def conjugate(scores: Tensor, alpha: float) -> Tensor:
     """
     best, index = scores.max(-1)
     empty = best == -torch.inf
+    best = best.masked_fill(empty, -torch.inf)  # the same number, without a gradient
     if alpha == 1.0:
         return torch.where(empty, best, scores.masked_fill(empty.unsqueeze(-1), 0.0).logsumexp(-1))
     rows = scores.masked_fill(empty.unsqueeze(-1), 0.0).reshape(-1, scores.shape[-1])

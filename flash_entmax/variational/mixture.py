@@ -183,7 +183,7 @@ class GaussianMixture(Estimator):
             mixture = Mixture(gaussians, responsibilities.mean(0))
             responsibilities, energy = expect(mixture)
             energies.append(energy)
-            if before - energy < self.tol:
+            if self.tol > 0 and before - energy < self.tol:
                 return Fit(mixture, responsibilities, energies, True)
             before = energy
         return Fit(mixture, responsibilities, energies, False)

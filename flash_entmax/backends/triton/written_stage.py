@@ -72,7 +72,8 @@ class WrittenStage:
         if compiled is None or bounding is None:
             return None
         notes = Notes((*own, *beside), self.scratch)
-        notes.places |= {id(bounds): notes.scratch[-1]}
+        if self.has_bounds:
+            notes.places |= {id(bounds): notes.scratch[-1]}
         visibility, options = notes.placed(visibility), notes.placed(options)
         if self.has_bounds:
             launch_bounds(notes, plan, *visibility[:2])

@@ -70,14 +70,11 @@ class Pairs:
 
         A score is off by parts of the sum of its terms' absolute values, if any operation of it rounds: by some 2^-24
         for a few operations, and by 2^-24 for each 16 terms that matrix units add, since those cut off, always towards
-        0, what float32 does not hold. What rounds to the nearest is off by at most 2e-6 of them, however many they are.
-        tau is off by as much as the keys that may be in the support, and by a few 2^-24.
+        0, what float32 does not hold; by 2e-6 at most, however many they are. tau is off by as much as the keys that
+        may be in the support, and by a few 2^-24.
         """
         terms = torch.zeros_like(self.terms) if self.case.scores_are_exact else self.terms
-        query, most = self.case.query, 2e-6
-        if query.is_cuda and query.itemsize == 2:
-            most = torch.inf
-        slack = (min(1e-6 + query.shape[-1] / 16 * 2**-24, most) * terms).clamp_min(2e-6)
+        slack = (min(1e-6 + self.case.query.shape[-1] / 16 * 2**-24, 2e-6) * terms).clamp_min(2e-6)
         slack = slack.masked_fill(self.distance == -torch.inf, 2e-6)  # no rounding brings a hidden key near
         return torch.maximum(slack, self.largest_slack(slack).unsqueeze(-1))
 

@@ -118,7 +118,17 @@ def test_processes_share_the_work(tmp_path):
     saved = results["saved"]["entmax 1.25"]
     assert saved["run"] == min(of_entmax, key=of_entmax.get)
     assert AutoModelForCausalLM.from_pretrained(saved["folder"]).config.entmax_alpha == 1.25
-    assert [path.name for path in (tmp_path / "adapt-toy").iterdir() if path.is_dir()] == ["entmax-1.25"]
+    folders = [path for path in (tmp_path / "adapt-toy").iterdir() if path.is_dir()]
+    assert sorted(folder.name for folder in folders) == ["entmax-1.25", "softmax"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "adapt-toy" / "softmax").config.model_type == "llama"
+
+
+def test_the_first_layer_may_have_its_own_alpha(tmp_path):
+    assert run(tmp_path, "--first-alpha", "1.1") == 0
+    results, arm = json.loads((tmp_path / "adapt-toy.json").read_text()), "entmax 1.25, first layer 1.1"
+    assert list(results["chosen"]) == ["softmax", arm]
+    loaded = AutoModelForCausalLM.from_pretrained(results["saved"][arm]["folder"])
+    assert loaded.config.entmax_alpha == {"0": 1.1, "1": 1.25}
 
 
 def test_arms_and_schedule(toy_text, monkeypatch):
@@ -201,6 +211,7 @@ def test_a_folder_is_taken_with_softmax_and_safetensors(tmp_path, capsys):
         (["--rank", "-1"], "--rank must be at least 0, got -1"),
         (["--batch", "3"], "--batch must be even, half prose and half code, got 3"),
         (["--alphas", "1.5", "1"], "--alphas must be from 1.01 to 2, got 1.5 1"),
+        (["--first-alpha", "1"], "--first-alpha must be from 1.01 to 2, got 1"),
         (["--hold", "0.6"], "--hold and --ramp are shares of the steps, together at most 1: 0.6, 0.5"),
         (["--lengths", "64", "96"], "--lengths must be even, each a multiple of the one before, got 64 96"),
         (["--distillation", "1.5"], "--distillation must be from 0 to 1, got 1.5"),

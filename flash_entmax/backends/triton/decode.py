@@ -126,7 +126,8 @@ def score_tiles(queries, key, table, places, begin, end, MASKED: tl.constexpr, C
     pointers = places.scores[None, :] + tl.arange(0, C.TILE)[:, None]
     for tile in range(begin, end):
         keys = open_keys_of_row(key, table, open_tile(tile, C), queries.sizes, MASKED, C)
-        score, _ = apply_score_options(products_by_key(queries.q, keys.k, C), queries, keys, MASKED, True, C)
+        product = products_by_key(queries.q, keys.k, True, C)
+        score, _ = apply_score_options(product, queries, keys, MASKED, True, C)
         tl.store(pointers + tile * C.TILE, score, mask=exists[None, :])
         store_maxima(places.maxima, tile, tl.where(score == score, score, float("inf")), exists, C)
 

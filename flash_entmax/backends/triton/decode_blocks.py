@@ -135,7 +135,7 @@ def centre_products(q, centre, block, inside, C: tl.constexpr):
     column = tl.arange(0, C.HEAD_PADDED)[None, :]
     pointers = centre.data + (tl.cast(block, tl.int64) * centre.row_stride)[:, None] + column
     c = tl.load(pointers, mask=inside[:, None] & (column < C.HEAD), other=0.0)
-    return products_by_key(q, c, C)
+    return products_by_key(q, c, False, C)
 
 
 @triton.jit

@@ -17,24 +17,37 @@ def scores(queries, keys, MASKED: tl.constexpr, C: tl.constexpr):
 
     Beside a filter or ALiBi, which may hide every key, a score of -inf that is seen is LOWEST.
     """
-    product = tl.dot(queries.q, tl.trans(keys.k), input_precision=C.PRECISION)
-    return apply_score_options(product, queries, keys, MASKED, False, C)
+    return apply_score_options(products(queries.q, keys.k, True, C), queries, keys, MASKED, False, C)
 
 
 @triton.jit
 def transposed_scores(queries, keys, MASKED: tl.constexpr, C: tl.constexpr):
-    """`scores` with a row for each key: (keys, queries)."""
-    product = tl.dot(keys.k, tl.trans(queries.q), input_precision=C.PRECISION)
+    """`scores` with a row for each key: (keys, queries). No threshold is computed from them."""
+    product = products(keys.k, queries.q, False, C)
     return apply_score_options(product, queries, keys, MASKED, True, C)
 
 
 @triton.jit
-def products_by_key(q, k, C: tl.constexpr):
+def products_by_key(q, k, HALVED: tl.constexpr, C: tl.constexpr):
     """(keys, queries). Without matrix units, few queries by many keys take fewer registers than keys by queries."""
-    if C.COMPENSATED:
-        product = tl.trans(tl.dot(q, tl.trans(k), input_precision=C.PRECISION))
+    return tl.trans(products(q, k, HALVED, C)) if C.COMPENSATED else products(k, q, HALVED, C)
+
+
+@triton.jit
+def products(left, right, HALVED: tl.constexpr, C: tl.constexpr):
+    """(rows of left, rows of right): the product of each two rows.
+
+    Matrix units cut off digits with each 16 numbers that they add, so that the error grows with the row. Where a
+    threshold is computed from them, rows of more than 256 are multiplied in two halves (HALVED), which float32 adds.
+    """
+    if HALVED and left.shape[1] > 256 and not C.COMPENSATED:
+        is_first = (tl.arange(0, left.shape[1]) < left.shape[1] // 2)[None, :]
+        product = tl.dot(tl.where(is_first, left, 0.0), tl.trans(right), input_precision=C.PRECISION)
+        second = tl.where(is_first, 0.0, left)
+        # The limit keeps Triton from starting the second product with the first, which would make one of the two.
+        product += tl.dot(second, tl.trans(right), max_num_imprecise_acc=1, input_precision=C.PRECISION)
     else:
-        product = tl.dot(k, tl.trans(q), input_precision=C.PRECISION)
+        product = tl.dot(left, tl.trans(right), input_precision=C.PRECISION)
     return product
 
 
@@ -105,7 +118,7 @@ def tile_maxima(queries, keys, C: tl.constexpr):
         score, _ = scores(queries, keys, False, C)
         maxima = tl.max(score, 1, keep_dims=True)
     else:
-        product = tl.dot(queries.q, tl.trans(keys.k), input_precision=C.PRECISION)
+        product = products(queries.q, keys.k, True, C)
         maxima = tl.max(tl.reshape(product, (product.shape[0], C.SCAN_TILES, C.TILE)), 2)
         maxima, _ = apply_softcap(maxima, queries.options.softcap, C)
         maxima = told_apart(maxima, C)

@@ -8,7 +8,7 @@ A model of Transformers, by default SmolLM2-135M-Instruct, is trained on with th
 Half of the text is English prose, half Python sources; held-out files are apart. Every arm is trained at every rate
 with seed 0. The rate with the lowest held-out loss is then trained with the other seeds. Shown are the loss at two
 lengths, the keys a query attends to, how dense the attention is by layer, the time of a training step, the speed of
-generation, and answers before and after. The best model of each alpha is saved, and a plain ``from_pretrained`` loads
+generation, and answers before and after. The best model of each arm is saved, and a plain ``from_pretrained`` loads
 it.
 
 Several alphas make a price list: what each costs in loss, and saves in keys. Several GPUs train a model each.
@@ -33,11 +33,11 @@ from ..settings import RecipeSettings
 from ..training import Show
 from ..workers import distribute
 from . import measures, report
+from .models import by_layer, open_model, save, take_entmax
 from .models import load as load_model
-from .models import open_model, save, take_entmax
-from .settings import AdaptSize, settings_of_all_runs
+from .settings import SOFTMAX, AdaptSize, settings_of_all_runs
 from .text import Text, batch_of, texts
-from .training import SOFTMAX, AdaptRun, arm_of, train
+from .training import AdaptRun, arm_of, train
 
 
 @dataclass(frozen=True)
@@ -89,22 +89,22 @@ def run(settings: RecipeSettings, size: AdaptSize) -> None:
         for job, numbers in distribute(train_one, jobs, workers_for(settings), console):
             results["runs"][job.key] = numbers
             write_json(path, results)
-        for alpha in size.alphas:
+        for alpha in (SOFTMAX, *size.alphas):
             keep_the_best([Job(each, settings, size) for each in runs if each.alpha == alpha], results)
         write_json(path, results)
 
+    def run_of(alpha: float, rate: float, seed: int) -> AdaptRun:
+        return AdaptRun(alpha, rate, seed, size.steps, None if alpha == SOFTMAX else size.first_alpha)
+
     alphas = (SOFTMAX, *size.alphas)
-    grid = {alpha: [AdaptRun(alpha, rate, 0, size.steps) for rate in size.rates] for alpha in alphas}
+    grid = {alpha: [run_of(alpha, rate, 0) for rate in size.rates] for alpha in alphas}
     perform([each for runs in grid.values() for each in runs])
     best = {alpha: min(runs, key=lambda each: results["runs"][each.key]["validation"]) for alpha, runs in grid.items()}
-    chosen = {
-        alpha: [AdaptRun(alpha, each.rate, seed, size.steps) for seed in range(size.seeds)]
-        for alpha, each in best.items()
-    }
+    chosen = {alpha: [run_of(alpha, each.rate, seed) for seed in range(size.seeds)] for alpha, each in best.items()}
     perform([each for runs in chosen.values() for each in runs])
-    results["alphas"] = {arm_of(alpha): alpha for alpha in alphas}
-    results["best"] = {arm_of(alpha): each.rate for alpha, each in best.items()}
-    results["chosen"] = {arm_of(alpha): [each.key for each in runs] for alpha, runs in chosen.items()}
+    results["alphas"] = {each.arm: alpha for alpha, each in best.items()}
+    results["best"] = {each.arm: each.rate for each in best.values()}
+    results["chosen"] = {best[alpha].arm: [each.key for each in runs] for alpha, runs in chosen.items()}
     results["seconds"] = results.get("seconds", 0.0) + time.perf_counter() - start
     write_json(path, results)
     report.write(console, results, path)
@@ -118,7 +118,7 @@ def workers_for(settings: RecipeSettings) -> int:
 
 
 def train_one(job: Job, show: Show) -> dict:
-    """Train, measure and save; of softmax, whose models are as any others, nothing is saved."""
+    """Train, measure and save."""
     each, size, device = job.run, job.size, job.settings.device
     model, tokenizer, text = opened(job.settings, size)
     trained, numbers = train(
@@ -126,8 +126,7 @@ def train_one(job: Job, show: Show) -> dict:
     )
     numbers["held_out"] = measures.held_out(trained, text, size, device)
     numbers["validation"] = measures.validation(numbers["held_out"])
-    if each.alpha != SOFTMAX:
-        save(trained, tokenizer, each.alpha, job.folder)
+    save(trained, tokenizer, by_layer(trained, each.alpha, each.first_alpha), job.folder)
     return numbers
 
 
@@ -145,9 +144,10 @@ def before(
             "answers": measures.answers(generating, tokenizer, size),
         }
     for alpha in size.alphas:
-        if arm_of(alpha) not in found:
-            take_entmax(model, alpha)
-            found[arm_of(alpha)] = {"held_out": measures.held_out(model, text, size, settings.device)}
+        arm = arm_of(alpha, size.first_alpha)
+        if arm not in found:
+            take_entmax(model, by_layer(model, alpha, size.first_alpha))
+            found[arm] = {"held_out": measures.held_out(model, text, size, settings.device)}
     model.set_attn_implementation(attention)
     model.config.entmax_alpha = None
     model.to("cpu")
@@ -171,9 +171,9 @@ def keep_the_best(jobs: list[Job], results: dict) -> None:
 
 def publish(job: Job) -> dict:
     """Move the model of a training to the folder of its arm, and measure it there."""
-    size, settings, arm = job.size, job.settings, job.run.arm
+    size, settings, arm, is_softmax = job.size, job.settings, job.run.arm, job.run.alpha == SOFTMAX
     _, tokenizer, text = opened(settings, size)
-    folder = folder_of(settings) / arm.replace(" ", "-")
+    folder = folder_of(settings) / re.sub(r"[^\w.]+", "-", arm)
     shutil.rmtree(folder, ignore_errors=True)
     job.folder.rename(folder)
     loaded = load_model(folder, settings.device)
@@ -181,7 +181,7 @@ def publish(job: Job) -> dict:
     return {
         "run": job.key,
         "folder": str(folder),
-        "page": report.page_of(loaded, tokenizer, text["prose"], size, folder, arm),
+        "page": "" if is_softmax else report.page_of(loaded, tokenizer, text["prose"], size, folder, arm),
         "tokens_per_second": measures.tokens_per_second(generating, tokenizer, text["prose"], size),
         "answers": measures.answers(generating, tokenizer, size),
     }

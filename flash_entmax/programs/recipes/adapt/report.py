@@ -15,9 +15,9 @@ from flash_entmax.show import page
 
 from ...demo.train import precision
 from ..report import over_seeds, seeds_of
-from .settings import AdaptSize
+from .settings import SOFTMAX, AdaptSize
 from .text import Text
-from .training import SOFTMAX, arm_of
+from .training import arm_of
 
 SOFT = arm_of(SOFTMAX)
 DENSITIES = {"tile_density": "tiles alive", "key_density": "keys reached"}
@@ -38,7 +38,8 @@ def write(console: Console, results: dict, path: Path) -> None:
     for line in answer_lines(results):
         console.print(line, soft_wrap=True, markup=False)
     for saved in results["saved"].values():
-        console.print(f"saved: {saved['run']}: {saved['folder']}, {saved['page']}", soft_wrap=True)
+        files = filter(None, (saved["folder"], saved["page"]))
+        console.print(f"saved: {saved['run']}: {', '.join(files)}", soft_wrap=True)
     console.print(f"{results['seconds']:.0f} s in all; the numbers are {path}", soft_wrap=True)
 
 
@@ -148,8 +149,8 @@ def answer_lines(results: dict) -> Iterator[str]:
     for prompt, answer in results["before"][SOFT]["answers"].items():
         yield f"\n{prompt}"
         yield f"  softmax as it came: {answer!r}"
-        for arm in arms_of_entmax(results):
-            yield f"  {arm}: {results['saved'][arm]['answers'][prompt]!r}"
+        for arm in results["chosen"]:
+            yield f"  {arm}, trained: {results['saved'][arm]['answers'][prompt]!r}"
 
 
 def draw(results: dict, path: Path) -> Path:

@@ -15,34 +15,36 @@ from flash_entmax.integrations.transformers import set_alpha
 
 from ...demo.train import pace, precision
 from ..training import Show
-from .models import take_entmax, with_adapters
-from .settings import AdaptSize
+from .models import by_layer, take_entmax, with_adapters
+from .settings import SOFTMAX, AdaptSize
 
-SOFTMAX = 1.0
 LAST = 4  # the time of a step is the median of the last 1/LAST of the steps, where alpha is at rest
 NOTED = 10  # how often the loss of the training is noted
 
 
 @dataclass(frozen=True)
 class AdaptRun:
-    """One training. ``alpha`` is where it ends; 1 is softmax, all along."""
+    """One training. ``alpha`` is where it ends; 1 is softmax, all along. ``first_alpha`` is that of the first layer."""
 
     alpha: float
     rate: float
     seed: int
     steps: int
+    first_alpha: float | None = None
 
     @property
     def arm(self) -> str:
-        return arm_of(self.alpha)
+        return arm_of(self.alpha, self.first_alpha)
 
     @property
     def key(self) -> str:
         return f"{self.arm} | {self.rate:g} | seed {self.seed} | {self.steps} steps"
 
 
-def arm_of(alpha: float) -> str:
-    return "softmax" if alpha == SOFTMAX else f"entmax {alpha:g}"
+def arm_of(alpha: float, first_alpha: float | None = None) -> str:
+    if alpha == SOFTMAX:
+        return "softmax"
+    return f"entmax {alpha:g}" + (f", first layer {first_alpha:g}" if first_alpha else "")
 
 
 def train(
@@ -51,7 +53,7 @@ def train(
     """(adapted copy of the base in evaluation mode, {"step_ms", "seconds", "training_losses"}).
 
     AdamW without weight decay, a short warm-up, a cosine, gradients clipped to 1; on CUDA in bfloat16 autocast.
-    Softmax has no teacher: it is the training that entmax is compared with.
+    Softmax has no teacher: it is the training that entmax is compared with. While alpha moves, all layers share it.
     """
     torch.manual_seed(run.seed)
     model, schedule, teacher = copy.deepcopy(base).to(device), None, None
@@ -79,7 +81,8 @@ def train(
         if schedule is not None and not schedule.is_at_rest:
             schedule.step()
             if schedule.is_at_rest:
-                set_alpha(adapted, run.alpha)  # at rest it is a number, for which there are faster kernels
+                # at rest it is a number, for which there are faster kernels
+                set_alpha(adapted, by_layer(adapted, run.alpha, run.first_alpha))
         if batch.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -87,7 +90,7 @@ def train(
     if size.rank:
         model = model.merge_and_unload()
     if schedule is not None:
-        take_entmax(model, run.alpha)
+        take_entmax(model, by_layer(model, run.alpha, run.first_alpha))
     last = seconds[-max(1, run.steps // LAST) :]
     numbers = {"step_ms": 1000 * median(last), "seconds": sum(seconds), "training_losses": losses_noted(losses)}
     return model.eval(), numbers

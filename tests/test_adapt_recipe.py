@@ -123,14 +123,6 @@ def test_processes_share_the_work(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "adapt-toy" / "softmax").config.model_type == "llama"
 
 
-def test_the_first_layer_may_have_its_own_alpha(tmp_path):
-    assert run(tmp_path, "--first-alpha", "1.1") == 0
-    results, arm = json.loads((tmp_path / "adapt-toy.json").read_text()), "entmax 1.25, first layer 1.1"
-    assert list(results["chosen"]) == ["softmax", arm]
-    loaded = AutoModelForCausalLM.from_pretrained(results["saved"][arm]["folder"])
-    assert loaded.config.entmax_alpha == {"0": 1.1, "1": 1.25}
-
-
 def test_arms_and_schedule(toy_text, monkeypatch):
     """Every arm gets the same batches. Softmax stays softmax; alpha is held, rises, and is where it ends."""
     base, seen = models.tiny_model()[0], {}
@@ -211,7 +203,6 @@ def test_a_folder_is_taken_with_softmax_and_safetensors(tmp_path, capsys):
         (["--rank", "-1"], "--rank must be at least 0, got -1"),
         (["--batch", "3"], "--batch must be even, half prose and half code, got 3"),
         (["--alphas", "1.5", "1"], "--alphas must be from 1.01 to 2, got 1.5 1"),
-        (["--first-alpha", "1"], "--first-alpha must be from 1.01 to 2, got 1"),
         (["--hold", "0.6"], "--hold and --ramp are shares of the steps, together at most 1: 0.6, 0.5"),
         (["--lengths", "64", "96"], "--lengths must be even, each a multiple of the one before, got 64 96"),
         (["--distillation", "1.5"], "--distillation must be from 0 to 1, got 1.5"),

@@ -28,6 +28,7 @@ slope_values = numbers([0.0, 0.01, 0.3, 2.0, 50.0, -0.05, -1.0, float("inf")])
 dims = (1, 3, 8, 16, 17, 32, 64, 80, 128, 256, 512)
 FAMILIES = 6  # of calls, a test each
 SHARDS = 16 if PROFILE == "fuzz" else 1  # so that pytest-xdist can share the examples out
+pytestmark = [pytest.mark.timeout(0)] if PROFILE == "fuzz" else []  # hours are asked for
 MASK_MODS = {
     "causal": lambda b, h, q, k: k <= q,
     "sliding": lambda b, h, q, k: (q - k).abs() <= 33,

@@ -144,8 +144,6 @@ def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
     adapt("--characters", type=int, metavar="N", help="of prose, and of code, that are read at most")
     about = "where alpha ends, one arm each; several make a table and a picture of what each costs and saves"
     adapt("--alphas", nargs="+", type=float, metavar="A", help=about)
-    about = "alpha of the first layer, once it is at rest (default: that of the others)"
-    adapt("--first-alpha", type=float, metavar="A", help=about)
     adapt("--hold", type=float, metavar="SHARE", help="share of the steps in which alpha stays at 1.01")
     adapt("--ramp", type=float, metavar="SHARE", help="share of the steps in which alpha rises; then it is at rest")
     about = "share of the loss that is the divergence from the model's own softmax, 0 to 1"

@@ -106,19 +106,12 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
-def by_layer(model: nn.Module, alpha: float, first: float | None) -> float | dict[int, float]:
-    """Alpha as `set_alpha` takes it, where the first layer may have its own."""
-    if first is None:
-        return alpha
-    return {layer: alpha if layer else first for layer in range(model.config.get_text_config().num_hidden_layers)}
-
-
-def take_entmax(model: nn.Module, alpha: float | torch.Tensor | dict[int, float]) -> None:
+def take_entmax(model: nn.Module, alpha: float | torch.Tensor) -> None:
     model.set_attn_implementation("entmax")
     set_alpha(model, alpha)
 
 
-def save(model: nn.Module, tokenizer, alpha: float | dict[int, float], folder: Path) -> None:
+def save(model: nn.Module, tokenizer, alpha: float, folder: Path) -> None:
     """A plain from_pretrained(folder) after register() builds the model, with this alpha; 1 is softmax."""
     if alpha != SOFTMAX:
         take_entmax(model, alpha)

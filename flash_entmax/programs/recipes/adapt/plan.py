@@ -33,8 +33,8 @@ from ..settings import RecipeSettings
 from ..training import Show
 from ..workers import distribute
 from . import measures, report
-from .models import by_layer, open_model, save, take_entmax
 from .models import load as load_model
+from .models import open_model, save, take_entmax
 from .settings import SOFTMAX, AdaptSize, settings_of_all_runs
 from .text import Text, batch_of, texts
 from .training import AdaptRun, arm_of, train
@@ -93,14 +93,14 @@ def run(settings: RecipeSettings, size: AdaptSize) -> None:
             keep_the_best([Job(each, settings, size) for each in runs if each.alpha == alpha], results)
         write_json(path, results)
 
-    def run_of(alpha: float, rate: float, seed: int) -> AdaptRun:
-        return AdaptRun(alpha, rate, seed, size.steps, None if alpha == SOFTMAX else size.first_alpha)
-
     alphas = (SOFTMAX, *size.alphas)
-    grid = {alpha: [run_of(alpha, rate, 0) for rate in size.rates] for alpha in alphas}
+    grid = {alpha: [AdaptRun(alpha, rate, 0, size.steps) for rate in size.rates] for alpha in alphas}
     perform([each for runs in grid.values() for each in runs])
     best = {alpha: min(runs, key=lambda each: results["runs"][each.key]["validation"]) for alpha, runs in grid.items()}
-    chosen = {alpha: [run_of(alpha, each.rate, seed) for seed in range(size.seeds)] for alpha, each in best.items()}
+    chosen = {
+        alpha: [AdaptRun(alpha, each.rate, seed, size.steps) for seed in range(size.seeds)]
+        for alpha, each in best.items()
+    }
     perform([each for runs in chosen.values() for each in runs])
     results["alphas"] = {each.arm: alpha for alpha, each in best.items()}
     results["best"] = {each.arm: each.rate for each in best.values()}
@@ -126,7 +126,7 @@ def train_one(job: Job, show: Show) -> dict:
     )
     numbers["held_out"] = measures.held_out(trained, text, size, device)
     numbers["validation"] = measures.validation(numbers["held_out"])
-    save(trained, tokenizer, by_layer(trained, each.alpha, each.first_alpha), job.folder)
+    save(trained, tokenizer, each.alpha, job.folder)
     return numbers
 
 
@@ -137,17 +137,14 @@ def before(
     found, attention = results.setdefault("before", {}), model.config._attn_implementation
     model.to(settings.device)
     if "softmax" not in found:
-        generating = measures.for_generation(model)
         found["softmax"] = {
             "held_out": measures.held_out(model, text, size, settings.device),
-            "tokens_per_second": measures.tokens_per_second(generating, tokenizer, text["prose"], size),
-            "answers": measures.answers(generating, tokenizer, size),
+            "answers": measures.answers(measures.for_generation(model), tokenizer, size),
         }
     for alpha in size.alphas:
-        arm = arm_of(alpha, size.first_alpha)
-        if arm not in found:
-            take_entmax(model, by_layer(model, alpha, size.first_alpha))
-            found[arm] = {"held_out": measures.held_out(model, text, size, settings.device)}
+        if arm_of(alpha) not in found:
+            take_entmax(model, alpha)
+            found[arm_of(alpha)] = {"held_out": measures.held_out(model, text, size, settings.device)}
     model.set_attn_implementation(attention)
     model.config.entmax_alpha = None
     model.to("cpu")
@@ -173,7 +170,7 @@ def publish(job: Job) -> dict:
     """Move the model of a training to the folder of its arm, and measure it there."""
     size, settings, arm, is_softmax = job.size, job.settings, job.run.arm, job.run.alpha == SOFTMAX
     _, tokenizer, text = opened(settings, size)
-    folder = folder_of(settings) / re.sub(r"[^\w.]+", "-", arm)
+    folder = folder_of(settings) / arm.replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
     job.folder.rename(folder)
     loaded = load_model(folder, settings.device)

@@ -123,7 +123,7 @@ def price_table(results: dict) -> Table:
             )
     row("training step at rest, over softmax's", lambda arm: step_ratios(results, arm), "{:.2f}")
     row("tokens a second generated", lambda arm: [results["saved"][arm]["tokens_per_second"]], "{:.1f}")
-    table.caption = f"softmax as it came: {results['before'][SOFT]['tokens_per_second']:.1f} tokens a second generated"
+    table.caption = f"softmax, trained: {results['saved'][SOFT]['tokens_per_second']:.1f} tokens a second generated"
     return table
 
 

@@ -23,7 +23,6 @@ class AdaptSize:
         steps: of each training, each on ``batch`` windows of ``length`` tokens, half of them prose, half of them code.
         rates: learning rates; each arm takes its best.
         alphas: where alpha ends, one arm each.
-        first_alpha: where that of the first layer ends; None for that of the others.
         hold, ramp: shares of the steps in which alpha is held near 1, and in which it moves.
         distillation: the share of the loss that is KL to the model's own softmax, from 0 to 1.
         rank: of the adapters that are trained in place of the weights; 0 for the weights themselves.
@@ -44,7 +43,6 @@ class AdaptSize:
     length: int
     rates: tuple[float, ...]
     alphas: tuple[float, ...]
-    first_alpha: float | None
     hold: float
     ramp: float
     distillation: float
@@ -62,12 +60,12 @@ class AdaptSize:
 
 
 OPTIONS = (
-    "model", "steps", "batch", "length", "characters", "rates", "alphas", "first_alpha", "hold", "ramp", "distillation",
-    "rank", "seeds", "lengths",
+    "model", "steps", "batch", "length", "characters", "rates", "alphas", "hold", "ramp", "distillation", "rank",
+    "seeds", "lengths",
 )  # fmt: skip
 # Results of one file may differ in these: each run says its own.
-OF_A_RUN = ("steps", "rates", "alphas", "first_alpha", "seeds")
-SHARED = {"model": None, "alphas": (1.25,), "first_alpha": None, "distillation": 0.0, "rank": 0, "seeds": 1}
+OF_A_RUN = ("steps", "rates", "alphas", "seeds")
+SHARED = {"model": None, "alphas": (1.25,), "distillation": 0.0, "rank": 0, "seeds": 1}
 SIZES: dict[str, AdaptSize] = {
     "toy": AdaptSize(
         **SHARED, steps=6, batch=4, length=32, rates=(3e-3,), hold=0.2, ramp=0.5, lengths=(32, 64), held_out=256,
@@ -122,8 +120,6 @@ def check(size: AdaptSize) -> None:
     lowest, highest = ALPHAS
     if not all(lowest <= alpha <= highest for alpha in size.alphas):
         raise CommandError(f"--alphas must be from {lowest:g} to {highest:g}, got {words(size.alphas)}")
-    if size.first_alpha is not None and not lowest <= size.first_alpha <= highest:
-        raise CommandError(f"--first-alpha must be from {lowest:g} to {highest:g}, got {size.first_alpha:g}")
     if not (size.hold >= 0 and size.ramp >= 0 and size.hold + size.ramp <= 1):
         raise CommandError(f"--hold and --ramp are shares of the steps, together at most 1: {size.hold}, {size.ramp}")
     if not 0 <= size.distillation <= 1:

@@ -15,7 +15,7 @@ from flash_entmax.integrations.transformers import set_alpha
 
 from ...demo.train import pace, precision
 from ..training import Show
-from .models import by_layer, take_entmax, with_adapters
+from .models import take_entmax, with_adapters
 from .settings import SOFTMAX, AdaptSize
 
 LAST = 4  # the time of a step is the median of the last 1/LAST of the steps, where alpha is at rest
@@ -24,27 +24,24 @@ NOTED = 10  # how often the loss of the training is noted
 
 @dataclass(frozen=True)
 class AdaptRun:
-    """One training. ``alpha`` is where it ends; 1 is softmax, all along. ``first_alpha`` is that of the first layer."""
+    """One training. ``alpha`` is where it ends; 1 is softmax, all along."""
 
     alpha: float
     rate: float
     seed: int
     steps: int
-    first_alpha: float | None = None
 
     @property
     def arm(self) -> str:
-        return arm_of(self.alpha, self.first_alpha)
+        return arm_of(self.alpha)
 
     @property
     def key(self) -> str:
         return f"{self.arm} | {self.rate:g} | seed {self.seed} | {self.steps} steps"
 
 
-def arm_of(alpha: float, first_alpha: float | None = None) -> str:
-    if alpha == SOFTMAX:
-        return "softmax"
-    return f"entmax {alpha:g}" + (f", first layer {first_alpha:g}" if first_alpha else "")
+def arm_of(alpha: float) -> str:
+    return "softmax" if alpha == SOFTMAX else f"entmax {alpha:g}"
 
 
 def train(
@@ -53,7 +50,7 @@ def train(
     """(adapted copy of the base in evaluation mode, {"step_ms", "seconds", "training_losses"}).
 
     AdamW without weight decay, a short warm-up, a cosine, gradients clipped to 1; on CUDA in bfloat16 autocast.
-    Softmax has no teacher: it is the training that entmax is compared with. While alpha moves, all layers share it.
+    Softmax has no teacher: it is the training that entmax is compared with.
     """
     torch.manual_seed(run.seed)
     model, schedule, teacher = copy.deepcopy(base).to(device), None, None
@@ -81,8 +78,7 @@ def train(
         if schedule is not None and not schedule.is_at_rest:
             schedule.step()
             if schedule.is_at_rest:
-                # at rest it is a number, for which there are faster kernels
-                set_alpha(adapted, by_layer(adapted, run.alpha, run.first_alpha))
+                set_alpha(adapted, run.alpha)  # at rest it is a number, for which there are faster kernels
         if batch.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -90,7 +86,7 @@ def train(
     if size.rank:
         model = model.merge_and_unload()
     if schedule is not None:
-        take_entmax(model, by_layer(model, run.alpha, run.first_alpha))
+        take_entmax(model, run.alpha)
     last = seconds[-max(1, run.steps // LAST) :]
     numbers = {"step_ms": 1000 * median(last), "seconds": sum(seconds), "training_losses": losses_noted(losses)}
     return model.eval(), numbers

@@ -112,6 +112,15 @@ def pools():
 
 
 @pytest.fixture
+def launches(monkeypatch):
+    """As if there were a GPU: what is launched directly."""
+    from direct_launches import direct_launches
+
+    with direct_launches(monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
 def pool(pools):
     """Processes on gloo that serve all tests of several ranks; new ones after a test that has ended one of them."""
     from rank_pool import RankPool

@@ -1,7 +1,6 @@
 """Calls of few queries like one before: what is launched from notes is what Triton would be asked to launch."""
 
 import inspect
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -13,19 +12,12 @@ pytest.importorskip("triton", minversion="3.6", reason="launches are direct with
 if HAS_CUDA:
     pytest.skip("as if there were a GPU; test_cuda.py launches on one", allow_module_level=True)
 
-from direct_launches import Launches, direct_launches
 from triton import knobs
 
 from flash_entmax import entmax_attention
 from flash_entmax.backends.triton import plan
 from flash_entmax.backends.triton.prepared_decode import PreparedDecode
 from flash_entmax.operators import dispatch
-
-
-@pytest.fixture
-def launches(monkeypatch) -> Iterator[Launches]:
-    with direct_launches(monkeypatch) as made:
-        yield made
 
 
 def inputs(queries: int = 2, keys: int = 200, dtype=torch.float16) -> list[torch.Tensor]:

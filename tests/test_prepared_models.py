@@ -1,25 +1,16 @@
 """Calls as models make them launch from notes too: under autocast, and with intervals that are given."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.6", reason="launches are direct with Triton 3.6 and later")
 
-from direct_launches import Launches, direct_launches
-from test_prepared_steps import WAYS, Given, by_notes, given, prepare
+from prepared_steps import WAYS, Given, by_notes, given, prepare
 
 from flash_entmax import functional
 from flash_entmax.core.call import ScoreOptions
 from flash_entmax.core.visibility import Visibility
 from flash_entmax.operators import dispatch
-
-
-@pytest.fixture
-def launches(monkeypatch) -> Iterator[Launches]:
-    with direct_launches(monkeypatch) as made:
-        yield made
 
 
 def under_autocast(way, dtype=torch.float16):

@@ -1,6 +1,5 @@
 """Deliberate faults in launches from notes, with launches faked. mutants.py explains FAULTS."""
 
-from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
@@ -12,30 +11,31 @@ from mutants import Mutant, plant
 if HAS_CUDA or not find_spec("triton"):
     pytest.skip("as if there were a GPU", allow_module_level=True)
 
+import test_prepared_autograd as of_autograd
 import test_prepared_options as options
 import test_prepared_steps as checks
-from direct_launches import Launches, direct_launches
+from prepared_steps import forward, other_gradient, step
 
 from flash_entmax.backends.triton import notes, prepared_backward, prepared_forward, written_stage
 from flash_entmax.operators import dispatch, steps
 
 CHECKS = {
-    "forward": partial(checks.test_launches_from_notes_are_those_through_triton, "causal", checks.forward),
-    "step": partial(checks.test_launches_from_notes_are_those_through_triton, "another gradient", checks.step),
-    "a window": partial(checks.test_launches_from_notes_are_those_through_triton, "a window", checks.step),
-    "alpha": partial(options.test_notes_take_the_tensors_of_each_call, "alpha", checks.step),
-    "slopes": partial(options.test_notes_take_the_tensors_of_each_call, "alibi_slopes", checks.step),
+    "forward": partial(checks.test_launches_from_notes_are_those_through_triton, "causal", forward),
+    "step": partial(checks.test_launches_from_notes_are_those_through_triton, "another gradient", step),
+    "a window": partial(checks.test_launches_from_notes_are_those_through_triton, "a window", step),
+    "alpha": partial(options.test_notes_take_the_tensors_of_each_call, "alpha", step),
+    "slopes": partial(options.test_notes_take_the_tensors_of_each_call, "alibi_slopes", step),
     "learned": partial(options.test_a_learned_tensor_finds_the_operator, "alpha"),
     "one tensor": checks.test_one_tensor_may_be_query_key_and_value,
-    "scratch": partial(checks.test_scratch_is_that_of_each_call, checks.step),
+    "scratch": partial(checks.test_scratch_is_that_of_each_call, step),
     "state": checks.test_state_is_zero_where_kernels_need_it,
     "gradients": checks.test_gradients_are_those_that_kernels_write,
     "unaligned": partial(checks.test_unaligned_tensors_go_another_way, "key"),
-    "strides": partial(checks.test_other_strides_of_a_gradient_have_launches_of_their_own, checks.other_gradient),
-    "hooked strides": checks.test_what_hooks_of_autograd_give_may_have_other_strides,
+    "strides": partial(checks.test_other_strides_of_a_gradient_have_launches_of_their_own, other_gradient),
+    "hooked strides": of_autograd.test_what_hooks_of_autograd_give_may_have_other_strides,
     "a hook": checks.test_a_hook_between_the_passes_is_told_of_the_second,
-    "checkpoint": partial(checks.test_a_checkpoint_finds_what_it_saved_whichever_way_a_call_goes, None, 1),
-    "second": checks.test_a_second_derivative_is_refused,
+    "checkpoint": partial(of_autograd.test_a_checkpoint_finds_what_it_saved_whichever_way_a_call_goes, None, 1),
+    "second": of_autograd.test_a_second_derivative_is_refused,
 }
 
 # Each with the check that must fail.
@@ -100,12 +100,6 @@ FAULTS = {
         steps.KeptAttention, "backward", "torch.is_grad_enabled()", "False", "second",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture
-def launches(monkeypatch) -> Iterator[Launches]:
-    with direct_launches(monkeypatch) as made:
-        yield made
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -1,7 +1,5 @@
 """Calls with tensors among their options: they launch from notes too, each with its own alpha, scale, slopes."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from conftest import HAS_CUDA
@@ -10,17 +8,9 @@ pytest.importorskip("triton", minversion="3.6", reason="launches are direct with
 if HAS_CUDA:
     pytest.skip("as if there were a GPU; test_cuda.py launches on one", allow_module_level=True)
 
-from direct_launches import Launches, direct_launches
-from test_prepared_steps import attend, bits, by_notes, forward, given, not_by_notes, prepare, step
+from prepared_steps import attend, bits, by_notes, forward, given, not_by_notes, prepare, step
 
 from flash_entmax.operators import dispatch
-
-
-@pytest.fixture
-def launches(monkeypatch) -> Iterator[Launches]:
-    with direct_launches(monkeypatch) as made:
-        yield made
-
 
 OWN = {
     "alpha": (torch.tensor([1.2, 1.6]), torch.tensor([1.9, 1.3])),

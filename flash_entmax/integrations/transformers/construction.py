@@ -148,12 +148,15 @@ def note_call(module: nn.Module) -> None:
 
     Of a compiled call only the class of the module is noted: tracing changes no module.
     """
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and "entmax_called" in vars(module):
+        return
     if implementation_of(module) in IMPLEMENTATIONS and is_undeclared(module.config):
         raise RuntimeError(
             f"{type(module).__name__} belongs to a model that was built before register(), and would not be saved with "
             "this attention: call register(model), from flash_entmax.integrations.transformers"
         )
-    if torch.compiler.is_compiling():
+    if is_compiling:
         _note_traced(type(module).__name__)
     else:
         module.entmax_called = True

@@ -31,7 +31,7 @@ def write(console: Console, recipe: Recipe, results: dict, path: Path) -> None:
     if isinstance(recipe, ScoredRecipe) and "best_checkpoints" in results:
         for measure in recipe.measures:
             console.print(table_of_best(measure, results, recipe.scored))
-    console.print(f"{results['seconds']:.0f} s in all; the numbers are {path}", soft_wrap=True)
+    console.print(f"{results['seconds']:.0f} s, of earlier runs too; the numbers are {path}", soft_wrap=True)
 
 
 def over_seeds(values: list[float], shown: Callable[[float], str]) -> str:
@@ -40,7 +40,7 @@ def over_seeds(values: list[float], shown: Callable[[float], str]) -> str:
     A training that failed has an infinite loss. It counts in the mean, and the deviation is then nan.
     """
     deviation = stdev(values) if len(values) > 1 and all(map(isfinite, values)) else nan
-    return shown(mean(values)) + (f" ± {shown(deviation)}" if len(values) > 1 else "")
+    return shown(mean(values)) + (f" ± {shown(deviation).removeprefix('+')}" if len(values) > 1 else "")
 
 
 def seeds_of(results: dict, shown: str = "mean and standard deviation") -> str:

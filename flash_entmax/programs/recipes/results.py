@@ -48,7 +48,13 @@ def load(path: Path, own: dict) -> dict:
         raise CommandError(f"{path} cannot be read ({error}): move it away to start anew") from error
     for name, value in own.items():
         if name != "date" and found.get(name) != value:
-            raise CommandError(
-                f"{path} has results of {name} {found.get(name)!r}, and this is {value!r}: take another --out"
-            )
+            name, before, now = first_difference(name, found.get(name), value)
+            raise CommandError(f"{path} has results of {name} {before!r}, and this is {now!r}: take another --out")
     return results
+
+
+def first_difference(name: str, before: object, now: object) -> tuple[str, object, object]:
+    """(name, before, now) of the first entry that differs, where both are dicts of the same entries."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        return next((key, before[key], now[key]) for key in now if before[key] != now[key])
+    return name, before, now

@@ -79,7 +79,7 @@ def default_model():
     return model, tokenizer
 
 
-def tiny_model(positions: int = 256):
+def tiny_model(positions: int = 2048):
     """A random Llama that reads up to so many bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -32,15 +32,18 @@ FIGURES = (
 def write(console: Console, results: dict, path: Path) -> None:
     facts = (f"{name} {value}" for name, value in results["conditions"].items())
     console.print(", ".join(facts), soft_wrap=True)
-    console.print(loss_table(results), price_table(results), layer_table(results))
+    console.print(loss_table(results), price_table(results))
+    for arm in arms_of_entmax(results):
+        console.print(layer_table(results, arm))
     if len(results["alphas"]) > 2:
         console.print(f"{draw(results, path.with_name(f'{path.stem}-alpha.png'))}", soft_wrap=True)
     for line in answer_lines(results):
         console.print(line, soft_wrap=True, markup=False)
     for saved in results["saved"].values():
         files = filter(None, (saved["folder"], saved["page"]))
-        console.print(f"saved: {saved['run']}: {', '.join(files)}", soft_wrap=True)
-    console.print(f"{results['seconds']:.0f} s in all; the numbers are {path}", soft_wrap=True)
+        places = ", ".join(files) if Path(saved["folder"]).exists() else f"{saved['folder']}, removed since"
+        console.print(f"saved: {saved['run']}: {places}", soft_wrap=True)
+    console.print(f"{results['seconds']:.0f} s, of earlier runs too; the numbers are {path}", soft_wrap=True)
 
 
 def runs_of(results: dict, arm: str) -> list[dict]:
@@ -113,7 +116,7 @@ def price_table(results: dict) -> Table:
 
     for place in places(results):
         heading = f"loss above softmax, same batches: {place[0]}, {int(place[1]):,}"
-        row(heading, lambda arm, at=place: costs(results, arm, at), "{:+.3f}")
+        row(heading, lambda arm, at=place: costs(results, arm, at), "{:+.4f}")
     for quantity, heading, factor, shown in FIGURES:
         for n in lengths:
             row(
@@ -122,26 +125,23 @@ def price_table(results: dict) -> Table:
                 shown,
             )
     row("training step at rest, over softmax's", lambda arm: step_ratios(results, arm), "{:.2f}")
-    row("tokens a second generated", lambda arm: [results["saved"][arm]["tokens_per_second"]], "{:.1f}")
-    table.caption = f"softmax, trained: {results['saved'][SOFT]['tokens_per_second']:.1f} tokens a second generated"
+    row(
+        "tokens a second generated, by the saved model",
+        lambda arm: [results["saved"][arm]["tokens_per_second"]],
+        "{:.1f}",
+    )
+    table.caption = f"softmax, the saved model: {results['saved'][SOFT]['tokens_per_second']:.1f} tokens a second"
     return table
 
 
-def layer_table(results: dict) -> Table:
+def layer_table(results: dict, arm: str) -> Table:
     """Keys and densities by layer, at the longest length: means over texts and seeds."""
     length = places(results)[-1][1]
-    arms = arms_of_entmax(results)
-    headings = (f"{arm}\n{short}" for arm in arms for short in ("keys", "tiles, %", "reached, %"))
-    title = f"by layer, {int(length):,} tokens: keys a query, tiles alive, keys that the queries of a tile reach"
-    table = new_table(title, "layer", *headings)
-    columns: list[list[str]] = []
-    for arm in arms:
-        found = [by_length[length]["layers"] for run in runs_of(results, arm) for by_length in run["held_out"].values()]
-        by_layer = list(zip(*found, strict=True))
-        for quantity, _, factor, _ in FIGURES:
-            columns.append([f"{factor * mean(each[quantity] for each in same):.1f}" for same in by_layer])
-    for number, cells in enumerate(zip(*columns, strict=True)):
-        table.add_row(str(number), *cells)
+    table = new_table(f"{arm} by layer, {int(length):,} tokens", "layer", *(heading for _, heading, _, _ in FIGURES))
+    found = [by_length[length]["layers"] for run in runs_of(results, arm) for by_length in run["held_out"].values()]
+    for number, same in enumerate(zip(*found, strict=True)):
+        means = (factor * mean(layer[quantity] for layer in same) for quantity, _, factor, _ in FIGURES)
+        table.add_row(str(number), *map("{:.1f}".format, means))
     return table
 
 
@@ -150,7 +150,8 @@ def answer_lines(results: dict) -> Iterator[str]:
         yield f"\n{prompt}"
         yield f"  softmax as it came: {answer!r}"
         for arm in results["chosen"]:
-            yield f"  {arm}, trained: {results['saved'][arm]['answers'][prompt]!r}"
+            saved = results["saved"][arm]
+            yield f"  {saved['run']}: {saved['answers'][prompt]!r}"
 
 
 def draw(results: dict, path: Path) -> Path:

@@ -117,6 +117,9 @@ def check(size: AdaptSize) -> None:
         raise CommandError(f"--rank must be at least 0, got {size.rank}")
     if not all(rate > 0 for rate in size.rates):
         raise CommandError(f"--rates must be positive, got {words(size.rates)}")
+    for name in ("rates", "alphas"):
+        if len(set(given := getattr(size, name))) < len(given):
+            raise CommandError(f"--{name} has a number twice: {words(given)}")
     lowest, highest = ALPHAS
     if not all(lowest <= alpha <= highest for alpha in size.alphas):
         raise CommandError(f"--alphas must be from {lowest:g} to {highest:g}, got {words(size.alphas)}")

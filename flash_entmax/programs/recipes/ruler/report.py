@@ -22,7 +22,7 @@ def write(
     for model in models:
         console.print(score_table(results, model, lengths, size))
     console.print(length_table(results, models, lengths, size))
-    console.print(f"{results['seconds']:.0f} s in all; the numbers are {path}", soft_wrap=True)
+    console.print(f"{results['seconds']:.0f} s, of earlier runs too; the numbers are {path}", soft_wrap=True)
 
 
 def scores(results: dict, model: str, task: str, length: int, size: RulerSize) -> list[float]:

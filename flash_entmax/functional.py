@@ -101,9 +101,10 @@ def entmax_attention(
             heads share a key head (grouped-query attention).
         value: (batch, key heads, key length, value size). Head sizes are from 1 to 512.
         alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax, computed by
-            ``scaled_dot_product_attention``. A tensor, scalar or (heads,), gets its exact gradient, and no value of it
-            compiles anything; it must be in [1.01, 2]. In float32 the relative rounding of a probability is about
-            2^-24 / (alpha - 1), so alpha below 1.01 loses digits.
+            ``scaled_dot_product_attention``, with any mask but the plain causal one as a dense tensor. A tensor, scalar
+            or (heads,), gets its exact gradient, and no value of it compiles anything; it must be in [1.01, 2]. In
+            float32 the relative rounding of a probability is about 2^-24 / (alpha - 1), so alpha below 1.01 loses
+            digits.
         alpha_range: (lowest, highest), to which alpha is clamped, with gradient 0 outside: for an alpha that training
             may move too far. None clamps nothing.
         is_causal: a query sees the keys up to its own position. PyTorch's ``is_causal`` aligns to the upper left; at
@@ -271,6 +272,7 @@ def jagged_attention(
 ) -> Tensor | tuple[Tensor, Support]:  # fmt: skip
     """Nested tensors (batch, heads, ragged length, dim), through their values (heads, tokens, dim) and offsets."""
     queries, keys, values = checked_jagged("query", query), checked_jagged("key", key), checked_jagged("value", value)
+    check_same_offsets(keys, values)
     offsets = queries.offsets()
     is_shared = key.shape[2] == query.shape[2]  # one ragged dimension
     boundaries = offsets, offsets if is_shared else keys.offsets()
@@ -292,6 +294,21 @@ def checked_jagged(name: str, tensor: Tensor) -> "NestedTensor":
             f"inputs are, got {got}"
         )
     return tensor
+
+
+def check_same_offsets(keys: Tensor, values: Tensor) -> None:
+    """Each sequence has as many values as keys. On a GPU, where reading the offsets would wait, that is asserted."""
+    if values.shape[2] == keys.shape[2]:  # one ragged dimension
+        return
+    of_keys, of_values = keys.offsets(), values.offsets()
+    message = "value must have the sequence lengths of key"
+    if of_keys.shape != of_values.shape:
+        raise ValueError(f"{message}, got {of_values.shape[0] - 1} sequences and {of_keys.shape[0] - 1}")
+    is_same = (of_keys == of_values).all()
+    if of_keys.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(is_same, message)
+    elif not is_same:
+        raise ValueError(f"{message}, {of_keys.diff().tolist()}, got {of_values.diff().tolist()}")
 
 
 def summarise_keys(key: Tensor, *, value_size: int | None = None, impl: Impl = "auto") -> KeySummary:

@@ -67,6 +67,7 @@ def entmax_loss(
     shape, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1]).contiguous()
     count: int | Tensor = rows.shape[0]
     if target.is_floating_point():
+        refuse_ignored(ignore_index)
         row_target = target.detach().movedim(class_dim, -1).reshape(rows.shape).contiguous()
     else:
         row_target = target.reshape(-1).contiguous()
@@ -192,6 +193,12 @@ def check_loss_options(ignore_index: int, reduction: str, label_smoothing: float
         raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def refuse_ignored(ignore_index: int) -> None:
+    """Beside probabilities, which have no index."""
+    if ignore_index != -100:
+        raise ValueError(f"ignore_index is for a target of classes, got {ignore_index} beside probabilities")
 
 
 def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:

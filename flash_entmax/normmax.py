@@ -16,7 +16,7 @@ from .core.checks import check_flag, is_number, typed
 from .core.modes import as_given
 from .core.row_thresholds import gaps_of
 from .core.tensors import row_dtype
-from .losses import check_loss_options, check_target, divide_by_count
+from .losses import check_loss_options, check_target, divide_by_count, refuse_ignored
 from .operators.normmax import known_classes, normmax_losses, normmax_offset
 
 
@@ -140,6 +140,7 @@ def normmax_loss(
         x = input.movedim(class_dim, -1).to(row_dtype(input))
         counts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         if target.is_floating_point():
+            refuse_ignored(ignore_index)
             q = target.detach().movedim(class_dim, -1).to(x.dtype)
         else:
             counts = target != ignore_index

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from flash_entmax import entmax, entmax15_loss, entmax_loss, sparsemax_loss
+from flash_entmax import entmax, entmax15_loss, entmax_loss, normmax_loss, sparsemax_loss
 from flash_entmax.backends.reference import entmax_rows
 from flash_entmax.core.loss import smoothed_entropy
 from flash_entmax.nn import EntmaxLoss
@@ -312,3 +312,9 @@ X, Y = torch.ones(2, 5), torch.zeros(2, dtype=torch.int64)
 def test_wrong_input(arguments, options, error, message):
     with pytest.raises(error, match=message):
         entmax_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("loss", [entmax_loss, normmax_loss])
+def test_an_ignored_index_beside_probabilities_is_refused(loss):
+    with pytest.raises(ValueError, match="ignore_index is for a target of classes, got 3 beside probabilities"):
+        loss(torch.randn(4, 7), torch.full((4, 7), 1 / 7), ignore_index=3)

@@ -93,3 +93,15 @@ def test_refusals(call, words):
     tensors = [torch.randn(length, 16) for length in LENGTHS]
     with pytest.raises(ValueError, match=words):
         call(jagged(tensors), torch.nested.nested_tensor(tensors))
+
+
+def test_values_of_other_lengths_are_refused():
+    def nested(*lengths):
+        return torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in lengths], layout=torch.jagged).transpose(1, 2)
+
+    query, key = nested(3, 7), nested(3, 7)
+    assert entmax_attention(query, key, nested(3, 7)).shape == query.shape
+    with pytest.raises(ValueError, match=r"value must have the sequence lengths of key, \[3, 7\], got \[7, 3\]"):
+        entmax_attention(query, key, nested(7, 3))
+    with pytest.raises(ValueError, match="value must have the sequence lengths of key, got 3 sequences and 2"):
+        entmax_attention(query, key, nested(3, 3, 4))

@@ -372,3 +372,5 @@ def test_a_tensor_that_is_not_learned_is_refused_outside():
         integration.set_alpha(model, 1.5, (1.2, 1.5))
     with pytest.raises(ValueError, match=r"alpha_range must be within \[1\.01, 2\], got \(1, 2\)"):
         integration.set_alpha(model, nn.Parameter(torch.tensor(1.5)), (1, 2))
+    with pytest.raises(ValueError, match=r"alpha must start within alpha_range, \(1\.6, 1\.8\), got 1\.5"):
+        integration.set_alpha(model, nn.Parameter(torch.tensor(1.5)), (1.6, 1.8))

@@ -129,5 +129,5 @@ def check_packing(
 
 def _boundaries_are_valid(boundaries: Tensor, tokens: int, longest: int) -> Tensor:
     """Scalar bool on the device: from 0 upwards to at most `tokens`, in steps of at most `longest`."""
-    steps = boundaries.diff()
+    steps, longest = boundaries.diff(), min(longest, torch.iinfo(boundaries.dtype).max)
     return (boundaries[0] == 0) & (boundaries[-1] <= tokens) & ((steps >= 0) & (steps <= longest)).all()

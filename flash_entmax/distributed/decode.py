@@ -147,8 +147,8 @@ def solved(problem: Problem, query: Tensor, key: Tensor, value: Tensor, backend:
     """The output, from the maximum, the offset and the sums of all parts."""
     stages = BACKENDS[backend]
     maxima = gathered(stages.row_maxima(problem, query, key), ranks)
-    maximum = maxima.masked_fill(maxima == torch.inf, -torch.inf).amax(0)
-    maximum = maximum.masked_fill(maximum == -torch.inf, torch.inf)  # no part has a key that the row sees
+    is_empty = maxima == torch.inf  # the part has no key that the row sees
+    maximum = maxima.masked_fill(is_empty, -torch.inf).amax(0).masked_fill(is_empty.all(0), torch.inf)
     alpha = problem.score.alpha
     alpha = alpha.view(-1, 1) if isinstance(alpha, Tensor) else alpha
     offset = torch.ones_like(maximum)

@@ -54,7 +54,9 @@ def summary_kernel(key, summary, heads, group, query_length, key_length, C: tl.c
     centre = head_of(summary.centre, unit // key_heads, unit % key_heads)
     tl.store(centre.data + tl.cast(block, tl.int64) * centre.row_stride + column, rounded, mask=column < C.HEAD)
     away = k - rounded.to(tl.float32)[None, :]
-    distance = tl.where(inside, norm(away, 1), 0.0)
+    distance = norm(away, 1)
+    distance = tl.where(distance == distance, distance, float("inf"))  # a maximum leaves NaN out
+    distance = tl.where(inside, distance, 0.0)
     missed = mean - rounded.to(tl.float32)
     index = tl.program_id(0)
     tl.store(summary.radius + index, tl.max(distance, 0) * NORM_ROUNDING)

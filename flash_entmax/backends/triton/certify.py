@@ -47,7 +47,8 @@ def certify_kernel(
     allowance = row_error + storage_error
     is_certain = allowance < 1.0
     certified = certify_offset(column, tiles.count, row_gap, options.exponent, C) + allowance
-    row_offset = tl.where(is_certain, certified, 1.0)
+    # At 1 the maximum's own key has F >= 1 already. A power of more, with alpha close to 1, would overflow.
+    row_offset = tl.where(is_certain, tl.minimum(certified, 1.0 + row_error), 1.0)
     row_margin = row_gap + tl.where(is_certain, allowance, float("nan"))
     depth = row_margin + row_offset
     tiles = shorten(tiles, column, depth, C)

@@ -119,7 +119,10 @@ def block_bounds_kernel(
             upper -= block_alibi_penalty(queries, tile, False, True, C)
             lower -= largest_alibi_penalty(queries, block, C)
         some, whole = seen_by_rows(queries, tile, block, C)
-        upper = tl.where(upper == upper, upper + margin.rest, float("inf"))
+        is_known = (upper == upper) & (radius < float("inf"))[
+            :, None
+        ]  # a softcap makes a finite bound of an infinite one
+        upper = tl.where(is_known, upper + margin.rest, float("inf"))
         upper = tl.where(some, upper, float("-inf"))
         tl.store(
             highest_of_tiles + line_of_tiles[None, :] + tile[:, None], upper, mask=own.exists[None, :] & inside[:, None]
@@ -140,11 +143,11 @@ def centre_products(q, centre, block, inside, C: tl.constexpr):
 
 @triton.jit
 def largest_alibi_penalty(queries, block, C: tl.constexpr):
-    """(TILES, rows): over the keys of a whole block, which may be two tiles."""
+    """(TILES, rows): over the keys of a whole block, which may be several tiles."""
     PER_BLOCK: tl.constexpr = SUMMARY_BLOCK // C.TILE
     penalty = block_alibi_penalty(queries, block * PER_BLOCK, True, True, C)
-    if PER_BLOCK > 1:
-        penalty = tl.maximum(penalty, block_alibi_penalty(queries, block * PER_BLOCK + PER_BLOCK - 1, True, True, C))
+    for number in tl.static_range(1, PER_BLOCK):
+        penalty = tl.maximum(penalty, block_alibi_penalty(queries, block * PER_BLOCK + number, True, True, C))
     return penalty
 
 

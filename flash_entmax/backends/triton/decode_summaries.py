@@ -165,7 +165,8 @@ def bound_scores(queries, rounded_queries, keys, places, listed, begin, end, MAS
         block = open_tile(tile, C)
         rounded = load_block(keys.rounded, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
         product = product_of_integers(rounded_queries, rounded).to(tl.float32)
-        product = product * unit[:, None] * rounded_queries.unit
+        # Integers and units of keys may be large where those of queries are small: by steps that stay in between.
+        product = product * 2.0**-15 * unit[:, None] * (rounded_queries.unit * 2.0**15)
         tile_keys = Keys(tile, block.first, block.column, rounded)
         score, _ = apply_score_options(product, queries, tile_keys, MASKED, True, C)
         margin = rounded_queries.length * error + rounded_queries.rest

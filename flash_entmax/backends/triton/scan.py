@@ -99,7 +99,8 @@ def maxima_of_blocks(queries, key, blocks, C: tl.constexpr):
     TILE: tl.constexpr = C.TILE
     maximum = tl.full((TILE,), float("-inf"), tl.float32)
     maximum = walk(add_maximum, maximum, MaximaContext(queries, key), blocks, C)
-    return tl.where(maximum == float("-inf"), float("inf"), as_computed(maximum, C))
+    is_given = sees_a_key(maximum, queries.stop > queries.start, C) | (maximum != maximum)
+    return tl.where(is_given, as_computed(maximum, C), float("inf"))
 
 
 @triton.jit

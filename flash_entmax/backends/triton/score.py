@@ -42,13 +42,21 @@ def products(left, right, HALVED: tl.constexpr, C: tl.constexpr):
     """
     if HALVED and left.shape[1] > 256 and not C.COMPENSATED:
         is_first = (tl.arange(0, left.shape[1]) < left.shape[1] // 2)[None, :]
-        product = tl.dot(tl.where(is_first, left, 0.0), tl.trans(right), input_precision=C.PRECISION)
-        second = tl.where(is_first, 0.0, left)
+        first = tl.dot(tl.where(is_first, left, 0.0), tl.trans(right), input_precision=C.PRECISION)
+        remaining = tl.where(is_first, 0.0, left)
         # The limit keeps Triton from starting the second product with the first, which would make one of the two.
-        product += tl.dot(second, tl.trans(right), max_num_imprecise_acc=1, input_precision=C.PRECISION)
+        second = tl.dot(remaining, tl.trans(right), max_num_imprecise_acc=1, input_precision=C.PRECISION)
+        # Where an infinite number is in one half, the product of the other half, zero times it, is NaN.
+        product = tl.where(is_infinite(first) & (second != second), first, first + second)
+        product = tl.where(is_infinite(second) & (first != first), second, product)
     else:
         product = tl.dot(left, tl.trans(right), input_precision=C.PRECISION)
     return product
+
+
+@triton.jit
+def is_infinite(number):
+    return tl.abs(number) == float("inf")
 
 
 @triton.jit

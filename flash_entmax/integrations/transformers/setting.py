@@ -138,6 +138,11 @@ def _check_range(alpha: object, alpha_range: object) -> None:
     lowest, highest = ALPHAS
     if not lowest <= alpha_range[0] <= alpha_range[1] <= highest:
         raise ValueError(f"alpha_range must be within [{lowest:g}, {highest:g}], got {tuple(alpha_range)}")
+    if alpha.is_meta or not alpha.is_floating_point():
+        return
+    ends = alpha.detach().new_tensor(alpha_range)
+    if not ((alpha >= ends[0]) & (alpha <= ends[1])).all():
+        raise ValueError(f"alpha must start within alpha_range, {tuple(alpha_range)}, got {alpha.tolist()}")
 
 
 def _check_layers(alpha: dict, layers: list[nn.Module]) -> None:

@@ -296,7 +296,7 @@ def checked_jagged(name: str, tensor: Tensor) -> "NestedTensor":
     return tensor
 
 
-def check_same_offsets(keys: Tensor, values: Tensor) -> None:
+def check_same_offsets(keys: "NestedTensor", values: "NestedTensor") -> None:
     """Each sequence has as many values as keys. On a GPU, where reading the offsets would wait, that is asserted."""
     if values.shape[2] == keys.shape[2]:  # one ragged dimension
         return

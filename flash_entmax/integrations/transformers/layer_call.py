@@ -23,7 +23,7 @@ HARMLESS = {
 REFUSED = {
     "cache": "paged attention (continuous batching) needs another implementation, such as 'sdpa'",
     "head_mask": "entmax has no mask of whole heads: prune the heads instead",
-    "output_attentions": "the probabilities are never stored; flash_entmax.inspection.record(model) shows them",
+    "output_attentions": "the probabilities are never stored; record(model) of flash_entmax.inspection shows them",
     "position_bias": "biases added to the scores are not supported: use attn_implementation='eager'",
     "s_aux": "attention sinks are a term of softmax's denominator, which entmax does not have",
 }

@@ -111,8 +111,24 @@ def decode_part(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> 
     listed, is_dense = listed_keys(z, block_maxima, rows)
     output = outputs_of_lists(problem, listed, rows, value)
     if is_dense is not None:
-        write_dense_outputs(problem, output, z, rows, value, is_dense)
+        size = len(z) // problem.batch
+        for some, first, end in seen_by_batch_rows(problem, block_maxima):
+            own = slice(size * some.start, size * some.stop)
+            thresholds, own_value = RowThresholds(*(numbers[own] for numbers in rows)), value[some, :, first:end]
+            write_dense_outputs(problem, output[own], z[own, first:end], thresholds, own_value, is_dense[own])
     return output if limits is None else output.masked_fill_((visible == 0).unsqueeze(-1), 0.0)
+
+
+def seen_by_batch_rows(problem: Problem, block_maxima: Tensor) -> list[tuple[slice, int, int]]:
+    """(batch rows, the first key that they see, one past the last), at the edges of blocks: all at once if they see the
+    same, else each by itself. So the sums of a row have as many terms whatever else is in the batch.
+    """
+    is_seen = (block_maxima != -torch.inf).view(problem.batch, -1, block_maxima.shape[1]).any(1)
+    each = [seen.nonzero().flatten().tolist() or [0] for seen in is_seen]
+    ranges = [(BLOCK * blocks[0], BLOCK * (blocks[-1] + 1)) for blocks in each]
+    if len(set(ranges)) == 1:
+        return [(slice(0, problem.batch), *ranges[0])]
+    return [(slice(row, row + 1), *own) for row, own in enumerate(ranges)]
 
 
 def sees_all_keys(problem: Problem) -> bool:
@@ -275,7 +291,7 @@ def write_dense_outputs(
     problem: Problem, output: Tensor, z: Tensor, rows: RowThresholds, value: Tensor, is_dense: Tensor
 ) -> None:
     """Solve the dense rows over all keys. The rows of a key head are multiplied with its values together."""
-    units = problem.batch * problem.key_heads
+    units = value.shape[0] * problem.key_heads
     is_dense, output, z = (tensor.unflatten(0, (units, -1)) for tensor in (is_dense, output, z))
     unit = is_dense.any(-1).nonzero().squeeze(-1)
     maximum, low, high = (numbers.view(units, -1)[unit] for numbers in rows)

@@ -119,9 +119,8 @@ def block_bounds_kernel(
             upper -= block_alibi_penalty(queries, tile, False, True, C)
             lower -= largest_alibi_penalty(queries, block, C)
         some, whole = seen_by_rows(queries, tile, block, C)
-        is_known = (upper == upper) & (radius < float("inf"))[
-            :, None
-        ]  # a softcap makes a finite bound of an infinite one
+        # A softcap makes a finite bound of an infinite one, so the radius is asked as well.
+        is_known = (upper == upper) & (radius < float("inf"))[:, None]
         upper = tl.where(is_known, upper + margin.rest, float("inf"))
         upper = tl.where(some, upper, float("-inf"))
         tl.store(

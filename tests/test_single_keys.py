@@ -63,6 +63,7 @@ CALLS = {
     "causal": {"is_causal": True},
     "not causal": {},
     "without a sink": {"sinks": ()},
+    "alpha 1.25": {"alpha": 1.25, "is_causal": True},
     "alpha 1.3": {"alpha": 1.3, "is_causal": True},
     "alpha 2": {"alpha": 2.0, "is_causal": True},
     "alpha of each head": {"alpha": torch.tensor([1.4, 1.7]), "heads": 2, "key_heads": 2},

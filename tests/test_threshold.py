@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from flash_entmax.core.threshold import (
     certified_offset,
     newton_step,
+    power,
+    power_of_alpha,
     probability,
     row_maximum,
     smallest_offset,
@@ -39,6 +41,21 @@ def all_offsets(z, alpha):
     if alpha in (1.5, 2.0):
         solvers["sort"] = threshold_by_sort(z, alpha)
     return solvers
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 16.0, 17.0, 0.5, 4.0000001])
+def test_powers(exponent):
+    distance = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
+    torch.testing.assert_close(power(distance, exponent), distance.pow(exponent), rtol=1e-14, atol=0.0)
+    assert power(torch.tensor(torch.nan), exponent).isnan()
+
+
+def test_which_alphas_have_a_whole_power():
+    """Each 1 + 1 / r up to 16, however it was rounded; no other number, and no tensor, which is None here."""
+    for whole in range(1, 17):
+        assert power_of_alpha(1 + 1 / whole) == power_of_alpha((whole + 1) / whole) == whole
+    for alpha in (None, torch.nan, 1.01, 1 + 1 / 17, 1.3, 1.333333, 1.25 + 1e-9, 1.4999, 1.75):
+        assert power_of_alpha(alpha) == 0
 
 
 @each_distribution

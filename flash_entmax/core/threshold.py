@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MAX_STEPS = 64
+LARGEST_POWER = 16  # the largest exponent whose powers are products
 
 
 def tolerance(like: Tensor) -> float:
@@ -30,15 +31,30 @@ def row_maximum(z: Tensor) -> Tensor:
     return torch.where(maximum == -torch.inf, torch.inf, maximum)
 
 
+def whole_power(exponent: float) -> int:
+    """The whole number from 1 to LARGEST_POWER that an exponent is, up to the rounding of alpha - 1; else 0."""
+    if not 0.5 < exponent < LARGEST_POWER + 0.5:  # NaN as well
+        return 0
+    whole = round(exponent)
+    return whole if abs(exponent - whole) <= 4e-15 * whole else 0
+
+
+def power_of_alpha(alpha: float | None) -> int:
+    """1 / (alpha - 1) where that is a whole number up to LARGEST_POWER; 0 for other numbers, and None: for tensors."""
+    return 0 if alpha is None else whole_power(1.0 / (alpha - 1.0))
+
+
 def power(distance: Tensor, exponent: float | Tensor) -> Tensor:
-    """distance^exponent for distance >= 0, with the integer cases of a number in multiplications only."""
-    if isinstance(exponent, Tensor):
+    """distance^exponent for distance >= 0. Whole exponents take squares and products, which are faster than a power."""
+    whole = 0 if isinstance(exponent, Tensor) else whole_power(exponent)
+    if not whole:
         return distance.pow(exponent)
-    if exponent == 2.0:
-        return distance * distance
-    if exponent == 1.0:
-        return distance
-    return distance.pow(exponent)
+    result = distance
+    for bit in f"{whole:b}"[1:]:
+        result = result * result
+        if bit == "1":
+            result = result * distance
+    return result
 
 
 def probability(distance: Tensor, alpha: float | Tensor) -> Tensor:

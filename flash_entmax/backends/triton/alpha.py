@@ -1,7 +1,8 @@
 """The only kernel file that knows alpha: probabilities, their weights, and the steps towards the threshold.
 
-POWER is 1 / (alpha - 1) where that is 1 (sparsemax) or 2 (entmax-1.5); 0 stands for any other alpha, whose exponent
-1 / (alpha - 1) is then a run-time number. docs/math.md derives the steps; core/threshold.py has them in PyTorch.
+POWER is 1 / (alpha - 1) where that is a whole number up to 16: 1 for sparsemax, 2 for entmax-1.5, 4 for alpha 1.25. A
+power is then a few products. 0 stands for any other alpha, whose exponent 1 / (alpha - 1) is a run-time number.
+docs/math.md derives the steps; core/threshold.py has them in PyTorch.
 """
 
 import triton
@@ -11,15 +12,21 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def product(d, FACTORS: tl.constexpr):
+    """d^FACTORS for 1 to 31 factors, by squares: a square for each binary digit after the first, and d for each 1."""
+    result = d
+    for place in tl.static_range(3, -1, -1):
+        if FACTORS >> place > 1:
+            result = result * result
+            if (FACTORS >> place) % 2 == 1:
+                result = result * d
+    return result
+
+
+@triton.jit
 def probability(d, exponent, POWER: tl.constexpr):
     """p = d^(1 / (alpha - 1)) of distances d >= 0; NaN stays NaN."""
-    if POWER == 1:
-        p = d
-    elif POWER == 2:
-        p = d * d
-    else:
-        p = tl.where(d <= 0, 0.0, tl.exp2(exponent * tl.log2(d)))
-    return p
+    return product(d, POWER) if POWER else tl.where(d <= 0, 0.0, tl.exp2(exponent * tl.log2(d)))
 
 
 @triton.jit
@@ -27,8 +34,8 @@ def support_weight(d, exponent, POWER: tl.constexpr):
     """u = p^(2 - alpha) = d^(1 / (alpha - 1) - 1) where d > 0, else 0; NaN stays NaN."""
     if POWER == 1:
         u = tl.where(d > 0, 1.0, d)
-    elif POWER == 2:
-        u = d
+    elif POWER:
+        u = product(d, POWER - 1)
     else:
         u = tl.where(d <= 0, 0.0, tl.exp2((exponent - 1.0) * tl.log2(d)))
     return u
@@ -60,10 +67,10 @@ def newton_step(offset, total, weight, exponent):
 def probability_and_weight(d, exponent, POWER: tl.constexpr, FAST_LOG2: tl.constexpr):
     """(p, u) with p = u d: a general alpha takes one logarithm and one power for both."""
     if POWER:
-        p, u = probability(d, exponent, POWER), support_weight(d, exponent, POWER)
+        u = support_weight(d, exponent, POWER)
     else:
         u = tl.where(d <= 0, 0.0, tl.exp2((exponent - 1.0) * binary_logarithm(d, FAST_LOG2)))
-        p = u * d
+    p = d if POWER == 1 else u * d
     return p, u
 
 

@@ -14,6 +14,7 @@ import torch
 from ...core.call import MOST_DECODED, Problem
 from ...core.pages import Pages
 from ...core.tensors import WORD_BITS, aligned_size, ceil_div
+from ...core.threshold import power_of_alpha
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
 KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
@@ -30,7 +31,7 @@ class Config:
     HEAD_PADDED: int
     VALUE: int  # head size of values, likewise
     VALUE_PADDED: int
-    POWER: int  # 1 / (alpha - 1) where it is 1 or 2; 0 for any other alpha, whose exponent is a run-time number
+    POWER: int  # 1 / (alpha - 1) where that is a whole number up to 16, else 0: the exponent is a run-time number
     CAUSAL: bool
     PRECISION: str  # of float32 matrix products
     COMPENSATED: bool  # sums keep all digits of float32 over thousands of tiles
@@ -166,7 +167,7 @@ def config_of(outline: Outline) -> Config:
         outline.dtype,
         outline.head_size,
         outline.value_size,
-        {2.0: 1, 1.5: 2}.get(outline.alpha, 0),
+        power_of_alpha(outline.alpha),
         outline.causal and not outline.intervals,
         outline.intervals,
         outline.filtered,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.tensors import ceil_div
+from ...core.threshold import power_of_alpha
 from .alpha import newton_step, probability, probability_and_weight, support_weight
 
 LONGEST_SEGMENT = 64
@@ -37,7 +38,7 @@ class RowConfig:
     SEGMENT: int
     SEGMENTS: int
     PLACES: int
-    POWER: int  # 1 / (alpha - 1) where it is 1 or 2, else 0
+    POWER: int  # 1 / (alpha - 1) where that is a whole number up to 16, else 0
     PER_ROW: bool  # the exponent 1 / (alpha - 1) is a tensor (rows,)
     TOLERANCE: float  # the largest F - 1 at which the last step is made on the output itself
     RESIDENT: bool  # SEGMENTS hold the whole row, which stays in registers
@@ -218,7 +219,7 @@ def config_of(x: Tensor, alphas: Tensor | None, alpha: float, **options: bool) -
         SEGMENTS=min(MOST_SEGMENTS, segments),
         PLACES=min(MOST_PLACES, segments),
         RESIDENT=segments <= MOST_SEGMENTS,
-        POWER=0 if alphas is not None else {2.0: 1, 1.5: 2}.get(alpha, 0),
+        POWER=power_of_alpha(alpha if alphas is None else None),
         PER_ROW=alphas is not None,
         TOLERANCE=1e-6 if x.dtype == torch.float32 else 1e-4,
         **options,

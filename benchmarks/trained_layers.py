@@ -16,15 +16,11 @@ import traceback
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
 
-import keys
+import layer_times
 import torch
-from derivatives import milliseconds
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from flash_entmax import entmax_attention, inspection
+from flash_entmax import inspection
 from flash_entmax.programs.demo.train import parameter_groups, precision
 from flash_entmax.programs.recipes import training
 from flash_entmax.programs.recipes.language_model import RECIPE, corpus_for
@@ -52,7 +48,8 @@ REPEATS = 3 if TINY else 15
 LAYER = 1 if TINY else 2  # measured first at the longest length
 RATE = 3e-3 if TINY else 6e-4
 ENTMAX, SOFTMAX = "entmax 1.5, RoPE", "softmax, RoPE"
-PEER = nullcontext if TINY else partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
+ALPHA = 1.5
+PEER = partial(layer_times.cudnn, not TINY)
 
 folder = tempfile.TemporaryDirectory()
 run = Run(RECIPE.name, SIZE, ENTMAX, RATE, 0, STEPS, Path(folder.name), DEVICE, None)
@@ -90,32 +87,6 @@ def guarded(name, function, *arguments):
 def synchronize():
     if not TINY:
         torch.cuda.synchronize()
-
-
-def ms(function, repeats=REPEATS):
-    """The median time of a call, by CUDA events; on a CPU by the clock."""
-    if not TINY:
-        return milliseconds(function, repeats)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return median(times)
-
-
-def graphed(function):
-    """The function as one CUDA graph; on a CPU itself."""
-    return function if TINY else keys.graphed(function)
-
-
-def peer(query, key, value):
-    with PEER():
-        return scaled_dot_product_attention(query, key, value, is_causal=True)
-
-
-def ours(query, key, value):
-    return entmax_attention(query, key, value, alpha=1.5, is_causal=True)
 
 
 # Training
@@ -186,58 +157,9 @@ def captured(model, length, only=None):
         number = number_of[call.name]
         query, key = call.inputs
         value = values.pop(number).unflatten(-1, (call.problem.key_heads, -1)).transpose(1, 2)
-        layers.append((number, densities(call), tuple(t.contiguous() for t in (query, key, value))))
+        layers.append((number, layer_times.densities(call), tuple(t.contiguous() for t in (query, key, value))))
     calls.clear()
     return layers
-
-
-def densities(call):
-    if not TINY and (call.impl != "triton" or call.dtype != torch.bfloat16):
-        raise ValueError(f"bfloat16 by Triton was to be measured, got {call}")
-    tile_density, key_density, keys = 1 - call.block_sparsity, call.key_density, call.keys_per_query
-    return {
-        "tile": list(call.support.tile_shape),
-        "impl": call.impl,
-        "dtype": str(call.dtype),
-        "tile_density": tile_density.mean().item(),
-        "key_density": key_density.mean().item(),
-        "keys_per_query": keys.mean().item(),
-        "keys_per_tile": call.support.keys.double().mean().item(),
-        "tile_density_by_head": tile_density.tolist(),
-        "key_density_by_head": key_density.tolist(),
-    }
-
-
-def timed(inputs, repeats=REPEATS):
-    """Milliseconds: {"ours": {...}, "cudnn": {...}, "ratio": {...}} of a step (graph, called) and a forward."""
-    query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
-    grad = torch.randn_like(value)
-    found = {}
-    for name, attend in (("ours", ours), ("cudnn", peer)):
-
-        def step(attend=attend):
-            return torch.autograd.grad(attend(query, key, value), (query, key, value), grad)
-
-        def forward(attend=attend):
-            return attend(query, key, value)
-
-        found[name] = {"called": ms(step, repeats), "graph": ms(graphed(step), repeats)}
-        with torch.no_grad():
-            found[name]["forward_called"] = ms(forward, repeats)
-            found[name]["forward"] = ms(graphed(forward), repeats)
-        gc.collect()
-    found["ratio"] = {kind: found["ours"][kind] / found["cudnn"][kind] for kind in found["ours"]}
-    return found
-
-
-def layer_line(number, row):
-    a, b, r = row["ours"], row["cudnn"], row["ratio"]
-    return (
-        f"layer {number} graph {a['graph']:.3f}/{b['graph']:.3f}={r['graph']:.3f} "
-        f"called {a['called']:.3f}/{b['called']:.3f}={r['called']:.3f} "
-        f"fwd {a['forward']:.3f}/{b['forward']:.3f}={r['forward']:.3f} "
-        f"fwd-called {a['forward_called']:.3f}/{b['forward_called']:.3f}={r['forward_called']:.3f}"
-    )
 
 
 def measure_layers(model, length, repeats=REPEATS, only=None):
@@ -248,18 +170,15 @@ def measure_layers(model, length, repeats=REPEATS, only=None):
             f"keys/query {density['keys_per_query']:.1f} keys/tile {density['keys_per_tile']:.0f} "
             f"({density['tile']}, {density['impl']}, {density['dtype']})"
         )
-        row = guarded(f"layer {number} at {length}", timed, inputs, repeats)
+        row = guarded(f"layer {number} at {length}", layer_times.timed, inputs, ALPHA, repeats)
         rows[number] = density | (row or {})
         if row:
-            say(layer_line(number, row))
-    done = [row for row in rows.values() if "ratio" in row]
-    for kind in ("graph", "called", "forward", "forward_called") if done else ():
-        ratios = [row["ratio"][kind] for row in done]
-        total = sum(row["ours"][kind] for row in done) / sum(row["cudnn"][kind] for row in done)
-        summary = {"mean": mean(ratios), "worst": max(ratios), "of_sums": total}
-        figures.setdefault("summary", {}).setdefault(str(length), {})[kind] = summary
-        if only is None:
-            say(f"{length} {kind}: mean ratio {mean(ratios):.3f} worst {max(ratios):.3f} of sums {total:.3f}")
+            say(layer_times.line(number, row))
+    means = layer_times.summary([row for row in rows.values() if "ratio" in row])
+    figures.setdefault("summary", {})[str(length)] = means
+    if only is None:
+        for kind, m in means.items():
+            say(f"{length} {kind}: mean ratio {m['mean']:.3f} worst {m['worst']:.3f} of sums {m['of_sums']:.3f}")
 
 
 # Whole training steps
@@ -272,7 +191,7 @@ def seconds_of_graphed_step(model, data):
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=not TINY)
     training.give_state(optimizer)
     advance = (training.Eager if TINY else training.Graphed)(model, RECIPE.loss, optimizer)
-    return ms(lambda: advance((data,))) / 1e3
+    return layer_times.milliseconds(lambda: advance((data,)), REPEATS, not TINY) / 1e3
 
 
 def softmax_of(model):

@@ -7,7 +7,7 @@
 
     register()
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="entmax").train()
-    schedule = adapt.alpha_schedule(steps=400, ramp=0.4, end=1.25)
+    schedule = adapt.alpha_schedule(steps=400, ramp=0.4, end=1.2)
     set_alpha(model, schedule.alpha)
     for ids in batches:  # (batch, length) int64
         loss = model(ids, labels=ids).loss
@@ -17,7 +17,7 @@
         if not schedule.is_at_rest:
             schedule.step()
             if schedule.is_at_rest:
-                set_alpha(model, 1.25)  # a number, for which there are faster kernels
+                set_alpha(model, 1.2)  # a number, for which there are faster kernels
     print(adapt.evaluate(model, held_out))
     model.save_pretrained(folder)
 

@@ -24,7 +24,7 @@ from flash_entmax.programs.recipes.settings import RecipeSettings
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, SOURCES = ROOT / "docs", ROOT / "flash_entmax" / "core"
 TOY = SIZES["toy"]
-ARMS = ["softmax", "entmax 1.25", "entmax 1.5"]
+ARMS = ["softmax", "entmax 1.2", "entmax 1.5"]
 
 
 def run(out, *options):
@@ -44,7 +44,7 @@ def few_sources():
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("adapt")
-    assert run(out, "--alphas", "1.25", "1.5", "--distillation", "0.5") == 0
+    assert run(out, "--alphas", "1.2", "1.5", "--distillation", "0.5") == 0
     return out
 
 
@@ -71,7 +71,7 @@ def test_every_arm_is_trained_and_measured(written):
     assert (written / "adapt-toy-alpha.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("alpha", [1.25, 1.5])
+@pytest.mark.parametrize("alpha", [1.2, 1.5])
 def test_the_saved_model_loads_by_the_plain_call(written, toy_text, alpha):
     """It is the model that was measured, with its alpha and its tokenizer; its page is beside it."""
     results = json.loads((written / "adapt-toy.json").read_text())
@@ -103,7 +103,7 @@ def test_what_is_there_is_not_made_again(written, monkeypatch, capsys):
     assert trained == []
     assert "one seed" in capsys.readouterr().out
     assert run(written, *options, "--seeds", "2") == 0
-    assert trained == [f"{arm} | 0.003 | seed 1 | 6 steps" for arm in ("softmax", "entmax 1.25")]
+    assert trained == [f"{arm} | 0.003 | seed 1 | 6 steps" for arm in ("softmax", "entmax 1.2")]
     assert "of 2 seeds" in capsys.readouterr().out
     assert run(written, *options, "--ramp", "0.1") == 1
     assert "take another --out" in capsys.readouterr().err
@@ -115,11 +115,11 @@ def test_processes_share_the_work(tmp_path):
     results = json.loads((tmp_path / "adapt-toy.json").read_text())
     of_entmax = {key: found["validation"] for key, found in results["runs"].items() if key.startswith("entmax")}
     assert len(of_entmax) == 2
-    saved = results["saved"]["entmax 1.25"]
+    saved = results["saved"]["entmax 1.2"]
     assert saved["run"] == min(of_entmax, key=of_entmax.get)
-    assert AutoModelForCausalLM.from_pretrained(saved["folder"]).config.entmax_alpha == 1.25
+    assert AutoModelForCausalLM.from_pretrained(saved["folder"]).config.entmax_alpha == 1.2
     folders = [path for path in (tmp_path / "adapt-toy").iterdir() if path.is_dir()]
-    assert sorted(folder.name for folder in folders) == ["entmax-1.25", "softmax"]
+    assert sorted(folder.name for folder in folders) == ["entmax-1.2", "softmax"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "adapt-toy" / "softmax").config.model_type == "llama"
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import Backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_entmax import entmax, entmax_attention
@@ -12,6 +13,7 @@ from flash_entmax.backends.reference import entmax_rows
 from flash_entmax.nn import AdaptiveTemperature, Entmax, EntmaxAttention, EntmaxLoss
 
 WIDTH, HEADS, LENGTH = 24, 4, 37
+CPU = Backend("torch", "cpu")
 
 
 def layer_of(backend, **options) -> EntmaxAttention:
@@ -46,7 +48,8 @@ def plain(layer: EntmaxAttention, x, hidden=None):
         if layer.temperature is not None and slope == 0:
             beta = torch.nn.functional.softplus(layer.temperature.beta(x)[:, h])
             gamma = 2 * torch.tanh(layer.temperature.gamma(x)[:, h])
-            scores = scores * (1 + beta * torch.log(torch.arange(length) + 2.0) ** gamma)[:, None]
+            place = torch.arange(length, dtype=x.dtype)
+            scores = scores * (1 + beta * torch.log(place + 2.0) ** gamma)[:, None]
         if layer.softcap:
             scores = layer.softcap * torch.tanh(scores / layer.softcap)
         i, j = torch.arange(length)[:, None], torch.arange(length)[None]
@@ -67,7 +70,8 @@ def plain(layer: EntmaxAttention, x, hidden=None):
 def turned(x):
     """Rotary embedding by complex numbers."""
     half = x.shape[1] // 2
-    angle = torch.arange(x.shape[0])[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    place, pair = (torch.arange(n, dtype=x.dtype) for n in (x.shape[0], half))
+    angle = place[:, None] * 10_000.0 ** (-pair / half)
     z = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((z.real, z.imag), 1)
 
@@ -102,6 +106,13 @@ def test_against_a_plain_layer(backend, name):
         torch.testing.assert_close(
             one.double().cpu(), other.double().cpu(), rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_in_float64(name):
+    """No angle, slope or temperature is rounded to float32 on the way."""
+    layer, x = layer_of(CPU, **LAYERS[name]).double(), inputs(CPU, LENGTH, WIDTH).double()
+    torch.testing.assert_close(layer(x[None], impl="torch")[0], plain(layer, x), rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["rope, grouped", "nape, adaptive"])

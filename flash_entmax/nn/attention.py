@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..backends import Impl
 from ..core.checks import check_flag, check_index, check_softcap, check_window, is_number, refuse_nested, said
 from ..core.intervals import UNLIMITED
-from ..core.tensors import is_jagged, longest_sequence
+from ..core.tensors import is_jagged, longest_sequence, row_dtype
 from ..functional import entmax_attention, entmax_attention_varlen
 from .alpha import AlphaParameter, WithAlpha
 from .cache import KeyValueCache
@@ -180,7 +180,7 @@ class EntmaxAttention(WithAlpha):
             "is_causal": self.is_causal,
             "window_size": self.window_size,
             "softcap": self.softcap,
-            "alibi_slopes": alibi_slopes_of(self.position, self.num_heads, x.device),
+            "alibi_slopes": alibi_slopes_of(self.position, self.num_heads, x.device, row_dtype(x)),
             "impl": impl,
         }
         if self.context_parallel is not None:
@@ -301,7 +301,7 @@ class EntmaxAttention(WithAlpha):
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
         )
         if self.position == "rope":
-            rotation = rotation_of(position, self.head_dim, self.rope_base)
+            rotation = rotation_of(position.to(row_dtype(query)), self.head_dim, self.rope_base)
             query, key = rotate(query, rotation), rotate(key, rotation)
         if self.temperature is not None:
             query = query * self.temperature(x, position, self.num_heads).to(query.dtype).unsqueeze(-1)

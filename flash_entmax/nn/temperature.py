@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ..core.tensors import row_dtype
+
 
 class AdaptiveTemperature(nn.Module):
     """A factor of the scores for each query (ASEntmax, arXiv 2506.16640): 1 + beta * log(position + 2)^gamma.
@@ -28,9 +30,10 @@ class AdaptiveTemperature(nn.Module):
         self.gamma.reset_parameters()
 
     def forward(self, x: Tensor, position: Tensor, num_heads: int) -> Tensor:
-        """x (..., embed_dim) at position (...) -> (..., num_heads) float32."""
-        beta, gamma = softplus(self.beta(x).float()), 2.0 * self.gamma(x).float().tanh()
-        factor = 1.0 + beta * (position + 2.0).log().unsqueeze(-1) ** gamma
+        """x (..., embed_dim) at position (...) -> (..., num_heads), float64 if x is, else float32."""
+        dtype = row_dtype(x)
+        beta, gamma = softplus(self.beta(x).to(dtype)), 2.0 * self.gamma(x).to(dtype).tanh()
+        factor = 1.0 + beta * (position.to(dtype) + 2.0).log().unsqueeze(-1) ** gamma
         others = num_heads - factor.shape[-1]
         return torch.cat((factor, factor.new_ones(*factor.shape[:-1], others)), -1) if others else factor
 

@@ -2,16 +2,18 @@
 
 python benchmarks/adapted_layers.py MODEL [MODEL ...] --out FOLDER, on a GPU, after `flash-entmax recipe adapt`. Each
 MODEL is a folder that the recipe saved with entmax, of a model whose layers are called as Llama's. Layers are timed on
-what they attend to in one window of held-out prose. A training step is the recipe's, of one window: forward, backward
-and AdamW with a rate of 0; softmax has the same weights. Lengths beyond those that the model was made for show how time
-grows, not what a model for such lengths attends to. Lines are printed as they come, and FOLDER/adapted-layers.json has
-all of them. On a CPU it takes the tiny models of `--size toy`, with --lengths 64 128.
+what they attend to in one window of held-out prose. A training step is that of the recipe, of one window: forward,
+backward, clipping, and AdamW with a rate of 0. Softmax has the same weights, and the two take turns, ROUNDS times. The
+median of all is shown, and the medians of the rounds say how steady it is. At short lengths a step waits for the host.
+Lengths beyond those that the model was made for show how time grows, not what a model for such lengths attends to.
+Lines are printed as they come, and FOLDER/adapted-layers.json has all of them. On a CPU it takes the tiny models of
+`--size toy`, with --lengths 64 128.
 """
 
 import argparse
 import json
 import time
-from math import nan
+from itertools import chain
 from pathlib import Path
 from statistics import mean, median
 
@@ -31,6 +33,7 @@ from flash_entmax.programs.recipes.documents import english_documents
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_CUDA = DEVICE == "cuda"
+ROUNDS = 3
 LEFT_OUT = "tile_density_by_head", "key_density_by_head"
 
 
@@ -53,11 +56,11 @@ def main(arguments: list[str] | None = None) -> dict:
     args.out.mkdir(parents=True, exist_ok=True)
     for folder in args.models:
         model = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
-        alpha, rows = model.config.entmax_alpha, found["models"].setdefault(str(folder.name), {})
+        alpha, rows = model.config.entmax_alpha, found["models"].setdefault(str(folder), {})
         ids = held_out(args, AutoTokenizer.from_pretrained(folder))
         for length in args.lengths:
             rows[length] = {"alpha": alpha, **measured(model, ids[:length], args)}
-            print(f"{folder.name} {length}: {words(rows[length])}", flush=True)
+            print(f"{folder} {length}: {words(rows[length])}", flush=True)
             (args.out / "adapted-layers.json").write_text(json.dumps(found, indent=1))
         del model
     return found
@@ -96,19 +99,21 @@ def measured(model: nn.Module, ids: Tensor, args: argparse.Namespace) -> dict:
     return found | {"layers": layers}
 
 
-def steps(model: nn.Module, ids: Tensor, repeats: int) -> dict[str, float]:
-    """Milliseconds of whole training steps, with entmax and with softmax by cuDNN."""
-    found = {"entmax": step_ms(model.train(), ids, repeats)}
-    model.set_attn_implementation("sdpa")
-    try:
+def steps(model: nn.Module, ids: Tensor, repeats: int) -> dict[str, dict]:
+    """{"entmax" and "softmax": {"median": milliseconds, "rounds": medians of the rounds}}, softmax by cuDNN."""
+    times: dict[str, list[list[float]]] = {"entmax": [], "softmax": []}
+    model.train()
+    for _ in range(ROUNDS):
+        times["entmax"].append(step_times(model, ids, repeats))
+        model.set_attn_implementation("sdpa")
         with layer_times.cudnn(ON_CUDA):
-            found["softmax"] = step_ms(model, ids, repeats)
-    except RuntimeError as error:  # such as too little memory, or a call that cuDNN does not take
-        print(f"softmax, {len(ids)} tokens: {error}", flush=True)
-        found["softmax"] = nan
-    model.set_attn_implementation("entmax")
+            times["softmax"].append(step_times(model, ids, repeats))
+        model.set_attn_implementation("entmax")
     model.eval()
-    return found
+    return {
+        name: {"median": median(chain(*rounds)), "rounds": [median(each) for each in rounds]}
+        for name, rounds in times.items()
+    }
 
 
 @torch.no_grad()
@@ -135,27 +140,28 @@ def captured(model: nn.Module, ids: Tensor, only: list[int] | None) -> dict[int,
     return found
 
 
-def step_ms(model: nn.Module, ids: Tensor, repeats: int) -> float:
-    """The median time of whole training steps, after two that do not count; the weights stay as they are."""
+def step_times(model: nn.Module, ids: Tensor, repeats: int) -> list[float]:
+    """Milliseconds of whole training steps, after four that do not count; the weights stay as they are."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + 4):
         start = time.perf_counter()
         optimizer.zero_grad()
         add_gradients(model, ids[None], SIZES["full"], None)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if ON_CUDA:
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     optimizer.zero_grad()
-    return median(times[2:])
+    return times[4:]
 
 
 def words(row: dict) -> str:
     shown = [f"alpha {row['alpha']:g}"] + [f"{name} {number:.4g}" for name, number in row["means"].items()]
     shown += [f"{kind} {m['of_sums']:.3f} (worst {m['worst']:.3f})" for kind, m in row["summary"].items()]
     if "step_ms" in row:
-        ours, theirs = row["step_ms"]["entmax"], row["step_ms"]["softmax"]
+        ours, theirs = (row["step_ms"][name]["median"] for name in ("entmax", "softmax"))
         shown.append(f"training step {ours:.1f} / {theirs:.1f} = {ours / theirs:.3f}")
     return ", ".join(shown)
 

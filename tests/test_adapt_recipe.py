@@ -1,8 +1,10 @@
 """The recipe adapt at toy size: what it writes, that it loads, and that its arms see the same text."""
 
 import gzip
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +89,26 @@ def test_the_saved_model_loads_by_the_plain_call(written, toy_text, alpha):
     tokenizer = AutoTokenizer.from_pretrained(saved["folder"])
     assert tokenizer.decode(tokenizer("Füße, ok")["input_ids"]) == "Füße, ok"
     assert Path(saved["page"]).stat().st_size > 10_000
+
+
+def test_the_layers_of_a_saved_model_are_timed(written, tmp_path, monkeypatch):
+    """benchmarks/adapted_layers.py on what the recipe saved; each layer by its own densities."""
+    pytest.importorskip("triton")  # of which it prints the version
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("adapted_layers")
+    options = "--text", str(DOCS), "--characters", "200000", "--repeats", "1", "--out", str(tmp_path)
+    folder = written / "adapt-toy" / "entmax-1.5"
+    benchmark.main([str(folder), "--lengths", "32", "64", *options])
+    found = json.loads((tmp_path / "adapted-layers.json").read_text())["models"][str(folder)]
+    assert list(found) == ["32", "64"]
+    for length, row in found.items():
+        assert row["alpha"] == 1.5
+        assert list(row["layers"]) == ["0", "1"]
+        for layer in row["layers"].values():
+            assert 1 < layer["keys_per_query"] <= (int(length) + 1) / 2
+            assert layer["ratio"]["graph"] == layer["ours"]["graph"] / layer["cudnn"]["graph"]
+        assert all(0 < ms["median"] <= 2 * max(ms["rounds"]) for ms in row["step_ms"].values())
+    monkeypatch.delitem(sys.modules, "adapted_layers")
 
 
 def test_what_is_there_is_not_made_again(written, monkeypatch, capsys):

@@ -23,8 +23,8 @@ SMALLEST_SHARED = 99 * 1024  # of GPUs of capability 8.6 and 8.9; 8.0 has 163 Ki
 DEFAULT = (90, "bfloat16", 64, 1.5, ())
 OTHERS = [
     (80, "float16", 128, 1.3, ()),
-    (90, "float32", 64, 2.0, ()),
-    (80, "bfloat16", 128, 1.5, ("everything",)),
+    (90, "float32", 64, 1.2, ()),
+    (80, "bfloat16", 128, 2.0, ("everything",)),
 ]
 ROWS = [(90, "bfloat16", 131_072, 1.5, ("rows",)), (80, "float32", 1_000, 1.3, ("rows",))]
 

@@ -60,7 +60,8 @@ FAULTS = {
     "every query head takes the first alpha": (
         queries, "number_of_head", "tl.load(...)", "tl.load(number)", "alpha by head, softcap",
     ),
-    "u is p": (alpha, "support_weight", "u = d", "u = d * d", "causal"),
+    "u is p": (alpha, "support_weight", "POWER - 1", "POWER", "causal"),
+    "a digit of a whole power is left out": (alpha, "product", "result * d", "result", "alpha 1.2"),
     "every tile is read as the first": (
         lists, "walk", "tl.load(tiles.tiles + n)", "tl.load(tiles.tiles)", 2, "topics",
     ),
@@ -138,6 +139,7 @@ def cases() -> dict[str, Case]:
     inputs = iid_inputs(1, 2, 70, 16, key_heads=2, dtype=torch.float32)
     return {
         "causal": Case(*inputs, is_causal=True),
+        "alpha 1.2": Case(*inputs, alpha=1.2),
         "topics": Case(*topic_inputs(1, 1, 128, 16, 4, dtype=torch.float32)),
         "tiles apart": Case(*tiles_apart()),
         "wide block": Case(*support_in_a_wide_block()),

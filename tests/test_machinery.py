@@ -11,7 +11,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from flash_entmax import entmax_attention, entmax_attention_varlen, linear_entmax_loss, register_flop_formulas
+from flash_entmax import (
+    entmax_attention,
+    entmax_attention_varlen,
+    linear_entmax_loss,
+    linear_form,
+    register_flop_formulas,
+)
 from flash_entmax.backends import BACKENDS
 from flash_entmax.nn import EntmaxAttention
 from flash_entmax.testing import iid_inputs
@@ -57,6 +63,18 @@ def test_a_learned_alpha_compiles_once(backend):
         for alpha in (1.3, 1.9, 2.0):
             leaves = learned_leaves(backend, length, alpha)
             assert_same(step(compiled, leaves, backend.impl), step(learned_attention, leaves, backend.impl))
+
+
+@pytest.mark.parametrize(
+    "compute", [partial(entmax_attention, impl="reference"), linear_form], ids=("reference", "linear form")
+)
+def test_a_number_alpha_may_change_in_plain_pytorch(compute):
+    """Compiled for one number, then for any, with a whole exponent or without."""
+    torch._dynamo.reset()
+    tensors = [tensor.double() for tensor in iid_inputs(1, 2, 20, 8)]
+    compiled = torch.compile(lambda alpha: compute(*tensors, alpha=alpha), backend="aot_eager", fullgraph=True)
+    for alpha in (2.0, 1.5, 4 / 3) if compute is linear_form else (1.3, 1.2, 1.35, 1.1):
+        torch.testing.assert_close(compiled(alpha), compute(*tensors, alpha=alpha))
 
 
 def test_every_length_compiles_once(backend):

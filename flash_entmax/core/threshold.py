@@ -50,10 +50,11 @@ def power(distance: Tensor, exponent: float | Tensor) -> Tensor:
     if not whole:
         return distance.pow(exponent)
     result = distance
-    for bit in f"{whole:b}"[1:]:
-        result = result * result
-        if bit == "1":
-            result = result * distance
+    for place in (3, 2, 1, 0):  # of LARGEST_POWER's binary digits after the first
+        if whole >> place > 1:
+            result = result * result
+            if (whole >> place) % 2 == 1:
+                result = result * distance
     return result
 
 

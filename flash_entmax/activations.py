@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .backends import Impl, choose
 from .core.alphas import within_range
+from .core.call import ALPHAS
 from .core.checks import DTYPES, check_flag, is_number, refuse_nested, typed
 from .core.modes import as_given
 from .core.tensors import is_jagged, row_dtype
@@ -64,13 +65,12 @@ def entmax(
         alpha: any number above 0. Larger is sparser; 2 is sparsemax, exactly 1 is softmax, and below 1 no probability
             is 0. A tensor gets its exact gradient. It must broadcast to the shape of ``x`` with size 1 at ``dim``:
             scalar, or (heads, 1, 1) for scores (batch, heads, queries, keys). docs/entmax.md says which backend takes
-            which alpha. In float32 the kernels' relative rounding of a probability is about 2^-24 / (alpha - 1), so for
-            them a number below 1.01 loses digits. Above 4 an entry next to the threshold is ill-conditioned.
+            which alpha. Above 4 an entry next to the threshold is ill-conditioned.
         dim: the dimension that sums to 1. Any but the last of a contiguous tensor is copied to rows first.
         alpha_range: (lowest, highest), to which alpha is clamped, with gradient 0 outside. None clamps nothing.
-        impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), for numbers from 1 to 2 and tensors in
+        impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), for 1 and for numbers and tensors in
             [1.01, 2]; ``"torch"`` (any device, any dtype, any alpha); or ``"auto"``: Triton where it can run, but torch
-            for a number outside of [1, 2]. An explicit choice never falls back.
+            for any other number. An explicit choice never falls back.
         return_support_size: also return how many entries have a positive probability.
 
     Returns:
@@ -236,12 +236,15 @@ def check_alpha_number(alpha: float, accepted: str = "a number") -> None:
 
 
 def choose_for(alpha: float | Tensor, x: Tensor, impl: str) -> str:
-    """The name of the backend for rows of this alpha: the kernels have formulas for numbers from 1 to 2 only."""
+    """The name of the backend for rows of this alpha: the kernels have formulas for some numbers only."""
     backend = choose(x.dtype, x.device, impl)
-    if backend != "triton" or isinstance(alpha, Tensor) or 1.0 <= alpha <= 2.0:
+    lowest, highest = ALPHAS
+    if backend != "triton" or isinstance(alpha, Tensor) or alpha == 1.0 or lowest <= alpha <= highest:
         return backend
     if impl == "triton":
-        raise ValueError(f"impl='triton' takes alpha from 1 to 2, got {alpha}: impl='torch' takes any above 0")
+        raise ValueError(
+            f"impl='triton' takes alpha 1, or from {lowest} to {highest:g}, got {alpha}: impl='torch' takes any above 0"
+        )
     return "torch"
 
 

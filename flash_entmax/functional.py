@@ -100,11 +100,11 @@ def entmax_attention(
         key: (batch, key heads, key length, head size). ``heads`` must be a multiple of ``key heads``; consecutive query
             heads share a key head (grouped-query attention).
         value: (batch, key heads, key length, value size). Head sizes are from 1 to 512.
-        alpha: from 1 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax, computed by
+        alpha: 1, or from 1.0001 to 2. Larger is sparser; 2 is sparsemax, and exactly 1 is softmax, computed by
             ``scaled_dot_product_attention``, with any mask but the plain causal one as a dense tensor. A tensor, scalar
             or (heads,), gets its exact gradient, and no value of it compiles anything; it must be in [1.01, 2]. In
             float32 the relative rounding of a probability is about 2^-24 / (alpha - 1), so alpha below 1.01 loses
-            digits.
+            digits, and below 1.0001 is refused.
         alpha_range: (lowest, highest), to which alpha is clamped, with gradient 0 outside: for an alpha that training
             may move too far. None clamps nothing.
         is_causal: a query sees the keys up to its own position. PyTorch's ``is_causal`` aligns to the upper left; at

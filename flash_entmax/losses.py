@@ -40,8 +40,7 @@ def entmax_loss(
         target: class indices, int64, of the shape of ``input`` without the classes; or probabilities, of its shape and
             a floating-point type, each summing to 1, not differentiated.
         alpha: any number above 0 but 1, which is refused: call ``torch.nn.functional.cross_entropy`` there. 2 is the
-            sparsemax loss. The kernels take those above 1, up to 2. In float32 their relative rounding of a probability
-            is about 2^-24 / (alpha - 1), so for them alpha below 1.01 loses digits.
+            sparsemax loss. The kernels take those from 1.01 to 2, plain PyTorch all.
         ignore_index: rows with this target count for nothing, whatever their scores are. They get gradient 0, whatever
             the incoming gradient is. Not for probabilities.
         reduction: ``"mean"`` over the rows that are not ignored (NaN, with gradient 0, if there are none), ``"sum"`` or

@@ -248,7 +248,7 @@ ALL_RANKS = {  # the same wrong call on all ranks
     "layout": ({"layout": "striped"}, "ValueError", "layout must be 'balanced' or 'contiguous', got 'striped'"),
     "length": ({"length": 7}, "ValueError", "must divide into 6 chunks of one length, .* got length 21: pad it"),
     "heads": ({"method": "heads"}, "ValueError", "must be multiples of 3, the number of ranks, got 4 and 4"),
-    "alpha": ({"alpha": 2.5}, "ValueError", r"alpha must be in \[1, 2\].*got 2.5"),
+    "alpha": ({"alpha": 2.5}, "ValueError", r"alpha must be 1 \(softmax\).*got 2.5"),
     "lengths": ({"key": torch.ones(1, 4, 6, 4)}, "ValueError", "key and value must have the same length, got 6 and 8"),
     "nested": (
         {"key": torch.nested.nested_tensor([torch.ones(4, 4)] * 2, layout=torch.jagged)},
@@ -280,7 +280,11 @@ def test_wrong_calls_are_refused(pool, name):
 
 
 ONE_RANK = {  # what rank 1 does otherwise, what it is told, and what the others are told
-    "refused": ({"alpha": "a"}, "alpha must be a float", "rank 1 of the group refuses its call.*alpha must be a float"),
+    "refused": (
+        {"alpha": "a"},
+        "alpha must be 1, a float",
+        "rank 1 of the group refuses its call.*alpha must be 1, a float",
+    ),
     "alpha": ({"alpha": 1.6}, "same call, got alpha 1.5 on ranks 0, 2, 1.6 on rank 1", None),
     "length": ({"length": 10}, r"query torch.float32 \(1, 4, 8, 4\) on cpu on ranks 0, 2, .*10", None),
     "dtype": ({"dtype": torch.float64}, "query torch.float32 .* on ranks 0, 2, torch.float64", None),

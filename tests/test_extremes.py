@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import inf, nan
 
-from flash_entmax import KeySummaries, entmax_attention
+from flash_entmax import KeySummaries, entmax, entmax_attention
 from flash_entmax.core.call import ScoreOptions
 from flash_entmax.core.visibility import Visibility
 from flash_entmax.distributed import decode
@@ -81,10 +81,25 @@ def test_a_key_of_nan_rules_out_no_block(backend):
     assert entmax_attention(query, key, value, impl=backend.impl, **options).isnan().all()
 
 
-@pytest.mark.parametrize("alpha", [1 + 1e-5, 1 + 1e-6])
-def test_alpha_close_to_1_in_float32(backend, alpha):
-    """Rounded by 2^-24 / (alpha - 1), and no NaN."""
-    assert error(backend, drawn(backend, 20, 300, 16), alpha=alpha) < 2.0**-24 / (alpha - 1)
+def test_alpha_close_to_1_in_float32(backend):
+    """Rounded by 2^-24 / (alpha - 1); no digit is left closer to 1, and such numbers are refused."""
+    tensors = drawn(backend, 20, 300, 16)
+    for alpha in (1.001, 1.0001):
+        assert error(backend, tensors, alpha=alpha) < 2.0**-24 / (alpha - 1)
+    for alpha in (1.00009, 1 + 1e-12, 0.9999):
+        with pytest.raises(ValueError, match=r"1 \(softmax\), or from 1\.0001 to 2 \(sparsemax\), got"):
+            entmax_attention(*tensors, alpha=alpha, impl=backend.impl)
+
+
+def test_entmax_of_alpha_close_to_1(backend):
+    """In plain PyTorch, whatever would run by default; the kernels refuse it."""
+    x = drawn(backend, 20, 300, 16)[0]
+    for alpha in (1.005, 1 + 1e-5, 1 + 1e-10, 1 - 1e-5):
+        expected = entmax(x.double(), alpha, impl="torch")
+        torch.testing.assert_close(entmax(x, alpha).double(), expected, rtol=1e-4, atol=1e-6)
+        if backend.impl == "triton":
+            with pytest.raises(ValueError, match=r"takes alpha 1, or from 1\.01 to 2, got"):
+                entmax(x, alpha, impl="triton")
 
 
 @pytest.mark.parametrize("is_masked", [False, True])

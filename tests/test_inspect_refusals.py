@@ -20,7 +20,7 @@ def test_command_refuses(demo_folder, llama_folder, tmp_path, capsys):
         ("/nowhere/at/all", "--text", text): "no such folder",
         (folder, "--text", tmp_path / "none.txt"): "No such file",
         (folder, "--text", empty): "Is a directory",
-        (folder, "--text", text, "--alpha", 1): "--alpha must be above 1",
+        (folder, "--text", text, "--alpha", 1): "--alpha must be from 1.0001 (1 is softmax",
         (folder, "--text", text, "--attention", "sparsemax", "--alpha", 1.5): "has its own alpha",
         (folder, "--text", text, "--tokens", 0): "--tokens must be from 1 to",
         (folder, "--text", text, "--layers", "7"): "the model has the layers 0 to 1",

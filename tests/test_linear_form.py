@@ -195,7 +195,7 @@ REFUSED = [
     (linear_form, {"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
     (linear_form, {"softcap": 3.0}, TypeError, "softcap"),
     (writes, {"alpha": 1}, ValueError, "softmax every key writes"),
-    (writes, {"alpha": 2.5}, ValueError, "alpha must be in .*got 2.5"),
+    (writes, {"alpha": 2.5}, ValueError, "or from 1.0001 to 2 .*got 2.5"),
     (writes, {"alpha": True}, TypeError, "alpha must be a number above 1 and up to 2, got bool True"),
     (writes, {"alibi_slopes": [0.5]}, TypeError, "alibi_slopes.*list"),
 ]

@@ -263,7 +263,7 @@ def test_a_layer_copies_no_layout(backend, position):
         ({"temperature": "hot"}, "temperature must be one of 'fixed', 'adaptive', got 'hot'"),
         ({"head_dim": 5}, "position='rope' needs an even head_dim, got 5"),
         ({"position": "alibi", "temperature": "adaptive"}, "temperature='adaptive' is for heads without slopes"),
-        ({"alpha": 2.5}, r"alpha must be in \[1, 2\], got 2.5"),
+        ({"alpha": 2.5}, r"alpha must be 1 \(softmax\), or from 1\.0001 to 2 \(sparsemax\), got 2\.5"),
         ({"alpha": 2.0, "learn_alpha": True}, "a learned alpha must start between 1.01 and 2.0, got 2.0"),
     ],
 )

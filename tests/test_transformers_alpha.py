@@ -231,7 +231,7 @@ def test_a_model_without_numbers_takes_an_alpha_without_numbers():
 # What is refused
 
 REFUSED = {
-    "number": (2.5, ValueError, "from 1 to 2, got 2.5"),
+    "number": (2.5, ValueError, r"1 \(softmax\), or from 1\.0001 to 2 \(sparsemax\), got 2\.5"),
     "text": ("1.5", TypeError, "a number, a tensor with one for each head, or a dict of .* each layer, got '1.5'"),
     "list": ([1.5, 1.5], TypeError, "a tensor with one for each head, or a dict of numbers for each layer, got list"),
     "truth": (True, TypeError, "got True"),
@@ -243,7 +243,11 @@ REFUSED = {
     "dimensions": (torch.full((4, 1), 1.5), ValueError, r"got \(4, 1\)"),
     "device": (torch.tensor(1.5, device="meta"), ValueError, "on the device of the model, cpu, got meta"),
     "layers": ({0: 1.5}, ValueError, r"must have the layers \[0, 1\] of the model, got \[0\]"),
-    "layer": ({0: 1.5, 1: 3.0}, ValueError, r"alpha\[1\] must be from 1 to 2, got 3.0"),
+    "layer": (
+        {0: 1.5, 1: 3.0},
+        ValueError,
+        r"alpha\[1\] must be 1 \(softmax\), or from 1\.0001 to 2 \(sparsemax\), got 3",
+    ),
     "tensors by layer": ({0: 1.5, 1: torch.tensor(1.5)}, TypeError, r"alpha\[1\] must be a number"),
     "names of layers": ({"0": 1.5, "1": 1.5}, TypeError, "must be the indices of layers, got '0'"),
 }
@@ -274,7 +278,7 @@ def test_models_that_have_no_alpha():
             TypeError, match=r"config\.entmax_alpha must be a number, or a dict of numbers by layer, got"
         ):
             make("llama", wrong)(ids)
-    with pytest.raises(ValueError, match=r"from 1 to 2, got 2\.5"):
+    with pytest.raises(ValueError, match=r"or from 1\.0001 to 2 \(sparsemax\), got 2\.5"):
         make("llama", 2.5)(ids)
     for name in ("eager", "entmax15"):
         other = AutoModel.from_config(copy.deepcopy(CONFIGS["bert"]), attn_implementation=name)

@@ -9,7 +9,9 @@ from torch import Tensor
 from .tensors import WORD_BITS, ceil_div, clamped
 
 MAX_HEAD_SIZE = 512
-ALPHAS = 1.01, 2.0  # what a tensor alpha may be, in attention and in the kernels of rows
+ALPHAS = 1.01, 2.0  # what a tensor alpha may be in attention, and any but 1 in the kernels of rows
+# What a number alpha may be in attention, beside 1: float32 rounds a probability by 2^-24 / (alpha - 1) of itself.
+NUMBER_ALPHAS = 1.0001, 2.0
 SCALES = 1e-6, 1e6  # a tensor scale is clamped to these
 MOST_DECODED = 16  # queries of a call that is decoded: few queries, many keys, no gradients
 SUMMARY_BLOCK = 64  # keys of which KeySummaries keep one bound; a multiple of every tile of keys

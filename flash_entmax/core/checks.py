@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .call import ALPHAS, MAX_HEAD_SIZE, ScoreOptions
+from .call import ALPHAS, MAX_HEAD_SIZE, NUMBER_ALPHAS, ScoreOptions
 from .intervals import FURTHEST, UNLIMITED
 from .modes import as_autocast
 from .tensors import ceil_div, is_nested
@@ -88,14 +88,20 @@ def check_heads(heads: int, key_heads: int, query_size: int, key_size: int, valu
             raise ValueError(f"head size of {name} must be from 1 to {MAX_HEAD_SIZE}, got {size}")
 
 
+def check_number_alpha(name: str, alpha: float) -> None:
+    lowest, highest = NUMBER_ALPHAS
+    if not (alpha == 1.0 or lowest <= alpha <= highest):
+        raise ValueError(f"{name} must be 1 (softmax), or from {lowest} to {highest:g} (sparsemax), got {alpha}")
+
+
 def check_score_options(query: Tensor, score: ScoreOptions) -> None:
     (batch, heads), (alpha, scale, softcap, slopes) = query.shape[:2], score
     if isinstance(alpha, Tensor):
         _check_parameter("alpha", alpha, query, ((), (heads,)))
     elif not is_number(alpha):
-        raise TypeError(f"alpha must be a float in [1, 2] or a tensor, got {typed(alpha)}")
-    elif not 1.0 <= alpha <= 2.0:
-        raise ValueError(f"alpha must be in [1, 2] (1 is softmax, 2 is sparsemax), got {alpha}")
+        raise TypeError(f"alpha must be 1, a float from 1.0001 to 2, or a tensor, got {typed(alpha)}")
+    else:
+        check_number_alpha("alpha", alpha)
     if isinstance(scale, Tensor):
         _check_parameter("scale", scale, query, ((), (heads,)))
     elif scale is not None and not is_number(scale):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.call import ALPHAS
-from ..core.checks import is_number, typed
+from ..core.checks import check_number_alpha, is_number, typed
 
 
 class AlphaParameter(nn.Module):
@@ -19,7 +19,7 @@ class AlphaParameter(nn.Module):
     Args:
         alpha: the number; where alpha is learned, its start.
         shape: of a learned alpha; None for a fixed number.
-        takes_any: any number above 0 is a fixed alpha, and not only those from 1 to 2.
+        takes_any: any number above 0 is a fixed alpha, and not only those that attention takes.
         device, dtype: of the logit.
     """
 
@@ -66,8 +66,8 @@ def check_number(alpha: object, takes_any: bool) -> None:
         raise TypeError(f"alpha must be a number, got {typed(alpha)}")
     if takes_any and not 0.0 < alpha < math.inf:
         raise ValueError(f"alpha must be finite and above 0, got {alpha}")
-    if not takes_any and not 1.0 <= alpha <= 2.0:
-        raise ValueError(f"alpha must be in [1, 2], got {alpha}")
+    if not takes_any:
+        check_number_alpha("alpha", alpha)
 
 
 class WithAlpha(nn.Module):
@@ -78,7 +78,7 @@ class WithAlpha(nn.Module):
     """
 
     alpha_parameter: AlphaParameter
-    takes_any_alpha = False  # or numbers from 1 to 2 only
+    takes_any_alpha = False  # or only the numbers that attention takes
 
     def __init__(self) -> None:
         super().__init__()

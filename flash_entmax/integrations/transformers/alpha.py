@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...core.alphas import within_range
 from ...core.call import ALPHAS
-from ...core.checks import said
+from ...core.checks import check_number_alpha, said
 from .config import HELD_BY, is_held
 
 
@@ -138,7 +138,7 @@ def alpha_of(module: nn.Module, device: torch.device) -> float | Tensor:
     if declared is None:
         raise ValueError(
             f"attn_implementation='entmax' needs an alpha: set entmax_alpha of the {type(module.config).__name__} to a "
-            "number from 1 to 2, or call flash_entmax.integrations.transformers.set_alpha(model, alpha)"
+            "number up to 2, or call flash_entmax.integrations.transformers.set_alpha(model, alpha)"
         )
     if is_held(declared):
         return _held_alpha(module, declared, device)
@@ -185,8 +185,7 @@ def check_number(name: str, alpha: object) -> None:
             f"{name} must be a number, a tensor with one for each head, or a dict of numbers for each layer, got "
             f"{said(alpha)}"
         )
-    if not 1 <= alpha <= 2:
-        raise ValueError(f"{name} must be from 1 to 2, got {alpha}")
+    check_number_alpha(name, float(alpha))
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -21,8 +21,8 @@ def set_alpha(
 
     Args:
         model: one of Transformers, or a wrapper around one.
-        alpha: a number from 1 to 2; or a dict of such numbers by the ``layer_idx`` of each layer; or a tensor of values
-            in [1.01, 2], shaped (), (1,) or (heads,), on the model's device, which all layers share.
+        alpha: a number, 1 or from 1.0001 to 2; or a dict of such numbers by the ``layer_idx`` of each layer; or a
+            tensor of values in [1.01, 2], shaped (), (1,) or (heads,), on the model's device, which all layers share.
             A tensor becomes the weight ``entmax_alpha.value`` of the base model. A ``Parameter`` is learned; a scalar
             one gets the shape (1,), which FSDP needs. Any other tensor may be changed in place at any time, and nothing
             is compiled again; where it is out of [1.01, 2], calls refuse it.

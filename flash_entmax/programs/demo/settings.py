@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ...core.call import NUMBER_ALPHAS
 from ..errors import CommandError, device_for
 
 
@@ -74,8 +75,11 @@ def settings_for(
 ) -> DemoSettings:
     """The sizes that fit the machine. ``device`` is "auto", "cpu" or "cuda"; ``steps`` None: as the sizes say."""
     device = device_for(device)
-    if not 1.0 < alpha <= 2.0:
-        raise CommandError(f"--alpha must be above 1 (softmax, nothing sparse to show) and at most 2, got {alpha}")
+    lowest, highest = NUMBER_ALPHAS
+    if not lowest <= alpha <= highest:
+        raise CommandError(
+            f"--alpha must be from {lowest} (1 is softmax, nothing sparse to show) to {highest:g}, got {alpha}"
+        )
     if steps is not None and steps < 1:
         raise CommandError(f"--steps must be at least 1, got {steps}")
     sizes = SMALLEST if smallest else CUDA if device == "cuda" else CPU

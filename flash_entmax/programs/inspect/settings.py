@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...core.call import NUMBER_ALPHAS
 from ...show import page
 from ..errors import CommandError, device_for, make_folder, require
 
@@ -37,9 +38,10 @@ def check(settings: InspectSettings) -> None:
         raise CommandError(f"--tokens must be from 1 to {page.MOST_TOKENS}, got {settings.tokens}")
     if settings.offset < 0:
         raise CommandError(f"--offset must be at least 0, got {settings.offset}")
-    if settings.alpha is not None and not 1.0 < settings.alpha <= 2.0:
+    lowest, highest = NUMBER_ALPHAS
+    if settings.alpha is not None and not lowest <= settings.alpha <= highest:
         raise CommandError(
-            f"--alpha must be above 1 (softmax, nothing sparse to see) and at most 2, got {settings.alpha}"
+            f"--alpha must be from {lowest} (1 is softmax, nothing sparse to see) to {highest:g}, got {settings.alpha}"
         )
     if settings.alpha is not None and settings.attention not in (None, "entmax"):
         raise CommandError(f"--attention {settings.attention} has its own alpha: leave --alpha away, or take entmax")

@@ -13,6 +13,8 @@ Lines are printed as they come, and FOLDER/adapted-layers.json has all of them. 
 import argparse
 import json
 import time
+from collections import Counter
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from statistics import mean, median
@@ -93,10 +95,19 @@ def measured(model: nn.Module, ids: Tensor, args: argparse.Namespace) -> dict:
     found = {
         "means": {quantity: mean(row[quantity] for row in rows) for quantity in quantities},
         "summary": layer_times.summary(rows),
+        "kernels_ms": sums(row.get("kernels", {}) for row in rows),
     }
     if not args.no_steps:
         found["step_ms"] = steps(model, ids, args.repeats)
     return found | {"layers": layers}
+
+
+def sums(rows: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Of all layers, by kernel, the longest first."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update(row)
+    return dict(total.most_common())
 
 
 def steps(model: nn.Module, ids: Tensor, repeats: int) -> dict[str, dict]:
@@ -160,6 +171,7 @@ def step_times(model: nn.Module, ids: Tensor, repeats: int) -> list[float]:
 def words(row: dict) -> str:
     shown = [f"alpha {row['alpha']:g}"] + [f"{name} {number:.4g}" for name, number in row["means"].items()]
     shown += [f"{kind} {m['of_sums']:.3f} (worst {m['worst']:.3f})" for kind, m in row["summary"].items()]
+    shown += [f"{kernel} {ms:.2f} ms" for kernel, ms in list(row["kernels_ms"].items())[:6]]
     if "step_ms" in row:
         ours, theirs = (row["step_ms"][name]["median"] for name in ("entmax", "softmax"))
         shown.append(f"training step {ours:.1f} / {theirs:.1f} = {ours / theirs:.3f}")

@@ -61,7 +61,8 @@ def densities(call: RecordedCall) -> dict:
 def timed(inputs: tuple[Tensor, Tensor, Tensor], alpha: float, repeats: int) -> dict:
     """{"ours": ms by KINDS, "cudnn": the same, "ratio": ours over cuDNN's}; inputs are (batch, heads, length, dim).
 
-    A "note" says whether keys and values of grouped heads had to be repeated for cuDNN.
+    On a GPU, "kernels" has the milliseconds of each of our kernels in a step. A "note" says whether keys and values of
+    grouped heads had to be repeated for cuDNN.
     """
     query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
     grad, on_cuda = torch.randn_like(query), query.is_cuda
@@ -90,6 +91,8 @@ def timed(inputs: tuple[Tensor, Tensor, Tensor], alpha: float, repeats: int) -> 
             with torch.no_grad():
                 times += both(attend)
         found[name] = dict(zip(KINDS, times, strict=True))
+        if on_cuda and name == "ours":
+            found["kernels"] = keys.kernels(step)
         gc.collect()
     ratio = {kind: found["ours"][kind] / found["cudnn"][kind] for kind in KINDS}
     return found | {"ratio": ratio} | ({"note": softmax.note} if softmax.note else {})

@@ -115,7 +115,7 @@ def test_refusals_leave_the_cache_as_it_was():
             layer(x[:1, :1], cache=cache)
         with pytest.raises(ValueError, match="key_mask, cu_seq, max_seq and nested tensors have no place beside it"):
             layer(x[:, :1], cache=cache, key_mask=torch.ones(2, 1) > 0)
-        with pytest.raises(ValueError, match=r"alpha must be in \[1, 2\] .* got 3"):
+        with pytest.raises(ValueError, match=r"alpha must be 1 \(softmax\), or from .* got 3"):
             layer(x[:, :1], cache=cache, alpha=3.0)
         with pytest.raises(TypeError, match="cache must be a KeyValueCache, which new_cache makes, got dict"):
             layer(x, cache={})

@@ -108,7 +108,7 @@ TYPES = [
     (layer, "rope_base", "10000", "rope_base must be a positive number, got '10000'"),
     (layer, "rope_base", True, "rope_base must be a positive number, got True"),
     (layer, "alpha", torch.tensor(1.5), "alpha must be a number, got Tensor"),
-    (forward, "alpha", "1.5", r"alpha must be a float in \[1, 2\] or a tensor, got str"),
+    (forward, "alpha", "1.5", "alpha must be 1, a float from 1.0001 to 2, or a tensor, got str"),
 ]
 VALUES = [
     *((layer, size, 0, f"{size} must be at least 1, got 0") for size in ("embed_dim", "num_heads", "head_dim")),

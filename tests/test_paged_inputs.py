@@ -67,7 +67,7 @@ VALUES = [
     (PACKED | {"max_q": 0}, "max_q must be at least 1, got 0"),
     (PACKED | {"alibi_slopes": torch.zeros(3, 4)}, r"alibi_slopes must have shape \(4,\) or \(1, 4\), got \(3, 4\)"),
     ({"window_size": (-2, 0)}, r"window_size.*\(-2, 0\)"),
-    ({"alpha": 2.5}, "alpha must be in .*2.5"),
+    ({"alpha": 2.5}, "alpha must be 1 .*got 2.5"),
     ({"softcap": 1.0, "alpha": 1.0}, "softcap with alpha=1"),
     ({"impl": "cuda"}, "impl must be one of .*'cuda'"),
     (of("query", requires_grad=True), "no derivatives, got query that may need them"),

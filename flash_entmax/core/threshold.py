@@ -52,9 +52,10 @@ def power(distance: Tensor, exponent: float | Tensor) -> Tensor:
     result = distance
     for place in (3, 2, 1, 0):  # of LARGEST_POWER's binary digits after the first
         if whole >> place > 1:
-            result = result * result
+            # In place where nothing else needs the factor: memory for another large tensor costs more than the product.
+            result = result * result if result is distance or result.requires_grad else result.mul_(result)
             if (whole >> place) % 2 == 1:
-                result = result * distance
+                result = result * distance if result.requires_grad else result.mul_(distance)
     return result
 
 

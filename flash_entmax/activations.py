@@ -75,8 +75,9 @@ def entmax(
 
     Returns:
         Probabilities in the shape and dtype of ``x``. Arithmetic is in float32 (float64 for float64). Second
-        derivatives are refused. In float16, probabilities below 6e-8 are lost. Above alpha 1.5 that loses a gradient.
-        With ``return_support_size``, a pair of them and the sizes, int64, of the shape of ``x`` with size 1 at ``dim``.
+        derivatives are refused. In float16, probabilities below 6e-8 are lost, and their gradients with them. These
+        count above alpha 1.5, and in rows where tens of thousands of entries share the probability. With
+        ``return_support_size``, a pair of them and the sizes, int64, of the shape of ``x`` with size 1 at ``dim``.
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor, ``alpha`` neither a number nor a floating-point tensor.

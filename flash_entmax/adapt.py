@@ -39,6 +39,7 @@ from . import inspection
 from .anneal import AlphaAnnealing
 from .core.checks import is_number, said
 
+ENTMAX = "entmax", "entmax15", "sparsemax"  # as an attn_implementation
 ROWS = 1024  # tokens whose losses are computed at a time
 
 
@@ -114,9 +115,12 @@ def softmax_teacher(model: nn.Module, attention: str = "sdpa") -> Callable[[Tens
 
     Raises:
         TypeError: the model has no ``set_attn_implementation``.
+        ValueError: ``attention`` is entmax.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"softmax_teacher takes a model of Transformers, got {said(model)}")
+    if attention in ENTMAX:
+        raise ValueError(f"attention must be one of softmax, such as 'sdpa' or 'eager', got {attention!r}")
     if hasattr(model, "peft_config"):
         return _own_teacher(model, attention)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers_models import make, tokens
 
 from flash_entmax import inspection
-from flash_entmax.adapt import alpha_schedule, attention_by_part, distillation_loss, evaluate, softmax_teacher
+from flash_entmax.adapt import ENTMAX, alpha_schedule, attention_by_part, distillation_loss, evaluate, softmax_teacher
+from flash_entmax.integrations.transformers.config import IMPLEMENTATIONS
 
 
 def decoder():
@@ -83,6 +84,10 @@ def test_a_teacher_is_the_softmax_model_whatever_is_trained():
     assert not torch.equal(softmax_logits(model, ids), expected)
     with pytest.raises(TypeError, match="softmax_teacher takes a model of Transformers, got Linear"):
         softmax_teacher(torch.nn.Linear(2, 2))
+    assert set(ENTMAX) == set(IMPLEMENTATIONS)
+    for attention in ENTMAX:
+        with pytest.raises(ValueError, match=f"attention must be one of softmax, .* got '{attention}'"):
+            softmax_teacher(model, attention)
 
 
 def test_a_model_with_adapters_is_its_own_teacher():

@@ -17,7 +17,7 @@
         if not schedule.is_at_rest:
             schedule.step()
             if schedule.is_at_rest:
-                set_alpha(model, 1.2)  # a number, for which there are faster kernels
+                set_alpha(model, 1.2)  # a number, for which the kernels need no powers
     print(adapt.evaluate(model, held_out))
     model.save_pretrained(folder)
 

@@ -7,6 +7,7 @@ import torch
 from cases import boundaries, longest, make_case, packed_case
 from conftest import HAS_CUDA
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,6 +76,29 @@ def test_a_number_alpha_may_change_in_plain_pytorch(compute):
     compiled = torch.compile(lambda alpha: compute(*tensors, alpha=alpha), backend="aot_eager", fullgraph=True)
     for alpha in (2.0, 1.5, 4 / 3) if compute is linear_form else (1.3, 1.2, 1.35, 1.1):
         torch.testing.assert_close(compiled(alpha), compute(*tensors, alpha=alpha))
+
+
+def test_a_block_mask_is_not_read_in_a_compiled_graph():
+    torch._dynamo.reset()
+    mask, tensors = (
+        create_block_mask(lambda b, h, q, k: q >= k, None, None, 64, 64, device="cpu"),
+        iid_inputs(1, 2, 64, 8),
+    )
+    compiled = torch.compile(entmax_attention, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"inside torch.compile|ExceptionVariable\(<class 'ValueError'>\)"):
+        compiled(*tensors, block_mask=mask)
+
+
+def test_a_block_mask_is_read_beside_a_compiled_graph():
+    """Where breaks are allowed the call is not compiled, and sees what the mask says now."""
+    torch._dynamo.reset()
+    table, tensors = torch.arange(64) // 10, iid_inputs(1, 2, 64, 8)
+    mask = create_block_mask(lambda b, h, q, k: table[q] == table[k], None, None, 64, 64, device="cpu")
+    compiled = torch.compile(entmax_attention, backend="eager")
+    for step in (10, 7, 7, 9):
+        table.copy_(torch.arange(64) // step)
+        expected = entmax_attention(*tensors, block_mask=mask, impl="reference")
+        torch.testing.assert_close(compiled(*tensors, block_mask=mask), expected)
 
 
 def test_every_length_compiles_once(backend):

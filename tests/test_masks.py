@@ -384,23 +384,3 @@ def test_block_masks_that_do_not_fit(name):
     )
     with pytest.raises(error, match=match):
         entmax_attention(*iid_inputs(1, 2, 64, 8), block_mask=mask, **options)
-
-
-def test_a_block_mask_is_not_read_in_a_compiled_graph():
-    torch._dynamo.reset()
-    mask, tensors = create_block_mask(causal, None, None, 64, 64, device="cpu"), iid_inputs(1, 2, 64, 8)
-    compiled = torch.compile(entmax_attention, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"inside torch.compile|ExceptionVariable\(<class 'ValueError'>\)"):
-        compiled(*tensors, block_mask=mask)
-
-
-def test_a_block_mask_is_read_beside_a_compiled_graph():
-    """Where breaks are allowed the call is not compiled, and sees what the mask says now."""
-    torch._dynamo.reset()
-    table, tensors = torch.arange(64) // 10, iid_inputs(1, 2, 64, 8)
-    mask = create_block_mask(lambda b, h, q, k: table[q] == table[k], None, None, 64, 64, device="cpu")
-    compiled = torch.compile(entmax_attention, backend="eager")
-    for step in (10, 7, 7, 9):
-        table.copy_(torch.arange(64) // step)
-        expected = entmax_attention(*tensors, block_mask=mask, impl="reference")
-        torch.testing.assert_close(compiled(*tensors, block_mask=mask), expected)

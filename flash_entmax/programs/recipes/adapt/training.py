@@ -78,7 +78,7 @@ def train(
         if schedule is not None and not schedule.is_at_rest:
             schedule.step()
             if schedule.is_at_rest:
-                set_alpha(adapted, run.alpha)  # at rest it is a number, for which there are faster kernels
+                set_alpha(adapted, run.alpha)  # at rest it is a number: the kernels may need no powers
         if batch.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -1,8 +1,9 @@
 """Compile every kernel for a GPU that is not there: compile_kernels.py CAPABILITY DTYPE SIZE ALPHA [everything | rows].
 
 SIZE is that of heads. With `everything`, each option is on that costs the kernels code; with `rows`, the kernels are
-those of activations and losses, for rows of SIZE. Prints one line for each kernel: its name, and its shared memory in
-bytes. The interpreter runs Python; only this shows that Triton's compiler takes the kernels too.
+those of activations and losses, for rows of SIZE. Prints one line for each kernel: its name, its shared memory in
+bytes, and how many of its loads take 2 bytes. The interpreter runs Python; only this shows that Triton's compiler takes
+the kernels too.
 """
 
 import sys
@@ -46,6 +47,10 @@ def all_options(heads: int, length: int, tile: int) -> tuple[ScoreOptions, Visib
     return score, VisibilityArgs(intervals, kinds, bits, is_causal=True, max_visible_span=length)
 
 
+def describe(kernel, compiled) -> None:
+    print(kernel.fn.__name__, compiled.metadata.shared, compiled.asm["ptx"].count("ld.global.b16"))
+
+
 def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, everything: bool) -> None:
     driver.set_active(AbsentGpu(capability))
     from flash_entmax.backends.triton import append, attention, config, launch, parts, plan
@@ -53,7 +58,7 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
 
     def compile_only(kernel, programs, setting, config, *arguments):
         compiled = kernel.warmup(*arguments, grid=(1,), C=config, **setting(config).options, enable_fp_fusion=True)
-        print(kernel.fn.__name__, compiled.metadata.shared)
+        describe(kernel, compiled)
 
     launch.launch = compile_only
     query, key = torch.empty(1, 4, 512, head_size, dtype=dtype), torch.empty(1, 2, 512, head_size, dtype=dtype)
@@ -122,7 +127,7 @@ def compile_rows(capability: int, dtype: torch.dtype, size: int, alpha: float) -
 
     def compile_only(kernel, programs, config, *arguments):
         compiled = kernel.warmup(*arguments, grid=(1,), C=config, num_warps=config.warps)
-        print(kernel.fn.__name__, compiled.metadata.shared)
+        describe(kernel, compiled)
 
     rows.launch = compile_only
     x, alphas = torch.empty(8, size, dtype=dtype), torch.full((8,), alpha)

@@ -30,7 +30,7 @@ def test_head_sizes_and_groups(dtype, head_size):
         check_attention(Case(*inputs, is_causal=True), "triton")
 
 
-@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.3])
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.3, 1.2, 1.1])
 def test_lengths(dtype, alpha):
     for length in (1, 2, 31, 33, 64, 127, 1000, 2049, 4097):
         inputs = iid_inputs(1, 2, length, 64, key_heads=1, dtype=dtype, device="cuda", seed=length)
@@ -48,19 +48,19 @@ def test_topics(dtype, topics):
     assert density == pytest.approx(1 / topics, abs=0.06 if dtype != torch.float32 else 0.08)
 
 
-@pytest.mark.parametrize("length", [16383, 32768])
+@pytest.mark.parametrize(("length", "alpha"), [(16383, 1.5), (32768, 1.5), (16383, 1.2)])
 @pytest.mark.parametrize("kind", ["topics", "iid"])
-def test_long_rows_against_the_reference(dtype, length, kind):
+def test_long_rows_against_the_reference(dtype, length, alpha, kind):
     """Slices of queries against the dense reference: with the keys up to their last, alignment stays lower right."""
     maker = {"topics": lambda: topic_inputs(1, 2, length, 64, 4, dtype=dtype, device="cuda")}
     maker["iid"] = lambda: iid_inputs(1, 2, length, 64, dtype=dtype, device="cuda")
     query, key, value = maker[kind]()
-    whole = Case(query, key, value, is_causal=True)
+    whole = Case(query, key, value, is_causal=True, alpha=alpha)
     grad_output = whole.grad_output()
     result = run(whole, "triton", grad_output)
     for stop in (300, length // 2 + 17, length):
         rows = slice(max(0, stop - 257), stop)
-        part = Case(query[:, :, rows], key[:, :, :stop], value[:, :, :stop], is_causal=True)
+        part = Case(query[:, :, rows], key[:, :, :stop], value[:, :, :stop], is_causal=True, alpha=alpha)
         exact = run(part.in_float64(), "reference", grad_output[:, :, rows].double())
         bound = {torch.float32: 5e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
         assert relative_error(result.output[:, :, rows], exact.output) < bound

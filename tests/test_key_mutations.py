@@ -71,22 +71,27 @@ FAULTS = {
         "tl.cast((unit - first_unit) // sizes.group * sizes.group, tl.int64)", "grouped heads",
     ),
     "words that are computed again go by an offset that is too small": (
-        query_lists, "reaching_kernel", "score <= lowest[None, :]", "score <= lowest[None, :] + 3.0", "words again",
+        query_lists, "is_reaching", "highest <= lowest", "highest <= lowest + 3.0", "words again",
     ),
     "words that are computed again are of the next tile of queries": (
-        query_lists, "reaching_kernel", "block.tile * WORDS", "(block.tile + 1) % query_tiles * WORDS", "words again",
+        query_lists, "store_words", "row + tile[None, :] * WORDS + ...", "row + (tile[None, :] ^ 1) * WORDS + ...",
+        "words again",
     ),
     "single keys count in the threshold only": (
         solve, "solve_kernel", "tl.store(record.row_blocks, row_blocks)", "tl.store(record.row_blocks, 0)", "causal",
     ),
-    "a part of a sink is left out": (share, "add_parts_kernel", "range(count)", "range(count - 1)", "shares"),
+    "a part of a sink is left out": (
+        share, "sum_of_parts", "first + number < count", "first + number < count - 1", "shares",
+    ),
     "a block is in two parts": (
         gradient, "gradient_key_value_kernel", "(part + 1) * total // count", "(part + 1) * total // count + 1",
         "shares",
     ),
-    "a part is read from the wrong place": (share, "add_parts_kernel", "number * units", "number", "shares of heads"),
+    "a part is read from the wrong place": (
+        share, "sum_of_parts", "(first + number) * units", "first + number", "shares of heads",
+    ),
     "a split tile of a chunk is taken for one of the first chunk": (
-        share, "add_parts_kernel", "first_key + tile", "tile", "shares of chunks",
+        share, "add_parts_kernel", "(first_key + tile) * TILE", "tile * TILE", "shares of chunks",
     ),
 }  # fmt: skip
 
@@ -133,6 +138,7 @@ CHECKS = {
         lone_case(BACKEND, 256, heads=2, keys_of_topic=1, sinks=(0, 140)),
         **SHARING,
         REACHING=5600,
+        MOST_SLOTS=4,
     ),
     "shares of heads": partial(
         check_case, lone_case(BACKEND, 250, heads=2, key_heads=2, is_causal=True, keys_of_topic=1), **SHARING

@@ -238,7 +238,7 @@ def test_shares_of_chunks_of_tiles_of_keys(sharing, monkeypatch):
     """Each chunk has its own plan, of its own tiles. Both chunks have a tile that is split."""
     case = call_case({"length": 256, "heads": 2, "keys_of_topic": 1, "sinks": (0, 140)})
     single = run(case, "triton", case.grad_output())
-    sharing(REACHING=5600)
+    sharing(REACHING=5600, MOST_SLOTS=4)
     chunks = plan.plan_of(config.Outline.of(case.problem, torch.float32)).key_chunks
     assert [chunk.first_tile for chunk in chunks] == [4, 0]
     with counted_parts(monkeypatch) as parts:

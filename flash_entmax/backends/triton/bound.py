@@ -125,8 +125,20 @@ def rounding_of_z(queries, largest, C: tl.constexpr):
     tanh of a softcap, computed twice, is off by less than 2^-20, and an ALiBi penalty by 2^-22 of the largest one. An
     infinite slope hides its keys, and adds no error.
     """
+    return rounding_of_product(queries, C) * largest + rounding_of_options(queries, C)
+
+
+@triton.jit
+def rounding_of_product(queries, C: tl.constexpr):
+    """What the product adds to `rounding_of_z`, for keys whose largest |component| is 1."""
+    return queries.options.z_scale * C.HEAD * 2.0**-22 * tl.sum(tl.abs(queries.q.to(tl.float32)), 1)
+
+
+@triton.jit
+def rounding_of_options(queries, C: tl.constexpr):
+    """What softcap and ALiBi add to `rounding_of_z`."""
     options = queries.options
-    error = options.z_scale * C.HEAD * 2.0**-22 * tl.sum(tl.abs(queries.q.to(tl.float32)), 1) * largest
+    error = tl.zeros(queries.row.shape, tl.float32)
     if C.SOFTCAP:
         error += options.z_scale * options.softcap * 2.0**-20
     if C.ALIBI:

@@ -19,7 +19,8 @@ from .keys import Keys, open_keys
 from .lists import walk
 from .program import ChunkSizes, open_program
 from .queries import KernelScoreOptions, Queries, Threshold, open_options, open_queries, open_threshold
-from .query_lists import block_counts, listed_queries
+from .query_lists import block_counts, listed_queries, store_floors
+from .reach import are_kept
 from .score import distance_to_threshold, relative_distance, transposed_scores
 from .share import blocks_between, part_pointers, share_of, store_gradients
 from .tile import (
@@ -61,7 +62,7 @@ class QuerySums(NamedTuple):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_query_kernel(
-    query, key, value, value_mean, grad_output, selected, maximum, offset, row_pairs, reached_keys, lists,
+    query, key, value, value_mean, grad_output, selected, maximum, offset, row_pairs, floors, reached_keys, lists,
     grad_query, grad_parameters, score_options, visibility, heads, group, query_length, key_length, first_unit, units,
     first_tile, capacity, C: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +87,8 @@ def gradient_query_kernel(
     mean = load_tile(query_head(value_mean, unit, sizes), first, query_length, TILE, C.VALUE, C.VALUE_PADDED)
     delta = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
     store_row_pairs(row_pairs, queries, threshold, delta, C)
+    if are_kept(key_length, C) == 0:
+        store_floors(floors, queries, threshold, C)
 
     context = QueryContext(queries, threshold, do, delta, key_head(key, unit, sizes), key_head(value, unit, sizes))
     dq = tl.zeros((TILE, HEAD_PADDED), tl.float32)
@@ -210,7 +213,7 @@ def gradient_key_value_kernel(
             passed += tl.load(block_counts(lists, index, tile_capacity, row_capacity))
         dk, dv = state
         if count == 1:
-            store_gradients(grad_key, grad_value, dk, dv, unit, tile, score_options.scale, sizes, C)
+            store_gradients(grad_key, grad_value, dk, dv, unit, tile * TILE, TILE, score_options.scale, sizes, C)
         else:
             tl.store(part_pointers(parts, tl.program_id(0), HEAD_PADDED, 0, C), dk)
             tl.store(part_pointers(parts, tl.program_id(0), VALUE_PADDED, TILE * HEAD_PADDED, C), dv)

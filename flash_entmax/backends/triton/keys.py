@@ -29,14 +29,15 @@ def open_keys(key, block, sizes, MASKED: tl.constexpr, C: tl.constexpr):
 def open_listed_keys(key, tiles, place, TILES: tl.constexpr, C: tl.constexpr):
     """One tile, or two side by side, from a place of a list of tiles without a mask.
 
-    Two tiles share the overhead of a loop and make wider matrix products.
+    Two tiles share the overhead of a loop and make wider matrix products. Their distance is a product: of a choice
+    between it and 0, Triton 3.9 no longer sees that 16 divides it, and loads each number by itself.
     """
     TILE: tl.constexpr = C.TILE
     tile = tl.load(tiles.tiles + place)
     if TILES == 2:
         row = tl.arange(0, 2 * TILE)
         apart = tl.load(tiles.tiles + place + 1) - tile - 1
-        shift = tl.where(row < TILE, 0, tl.cast(apart, tl.int64) * TILE * key.row_stride)[:, None]
+        shift = ((row >= TILE).to(tl.int64) * (tl.cast(apart, tl.int64) * TILE * key.row_stride))[:, None]
         column = tl.where(row < TILE, row, row + apart * TILE)
         k = load_columns(tile_pointers(key, tile * TILE, 2 * TILE, C.HEAD_PADDED) + shift, C.HEAD, C.HEAD_PADDED)
     else:

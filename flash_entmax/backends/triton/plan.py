@@ -19,13 +19,18 @@ from .launch import launcher_of
 from .queries import KernelScoreOptions
 from .reach import record_size, shapes_of
 from .scratch import Scratch
+from .share import ADDED_ROWS
 from .visibility import KernelVisibility, bounds_kernel
 
 MAXIMA = 2**26  # maxima of 2 bytes, and flags of 1 byte, in the scratch of one chunk: 192 MiB
 QUERY_LISTS = 13 * 2**20  # listed queries and tiles of queries, and words, likewise, of 4 bytes: 52 MiB
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
 REACHING = 9 * 2**22  # listed queries and tiles, words and sums of parts of the backward, likewise: 144 MiB
-MOST_SLOTS = 64  # of a key head, at most share.SLOTS
+WANTED_PROGRAMS = 600  # of dK and dV: where a GPU runs 400 at a time, so many end at about the same time
+SLOTS = 768  # of all key heads, but for each of them at least
+FEWEST_SLOTS = 64  # and at most
+MOST_SLOTS = 256  # that is at most share.SLOTS; and at most
+SLOTS_OF_TILE = 4  # for each tile of keys
 DECODED = 224 * 2**20  # bytes of the scratch of one chunk of decode.py
 FEWEST_MARKED = 8  # tiles of keys: with fewer, single keys are not looked for
 FEWEST_SHARED = 32  # tiles of queries of a group of heads: with fewer, no tile of keys is split
@@ -170,7 +175,18 @@ class Plan:
         """Programs of each key head for parts of tiles of keys, see share.py."""
         if self.group * self.query_tiles < FEWEST_SHARED:
             return 0
-        return min(MOST_SLOTS, ceil_div(self.key_tiles, 2))
+        share = max(FEWEST_SLOTS, ceil_div(SLOTS, self.units // self.group))
+        return min(MOST_SLOTS, share, SLOTS_OF_TILE * self.key_tiles)
+
+    @cached_property
+    def wanted_programs(self) -> int:
+        """Over how many programs the work of a key head is spread, where its lists allow."""
+        return ceil_div(WANTED_PROGRAMS, self.units // self.group)
+
+    @property
+    def adding_programs(self) -> int:
+        """Of a key head, that add up the parts of tiles."""
+        return self.slots * (self.config.TILE // ADDED_ROWS.value)
 
     @cached_property
     def forward_programs(self) -> list[tuple[Chunk, tuple, tuple, tuple]]:
@@ -222,17 +238,20 @@ class Plan:
 
     @cached_property
     def backward_scratch(self) -> Scratch:
-        """The pairs of numbers of each query; lists, of keys first and of queries later; words that are computed again;
-        how the work is shared out: plans, sums of parts."""
+        """The pairs of numbers of each query, and two for words that are computed again; lists, of keys first and of
+        queries later; these words; how the work is shared out: plans, sums of parts."""
         config = self.config
-        pairs = self.units * self.query_tiles * config.TILE * 4
+        rows = self.units * self.query_tiles * config.TILE
+        floors = 0 if self.are_words_kept else 2 * rows
         programs, units = (max(getattr(chunk, name) for chunk in self.key_chunks) for name in ("programs", "units"))
         lists = programs * self.group * self.list_size_of(self.backward_query_list)
         parts = units * self.slots * self.part_size
+        lists = max(most_places(self.query_chunks), lists)
+        words = programs * self.group * self.remade_words
+        number, index = torch.float32, torch.int32
         return Scratch(
-            (torch.float32, pairs), (torch.int32, max(most_places(self.query_chunks), lists)),
-            (torch.int32, programs * self.group * self.remade_words), (torch.int32, units * self.share_size),
-            (torch.float32, parts),
+            (number, 4 * rows), (number, floors), (index, lists), (index, words), (index, units * self.share_size),
+            (number, parts),
         )  # fmt: skip
 
     @property

@@ -14,16 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bound import rounding_of_z
+from .bound import rounding_of_options, rounding_of_product
 from .certify import lowest_reaching_score
 from .gather import RowCount, append_rows, fill_last_block, load_bits
-from .keys import open_keys
+from .keys import Keys, open_keys
 from .lists import BlockList, TileList, append, append_tiles, close_list
-from .queries import open_options, open_queries, open_threshold
+from .queries import KernelScoreOptions, open_options, open_queries
 from .reach import are_kept, key_words, open_record
-from .score import transposed_scores
-from .tile import UNSPECIALIZED, WORD, Sizes, key_head, open_tile, query_head
-from .visibility import are_whole
+from .score import scores
+from .tile import UNSPECIALIZED, WORD, Matrix, Sizes, key_head, open_tile, query_head
+from .visibility import KernelVisibility, are_whole
 
 SPAN = tl.constexpr(128)
 SPAN_TILES = tl.constexpr(16)  # tiles of queries that one step lists: one warp runs a program
@@ -158,45 +158,119 @@ def pair_flags(flags, unit, query_tile, key_tile, tiles, capacity, C: tl.constex
     return flags + place * C.TILE
 
 
+@triton.jit
+def floor_pointers(floors, unit, row, sizes, C: tl.constexpr):
+    """The first of two numbers of each query, rows in whole tiles."""
+    rows = (sizes.query_length + C.TILE - 1) // C.TILE * C.TILE
+    return floors + (tl.cast(unit, tl.int64) * rows + row) * 2
+
+
+@triton.jit
+def store_floors(floors, queries, threshold, C: tl.constexpr):
+    """`lowest_reaching_score` for keys of 0, and what it falls by where the largest |component| of the keys is 1."""
+    z_scale = queries.options.z_scale
+    lowest = lowest_reaching_score(threshold.maximum, threshold.offset, rounding_of_options(queries, C), z_scale)
+    pointers = floor_pointers(floors, queries.unit, queries.row, queries.sizes, C)
+    tl.store(pointers, lowest)
+    tl.store(pointers + 1, 2.0 * rounding_of_product(queries, C) / z_scale)
+
+
+class FloorContext(NamedTuple):
+    """What the queries of a head are compared with: a tile of keys, and the largest |component| of these."""
+
+    keys: Keys
+    largest: Tensor
+    query: Matrix
+    floors: Tensor
+    unit: int
+    options: KernelScoreOptions
+    sizes: Sizes
+    visibility: KernelVisibility
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def reaching_kernel(
-    query, key, maximum, offset, reached_keys, lists, words, score_options, visibility, heads, group, query_length,
-    key_length, first_unit, units, first_key, tile_capacity, row_capacity, C: tl.constexpr,
+    query, key, floors, reached_keys, lists, words, score_options, visibility, heads, group, query_length, key_length,
+    first_unit, units, first_key, tile_capacity, row_capacity, C: tl.constexpr,
 ):  # fmt: skip
     """The words of one tile of keys and one query head, for every tile of queries, by one more product.
 
     A query is counted in as `lowest_reaching_score` says: so every positive probability is.
     """
-    WORDS: tl.constexpr = C.WORDS
-    BITS: tl.constexpr = C.BITS
     sizes = Sizes(heads, group, query_length, key_length)
     unit = first_unit + tl.program_id(0) % units
     tile = first_key + tl.program_id(0) // units
     index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_key
-    query_tiles = (query_length + C.TILE - 1) // C.TILE
+    row = words + tl.cast(index, tl.int64) * ((query_length + C.TILE - 1) // C.TILE) * C.WORDS
     places = open_query_list(lists, index, tile_capacity, row_capacity).candidates
-    row = words + tl.cast(index, tl.int64) * query_tiles * WORDS
-    count = 0
-    for first in range(0, query_tiles, SPAN):
+    listed = tiles_that_reach(places, tile_capacity, row, reached_keys, unit, tile, sizes, visibility, C)
+    keys = open_keys(key_head(key, unit, sizes), open_tile(tile, C), sizes, True, C)
+    components = keys.k.to(tl.float32)
+    # Not finite if any component is not: a sum sees what a maximum overlooks.
+    largest = tl.max(tl.max(tl.abs(components), 1), 0) + 0.0 * tl.sum(tl.sum(components, 0), 0)
+    options = open_options(score_options, unit, sizes, C)
+    head = query_head(query, unit, sizes)
+    context = FloorContext(keys, largest, head, floors, unit, options, sizes, visibility)
+    store_words(row, places, 0, listed.split, context, False, C)
+    store_words(row, places, listed.split, listed.count, context, True, C)
+
+
+@triton.jit
+def tiles_that_reach(places, capacity, row, reached_keys, unit, tile, sizes, visibility, C: tl.constexpr):
+    """The list of the tiles of queries whose records name a tile of keys. The words of all that see it become 0."""
+    WORDS: tl.constexpr = C.WORDS
+    query_tiles = (sizes.query_length + C.TILE - 1) // C.TILE
+    front, back = 0, 0
+    for first in range(first_reaching_tile(tile, sizes, C), query_tiles, SPAN):
         candidate = first + tl.arange(0, SPAN)
         inside = candidate < query_tiles
         record = open_record(reached_keys, unit * query_tiles + tl.minimum(candidate, query_tiles - 1), sizes, C)
         word = tl.load(record.live + tile // WORD, mask=inside, other=0)
         for number in tl.static_range(WORDS):
             tl.store(row + candidate * WORDS + number, tl.zeros((SPAN,), tl.int32), mask=inside)
-        count = append(places, count, candidate, (word >> (tile % WORD)) & 1)
-    tl.debug_barrier()
-    options = open_options(score_options, unit, sizes, C)
-    keys = open_keys(key_head(key, unit, sizes), open_tile(tile, C), sizes, True, C)
-    largest = tl.max(tl.max(tl.abs(keys.k.to(tl.float32)), 1), 0)
-    for n in range(count):
-        block = open_tile(tl.load(places + n), C)
-        queries = open_queries(query_head(query, unit, sizes), unit, block, options, sizes, visibility, True, C)
-        threshold = open_threshold(maximum, offset, queries)
-        error = rounding_of_z(queries, largest, C)
-        lowest = lowest_reaching_score(threshold.maximum, threshold.offset, error, options.z_scale)
-        score, _ = transposed_scores(queries, keys, True, C)
-        # A product of finite numbers may be +inf, and so may its maximum: such a score reaches all the same.
-        reaching = tl.max(tl.where((score <= lowest[None, :]) & (score < float("inf")), 0, 1), 0)
-        bits = tl.reshape(tl.where(queries.row < query_length, reaching, 0), (WORDS, BITS))
-        tl.store(row + block.tile * WORDS + tl.arange(0, WORDS), tl.sum(bits << tl.arange(0, BITS)[None, :], 1))
+        own_tile = tl.full((SPAN,), 0, tl.int32) + tile  # Triton's interpreter would miscount a filter's one kind
+        unmasked = are_whole(unit, candidate, own_tile, sizes, visibility, C)
+        unmasked = unmasked & ((candidate + 1) * C.TILE <= sizes.query_length)
+        counts = append_tiles(places, capacity, (front, back), candidate, (word >> (tile % WORD)) & 1, unmasked)
+        front, back = counts
+    return close_list(places, capacity, (front, back))
+
+
+@triton.jit
+def store_words(row, places, begin, end, context, MASKED: tl.constexpr, C: tl.constexpr):
+    """The words of the tiles of queries at some places of a list.
+
+    A query has one bit for each of WORD tiles. They change places at the end of these tiles: with each tile, all warps
+    would wait for one another.
+    """
+    TILE: tl.constexpr = C.TILE
+    WORDS: tl.constexpr = C.WORDS
+    BITS: tl.constexpr = C.BITS
+    for first in range(begin, end, WORD):
+        reached = tl.zeros((TILE,), tl.int32)
+        for n in range(first, tl.minimum(first + WORD, end)):
+            block = open_tile(tl.load(places + n), C)
+            reached |= is_reaching(block, context, MASKED, C) << (n - first)
+        place = first + tl.arange(0, WORD)
+        tile = tl.load(places + place, mask=place < end, other=0)
+        bits = (tl.reshape(reached, (WORDS, BITS))[:, :, None] >> tl.arange(0, WORD)[None, None, :]) & 1
+        pointers = row + tile[None, :] * WORDS + tl.arange(0, WORDS)[:, None]
+        tl.store(pointers, tl.sum(bits << tl.arange(0, BITS)[None, :, None], 1), mask=(place < end)[None, :])
+
+
+@triton.jit
+def is_reaching(block, context, MASKED: tl.constexpr, C: tl.constexpr):
+    """1 for each query of a tile that may reach a key, else 0. Where a number is not finite, all may."""
+    sizes = context.sizes
+    queries = open_queries(context.query, context.unit, block, context.options, sizes, context.visibility, MASKED, C)
+    score, _ = scores(queries, context.keys, MASKED, C)
+    highest = tl.max(score, 1)
+    pointers = floor_pointers(context.floors, context.unit, queries.row, sizes, C)
+    floor, slope = tl.split(tl.load(pointers[:, None] + tl.arange(0, 2)[None, :]))
+    lowest = tl.where(floor < float("inf"), floor - slope * context.largest, float("inf"))
+    # A product of finite numbers may be +inf, and so may its maximum: such a score reaches all the same.
+    is_below = (highest <= lowest) & (highest < float("inf")) & (lowest > float("-inf"))
+    reaching = tl.where(is_below, 0, 1)
+    if MASKED:
+        reaching = tl.where(queries.row < sizes.query_length, reaching, 0)
+    return reaching

@@ -115,14 +115,14 @@ def launch_backward(opened: OpenedKernels, arguments: Sequence, scratch: Sequenc
     dQ comes first, with the pairs of numbers of each query that dK and dV need.
     """
     plan = opened.plan
-    pairs, lists, remade_words, shares, parts = scratch
+    pairs, floors, lists, remade_words, shares, parts = scratch
     query, key, value, value_mean, grad_output, selected, *gradients = arguments[:9]
     maximum, offset, reached_keys, words, parameter_parts = arguments[9:]
     grad_query, grad_key, grad_value = gradients
     for chunk in plan.query_chunks:
         opened.run(
             gradient_query_kernel, chunk, schedule.output_settings, query, key, value, value_mean, grad_output,
-            selected, maximum, offset, pairs, reached_keys, lists, grad_query, parameter_parts,
+            selected, maximum, offset, pairs, floors, reached_keys, lists, grad_query, parameter_parts,
         )  # fmt: skip
     capacities = plan.backward_query_list
     for first_unit, units, first_key, tiles, _ in plan.key_chunks:
@@ -130,8 +130,8 @@ def launch_backward(opened: OpenedKernels, arguments: Sequence, scratch: Sequenc
         if not plan.are_words_kept:
             words = remade_words
             opened.run_over_tiles(
-                reaching_kernel, *heads, schedule.mark_settings, query, key, maximum, offset, reached_keys, lists,
-                words, numbers=(first_key, *capacities),
+                reaching_kernel, *heads, schedule.mark_settings, query, key, floors, reached_keys, lists, words,
+                numbers=(first_key, *capacities),
             )  # fmt: skip
         opened.run_over_tiles(
             list_queries_kernel, *heads, schedule.list_settings, words, None, lists,
@@ -140,7 +140,7 @@ def launch_backward(opened: OpenedKernels, arguments: Sequence, scratch: Sequenc
         if plan.slots:
             opened.launch(
                 share_kernel, units, schedule.summary_settings, lists, shares, plan.group, tiles, *capacities,
-                plan.slots,
+                plan.slots, plan.wanted_programs,
             )  # fmt: skip
         opened.run_over_tiles(
             gradient_key_value_kernel, first_unit, units, tiles + plan.slots, schedule.output_settings, query, key,
@@ -149,6 +149,6 @@ def launch_backward(opened: OpenedKernels, arguments: Sequence, scratch: Sequenc
         )  # fmt: skip
         if plan.slots:
             opened.launch(
-                add_parts_kernel, units * plan.slots, schedule.summary_settings, shares, parts, grad_key, grad_value,
-                opened.options, *plan.sizes, first_unit, units, first_key, tiles, plan.slots,
+                add_parts_kernel, units * plan.adding_programs, schedule.summary_settings, shares, parts, grad_key,
+                grad_value, opened.options, *plan.sizes, first_unit, units, first_key, tiles, plan.slots,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """Tables of the recipe adapt, the picture of its price list, and the page on a passage."""
 
 from collections.abc import Callable, Iterator
-from math import nan
+from math import log10, nan
 from pathlib import Path
 from statistics import mean
 
@@ -155,11 +155,12 @@ def answer_lines(results: dict) -> Iterator[str]:
 
 
 def draw(results: dict, path: Path) -> Path:
-    """Loss, keys, densities and time of a step against alpha: the mean over the seeds."""
+    """Loss, keys, densities and time of a step against alpha, by the logarithm of alpha - 1: means over the seeds."""
     from matplotlib.figure import Figure
 
     arms = sorted(arms_of_entmax(results), key=results["alphas"].get)
     alphas = [results["alphas"][arm] for arm in arms]
+    across = [log10(alpha - 1) for alpha in alphas]
     length = places(results)[-1][1]
 
     def over_arms(number_of: Callable[[str], float]) -> list[float]:
@@ -172,17 +173,18 @@ def draw(results: dict, path: Path) -> Path:
     loss, keys, density, step = figure.subplots(1, 4)
     for place in places(results):
         label = f"{place[0]}, {int(place[1]):,}"
-        loss.plot(alphas, over_arms(lambda arm, at=place: mean(costs(results, arm, at))), marker="o", label=label)
+        loss.plot(across, over_arms(lambda arm, at=place: mean(costs(results, arm, at))), marker="o", label=label)
     loss.set(title="loss above softmax, nats")
-    keys.plot(alphas, figures("keys_per_query"), marker="o")
+    keys.plot(across, figures("keys_per_query"), marker="o")
     keys.set(title=f"keys a query, of {int(length):,}", yscale="log")
     for quantity, label in DENSITIES.items():
-        density.plot(alphas, [100 * share for share in figures(quantity)], marker="o", label=f"{label}, %")
+        density.plot(across, [100 * share for share in figures(quantity)], marker="o", label=f"{label}, %")
     density.set(title=f"by tile of queries, {int(length):,} tokens", yscale="log")
-    step.plot(alphas, over_arms(lambda arm: mean(step_ratios(results, arm))), marker="o")
+    step.plot(across, over_arms(lambda arm: mean(step_ratios(results, arm))), marker="o")
     step.set(title="training step over softmax's")
     for axes in (loss, keys, density, step):
-        axes.set(xlabel="alpha", xticks=alphas, xticklabels=[f"{alpha:g}" for alpha in alphas])
+        axes.set(xlabel="alpha", xticks=across, xticklabels=[f"{alpha:g}" for alpha in alphas])
+        axes.tick_params("x", labelsize=7)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in (loss, density):

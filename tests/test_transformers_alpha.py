@@ -14,7 +14,7 @@ pytest.importorskip("entmax")
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 from transformers_models import (
     CONFIGS,
     assert_loads_as,
@@ -261,6 +261,22 @@ def test_what_alpha_may_not_be(name):
     with pytest.raises(error, match=message):
         integration.set_alpha(model, alpha)
     assert torch.equal(output(model, ids), before)
+
+
+def test_layers_without_an_index_take_no_alpha_of_their_own():
+    """Whisper numbers the layers of its decoder alone."""
+    small = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 2)
+    small |= {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "vocab_size": 64}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = WhisperForConditionalGeneration._from_config(
+        WhisperConfig(**small, **ends, max_source_positions=16), attn_implementation="entmax"
+    )
+    with pytest.raises(ValueError, match=r"got \[0, 1\], and 2 WhisperAttention have none: set one number"):
+        integration.set_alpha(model, {0: 1.5, 1: 1.5})
+    assert getattr(model.config, "entmax_alpha", None) is None
+    integration.set_alpha(model, 1.5)
+    text = torch.ones(1, 4, dtype=torch.long)
+    assert model(input_features=torch.randn(1, 8, 32), decoder_input_ids=text).logits.isfinite().all()
 
 
 def test_the_ends_of_the_range_are_taken():

@@ -30,7 +30,7 @@ def open_listed_keys(key, tiles, place, TILES: tl.constexpr, C: tl.constexpr):
     """One tile, or two side by side, from a place of a list of tiles without a mask.
 
     Two tiles share the overhead of a loop and make wider matrix products. Their distance is a product: of a choice
-    between it and 0, Triton 3.9 no longer sees that 16 divides it, and loads each number by itself.
+    between it and 0, Triton 3.8 and 3.9 do not see that 16 divides it, and load each number by itself.
     """
     TILE: tl.constexpr = C.TILE
     tile = tl.load(tiles.tiles + place)

@@ -150,6 +150,12 @@ def _check_layers(alpha: dict, layers: list[nn.Module]) -> None:
         if not isinstance(index, int) or isinstance(index, bool):
             raise TypeError(f"the keys of alpha must be the indices of layers, got {index!r}")
         check_number(f"alpha[{index}]", number)
+    nameless = [layer for layer in layers if getattr(layer, "layer_idx", "none at all") is None]
+    if nameless:
+        raise ValueError(
+            f"alpha by layer_idx got {sorted(alpha)}, and {len(nameless)} {type(nameless[0]).__name__} have none: set "
+            "one number for all layers, or give their part of the model another attention"
+        )
     indices = {index for layer in layers if isinstance(index := getattr(layer, "layer_idx", None), int)}
     if set(alpha) != indices:
         raise ValueError(f"alpha must have the layers {sorted(indices)} of the model, got {sorted(alpha)}")

@@ -47,6 +47,13 @@ def all_options(heads: int, length: int, tile: int) -> tuple[ScoreOptions, Visib
     return score, VisibilityArgs(intervals, kinds, bits, is_causal=True, max_visible_span=length)
 
 
+def check_no_number_is_specialized(kernel, arguments: tuple) -> None:
+    """Direct launches run what was compiled for one call with the numbers of others."""
+    given = zip(kernel.params, arguments, strict=False)
+    names = {param.name for param, argument in given if type(argument) is int and not param.do_not_specialize}
+    assert not names, f"{kernel.fn.__name__} is compiled for values of {names}: add them to tile.UNSPECIALIZED"
+
+
 def describe(kernel, compiled) -> None:
     print(kernel.fn.__name__, compiled.metadata.shared, compiled.asm["ptx"].count("ld.global.b16"))
 
@@ -57,6 +64,7 @@ def main(capability: int, dtype: torch.dtype, head_size: int, alpha: float, ever
     from flash_entmax.backends.triton.config import tile_size
 
     def compile_only(kernel, programs, setting, config, *arguments):
+        check_no_number_is_specialized(kernel, arguments)
         compiled = kernel.warmup(*arguments, grid=(1,), C=config, **setting(config).options, enable_fp_fusion=True)
         describe(kernel, compiled)
 

@@ -248,7 +248,7 @@ def test_shares_of_chunks_of_tiles_of_keys(sharing, monkeypatch):
 
 
 def test_more_parts_than_slots(sharing, monkeypatch):
-    """Tiles that get no slots any more are done by one program."""
+    """Parts grow until all have slots. Tiles of no more blocks than a part are done by one program."""
     case = call_case("grouped heads")
     single = run(case, "triton", case.grad_output())
     sharing(MOST_SLOTS=3)
@@ -269,6 +269,35 @@ def test_a_bad_query_spoils_its_row_alone(set_limits, bad):
     others = torch.arange(300, device=DEVICE) != 200
     assert output[0, 0, 200].isnan().all()
     torch.testing.assert_close(output[:, :, others], clean.output[:, :, others], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["scale", "slope", "query beside slopes", "query beside hidden keys", "overflow"])
+def test_bad_numbers_reach_the_same_keys_where_words_are_computed_again(set_limits, name):
+    numbers = {"length": 97, "dim": 16, "is_causal": True}
+    cases = {
+        "scale": {"heads": 2, "key_heads": 2, "scale": torch.tensor([torch.nan, 0.2])},
+        "slope": {"heads": 2, "key_heads": 2, "options": {"alibi_slopes": torch.tensor([torch.nan, 0.01])}},
+        "query beside slopes": {"options": {"alibi_slopes": torch.tensor([0.02])}},
+        "query beside hidden keys": {"options": {"key_mask": (torch.arange(97) != 40)[None]}},
+        "overflow": {},
+    }
+    case = lone_case(BACKEND, **numbers | cases[name])
+    case.options.update({option: tensor.to(DEVICE) for option, tensor in case.options.items()})
+    if name.startswith("query"):
+        case.query[0, 0, 96] = torch.nan
+    if name == "overflow":
+        for tensor, sign in ((case.query, 1), (case.key, -1)):
+            tensor[0, 0, 96] = 0
+            tensor[0, 0, 96, :2] = torch.tensor([1e20, sign * 1e20])
+    grad_output = case.grad_output()
+    found = []
+    for stored in (1024, 0):
+        set_limits(reach=(64, stored))
+        found.append([gradient.isnan() for gradient in run(case, "triton", grad_output).gradients[1:3]])
+    kept, again = found
+    overflows_here = HAS_CUDA or name != "overflow"  # the interpreter adds products in float64
+    assert any(bad.any() for bad in kept) == overflows_here
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -18,7 +18,8 @@ from ...core.threshold import power_of_alpha
 
 HAS_PTX = not torch.version.hip and os.environ.get("TRITON_INTERPRET") != "1"
 KEPT_BYTES = 512  # for each query of a head, beyond inputs, outputs and gradients
-OTHER_BYTES = 32  # of these: maximum and offset, four more numbers in either pass, the summary, the words of a record
+OTHER_BYTES = 32  # of these: maximum and offset, four more numbers in either pass, the summary, the words of a record.
+# Where the backward makes bits again, two more numbers of each query take the room of the bits that are not kept.
 WIDEST_PIPELINED = 128  # head size; one tile of a larger head fills the shared memory
 
 

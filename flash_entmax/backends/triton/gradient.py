@@ -66,7 +66,7 @@ def gradient_query_kernel(
     grad_query, grad_parameters, score_options, visibility, heads, group, query_length, key_length, first_unit, units,
     first_tile, capacity, C: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and for the other gradients the pairs of numbers of each query.
+    """dQ, and for the other gradients the pairs of numbers of each query, and its floor where words are not kept.
 
     A query that sees no key has maximum +inf. Whatever comes in for its output, NaN included, goes nowhere: where there
     may be such queries, `selected` gets grad_output without their rows, for the other gradients.

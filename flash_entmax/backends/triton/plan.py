@@ -27,10 +27,9 @@ QUERY_LISTS = 13 * 2**20  # listed queries and tiles of queries, and words, like
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
 REACHING = 9 * 2**22  # listed queries and tiles, words and sums of parts of the backward, likewise: 144 MiB
 WANTED_PROGRAMS = 600  # of dK and dV: where a GPU runs 400 at a time, so many end at about the same time
-SLOTS = 768  # of all key heads, but for each of them at least
-FEWEST_SLOTS = 64  # and at most
-MOST_SLOTS = 256  # that is at most share.SLOTS; and at most
-SLOTS_OF_TILE = 4  # for each tile of keys
+SLOTS = 768  # the key heads share so many, see share.py, within the next three limits
+FEWEST_SLOTS, MOST_SLOTS = 64, 256  # of a key head; no more than share.SLOTS
+SLOTS_OF_TILE = 4  # of a key head, at most, for each of its tiles of keys
 DECODED = 224 * 2**20  # bytes of the scratch of one chunk of decode.py
 FEWEST_MARKED = 8  # tiles of keys: with fewer, single keys are not looked for
 FEWEST_SHARED = 32  # tiles of queries of a group of heads: with fewer, no tile of keys is split
@@ -238,8 +237,8 @@ class Plan:
 
     @cached_property
     def backward_scratch(self) -> Scratch:
-        """The pairs of numbers of each query, and two for words that are computed again; lists, of keys first and of
-        queries later; these words; how the work is shared out: plans, sums of parts."""
+        """The pairs of numbers of each query; its two for words that are computed again (`store_floors`); lists, of
+        keys first and of queries later; these words; how the work is shared out: plans, sums of parts."""
         config = self.config
         rows = self.units * self.query_tiles * config.TILE
         floors = 0 if self.are_words_kept else 2 * rows

@@ -4,7 +4,7 @@ The list of a tile of keys and a query head is a row of int32 numbers:
 
     the numbers of its BlockList, and how many blocks it has      4
     its tiles of queries                                          tile_capacity
-    all tiles with some bit, before they are told apart           tile_capacity
+    tiles that may have a bit, before they are told apart         tile_capacity
     its single queries                                            row_capacity
 """
 
@@ -26,6 +26,9 @@ from .tile import UNSPECIALIZED, WORD, Matrix, Sizes, key_head, open_tile, query
 from .visibility import KernelVisibility, are_whole
 
 SPAN = tl.constexpr(128)
+# A product overflows from |q|_1 max |k| >= 2^128 on. That is a fall of at least 2 * 16 * 2^-22 * 2^128, see
+# `rounding_of_product`.
+LARGEST_FALL = tl.constexpr(2.0**110)
 SPAN_TILES = tl.constexpr(16)  # tiles of queries that one step lists: one warp runs a program
 HEADER = tl.constexpr(4)
 
@@ -167,7 +170,8 @@ def floor_pointers(floors, unit, row, sizes, C: tl.constexpr):
 
 @triton.jit
 def store_floors(floors, queries, threshold, C: tl.constexpr):
-    """`lowest_reaching_score` for keys of 0, and what it falls by where the largest |component| of the keys is 1."""
+    """The floor of each query is its `lowest_reaching_score` for keys of 0. The second number is what this falls by for
+    keys whose largest |component| is 1."""
     z_scale = queries.options.z_scale
     lowest = lowest_reaching_score(threshold.maximum, threshold.offset, rounding_of_options(queries, C), z_scale)
     pointers = floor_pointers(floors, queries.unit, queries.row, queries.sizes, C)
@@ -193,7 +197,8 @@ def reaching_kernel(
     query, key, floors, reached_keys, lists, words, score_options, visibility, heads, group, query_length, key_length,
     first_unit, units, first_key, tile_capacity, row_capacity, C: tl.constexpr,
 ):  # fmt: skip
-    """The words of one tile of keys and one query head, for every tile of queries, by one more product.
+    """The words of one tile of keys and one query head, from the first tile of queries that sees it on, by one more
+    product.
 
     A query is counted in as `lowest_reaching_score` says: so every positive probability is.
     """
@@ -240,8 +245,8 @@ def tiles_that_reach(places, capacity, row, reached_keys, unit, tile, sizes, vis
 def store_words(row, places, begin, end, context, MASKED: tl.constexpr, C: tl.constexpr):
     """The words of the tiles of queries at some places of a list.
 
-    A query has one bit for each of WORD tiles. They change places at the end of these tiles: with each tile, all warps
-    would wait for one another.
+    The queries at one place of WORD tiles have a bit each in one number. Numbers are turned into words at the end of
+    these tiles: with each tile, all warps would wait for one another.
     """
     TILE: tl.constexpr = C.TILE
     WORDS: tl.constexpr = C.WORDS
@@ -260,17 +265,21 @@ def store_words(row, places, begin, end, context, MASKED: tl.constexpr, C: tl.co
 
 @triton.jit
 def is_reaching(block, context, MASKED: tl.constexpr, C: tl.constexpr):
-    """1 for each query of a tile that may reach a key, else 0. Where a number is not finite, all may."""
+    """1 for each query of a tile that may reach a key, else 0. A query with a score that may be NaN does.
+
+    A maximum overlooks NaN. It comes of components that are not finite, which `fall` shows, or of an overflow.
+    """
     sizes = context.sizes
     queries = open_queries(context.query, context.unit, block, context.options, sizes, context.visibility, MASKED, C)
     score, _ = scores(queries, context.keys, MASKED, C)
     highest = tl.max(score, 1)
     pointers = floor_pointers(context.floors, context.unit, queries.row, sizes, C)
     floor, slope = tl.split(tl.load(pointers[:, None] + tl.arange(0, 2)[None, :]))
-    lowest = tl.where(floor < float("inf"), floor - slope * context.largest, float("inf"))
+    fall = slope * context.largest
+    lowest = tl.where(floor == float("inf"), float("inf"), floor - fall)
     # A product of finite numbers may be +inf, and so may its maximum: such a score reaches all the same.
     is_below = (highest <= lowest) & (highest < float("inf")) & (lowest > float("-inf"))
-    reaching = tl.where(is_below, 0, 1)
+    reaching = tl.where(is_below & (fall < LARGEST_FALL), 0, 1)
     if MASKED:
         reaching = tl.where(queries.row < sizes.query_length, reaching, 0)
     return reaching

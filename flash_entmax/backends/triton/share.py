@@ -27,7 +27,8 @@ def share_kernel(lists, shares, group, tiles, tile_capacity, row_capacity, slots
     """The plan of one key head, which is a unit here.
 
     A tile of more than `most` blocks is split into the fewest equal parts of at most so many. `most` is twice the mean
-    of the tiles, or what each of `wanted` programs has if they share all blocks, whichever is less.
+    of the tiles, or what each of `wanted` programs has if they share all blocks, whichever is less; but not below
+    FEWEST.
 
     Where the parts need more slots than there are, `most` grows by half until they do not: a tile of b > m blocks has
     fewer than 2 b / m parts of m blocks, so all have slots once m is twice the sum of blocks over the slots.
@@ -151,7 +152,7 @@ def add_parts_kernel(
 def sum_of_parts(parts, index, count, units, SIZE: tl.constexpr, C: tl.constexpr):
     """(ADDED_ROWS, SIZE): the sum over `count` parts, of which each is `units` places behind the one before.
 
-    Some are loaded without waiting for one another.
+    PARTS are loaded without waiting for one another: as many as registers hold.
     """
     PARTS: tl.constexpr = 4 if SIZE <= 128 else 1
     place = tl.arange(0, ADDED_ROWS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]

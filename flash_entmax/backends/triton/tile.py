@@ -21,7 +21,7 @@ LONGEST_ROW = 2**24  # elements from row to row, so that offsets inside a tile f
 UNSPECIALIZED = (
     "heads", "group", "query_length", "key_length", "first_unit", "units", "first_tile", "capacity", "tiles",
     "first_key", "tile_capacity", "row_capacity", "slots", "is_marked", "first_row", "rows", "line", "splits",
-    "table_stride", "left", "tokens",
+    "table_stride", "left", "tokens", "wanted",
 )  # fmt: skip
 
 

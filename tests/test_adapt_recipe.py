@@ -16,8 +16,9 @@ pytest.importorskip("transformers", minversion="5.17")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash_entmax.adapt import evaluate
+from flash_entmax.core.threshold import power_of_alpha
 from flash_entmax.integrations.transformers import register
-from flash_entmax.programs.cli import main
+from flash_entmax.programs.cli import main, parser
 from flash_entmax.programs.recipes import documents
 from flash_entmax.programs.recipes.adapt import models, plan, text, training
 from flash_entmax.programs.recipes.adapt.settings import SIZES, size_for
@@ -238,6 +239,17 @@ def test_a_folder_is_taken_with_softmax_and_safetensors(tmp_path, capsys):
 def test_what_cannot_run_says_why(tmp_path, capsys, options, message):
     assert run(tmp_path, *options) == 1
     assert message in capsys.readouterr().err
+
+
+def test_alphas_may_be_fractions(capsys):
+    """The kernels of 4/3 take products, those of 1.333 do not."""
+    given = parser().parse_args(["recipe", "adapt", "--alphas", "4/3", "1.2", "2"])
+    assert given.alphas == [4 / 3, 1.2, 2.0]
+    assert [power_of_alpha(alpha) for alpha in given.alphas] == [3, 5, 1]
+    for wrong in ("1/0", "4:3", ""):
+        with pytest.raises(SystemExit):
+            parser().parse_args(["recipe", "adapt", "--alphas", wrong])
+        assert f"--alphas: must be a number such as 1.2 or 4/3, got {wrong!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mixture", "copy", "adapt"])

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from .errors import CommandError, make_folder
@@ -142,14 +143,22 @@ def add_recipe_options(recipe_parser: argparse.ArgumentParser) -> None:
     adapt("--batch", type=int, metavar="N", help="windows of a step, half prose, half code")
     adapt("--length", type=int, metavar="N", help="tokens of a window")
     adapt("--characters", type=int, metavar="N", help="of prose, and of code, that are read at most")
-    about = "where alpha ends, one arm each; several make a table and a picture of what each costs and saves"
-    adapt("--alphas", nargs="+", type=float, metavar="A", help=about)
+    about = "where alpha ends, such as 1.2 or 4/3, one arm each; several make a table of what each costs and saves"
+    adapt("--alphas", nargs="+", type=fraction, metavar="A", help=about)
     adapt("--hold", type=float, metavar="SHARE", help="share of the steps in which alpha stays at 1.01")
     adapt("--ramp", type=float, metavar="SHARE", help="share of the steps in which alpha rises; then it is at rest")
     about = "share of the loss that is the divergence from the model's own softmax, 0 to 1"
     adapt("--distillation", type=float, metavar="SHARE", help=about)
     adapt("--rank", type=int, metavar="R", help="train adapters of this rank in place of the weights (needs peft)")
     add_ruler_options(recipe_parser)
+
+
+def fraction(text: str) -> float:
+    """The number of "1.2" or "4/3"."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"must be a number such as 1.2 or 4/3, got {text!r}") from error
 
 
 def add_ruler_options(recipe_parser: argparse.ArgumentParser) -> None:

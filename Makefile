@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tested with torch 2.11, 2.13 and 2.14; another one is taken by: make demo TORCH=torch==2.11.0
+# Tested with torch 2.11, 2.13, 2.14 and 2.15; another one is taken by: make demo TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
 DEMO ?=
 BENCH ?=

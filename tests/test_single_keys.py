@@ -276,11 +276,13 @@ def test_bad_numbers_reach_the_same_keys_where_words_are_computed_again(set_limi
     numbers = {"length": 97, "dim": 16, "is_causal": True}
     cases = {
         "scale": {"heads": 2, "key_heads": 2, "scale": torch.tensor([torch.nan, 0.2])},
-        "slope": {"heads": 2, "key_heads": 2, "options": {"alibi_slopes": torch.tensor([torch.nan, 0.01])}},
+        "slope": {
+            "length": 96, "heads": 2, "key_heads": 2, "options": {"alibi_slopes": torch.tensor([torch.nan, 0.01])},
+        },
         "query beside slopes": {"options": {"alibi_slopes": torch.tensor([0.02])}},
         "query beside hidden keys": {"options": {"key_mask": (torch.arange(97) != 40)[None]}},
         "overflow": {},
-    }
+    }  # fmt: skip
     case = lone_case(BACKEND, **numbers | cases[name])
     case.options.update({option: tensor.to(DEVICE) for option, tensor in case.options.items()})
     if name.startswith("query"):

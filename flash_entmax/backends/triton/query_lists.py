@@ -172,11 +172,12 @@ def floor_pointers(floors, unit, row, sizes, C: tl.constexpr):
 def store_floors(floors, queries, threshold, C: tl.constexpr):
     """The floor of each query is its `lowest_reaching_score` for keys of 0. The second number is what this falls by for
     keys whose largest |component| is 1."""
-    z_scale = queries.options.z_scale
-    lowest = lowest_reaching_score(threshold.maximum, threshold.offset, rounding_of_options(queries, C), z_scale)
+    z_scale, error = queries.options.z_scale, rounding_of_options(queries, C)
+    lowest = lowest_reaching_score(threshold.maximum, threshold.offset, error, z_scale)
     pointers = floor_pointers(floors, queries.unit, queries.row, queries.sizes, C)
     tl.store(pointers, lowest)
-    tl.store(pointers + 1, 2.0 * rounding_of_product(queries, C) / z_scale)
+    # A row whose scores are all NaN may have a maximum of +inf, and so may its floor: NaN shows in the second number.
+    tl.store(pointers + 1, (2.0 * rounding_of_product(queries, C) + 0.0 * error) / z_scale)
 
 
 class FloorContext(NamedTuple):

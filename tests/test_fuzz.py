@@ -23,7 +23,7 @@ from flash_entmax import KeySummaries
 from flash_entmax.testing import KEY_PATTERNS, key_sparse_inputs, poisoned
 
 numbers = st.sampled_from
-alphas = (st.just(1.5), st.just(2.0), st.one_of(st.just(1.25), st.floats(1.05, 2.0)))
+alphas = (st.just(1.5), st.just(2.0), st.one_of(st.sampled_from([1.25, 1.2, 1.1]), st.floats(1.05, 2.0)))
 slope_values = numbers([0.0, 0.01, 0.3, 2.0, 50.0, -0.05, -1.0, float("inf")])
 dims = (1, 3, 8, 16, 17, 32, 64, 80, 128, 256, 512)
 FAMILIES = 6  # of calls, a test each
@@ -208,7 +208,8 @@ def key_sparse_calls(draw, backend, shard: int, longest: int) -> tuple[Case, dic
     if draw(st.booleans()):
         limits |= {"MAXIMA": draw(numbers([64, 500])), "LISTED": draw(numbers([2, 10])), "REACHING": 500}
     if draw(st.booleans()):
-        limits |= {"FEWEST_SHARED": 0, "MOST_SLOTS": draw(numbers([1, 4, 64]))}
+        limits |= {"FEWEST_SHARED": 0, "MOST_SLOTS": draw(numbers([1, 4, 64, 256]))}
+        limits["WANTED_PROGRAMS"] = draw(numbers([1, 30, 600]))
     if backend.is_interpreted:
         limits["blocks_of_part"] = draw(numbers([1, 2]))
     return case, limits

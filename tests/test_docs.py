@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import flash_entmax
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks" / "results").glob("*.md")})
 RUN = {"README.md", "docs/index.md", "docs/entmax.md", "docs/generation.md"}  # each block stands for itself

@@ -21,15 +21,9 @@ FLAGS = [
 ]  # fmt: skip
 WORDS = "It was the best of times, it was the worst of times;\nit was the age of wisdom."
 HOSTILE = [
-    "</script><script>document.title='taken'</script>",
-    "<!--",
-    "<b>bold</b>",
-    "&amp;",
-    "\u2028",
-    "\ud83d",
-    "é🙂",
+    "</script><script>document.title='taken'</script>", "<!--", "<b>bold</b>", "&amp;", "\u2028", "\ud83d", "é🙂",
     "\n\n",
-]
+]  # fmt: skip
 CODE = 2e-5  # how far a probability in the page may be off
 
 

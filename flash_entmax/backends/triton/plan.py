@@ -27,7 +27,7 @@ QUERY_LISTS = 13 * 2**20  # listed queries and tiles of queries, and words, like
 LISTED = 2**24  # listed tiles of keys of 4 bytes in the scratch of one chunk: 64 MiB
 REACHING = 9 * 2**22  # listed queries and tiles, words and sums of parts of the backward, likewise: 144 MiB
 WANTED_PROGRAMS = 600  # of dK and dV: where a GPU runs 400 at a time, so many end at about the same time
-SLOTS = 768  # the key heads share so many, see share.py, within the next three limits
+SLOTS_OF_ALL = 768  # slots that the key heads share, see share.py, within the next three limits
 FEWEST_SLOTS, MOST_SLOTS = 64, 256  # of a key head; no more than share.SLOTS
 SLOTS_OF_TILE = 4  # of a key head, at most, for each of its tiles of keys
 DECODED = 224 * 2**20  # bytes of the scratch of one chunk of decode.py
@@ -174,7 +174,7 @@ class Plan:
         """Programs of each key head for parts of tiles of keys, see share.py."""
         if self.group * self.query_tiles < FEWEST_SHARED:
             return 0
-        share = max(FEWEST_SLOTS, ceil_div(SLOTS, self.units // self.group))
+        share = max(FEWEST_SLOTS, ceil_div(SLOTS_OF_ALL, self.units // self.group))
         return min(MOST_SLOTS, share, SLOTS_OF_TILE * self.key_tiles)
 
     @cached_property

@@ -1,5 +1,6 @@
 """Recipes at toy size: what they write, how they go on after an interruption, and what their measures mean."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flash_entmax.programs.cli import main
-from flash_entmax.programs.recipes import max_retrieval, mixture, report, sweep, training
+from flash_entmax.programs.recipes import max_retrieval, mixture, report, sequences, sweep, training
 from flash_entmax.programs.recipes.language_model import RECIPE as LANGUAGE_MODEL
 from flash_entmax.programs.recipes.recipe import BranchedRecipe, Measure, Recipe, ScoredRecipe, WatchedRecipe
 from flash_entmax.programs.recipes.runs import new_model
@@ -271,7 +272,8 @@ def test_a_graph_trains_as_single_operations_do(tmp_path, monkeypatch, name, arm
     with monkeypatch.context() as patch:
         if compiled:
             torch._dynamo.reset()
-            patch.setitem(RECIPES[name].sizes, "toy", replace(RECIPES[name].sizes["toy"], compiled=True))
+            sizes = RECIPES[name].sizes
+            patch.setitem(sizes, "toy", replace(sizes["toy"], compiled=sizes["full"].compiled))
         sweep.train(graphed, silent)
     monkeypatch.setattr(training, "Graphed", training.Eager)
     sweep.train(eager, silent)
@@ -281,6 +283,32 @@ def test_a_graph_trains_as_single_operations_do(tmp_path, monkeypatch, name, arm
         torch.stack([(truth[key] - other[key]).square().sum() for key in truth]).sum().sqrt() for other in (ours, start)
     )
     assert apart <= 0.1 * moved
+
+
+@pytest.mark.parametrize("arm", sequences.ARMS)
+def test_blocks_are_traced_once_for_all_lengths(arm):
+    """As `compiled="dynamic"` promises: one graph of a training's pass, one of a test's, and the same gradients."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    recipe, size = RECIPES["copy"], RECIPES["copy"].sizes["toy"]
+    model = recipe.build(arm, size)
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True, dynamic=True, backend=keep)
+    for length in (12, 9, 16):
+        data = recipe.problems(length, 3, length, "cpu")
+        for each in (model, compiled):
+            each.zero_grad()
+            recipe.loss(each, data).backward()
+        ours, truth = ([weight.grad for weight in each.parameters()] for each in (compiled, model))
+        torch.testing.assert_close(ours, truth)
+        with torch.no_grad():
+            torch.testing.assert_close(recipe.loss(compiled, data[1:]), recipe.loss(model, data[1:]))
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ class LanguageModel:
                 12, 4, 128, **toy, multiples=(1, 2), **one_rate(3e-3), seeds=1, workers=1, watched=2
             ),
             "small": LanguageModelSize(600, 4, 256, **small, multiples=(1, 2, 4, 8), **one_rate(3e-3), seeds=1),
-            "full": LanguageModelSize(12_000, 4, 2048, **full, multiples=(1, 2, 4, 8), extensions=1, compiled=True),
+            "full": LanguageModelSize(12_000, 4, 2048, **full, multiples=(1, 2, 4, 8), extensions=1, compiled="static"),
         }
 
     def build(self, arm: str, size: LanguageModelSize) -> Transformer:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -51,7 +51,8 @@ class Size:
         sweep_seeds: trainings of an arm at every rate, with the seeds 0, 1, ...
         seeds: trainings of an arm at its best rate.
         workers: how many models one device trains at a time.
-        compiled: whether ``model.compile`` is called before a training.
+        compiled: the shapes for which ``model.compile`` is called before a training: "static", a compilation for each,
+            or "dynamic", one for all; None for no compilation.
         adamw: the optimizer of all trainings.
         checkpoints: at how many steps of a training, evenly spaced, a :class:`ScoredRecipe` scores the model. The best
             one is kept beside the last.
@@ -66,7 +67,7 @@ class Size:
     sweep_seeds: int = 1
     extensions: int = 0
     workers: int = 6
-    compiled: bool = False
+    compiled: Literal["static", "dynamic"] | None = None
     adamw: AdamW = ADAMW
     checkpoints: int = 0
     watched: int = 0

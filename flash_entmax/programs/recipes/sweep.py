@@ -141,7 +141,7 @@ def train(run: Run, show: training.Show) -> dict:
         model = new_model(recipe, run)
         if size.compiled:
             torch._dynamo.config.recompile_limit = MOST_GRAPHS
-            model.compile(fullgraph=True, dynamic=False)
+            model.compile(fullgraph=True, dynamic=size.compiled == "dynamic")
         arguments = batch_of, recipe.loss, run.steps, run.learning_rate, run.path, show_and_look, size.adamw
         training.fit(model, *arguments, **branches(recipe, run))
     trained = trained_model(recipe, run)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .backends import Impl, choose
 from .core.alphas import within_range
 from .core.call import ALPHAS
-from .core.checks import DTYPES, check_flag, is_number, refuse_nested, typed
+from .core.checks import DTYPES, check_flag, is_number, require_dense, typed
 from .core.modes import as_given
 from .core.tensors import is_jagged, row_dtype
 from .operators import rows as row_ops
@@ -193,7 +193,7 @@ def check_scores(x: Tensor, dim: int, name: str = "x") -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    refuse_nested(name, x)
+    require_dense(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, got a scalar")
     check_dim(dim, x.dim(), f" for shape {tuple(x.shape)}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from .backends import Impl, choose
 from .core.alphas import within_range
 from .core.call import KeySummary, ScoreOptions, Support
-from .core.checks import check_keys, refuse_nested
+from .core.checks import check_keys, require_dense
 from .core.intervals import UNLIMITED
 from .core.keywords import refuse_keywords
 from .core.modes import as_autocast
@@ -248,7 +248,7 @@ def entmax_attention_varlen(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        refuse_nested(name, tensor)
+        require_dense(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have shape (tokens, heads, dim), got {tuple(tensor.shape)}")
     if not isinstance(cu_seq_q, Tensor):

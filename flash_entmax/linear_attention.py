@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .backends.reference import entmax_rows, scores_by_definition
 from .core.call import Problem, ScoreOptions
-from .core.checks import checked_inputs, is_number, refuse_nested, typed
+from .core.checks import checked_inputs, is_number, require_dense, typed
 from .core.intervals import UNLIMITED
 from .core.modes import as_given
 from .core.tensors import row_dtype
@@ -151,7 +151,7 @@ def checked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The refusals of attention; jagged tensors have their lengths by query_positions and masks of their own."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        refuse_nested(name, tensor)
+        require_dense(name, tensor)
     return checked_inputs(query, key, value, score, visibility)
 
 

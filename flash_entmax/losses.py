@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .activations import DTYPES, check_alpha_number, check_scores, choose_for
 from .backends import Impl
-from .core.checks import refuse_nested
+from .core.checks import require_dense
 from .core.modes import as_autocast
 from .operators import rows as row_ops
 from .operators.linear_loss import linear_loss
@@ -205,7 +205,7 @@ def check_target(input: Tensor, target: Tensor, class_dim: int) -> None:
         raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
-    refuse_nested("target", target)
+    require_dense("target", target)
     if target.device != input.device:
         raise ValueError(f"target must be on the device of the input, {input.device}, got {target.device}")
     if target.is_floating_point():
@@ -229,7 +229,7 @@ def check_linear(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | 
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        refuse_nested(name, tensor)
+        require_dense(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
     if target.dtype != torch.int64:

@@ -39,6 +39,8 @@ SHAPES = [
     ({"value": tensor(2, 4, 8, 600)}, "value.*512.*600"),
     ({"value": tensor(2, 4, 8, 0)}, "value.*512.*got 0"),
     ({"value": tensor(device="meta")}, "device.*query cpu.*value meta"),
+    ({"query": tensor().to_sparse()}, "query must be a dense tensor.*torch.sparse_coo"),
+    ({"value": tensor().to_mkldnn()}, "value must be a dense tensor.*torch._mkldnn"),
 ]
 TYPES = [
     ({"query": [[1.0]]}, "query.*list"),

@@ -70,6 +70,7 @@ X, BOUNDARIES = torch.randn(9, 16), torch.tensor([0, 9])
         (lambda nested, _: entmax(nested, dim=1), "dim of a nested tensor must be after the ragged one, .* got 1"),
         (lambda nested, _: entmax(nested, dim=3), "dim must be from -3 to 2, got 3"),
         (lambda _, strided: entmax(strided), "x must be a tensor that is not nested"),
+        (lambda _, strided: entmax(X.to_sparse()), "x must be a dense tensor, got one of layout torch.sparse_coo"),
         (lambda nested, _: entmax_loss(nested, torch.zeros(9).long()), "input must be a tensor that is not nested"),
         (lambda nested, _: entmax_loss(X, nested), "target must be a tensor that is not nested"),
         (lambda nested, _: linear_entmax_loss(nested, X, torch.zeros(9).long()), "hidden must be .* pass its values"),

@@ -32,9 +32,12 @@ def checked_inputs(
     return query, key, value
 
 
-def refuse_nested(name: str, tensor: object) -> None:
+def require_dense(name: str, tensor: object) -> None:
+    """Neither nested nor sparse."""
     if is_nested(tensor):
         raise ValueError(f"{name} must be a tensor that is not nested, got a nested one: pass its values()")
+    if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got one of layout {tensor.layout}: pass its to_dense()")
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -43,6 +46,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        require_dense(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (batch, heads, length, dim), got {tuple(tensor.shape)}")
     check_devices_and_dtypes(tensors)
@@ -126,7 +130,7 @@ def check_keys(key: Tensor, value_size: object) -> None:
     """Keys by themselves, and the head size of values, or None."""
     if not isinstance(key, Tensor):
         raise TypeError(f"key must be a torch.Tensor, got {type(key).__name__}")
-    refuse_nested("key", key)
+    require_dense("key", key)
     if key.dim() != 4 or not 1 <= key.shape[3] <= MAX_HEAD_SIZE:
         wanted = f"(batch, key heads, key length, head size), with a head size from 1 to {MAX_HEAD_SIZE}"
         raise ValueError(f"key must have shape {wanted}, got {tuple(key.shape)}")

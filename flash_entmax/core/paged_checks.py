@@ -10,7 +10,7 @@ from .checks import (
     check_longest,
     check_score_options,
     check_window,
-    refuse_nested,
+    require_dense,
 )
 from .modes import is_recorded
 
@@ -38,7 +38,7 @@ def check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, is_packe
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        refuse_nested(name, tensor)
+        require_dense(name, tensor)
         if tensor.dim() != (3 if name == "query" and is_packed else 4):
             raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
     check_devices_and_dtypes(tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .call import MAX_HEAD_SIZE, MOST_DECODED, KeySummary
-from .checks import DTYPES, check_index, is_int, refuse_nested, typed
+from .checks import DTYPES, check_index, is_int, require_dense, typed
 from .tensors import ceil_div
 
 SUMMARY_DTYPES = DTYPES[:3]
@@ -90,7 +90,7 @@ def check_appended(sizes: SummarySizes, key: object, key_lengths: object) -> Non
     """Keys to append to KeySummaries."""
     if not isinstance(key, Tensor):
         raise TypeError(f"key must be a torch.Tensor, got {type(key).__name__}")
-    refuse_nested("key", key)
+    require_dense("key", key)
     if key.dim() != 4 or (*key.shape[:2], key.shape[3]) != (sizes.batch, sizes.key_heads, sizes.head_size):
         wanted = f"({sizes.batch}, {sizes.key_heads}, new keys, {sizes.head_size})"
         raise ValueError(f"key must have shape {wanted}, as these summaries are for, got {tuple(key.shape)}")

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..backends import Impl, choose
 from ..core.alphas import ADVICE, check_alphas, within_range
 from ..core.call import ScoreOptions
-from ..core.checks import check_boundaries, check_flag, check_index, checked_inputs, refuse_nested, said, typed
+from ..core.checks import check_boundaries, check_flag, check_index, checked_inputs, require_dense, said, typed
 from ..core.intervals import UNLIMITED, check_lengths
 from ..core.visibility import Visibility
 from ..operators.kept_calls import attend
@@ -146,7 +146,7 @@ class Call:
         check_method(self.method)
         check_layout(self.layout)
         for name, tensor in zip(("query", "key", "value"), self.inputs, strict=True):
-            refuse_nested(name, tensor)
+            require_dense(name, tensor)
         of_parts = replace(self.visibility, cu_seq_q=None, cu_seq_k=None)  # boundaries are those of the whole sequence
         query, key, value = checked_inputs(*self.inputs, self.score, of_parts)
         if query.shape[2] != key.shape[2]:

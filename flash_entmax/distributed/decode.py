@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..backends import BACKENDS, Impl, choose
 from ..core.alphas import check_alphas
 from ..core.call import Problem, ScoreOptions
-from ..core.checks import check_flag, checked_inputs, refuse_nested, typed
+from ..core.checks import check_flag, checked_inputs, require_dense, typed
 from ..core.intervals import FURTHEST, UNLIMITED, check_lengths
 from ..core.modes import as_given, is_recorded
 from ..core.tensors import row_dtype
@@ -83,7 +83,7 @@ def decode_sharded(
         score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
         visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
-            refuse_nested(name, tensor)
+            require_dense(name, tensor)
         inputs = checked_inputs(query, key, value, score, visibility)
         if isinstance(alpha, Tensor):
             check_alphas(alpha)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Impl
-from ..core.checks import check_flag, check_index, check_softcap, check_window, is_number, refuse_nested, said
+from ..core.checks import check_flag, check_index, check_softcap, check_window, is_number, require_dense, said
 from ..core.intervals import UNLIMITED
 from ..core.tensors import is_jagged, longest_sequence, row_dtype
 from ..functional import entmax_attention, entmax_attention_varlen
@@ -278,7 +278,7 @@ class EntmaxAttention(WithAlpha):
         width = self.query.in_features
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-        refuse_nested("x", x)
+        require_dense("x", x)
         if self.context_parallel is not None:
             if max_seq is not None:
                 raise ValueError(f"context_parallel takes cu_seq of whole sequences without max_seq, got {max_seq}")

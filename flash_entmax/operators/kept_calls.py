@@ -69,7 +69,7 @@ def likeness(
         return None
     limits = (limit for limit in (lengths, known, v.cu_seq_q, v.cu_seq_k) if limit is not None)
     for tensor in (*tensors, *limits, *(option for option in score_options if isinstance(option, Tensor))):
-        if type(tensor) not in PLAIN or tensor.is_nested or tensor.is_meta:
+        if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
             return None
     query, key, value = tensors
     device, dtype = query.device, query.dtype

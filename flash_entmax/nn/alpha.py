@@ -1,6 +1,7 @@
 """Alpha of a module: a fixed number, or a learned parameter."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from ..core.checks import check_number_alpha, is_number, typed
 class AlphaParameter(nn.Module):
     """Alpha as a number, or learned: 1.01 + 0.99 sigmoid(logit), which no optimizer step takes out of range.
 
-    The logit is float32, or float64 in a float64 module. Casting it to bfloat16, as ``model.to(torch.bfloat16)`` does,
-    moves alpha by at most 0.0005.
+    The logit is float32, or float64 in a float64 module. It stays so where ``model.to(torch.bfloat16)`` or ``half()``
+    casts the weights around it: in 16 bits, the small steps of an optimizer would be rounded away.
 
     Args:
         alpha: the number; where alpha is learned, its start.
@@ -50,6 +51,9 @@ class AlphaParameter(nn.Module):
             share = (self.number - lowest) / (highest - lowest)
             nn.init.constant_(self.logit, math.log(share / (1.0 - share)))
 
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "AlphaParameter":
+        return super()._apply(lambda tensor: not_narrowed(tensor, function(tensor)), recurse)
+
     def forward(self) -> float | Tensor:
         if self.logit is None:
             return self.number
@@ -59,6 +63,11 @@ class AlphaParameter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.number}" if self.logit is None else f"learned, shape={tuple(self.logit.shape)}"
+
+
+def not_narrowed(tensor: Tensor, changed: Tensor) -> Tensor:
+    """What a tensor was changed to, but for its dtype if that has become one of 16 bits."""
+    return changed if changed.dtype in (torch.float32, torch.float64) else tensor.to(changed.device)
 
 
 def check_number(alpha: object, takes_any: bool) -> None:

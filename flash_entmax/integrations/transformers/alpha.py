@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...core.alphas import within_range
 from ...core.call import ALPHAS
 from ...core.checks import check_number_alpha, said
+from ...nn.alpha import not_narrowed
 from .config import HELD_BY, is_held
 
 
@@ -54,7 +55,7 @@ class AlphaWeight(nn.Module):
 
     def _apply(self, function, recurse=True):
         held = self.value
-        super()._apply(lambda tensor: _unnarrowed(tensor, function(tensor)), recurse)
+        super()._apply(lambda tensor: not_narrowed(tensor, function(tensor)), recurse)
         moved = self.value
         if moved is not held and not isinstance(moved, nn.Parameter) and not (moved.is_meta or held.is_meta):
             held.data = moved  # the same tensor object: its holder changes it in place
@@ -63,10 +64,6 @@ class AlphaWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.value.shape)}, {'learned' if isinstance(self.value, nn.Parameter) else 'not learned'}"
-
-
-def _unnarrowed(tensor: Tensor, changed: Tensor) -> Tensor:
-    return changed if changed.dtype in (torch.float32, torch.float64) else tensor.to(changed.device)
 
 
 class Owner:

@@ -10,7 +10,7 @@ from .core.alphas import within_range
 from .core.call import ALPHAS
 from .core.checks import DTYPES, check_flag, is_number, require_dense, typed
 from .core.modes import as_given
-from .core.tensors import is_jagged, row_dtype
+from .core.tensors import is_jagged, jagged_like, row_dtype
 from .operators import rows as row_ops
 
 if TYPE_CHECKING:
@@ -120,10 +120,8 @@ def entmax_of_jagged(
     if dim % x.dim() < 2:
         raise ValueError(f"dim of a nested tensor must be after the ragged one, from 2 to {x.dim() - 1}, got {dim}")
     p = entmax(x.values(), alpha, dim % x.dim() - 1, alpha_range=alpha_range, impl=impl)
-    nested = torch.nested.nested_tensor_from_jagged(p, x.offsets())
-    if not return_support_size:
-        return nested
-    return nested, torch.nested.nested_tensor_from_jagged(support_size(p, dim % x.dim() - 1), x.offsets())
+    nested = jagged_like(x, p)
+    return (nested, jagged_like(x, support_size(p, dim % x.dim() - 1))) if return_support_size else nested
 
 
 @overload

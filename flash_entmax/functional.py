@@ -12,7 +12,7 @@ from .core.checks import check_keys, require_dense
 from .core.intervals import UNLIMITED
 from .core.keywords import refuse_keywords
 from .core.modes import as_autocast
-from .core.tensors import is_jagged, is_nested, longest_sequence
+from .core.tensors import is_jagged, is_nested, jagged_like, longest_sequence
 from .core.visibility import Visibility
 from .key_summaries import KeySummaries
 from .operators.attention import summarise
@@ -115,9 +115,11 @@ def entmax_attention(
         window_size: (left, right): a query sees the keys from position - left to position + right; -1 is no limit.
             Tiles outside are never visited. With ``is_causal``, right counts as 0.
         softcap: bounds scores to (-softcap, softcap), before any bias; 0 is none. At most 1,000 in 16-bit types.
+            Not with alpha=1.
         alibi_slopes: (heads,) or (batch, heads), any floating dtype, with gradient: what each step of distance takes
             from the score (Press et al. 2022, arXiv 2108.12409). An infinite slope leaves only the own position; a
-            finite one times any distance must fit float32.
+            finite one times any distance must fit float32, and takes its digits from the scores: a row whose nearest
+            visible key is far away has an error of about 2^-24 * slope * that distance.
         query_positions: the position of the first query, or that of each one, (query length,) or (batch, query length)
             int32 or int64, in any order: for shards and chunks of the queries.
         key_lengths: (batch,) int32 or int64: of each batch row, only so many keys exist (padding on the right). Where
@@ -135,15 +137,17 @@ def entmax_attention(
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), ``"torch"`` (the same stages in PyTorch, any
             device, any dtype), ``"reference"`` (dense, autograd) or ``"auto"``: Triton on CUDA where it can run, else
             torch. An explicit choice never falls back.
-        return_support: also return a :class:`Support`: the threshold and support size of each row, the live tiles.
+        return_support: also return a :class:`Support`: the threshold and support size of each row, the live tiles. Not
+            with alpha=1.
 
     Returns:
         The output, (batch, heads, query length, value size) in the dtype of the inputs (of autocast, where that is on,
         as for ``scaled_dot_product_attention``), stored in the order of the query's dimensions, as gradients are; with
-        ``return_support`` a pair of it and the ``Support``, which carries no gradient. A query that sees no key gets
-        output 0 and gradient 0. A NaN or inf among a row's scores, scores that are all -inf, or a NaN or inf in a value
-        that it attends to, make it NaN. Padding must be finite: a hidden NaN makes gradients NaN. A NaN in a tensor
-        alpha, scale or slope makes its head NaN.
+        ``return_support`` a pair of it and the ``Support``, which carries no gradient. Of nested inputs the output is
+        nested, and the ``Support`` is of all tokens, without a batch. A query that sees no key gets output 0 and
+        gradient 0. A NaN or inf among a row's scores, scores that are all -inf, or a NaN or inf in a value that it
+        attends to, make it NaN. Padding must be finite: a hidden NaN makes gradients NaN. A NaN in a tensor alpha,
+        scale or slope makes its head NaN.
 
     Raises:
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
@@ -262,8 +266,12 @@ def entmax_attention_varlen(
     if isinstance(result, Tensor):
         return result.squeeze(0).transpose(0, 1)
     output, support = result
-    one_row = Support._make(field.squeeze(0) if isinstance(field, Tensor) else field for field in support)
-    return output.squeeze(0).transpose(0, 1), one_row
+    return output.squeeze(0).transpose(0, 1), without_batch(support)
+
+
+def without_batch(support: Support) -> Support:
+    """Of packed sequences, which are one batch row."""
+    return Support._make(field.squeeze(0) if isinstance(field, Tensor) else field for field in support)
 
 
 def jagged_attention(
@@ -273,20 +281,25 @@ def jagged_attention(
     """Nested tensors (batch, heads, ragged length, dim), through their values (heads, tokens, dim) and offsets."""
     queries, keys, values = checked_jagged("query", query), checked_jagged("key", key), checked_jagged("value", value)
     check_same_offsets(keys, values)
-    offsets = queries.offsets()
     is_shared = key.shape[2] == query.shape[2]  # one ragged dimension
-    boundaries = offsets, offsets if is_shared else keys.offsets()
+    boundaries = queries.offsets(), (queries if is_shared else keys).offsets()
+    sequences = [offsets.shape[0] - 1 for offsets in boundaries]
+    if sequences[0] != sequences[1]:
+        raise ValueError("query and key must have the same number of sequences, got {} and {}".format(*sequences))
     longest = longest_sequence(queries), longest_sequence(keys)
     visibility = Visibility(is_causal, window_size, None, None, None, None, *boundaries, *longest)
     query, key, value = (tensor.values().unsqueeze(0) for tensor in (queries, keys, values))
     result = attend(query, key, value, score, visibility, impl, return_support)
-    output, support = (result, None) if isinstance(result, Tensor) else result
-    output = torch.nested.nested_tensor_from_jagged(output.squeeze(0), offsets, jagged_dim=2)
-    return output if support is None else (output, support)
+    if isinstance(result, Tensor):
+        return jagged_like(queries, result.squeeze(0))
+    output, support = result
+    return jagged_like(queries, output.squeeze(0)), without_batch(support)
 
 
 def checked_jagged(name: str, tensor: Tensor) -> "NestedTensor":
     """A jagged nested tensor (batch, heads, ragged length, dim)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not is_jagged(tensor, ragged=2) or tensor.dim() != 4:
         got = "another nested tensor" if tensor.is_nested else f"a tensor of shape {tuple(tensor.shape)}"
         raise ValueError(

@@ -60,21 +60,11 @@ class KeySummaries:
         sizes = SummarySizes(batch, key_heads, capacity, head_size, dtype, torch.device(device))
         check_summary_sizes(sizes)
         check_flag("skips_blocks", skips_blocks)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.sizes = sizes._replace(device=self.lengths.device)  # with the number of the device
+        with torch.inference_mode(False):  # wherever they are made, they can be written under torch.no_grad() too
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.sizes = sizes._replace(device=self.lengths.device)  # with the number of the device
+            self.rounded_keys = empty_summaries(self.sizes, skips_blocks)
         self.backend = choose(dtype, self.lengths.device, impl)
-        blocks = ceil_div(capacity, SUMMARY_BLOCK)
-        bounds: tuple[Tensor, ...] = ()
-        if skips_blocks:
-            centre = torch.zeros(batch, key_heads, blocks, aligned_size(head_size), dtype=dtype, device=device)
-            numbers = batch, key_heads, blocks
-            bounds = centre, *(torch.full(numbers, torch.inf, dtype=torch.float32, device=device) for _ in range(2))
-        self.rounded_keys = RoundedKeys(
-            torch.zeros(batch, key_heads, capacity, aligned_size(head_size), dtype=torch.int8, device=device),
-            torch.full((batch, key_heads, capacity), torch.nan, dtype=torch.float32, device=device),
-            torch.zeros(batch, key_heads, blocks, dtype=torch.float32, device=device),
-            *bounds,
-        )
 
     @classmethod
     def of(
@@ -155,3 +145,19 @@ class KeySummaries:
     def tensors(self) -> list[Tensor]:
         """All buffers; the batch is the first dimension of each."""
         return [tensor for tensor in (self.lengths, *self.rounded_keys) if tensor is not None]
+
+
+def empty_summaries(sizes: SummarySizes, skips_blocks: bool) -> RoundedKeys:
+    """Room for keys in 8 bits, and for the bounds on their blocks if these are to be skipped."""
+    batch, heads, capacity, head_size, dtype, device = sizes
+    numbers, width = (batch, heads, ceil_div(capacity, SUMMARY_BLOCK)), aligned_size(head_size)
+    bounds: tuple[Tensor, ...] = ()
+    if skips_blocks:
+        centre = torch.zeros(*numbers, width, dtype=dtype, device=device)
+        bounds = centre, *(torch.full(numbers, torch.inf, dtype=torch.float32, device=device) for _ in range(2))
+    return RoundedKeys(
+        torch.zeros(batch, heads, capacity, width, dtype=torch.int8, device=device),
+        torch.full((batch, heads, capacity), torch.nan, dtype=torch.float32, device=device),
+        torch.zeros(numbers, dtype=torch.float32, device=device),
+        *bounds,
+    )

@@ -91,6 +91,22 @@ def test_alpha_close_to_1_in_float32(backend):
             entmax_attention(*tensors, alpha=alpha, impl=backend.impl)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "slope"), [(1.0001, 1e8), (1.0001, 1e10), (1.001, 1e8), (1.005, 1e8), (1.0001, None)]
+)
+def test_large_scores_with_an_alpha_close_to_1(backend, alpha, slope):
+    """What rounding may add to the offset, to the power of 1 / (alpha - 1), is beyond float32."""
+    inputs = drawn(backend, 20, 20, 16)
+    if slope is None:
+        inputs[0] *= 1e7
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    slopes = None if slope is None else torch.full((1,), slope, device=backend.device)
+    output = entmax_attention(*inputs, alpha=alpha, is_causal=True, alibi_slopes=slopes, impl=backend.impl)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), inputs))
+    if slope is not None:  # no other key is left
+        torch.testing.assert_close(output, inputs[2], rtol=1e-4, atol=1e-4)
+
+
 def test_entmax_of_alpha_close_to_1(backend):
     """In plain PyTorch, whatever would run by default; the kernels refuse it."""
     x = drawn(backend, 20, 300, 16)[0]

@@ -83,6 +83,10 @@ VALUES = [
     ({"scale": tensor(4, device="meta")}, "scale must be on the device of the query, cpu, got meta"),
     ({"window_size": (-2, 0)}, r"window_size.*-1 for no limit.*\(-2, 0\)"),
     ({"window_size": (0, -5)}, r"window_size.*\(0, -5\)"),
+    (
+        {"softcap": 1e-30, "scale": 1e9},
+        "softcap / scale must be at least 1e-30, got softcap 1e-30 and",
+    ),
     *(({"softcap": cap}, f"softcap.*{re.escape(str(cap))}") for cap in (-1.0, float("inf"), float("nan"))),
     ({"alibi_slopes": tensor(2)}, r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(2,\)"),
     ({"alibi_slopes": tensor(4, 2)}, r"alibi_slopes must have shape .*got \(4, 2\)"),

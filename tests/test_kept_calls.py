@@ -248,6 +248,19 @@ def test_the_oldest_call_goes(monkeypatch):
     assert len(dispatch.kept) == 3
 
 
+def test_a_call_that_is_used_stays(monkeypatch):
+    monkeypatch.setattr(dispatch, "MOST_KEPT", 3)
+    dispatch.kept.clear()
+    used = iid_inputs(1, 1, 20, 16)
+    entmax_attention(*used)
+    (first,) = dispatch.kept.values()
+    for length in range(1, 9):
+        entmax_attention(*iid_inputs(1, 1, length, 16))
+        entmax_attention(*used)
+    assert len(dispatch.kept) == 3
+    assert any(call is first for call in dispatch.kept.values())
+
+
 def test_threads_keep_calls_at_the_same_time(monkeypatch):
     """Every step of a decoder has a length of its own: threads drop old calls while others keep new ones."""
     monkeypatch.setattr(dispatch, "MOST_KEPT", 3)

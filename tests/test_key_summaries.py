@@ -18,10 +18,21 @@ from decoded_by_summaries import (
     support_in_a_wide_block,
 )
 
-from flash_entmax import KeySummaries
+from flash_entmax import KeySummaries, entmax_attention
 from flash_entmax.testing import poisoned
 
 # Results are those of the specification
+
+
+def test_summaries_made_under_inference_mode_grow_under_no_grad(backend):
+    query, key, value = (torch.randn(1, 1, length, 16, device=backend.device) for length in (1, 70, 70))
+    with torch.inference_mode():
+        summaries = KeySummaries(1, 1, 70, 16, dtype=key.dtype, device=key.device, skips_blocks=True, impl=backend.impl)
+        summaries.append(key[:, :, :64])
+    summaries.append(key[:, :, 64:])
+    with torch.no_grad():
+        output = entmax_attention(query, key, value, key_summary=summaries, impl=backend.impl)
+        torch.testing.assert_close(output, entmax_attention(query, key, value, impl=backend.impl))
 
 
 @pytest.mark.parametrize("queries", [1, 3, 16])

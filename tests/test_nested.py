@@ -61,6 +61,42 @@ def test_a_layer_packs_the_parts(backend, position):
     assert nested.grad.shape == nested.shape
 
 
+def test_a_layer_is_called_once():
+    """By its hooks, which get the nested tensors. What is known of the lengths stays known."""
+    layer, calls = EntmaxAttention(16, 2), []
+    layer.register_forward_hook(lambda module, inputs, output: calls.append((*inputs, output)))
+    x = torch.nested.nested_tensor([torch.randn(length, 16) for length in LENGTHS], layout=torch.jagged)
+    assert x._get_max_seqlen() == 5
+    output = layer(x)
+    assert [[tensor.is_nested for tensor in call] for call in calls] == [[True, True]]
+    assert (output._maybe_min_seqlen, output._maybe_max_seqlen) == (x._maybe_min_seqlen, 5)
+    assert entmax(x)._maybe_max_seqlen == 5
+
+
+def heads_of(lengths, heads=2):
+    tensors = [torch.randn(length, heads, 8) for length in lengths]
+    return torch.nested.nested_tensor(tensors, layout=torch.jagged).transpose(1, 2)
+
+
+def test_attention_of_nested_tensors_with_its_support():
+    query, key = heads_of(LENGTHS), heads_of((4, 5, 2))
+    output, support = entmax_attention(query, key, key, return_support=True)
+    assert output.shape == query.shape
+    assert support.size.shape == (2, sum(LENGTHS))
+    boundaries = [tensor.offsets() for tensor in (query, key)]
+    packed = (tensor.values().transpose(0, 1) for tensor in (query, key, key))
+    _, expected = entmax_attention_varlen(*packed, *boundaries, 5, 5, return_support=True)
+    assert torch.equal(support.size, expected.size)
+
+
+def test_what_does_not_fit_beside_a_nested_query():
+    query = heads_of(LENGTHS)
+    with pytest.raises(TypeError, match=r"key must be a torch\.Tensor, got NoneType"):
+        entmax_attention(query, None, None)
+    with pytest.raises(ValueError, match="query and key must have the same number of sequences, got 3 and 2"):
+        entmax_attention(query, heads_of((3, 5)), heads_of((3, 5)))
+
+
 X, BOUNDARIES = torch.randn(9, 16), torch.tensor([0, 9])
 
 

@@ -50,6 +50,15 @@ def test_every_token_by_itself_in_double_precision():
         torch.testing.assert_close(output, layer(x).detach(), rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_cache_made_under_inference_mode_serves_under_no_grad():
+    layer, x = EntmaxAttention(WIDTH, HEADS), torch.randn(1, 6, WIDTH)
+    with torch.inference_mode():
+        cache = layer.new_cache(1, 6)
+        first = layer(x[:, :4], cache=cache)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat((first, layer(x[:, 4:], cache=cache)), 1), layer(x))
+
+
 def test_a_cache_that_is_reset_is_as_new(backend):
     layer, x = layer_of(backend), inputs(backend, 2, 9, WIDTH)
     cache = layer.new_cache(2, 9)
@@ -119,6 +128,8 @@ def test_refusals_leave_the_cache_as_it_was():
             layer(x[:, :1], cache=cache, alpha=3.0)
         with pytest.raises(TypeError, match="cache must be a KeyValueCache, which new_cache makes, got dict"):
             layer(x, cache={})
+        with pytest.raises(TypeError, match=r"key must be a torch\.Tensor, got NoneType"):
+            cache.append(None, None)
     with pytest.raises(ValueError, match=r"a cache holds no gradients: call the layer under torch\.no_grad\(\)"):
         layer(x[:, :1], cache=cache)
     assert cache.length == 3

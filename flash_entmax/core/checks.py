@@ -13,7 +13,7 @@ from .tensors import ceil_div, is_nested
 from .visibility import Visibility
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
-SMALLEST_SOFTCAP = 1e-30  # kernels divide by it in float32
+SMALLEST_SOFTCAP = 1e-30  # kernels divide by it, and by softcap / scale, in float32
 
 
 def checked_inputs(
@@ -116,6 +116,9 @@ def check_score_options(query: Tensor, score: ScoreOptions) -> None:
     limit = 1e3 if query.dtype.itemsize == 2 else 1e6
     if softcap > limit:
         raise ValueError(f"softcap must be at most {limit:g} for {query.dtype}, got {softcap}")
+    if softcap and not isinstance(scale, Tensor) and scale is not None and softcap / scale < SMALLEST_SOFTCAP:
+        found = f"softcap {softcap} and scale {scale}"
+        raise ValueError(f"softcap / scale must be at least {SMALLEST_SOFTCAP:g}, got {found}")
     if slopes is not None:
         _check_parameter("alibi_slopes", slopes, query, ((heads,), (batch, heads)))
     if not isinstance(alpha, Tensor) and isinstance(scale, Tensor) and 1.0 < alpha < ALPHAS[0]:

@@ -62,6 +62,13 @@ def longest_sequence(jagged: "NestedTensor") -> int:
     return getattr(jagged, "_maybe_max_seqlen", None) or jagged.values().shape[jagged._ragged_idx - 1]
 
 
+def jagged_like(jagged: "NestedTensor", values: Tensor) -> Tensor:
+    """A nested tensor of the same sequences, which knows the same of their lengths."""
+    lengths = {name: getattr(jagged, f"_maybe_{name}", None) for name in ("min_seqlen", "max_seqlen")}
+    place = jagged._ragged_idx
+    return torch.nested.nested_tensor_from_jagged(values, jagged.offsets(), jagged_dim=place, **lengths)
+
+
 def clamped(number: Tensor, limits: tuple[float, float]) -> Tensor:
     """With gradient 0 outside of the limits and not on them, where `clamp` of torch 2.14 has 0 as well."""
     lowest, highest = limits

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..backends import Impl
 from ..core.checks import check_flag, check_index, check_softcap, check_window, is_number, require_dense, said
 from ..core.intervals import UNLIMITED
-from ..core.tensors import is_jagged, longest_sequence, row_dtype
+from ..core.tensors import is_jagged, jagged_like, longest_sequence, row_dtype
 from ..functional import entmax_attention, entmax_attention_varlen
 from .alpha import AlphaParameter, WithAlpha
 from .cache import KeyValueCache
@@ -171,8 +171,9 @@ class EntmaxAttention(WithAlpha):
                 raise ValueError("key_lengths, key_mask, cu_seq and max_seq are for tensors that are not nested")
             if self.context_parallel is not None:
                 raise ValueError("context_parallel takes no nested tensors: pass (tokens, width) and cu_seq instead")
-            packed = self(x.values(), alpha=alpha, cu_seq=x.offsets(), max_seq=longest_sequence(x), impl=impl)
-            return torch.nested.nested_tensor_from_jagged(packed, x.offsets())
+            # Not as self(...): hooks of the module are for calls from outside.
+            packed = self.forward(x.values(), alpha=alpha, cu_seq=x.offsets(), max_seq=longest_sequence(x), impl=impl)
+            return jagged_like(x, packed)
         self._check_inputs(x, key_lengths, key_mask, cu_seq, max_seq)
         query, key, value = self._project(x, in_sequences(self._positions(x, cache), cu_seq))
         options: dict[str, Any] = {

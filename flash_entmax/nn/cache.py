@@ -15,9 +15,9 @@ class KeyValueCache:
     def __init__(
         self, batch: int, key_heads: int, capacity: int, head_dim: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.keys, self.values = (
-            torch.zeros(batch, key_heads, capacity, head_dim, device=device, dtype=dtype) for _ in range(2)
-        )
+        shape = batch, key_heads, capacity, head_dim
+        with torch.inference_mode(False):  # wherever it is made, it can be written under torch.no_grad() too
+            self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
 
     @property
@@ -44,7 +44,7 @@ class KeyValueCache:
         """As `append`, but the next write goes to the same place: ``length`` stays as it is.
 
         Raises:
-            TypeError: another dtype.
+            TypeError: no tensors, or another dtype.
             ValueError: another shape or device, or more tokens than there is room for. Nothing is written.
         """
         for name, tensor, held in (("key", key, self.keys), ("value", value, self.values)):
@@ -64,6 +64,8 @@ class KeyValueCache:
 
 def check_fits(name: str, tensor: Tensor, held: Tensor) -> None:
     """A tensor like those that the cache holds, of any length."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     (batch, heads, _, size), shape = held.shape, tuple(tensor.shape)
     if len(shape) != 4 or (*shape[:2], shape[3]) != (batch, heads, size):
         raise ValueError(f"{name} must fit the cache, of shape ({batch}, {heads}, tokens, {size}), got {shape}")

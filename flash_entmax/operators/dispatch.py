@@ -38,10 +38,11 @@ class KeptCall:
     """What a call was lowered to, but for its own options. For the first call like it, its backend prepares more:
 
     `compute` is for calls that nothing differentiates, and `record` for those that autograd does, but for their
-    options. Both return None where the operator has to compute a call.
+    options. Both return None where the operator has to compute a call. `was_used`: a call like it has come since it was
+    kept, or spared.
     """
 
-    __slots__ = "compute", "has_intervals", "has_score_tensors", "lowered", "record"
+    __slots__ = "compute", "has_intervals", "has_score_tensors", "lowered", "record", "was_used"
 
     def __init__(self, lowered: Lowered) -> None:
         tensors = lowered.tensors
@@ -50,6 +51,7 @@ class KeptCall:
         self.lowered = lowered.with_own(OwnOptions())
         self.compute: Compute | None = self.prepare
         self.record: Compute | None = self.prepare_step
+        self.was_used = False
 
     def prepare(self, query: Tensor, key: Tensor, value: Tensor, own: OwnOptions) -> None:
         """From now on, what `compute` is comes from the backend, see backends.Backend."""
@@ -70,13 +72,19 @@ kept: OrderedDict[tuple, KeptCall] = OrderedDict()
 
 
 def keep(like: tuple, lowered: Lowered) -> None:
-    """Keep what a call was lowered to; the oldest goes. Tensors may be of a mode, or of a graph, that ends."""
+    """Keep what a call was lowered to. The oldest one that was not used goes, and used ones before it are spared once.
+
+    Tensors may be of a mode, or of a graph, that ends.
+    """
     call = KeptCall(lowered)
     if any(tensor is not None for tensor in call.lowered.tensors):
         return
     while len(kept) >= MOST_KEPT:
         with suppress(KeyError):  # other threads have taken all
-            kept.popitem(last=False)
+            oldest, old_call = kept.popitem(last=False)
+            if old_call.was_used:
+                old_call.was_used = False
+                kept[oldest] = old_call
     kept[like] = call
 
 
@@ -107,6 +115,7 @@ def attend_again(
     query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, call: KeptCall
 ) -> Tensor | tuple[Tensor, Support]:
     """A call like one that is kept."""
+    call.was_used = True
     inputs, own, is_learned = (query, key, value), NOTHING, False
     given = (*visibility.limits, *score) if call.has_score_tensors else visibility.limits
     is_direct = is_eager((*inputs, *(option for option in given if isinstance(option, Tensor))))

@@ -28,8 +28,8 @@ def certify_kernel(
     """Of each row an `offset` at or above the true one, the `margin` that makes its stored maxima comparable with an
     offset, and the `lowest` score that no key of its support is below. The list of tiles gets shorter.
 
-    An allowance of 1 or more, or NaN (a number of the head is not finite), certifies nothing: the offset is 1, its
-    largest value, every tile survives, and so does every key.
+    Too large an allowance, or NaN (a number of the head is not finite), certifies nothing: the offset is 1, its largest
+    value, every tile survives, and so does every key.
     """
     TILE: tl.constexpr = C.TILE
     sizes = Sizes(heads, group, query_length, key_length)
@@ -45,9 +45,10 @@ def certify_kernel(
 
     storage_error = ROUNDING * (1.0 + tl.abs(row_gap))
     allowance = row_error + storage_error
-    is_certain = allowance < 1.0
+    # At 1 the maximum's own key has F >= 1 already, so no offset need be above 1 + row_error. The second condition
+    # keeps F's power (1 + row_error)^r below e^64.
+    is_certain = (allowance < 1.0) & (row_error * options.exponent < 64.0)
     certified = certify_offset(column, tiles.count, row_gap, options.exponent, C) + allowance
-    # At 1 the maximum's own key has F >= 1 already. A power of more, with alpha close to 1, would overflow.
     row_offset = tl.where(is_certain, tl.minimum(certified, 1.0 + row_error), 1.0)
     row_margin = row_gap + tl.where(is_certain, allowance, float("nan"))
     depth = row_margin + row_offset

@@ -10,7 +10,7 @@ from .core.alphas import within_range
 from .core.call import KeySummary, ScoreOptions, Support
 from .core.checks import check_keys, require_dense
 from .core.intervals import UNLIMITED
-from .core.keywords import refuse_keywords
+from .core.keywords import check_keywords
 from .core.modes import as_autocast
 from .core.tensors import is_jagged, is_nested, jagged_like, longest_sequence
 from .core.visibility import Visibility
@@ -21,6 +21,14 @@ from .operators.kept_calls import attend
 if TYPE_CHECKING:
     from torch.nested._internal.nested_tensor import NestedTensor
     from torch.nn.attention.flex_attention import BlockMask
+
+# Keywords of attention over packed sequences elsewhere, and their names here.
+OF_VARLEN = {
+    "cu_seqlens": "it is cu_seq_q, and None for cu_seq_k", "cu_seqlens_q": "it is cu_seq_q",
+    "cu_seqlens_k": "it is cu_seq_k", "max_seqlen": "it is max_q and max_k", "max_seqlen_q": "it is max_q",
+    "max_seqlen_k": "it is max_k",
+}  # fmt: skip
+PACKED = dict.fromkeys((*OF_VARLEN, "cu_seq_q", "cu_seq_k", "max_q", "max_k"), "for entmax_attention_varlen")
 
 
 @overload
@@ -156,7 +164,7 @@ def entmax_attention(
             it would wait for the device, is a device-side assertion.
     """
     if unknown:
-        refuse_keywords("entmax_attention", unknown)
+        check_keywords(entmax_attention, unknown, PACKED)
     alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     if is_nested(query) or is_nested(key) or is_nested(value):
@@ -248,7 +256,7 @@ def entmax_attention_varlen(
             the longest lengths. On CUDA, where reading them would wait for the device, that is a device-side assertion.
     """
     if unknown:
-        refuse_keywords("entmax_attention_varlen", unknown)
+        check_keywords(entmax_attention_varlen, unknown, OF_VARLEN)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -7,7 +7,7 @@ from torch import Tensor
 from .backends import Impl
 from .core.call import ScoreOptions
 from .core.intervals import FURTHEST, UNLIMITED
-from .core.keywords import refuse_keywords
+from .core.keywords import check_keywords
 from .core.paged_checks import check_paged_inputs
 from .core.pages import Pages
 from .operators.paged import attend_paged
@@ -80,7 +80,7 @@ def entmax_attention_paged(
             boundaries do not fit gets NaN, and the numbers of its pages are trusted.
     """
     if unknown:
-        refuse_keywords("entmax_attention_paged", unknown, OTHERWISE_HERE)
+        check_keywords(entmax_attention_paged, unknown, OTHERWISE_HERE)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)
     check_paged_inputs(
         query, key_cache, value_cache, block_table, key_lengths, cu_seq_q, max_q, score, window_size

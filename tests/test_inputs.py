@@ -183,15 +183,29 @@ def test_options_that_do_not_fit_nested_tensors(options, match):
 
 def test_unknown_options_are_refused():
     """By the name that they have, and those of other libraries with what says the same here."""
-    with pytest.raises(TypeError, match=r"entmax_attention\(\) got an unexpected keyword argument 'is_casual'$"):
+    with pytest.raises(TypeError, match=r"entmax_attention\(\) got an unexpected keyword argument 'other'$"):
+        call(other=True)
+    with pytest.raises(TypeError, match=r"argument 'is_casual' \(did you mean is_causal\?\)$"):
         call(is_casual=True)
     with pytest.raises(TypeError, match=r"arguments 'attn_mask' \(padding is key_mask .*, 'dropout_p' \(there is no"):
-        call(attn_mask=None, dropout_p=0.0)
+        call(attn_mask=tensor(8, 8) > 0, dropout_p=0.1)
+    with pytest.raises(TypeError, match=r"'cu_seqlens_q' \(for entmax_attention_varlen\)"):
+        call(cu_seqlens_q=whole(2))
     boundaries = torch.tensor([0, 4])
+    packed = *(torch.randn(4, 1, 8) for _ in range(3)), boundaries, None, 4, 4
     with pytest.raises(TypeError, match=r"entmax_attention_varlen\(\) .* 'causal' \(it is is_causal\)$"):
-        entmax_attention_varlen(*(torch.randn(4, 1, 8) for _ in range(3)), boundaries, None, 4, 4, causal=True)
+        entmax_attention_varlen(*packed, causal=True)
+    with pytest.raises(TypeError, match=r"'max_seqlen_q' \(it is max_q\)"):
+        entmax_attention_varlen(*packed, max_seqlen_q=4)
     with pytest.raises(TypeError, match="positional"):
         entmax_attention(tensor(), tensor(), tensor(), 1.5)
+
+
+def test_options_that_ask_for_what_is_so_anyway_are_taken():
+    """As calls of scaled_dot_product_attention have them."""
+    assert torch.equal(call(attn_mask=None, dropout_p=0.0, enable_gqa=True, is_causal=True), call(is_causal=True))
+    with pytest.raises(TypeError, match=r"argument 'enable_gqa' \(the numbers of heads say it, leave it out\)$"):
+        call(attn_mask=None, enable_gqa=False)
 
 
 def test_what_stands_for_a_keyword_of_another_library_is_taken():

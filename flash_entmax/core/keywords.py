@@ -1,28 +1,63 @@
-"""Keywords of other attention calls, and what says the same here."""
+"""Keywords of other attention calls: those that change nothing here, and what says the same as the others."""
 
-from collections.abc import Mapping
-from typing import NoReturn
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 
 LEFT_OUT = "leave it out"
+MASKS = (
+    "padding is key_mask or key_lengths, beside is_causal if that is in it, a window is window_size, any other boolean "
+    "mask is a block_mask by create_block_mask, and ALiBi is alibi_slopes"
+)
+NO_DROPOUT = f"there is no dropout of probabilities, {LEFT_OUT}"
+SOLVED = f"every row is solved until it is right, {LEFT_OUT}"
 SAID_BY: dict[str, str] = {
-    "attn_mask": "padding is key_mask or key_lengths, beside is_causal if that is in it, a window is window_size, any "
-    "other boolean mask is a block_mask by create_block_mask, and ALiBi is alibi_slopes",
-    "dropout_p": f"there is no dropout of probabilities, {LEFT_OUT}",
+    "attn_mask": MASKS,
+    "mask": MASKS,
+    "key_padding_mask": "it is key_mask, which is True where a key may be seen",
+    "dropout_p": NO_DROPOUT,
+    "dropout": NO_DROPOUT,
     "enable_gqa": f"the numbers of heads say it, {LEFT_OUT}",
     "causal": "it is is_causal",
     "softmax_scale": "it is scale",
     "cache_seqlens": "it is key_lengths",
     "score_mod": "of score modifications there are softcap and alibi_slopes",
+    "return_attn_probs": "there is return_support",
+    "deterministic": f"every repeat gives the same bits, {LEFT_OUT}",
     "varlen": "it is key_lengths",
-    "niter": f"every row is solved until it is right, {LEFT_OUT}",
-    "n_iter": f"every row is solved until it is right, {LEFT_OUT}",
+    "niter": SOLVED,
+    "n_iter": SOLVED,
 }
+# Options of scaled_dot_product_attention, with the values that ask for what is so anyway.
+CHANGES_NOTHING: dict[str, object] = {"attn_mask": None, "dropout_p": 0.0, "enable_gqa": True}
 
 
-def refuse_keywords(function: str, given: Mapping[str, object], own: Mapping[str, str] | None = None) -> NoReturn:
-    """A TypeError as Python has it, with what to say instead where another library, or another call, knows the keyword:
-    that is in SAID_BY, or in `own`."""
+def check_keywords(
+    function: Callable[..., object], given: Mapping[str, object], own: Mapping[str, str] | None = None
+) -> None:
+    """Take what changes nothing. Of the rest raise a TypeError as Python has it, with what to say instead.
+
+    Where another library, or another call, knows the keyword, that is in SAID_BY, or in `own`.
+    """
+    refused = [name for name, value in given.items() if not changes_nothing(name, value)]
+    if not refused:
+        return
     said_by = {**SAID_BY, **(own or {})}
-    parts = [f"{name!r} ({said_by[name]})" if name in said_by else repr(name) for name in given]
+    names = list(inspect.signature(function).parameters)
+    parts = [f"{name!r}{advice(name, said_by, names)}" for name in refused]
     words = "an unexpected keyword argument" if len(parts) == 1 else "unexpected keyword arguments"
-    raise TypeError(f"{function}() got {words} {', '.join(parts)}")
+    raise TypeError(f"{function.__name__}() got {words} {', '.join(parts)}")
+
+
+def changes_nothing(name: str, value: object) -> bool:
+    if name not in CHANGES_NOTHING:
+        return False
+    harmless = CHANGES_NOTHING[name]
+    return value is harmless or (isinstance(value, (int, float)) and value == harmless)
+
+
+def advice(name: str, said_by: Mapping[str, str], names: list[str]) -> str:
+    if name in said_by:
+        return f" ({said_by[name]})"
+    alike = get_close_matches(name, names, 1)
+    return f" (did you mean {alike[0]}?)" if alike else ""

@@ -26,22 +26,22 @@ from .eager import unrecorded
 class OptionTensors(NamedTuple):
     """The options of a call that are tensors, or None; see ScoreOptions, VisibilityArgs, KeySummary, RoundedKeys."""
 
-    alpha: Tensor | None
-    scale: Tensor | None
-    alibi_slopes: Tensor | None
-    intervals: Tensor | None
-    tile_kinds: Tensor | None
-    tile_bits: Tensor | None
-    centre: Tensor | None = None
-    radius: Tensor | None = None
-    error: Tensor | None = None
-    largest: Tensor | None = None
+    alpha: Tensor | None = None
+    scale: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    intervals: Tensor | None = None
+    tile_kinds: Tensor | None = None
+    tile_bits: Tensor | None = None
+    summary_centre: Tensor | None = None
+    summary_radius: Tensor | None = None
+    summary_error: Tensor | None = None
+    summary_largest: Tensor | None = None
     rounded: Tensor | None = None
-    unit: Tensor | None = None
-    rounding_error: Tensor | None = None
-    block_centre: Tensor | None = None
-    block_radius: Tensor | None = None
-    block_error: Tensor | None = None
+    rounded_unit: Tensor | None = None
+    rounded_error: Tensor | None = None
+    rounded_centre: Tensor | None = None
+    rounded_radius: Tensor | None = None
+    rounded_centre_error: Tensor | None = None
 
 
 class OptionNumbers(NamedTuple):
@@ -66,6 +66,7 @@ _TENSORS_BATCH = tuple(None if name in ("alpha", "scale", "tile_bits") else 0 fo
 _TANGENTS_BATCH = tuple(None if name in ("alpha", "scale") else 0 for name in Tangents._fields)
 TENSORS, NUMBERS, TANGENTS = (len(names._fields) for names in (OptionTensors, OptionNumbers, Tangents))
 SUMMARY, ROUNDED = len(KeySummary._fields), len(RoundedKeys._fields)
+OPTIONS = TENSORS - SUMMARY - ROUNDED  # tensors that are not of the keys' summaries: they come first
 STATE = len(_STATE_BATCH)
 SAVED = 4 + STATE  # query, key, value, value_mean and the state
 
@@ -88,8 +89,8 @@ def flattened(
 
 def unpack_arguments(query: Tensor, value: Tensor, tensors: tuple, numbers: tuple) -> tuple[Problem, str]:
     """The problem that an operator's arguments pose, and the name of the backend for it."""
-    alphas, scales, slopes, intervals, kinds, bits = tensors[:6]  # in the order of OptionTensors
-    summary = None if tensors[6] is None else KeySummary(*tensors[6:-ROUNDED])
+    alphas, scales, slopes, intervals, kinds, bits = tensors[:OPTIONS]  # in the order of OptionTensors
+    summary = None if tensors[OPTIONS] is None else KeySummary(*tensors[OPTIONS:-ROUNDED])
     rounded_keys = None if tensors[-ROUNDED] is None else RoundedKeys(*tensors[-ROUNDED:])
     alpha, scale, softcap, is_causal, span, backend = numbers  # in the order of OptionNumbers
     if alphas is not None:

@@ -13,7 +13,7 @@ from ..core.call import OwnOptions
 from .attention import SAVED, OptionNumbers, OptionTensors, attention_backward
 from .eager import is_eager, unrecorded
 
-NO_TENSORS = OptionTensors(*[None] * 6)
+NO_TENSORS = OptionTensors()
 
 
 def attend_by(

@@ -20,8 +20,8 @@ from ...core import call
 from ...core.call import Problem, RoundedKeys, ScoreOptions, VisibilityArgs
 from ...core.tensors import ceil_div
 from . import schedule
-from .attention import CallLaunches
 from .bound import NORM_ROUNDING, norm
+from .call_launches import CallLaunches
 from .tile import UNSPECIALIZED, aligned, device_of, head_of
 
 BLOCK = tl.constexpr(call.SUMMARY_BLOCK)

@@ -72,8 +72,9 @@ def rows_of_program(first_unit, rows, splits, C: tl.constexpr):
 
 @triton.jit
 def margin_of(queries, C: tl.constexpr):
-    """A softcap rises by at most what its score does, and its tanh, computed twice, is off by less than 2^-20. ALiBi is
-    the same in both scores. An infinite slope hides its keys, and adds no error."""
+    """A softcap rises by at most what its score does, and its tanh, computed twice, is off by less than 2^-20. ALiBi
+    takes the same from both scores, but for the roundings of both: 2^-20 of its largest penalty. An infinite slope
+    hides its keys, and adds no error."""
     options = queries.options
     q = queries.q.to(tl.float32)
     largest = tl.max(tl.where(q == q, tl.abs(q), float("inf")), 1)
@@ -165,7 +166,7 @@ def seen_by_rows(queries, tile, block, C: tl.constexpr):
 
 
 @triton.jit
-def load_least(least, exists, splits, C: tl.constexpr):
+def load_least(least, exists, splits):
     """(1, rows): the largest of what all splits found. `least` points to the first split of each row."""
     row_least = tl.full(least.shape, float("-inf"), tl.float32)
     for first in range(0, splits, TILES):
@@ -177,7 +178,7 @@ def load_least(least, exists, splits, C: tl.constexpr):
 
 
 @triton.jit
-def list_reached_tiles(listed, places, least, z_scale, begin, end, C: tl.constexpr):
+def list_reached_tiles(listed, places, least, z_scale, begin, end):
     """How many of these tiles some row may reach. Their numbers stand at `listed`. All others get no upper bound to
     look at: -inf."""
     count = 0

@@ -103,7 +103,7 @@ def rounded_scores_kernel(
         highest_scores + own.place * line, highest_of_tiles + line_of_tiles, lowest_of_tiles + line_of_tiles, own.exists
     )
     if least is not None:
-        least = load_least(least + line_of_tiles, own.exists, splits, C)
+        least = load_least(least + line_of_tiles, own.exists, splits)
         listed += own.first_place * (line // C.TILE)
     first_end, last_begin = tl.minimum(tiles.first_whole, tiles.end), tl.maximum(tiles.last_whole, tiles.begin)
     bound_tiles(queries, rounded_queries, keys, places, least, listed, tiles.begin, first_end, True, C)
@@ -120,7 +120,7 @@ def bound_tiles(
         bound_scores(queries, rounded_queries, keys, places, None, begin, end, MASKED, C)
     else:
         listed += begin
-        count = list_reached_tiles(listed, places, least, queries.options.z_scale, begin, end, C)
+        count = list_reached_tiles(listed, places, least, queries.options.z_scale, begin, end)
         bound_scores(queries, rounded_queries, keys, places, listed, 0, count, MASKED, C)
 
 

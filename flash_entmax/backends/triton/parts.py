@@ -14,7 +14,7 @@ from ...core.call import Problem
 from ...core.tensors import aligned_size
 from . import schedule
 from .alpha import probability
-from .attention import CallLaunches
+from .call_launches import CallLaunches
 from .output import output_at as output_of_blocks
 from .program import ChunkSizes, open_program
 from .queries import open_threshold

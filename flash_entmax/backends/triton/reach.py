@@ -128,7 +128,7 @@ def key_words(words, unit, tile, index, first_tile, tiles, sizes, C: tl.constexp
     """Where the words of a tile of keys would start if they started with those of tile 0 of queries.
 
     They are among all that are kept, or are number `index` of one launch: of so many tiles of queries, from
-    `first_tile` on.
+    `first_tile` on. A launch of several units is for all tiles of keys: its words lie as `query_words` has them.
     """
     if are_kept(sizes.key_length, C):
         index = unit * ((sizes.key_length + C.TILE - 1) // C.TILE + SPARE) + tile

@@ -4,7 +4,7 @@
 
 The model is small and was not trained. Queries and keys come from the same embedding, so that words attend to earlier
 occurrences of themselves. The ALiBi slope of a head says how much it prefers near ones. Any model that calls entmax
-attention can take its place. Needs matplotlib: pip install "flash-entmax[plot]".
+attention can take its place. Needs matplotlib: pip install ".[plot]", from a clone.
 """
 
 # %% A model of three layers with four heads, and its text: this file, split into words.

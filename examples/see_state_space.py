@@ -7,7 +7,7 @@
 A text is a source of random tokens, a separator, and the source again. Each token of the answer has one true source. Of
 each layer we see which tokens an output is made of: the share of a token is the length of the vector that it
 contributes. Recall at k says how often the true source is among the k tokens with the largest shares. Needs
-transformers and matplotlib: pip install "flash-entmax[transformers,plot]".
+transformers and matplotlib: pip install ".[transformers,plot]", from a clone.
 """
 
 # %% The task, and two models of two layers that differ in what mixes the tokens.

@@ -2,7 +2,7 @@
 
 Any model that takes an `attn_implementation` works like this one. This takes fifteen seconds on one CPU core.
 
-pip install "flash-entmax[transformers]"
+pip install ".[transformers]", from a clone
 python examples/transformers_model.py
 """
 

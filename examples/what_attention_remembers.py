@@ -4,7 +4,7 @@
 
 A stream of facts says where each of four people is; they move. Four queries ask where they are in the end. A key is a
 name, a value is a place, and an ALiBi slope prefers late facts, so that a fact evicts an earlier one about the same
-person. Needs matplotlib: pip install "flash-entmax[plot]".
+person. Needs matplotlib: pip install ".[plot]", from a clone.
 """
 
 # %% The stream: who is where, one fact after the other.

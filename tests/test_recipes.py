@@ -374,8 +374,10 @@ def test_missing_extras_are_named(monkeypatch, tmp_path, capsys):
     from flash_entmax.programs import errors as command
 
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "safetensors" else find_spec(name))
-    assert main(["recipe", "sort", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "flash-entmax recipe: needs safetensors: pip install 'flash-entmax[recipes]'\n"
+    for name, extra in (("sort", "recipes"), ("adapt", "adapt"), ("ruler", "adapt")):
+        assert main(["recipe", name, "--out", str(tmp_path)]) == 1
+        wanted = f"flash-entmax recipe: needs safetensors: pip install '.[{extra}]', from a clone\n"
+        assert capsys.readouterr().err == wanted
 
 
 def test_names_are_those_of_the_command(capsys):

@@ -250,9 +250,10 @@ def recipe(options: argparse.Namespace) -> int:
     from .recipes.ruler.settings import RULER_OPTIONS, ruler_size_for
     from .recipes.settings import ADAPT, NAMES, RULER, TRAINED, TRAINED_OPTIONS, of_training, settings_for
 
-    settings = settings_for(options.out, options.size, options.device, options.text, options.workers)
     names = dict.fromkeys((*NAMES, *options.names) if "all" in options.names else options.names)
     names.pop("all", None)
+    extra = "adapt" if ADAPT in names or RULER in names else "recipes"
+    settings = settings_for(options.out, options.size, options.device, options.text, options.workers, extra)
     own_options = {ADAPT: OPTIONS, RULER: RULER_OPTIONS} | dict.fromkeys(TRAINED, TRAINED_OPTIONS)
     given = {
         name: {option: value for option in taken if (value := getattr(options, option)) is not None}

@@ -13,7 +13,7 @@ def require(extra: str, *packages: str) -> None:
     """Raise a CommandError that names the extra to install, if one of the packages is missing."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise CommandError(f"needs {' and '.join(missing)}: pip install 'flash-entmax[{extra}]'")
+        raise CommandError(f"needs {' and '.join(missing)}: pip install '.[{extra}]', from a clone")
 
 
 def device_for(choice: str) -> str:

@@ -37,7 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 OLDEST = 5, 17  # older versions describe masks differently, and load what was saved as softmax
-INSTALL = 'this integration needs transformers 5.17 or later, {}: pip install "flash-entmax[transformers]"'
+INSTALL = 'this integration needs transformers 5.17 or later, {}: pip install ".[transformers]", from a clone'
 
 
 def register(*models: nn.Module) -> None:

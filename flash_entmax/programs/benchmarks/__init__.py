@@ -1,6 +1,6 @@
 """What `flash-entmax bench` does: compare time and memory with peers; measure cold start, host time, refinement steps.
 
-Needs matplotlib and rich: pip install "flash-entmax[bench]".
+Needs matplotlib and rich: pip install ".[bench]", from a clone.
 """
 
 import time

@@ -1,6 +1,6 @@
 """The demo: train a byte-level transformer with entmax attention on real text, then show what it attends to.
 
-Needs matplotlib and rich: pip install "flash-entmax[demo]".
+Needs matplotlib and rich: pip install ".[demo]", from a clone.
 """
 
 import time

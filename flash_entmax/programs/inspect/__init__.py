@@ -1,6 +1,6 @@
 """What `flash-entmax inspect` does: run a model on a text, and show what its attention looks at.
 
-Needs matplotlib. A model of Transformers also needs transformers: pip install "flash-entmax[plot,transformers]".
+Needs matplotlib. A model of Transformers also needs transformers: pip install ".[plot,transformers]", from a clone.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Claims about models, each reproduced by one command: flash-entmax recipe NAME.
 
-Needs matplotlib, rich, safetensors and scikit-learn: pip install "flash-entmax[recipes]".
+Needs matplotlib, rich, safetensors and scikit-learn: pip install ".[recipes]", from a clone.
 """
 
 from .adapt.settings import AdaptSize

@@ -36,9 +36,11 @@ class RecipeSettings:
     rates: tuple[float, ...] | None = None
 
 
-def settings_for(out: Path, size: str | None, device: str, text: Path | None, workers: int | None) -> RecipeSettings:
-    """``device`` may be "auto". A size of None becomes the one that fits the device."""
-    require("recipes", "matplotlib", "rich", "safetensors", "sklearn")
+def settings_for(
+    out: Path, size: str | None, device: str, text: Path | None, workers: int | None, extra: str = "recipes"
+) -> RecipeSettings:
+    """``device`` may be "auto". A size of None becomes the one that fits the device. ``extra`` is what a recipe needs."""
+    require(extra, "matplotlib", "rich", "safetensors", "sklearn")
     device = device_for(device)
     if workers is not None and workers < 1:
         raise CommandError(f"--workers must be at least 1, got {workers}")

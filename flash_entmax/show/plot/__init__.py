@@ -1,4 +1,4 @@
-"""Pictures of sparse attention. Needs matplotlib: pip install "flash-entmax[plot]"."""
+"""Pictures of sparse attention. Needs matplotlib: pip install ".[plot]", from a clone."""
 
 from .calls import map_figure, sparsity_figure, support_figure
 from .passage import LINE_LENGTH, attention_figure, save_attention

@@ -18,7 +18,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'flash-entmax[plot]'") from error
+        raise ImportError("pictures need matplotlib: pip install '.[plot]', from a clone") from error
 
 
 def save_figure(figure: "Figure", path: str | Path) -> Path:

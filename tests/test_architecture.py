@@ -197,6 +197,19 @@ def test_import_is_light():
     assert not loaded & {"triton", "matplotlib", "rich", "sklearn"}
 
 
+def test_modules_are_attributes_of_the_package():
+    """Imported when they are asked for."""
+    code = """
+import sys, flash_entmax
+assert "flash_entmax.nn" not in sys.modules
+for name in flash_entmax.MODULES:
+    assert getattr(flash_entmax, name) is sys.modules[f"flash_entmax.{name}"]
+assert set(flash_entmax.MODULES) < set(dir(flash_entmax)) and "sys" not in dir(flash_entmax)
+assert not hasattr(flash_entmax, "attention")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 WITHOUT_METADATA = """
 import importlib.metadata as metadata, pathlib, sys
 

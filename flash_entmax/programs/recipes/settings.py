@@ -39,7 +39,7 @@ class RecipeSettings:
 def settings_for(
     out: Path, size: str | None, device: str, text: Path | None, workers: int | None, extra: str = "recipes"
 ) -> RecipeSettings:
-    """``device`` may be "auto". A size of None becomes the one that fits the device. ``extra`` is what a recipe needs."""
+    """``device`` may be "auto". A size of None becomes the one that fits the device. ``extra`` is what is needed."""
     require(extra, "matplotlib", "rich", "safetensors", "sklearn")
     device = device_for(device)
     if workers is not None and workers < 1:

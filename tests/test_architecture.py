@@ -35,7 +35,7 @@ WINGS = {
     "inspection": {"functional", "operators", "backends", "core"},
     "": {
         "losses", "activations", "normmax", "budget", "functional", "paged", "key_summaries", "linear_attention",
-        "recurrence", "operators", "backends", "core",
+        "recurrence", "operators", "backends", "core", *flash_entmax.MODULES,
     },
     "testing": set(),
     "integrations": {"distributed", "anneal", "nn", "inspection", "functional", "core"},

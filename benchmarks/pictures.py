@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from flash_entmax.show.plot.shared import save_figure
+from flash_entmax.show.plot.shared import INVISIBLE, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,7 +39,7 @@ def speed() -> Path:
 
 
 def head() -> Path:
-    """Queries from top to bottom, keys from left to right; the darker, the more probable, and grey is exactly 0."""
+    """Queries from top to bottom, keys from left to right; the darker, the more probable; white is exactly 0, grey not seen."""
     import matplotlib.pyplot as plt
 
     found = json.loads(HEAD.read_text())
@@ -47,7 +47,7 @@ def head() -> Path:
     rows = [[row.get(str(key), float("nan")) for key in range(len(words))] for row in found["probabilities"]]
     figure, axes = plt.subplots(figsize=(6.4, 6.2), layout="constrained")
     for number in range(len(words)):
-        axes.axhspan(number - 0.5, number + 0.5, xmax=(number + 1) / len(words), color="#f4f4f4", zorder=0)
+        axes.axhspan(number - 0.5, number + 0.5, xmin=(number + 1) / len(words), color=INVISIBLE, linewidth=0, zorder=0)
     axes.imshow(rows, cmap="Reds", vmin=-0.25, vmax=1, zorder=1)
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
     axes.set_yticks(range(len(words)), words, fontsize=8)

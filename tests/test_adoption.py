@@ -6,6 +6,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from flash_entmax import entmax_attention, entmax_attention_varlen
+from flash_entmax.nn import EntmaxAttention
 from flash_entmax.testing import iid_inputs
 
 
@@ -67,3 +68,19 @@ def test_the_mask_of_flex_attention(alpha):
     tokens = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     packed = entmax_attention_varlen(*tokens, boundaries, None, 30, 30, is_causal=True, scale=0.1, alpha=alpha)
     close(packed.transpose(0, 1)[None], ours)
+
+
+def test_multihead_attention():
+    """At alpha 1 the same layer, with the same weights."""
+    theirs = torch.nn.MultiheadAttention(64, 8, batch_first=True)
+    layer = EntmaxAttention(64, 8, bias=True, position="none", is_causal=False, alpha=1.0)
+    with torch.no_grad():
+        torch.nn.init.normal_(theirs.in_proj_bias)
+        projections = layer.query, layer.key, layer.value
+        parts = zip(projections, theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3), strict=True)
+        for projection, weight, bias in parts:
+            projection.weight.copy_(weight)
+            projection.bias.copy_(bias)
+    layer.out.load_state_dict(theirs.out_proj.state_dict())
+    x, hidden = torch.randn(2, 10, 64), torch.arange(10) >= torch.tensor([[10], [7]])
+    close(layer(x, key_mask=~hidden), theirs(x, x, x, key_padding_mask=hidden)[0])

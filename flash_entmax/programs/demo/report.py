@@ -72,7 +72,7 @@ def draw(model: Transformer, settings: DemoSettings, validation: Tensor) -> Path
     """Draw the attention of the telling passage of the validation text."""
     path = settings.out / "attention.png"
     passage = telling_passage(validation, min(PASSAGE_LENGTH, settings.context))
-    title = f"The bytes that each head attends to, in text held out from training (alpha {settings.alpha:g})"
+    title = f"The bytes that each head attends to, in one passage of held-out text (alpha {settings.alpha:g})"
     save_attention(attention_of(model, settings, passage), passage.data, passage.position, title, path)
     return path
 
@@ -101,7 +101,8 @@ def print_report(
     console: Console, losses: Losses, layers: list[Sparsity], tile: int, speed: float, facts: dict
 ) -> None:
     context = facts["context"]
-    table = Table(title="Attention of the trained model on validation text", title_justify="left")
+    title = f"Attention of the trained model: means over {SPARSITY_WINDOWS} windows of validation text"
+    table = Table(title=title, title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column(f"keys per query\n(of {(context + 1) / 2:.0f} visible)", justify="right")
     table.add_column("sparsest to\ndensest head", justify="right")

@@ -39,7 +39,7 @@ def speed() -> Path:
 
 
 def head() -> Path:
-    """Queries from top to bottom, keys from left to right; the darker, the more probable; white is exactly 0, grey not seen."""
+    """Queries from top to bottom, keys from left to right. Darker is more probable, white exactly 0, grey not seen."""
     import matplotlib.pyplot as plt
 
     found = json.loads(HEAD.read_text())

@@ -222,9 +222,11 @@ def evaluate(model: nn.Module, windows: Iterable[Tensor]) -> Evaluation:
             first of each window.
 
     Raises:
-        TypeError: a window is no int64 tensor.
+        TypeError: a window is no int64 tensor, or all of them are one.
         ValueError: no windows, or one that is not (batch, length) with at least two tokens.
     """
+    if isinstance(windows, Tensor):
+        raise TypeError(f"windows must be a list of tensors (batch, length), got a tensor {tuple(windows.shape)}")
     total, count, layers = 0.0, 0, []
     with in_evaluation(model):
         for ids in windows:

@@ -157,6 +157,7 @@ def test_evaluation_is_of_all_windows():
     [
         ([], ValueError, "at least one window, got none"),
         ([torch.zeros(2, 5)], TypeError, "must be an int64 tensor of ids, got Tensor"),
+        (torch.zeros(2, 5).long(), TypeError, r"windows must be a list of tensors .*, got a tensor \(2, 5\)"),
         ([tokens(2, 1)], ValueError, r"with at least 2 tokens, got \(2, 1\)"),
     ],
 )

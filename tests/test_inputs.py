@@ -70,7 +70,7 @@ TYPES = [
     ({"key_lengths": [8, 8]}, "key_lengths.*list"),
     ({"key_lengths": tensor(2)}, "key_lengths must be int32 or int64.*float32"),
     ({"key_mask": [[True]]}, "key_mask.*list"),
-    ({"key_mask": tensor(2, 8)}, "key_mask.*boolean.*float32"),
+    ({"key_mask": tensor(2, 8)}, "key_mask.*boolean.*float32: pass its bool"),
     ({"block_mask": tensor(8, 8)}, "block_mask.*BlockMask.*Tensor"),
 ]
 VALUES = [

@@ -203,7 +203,8 @@ def check_visibility(query: Tensor, key: Tensor, visibility: Visibility) -> None
     if visibility.key_mask is not None:
         _check_tensor("key_mask", visibility.key_mask, query, ((batch, key_length),))
         if visibility.key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask must be boolean, True where a key may be seen, got {visibility.key_mask.dtype}")
+            got = f"got {visibility.key_mask.dtype}: pass its bool()"
+            raise TypeError(f"key_mask must be boolean, True where a key may be seen, {got}")
     if visibility.block_mask is not None:
         if visibility.key_mask is not None:
             raise ValueError("key_mask and block_mask exclude each other: let the block mask's mask_mod hide the keys")

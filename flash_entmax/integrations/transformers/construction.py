@@ -135,8 +135,8 @@ def _refuse_by_class(model: nn.Module) -> None:
     ):
         raise ValueError(
             f"{kind.__name__} cannot run attn_implementation={attention!r}: its class says that it does not support "
-            "attention backends, and its code never asks for one. Use attn_implementation='eager'; for a part of a "
-            "larger model, a dict such as attn_implementation={'text_config': 'entmax15', 'vision_config': 'eager'}"
+            "attention backends, and its code never asks for one. Use attn_implementation='eager', its own softmax; "
+            "for a part of a larger model, a dict such as {'text_config': 'entmax15', 'vision_config': 'eager'}"
         )
 
 
@@ -183,7 +183,7 @@ def check_use(model: nn.Module, inputs: Any, outputs: Any) -> None:
     if not any(_called(module) for module in model.modules()):
         raise RuntimeError(
             f"{type(model).__name__} ran without a call of its attention function: attn_implementation={attention!r} "
-            "has no effect, as it computes its own attention, or none. Use attn_implementation='eager'"
+            "has no effect, as it computes its own attention, or none. Use attn_implementation='eager', its own softmax"
         )
     declare(model.config)
     _unwatch(model)

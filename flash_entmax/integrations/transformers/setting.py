@@ -157,6 +157,8 @@ def _check_layers(alpha: dict, layers: list[nn.Module]) -> None:
             "one number for all layers, or give their part of the model another attention"
         )
     indices = {index for layer in layers if isinstance(index := getattr(layer, "layer_idx", None), int)}
+    if not indices:
+        raise ValueError(f"the layers of this model have no numbers: give one alpha for all, got {sorted(alpha)}")
     if set(alpha) != indices:
         raise ValueError(f"alpha must have the layers {sorted(indices)} of the model, got {sorted(alpha)}")
 

@@ -56,7 +56,7 @@ FAULTS = {
         decode, "head_of_row", "row // sizes.query_length", "row % sizes.group", "long",
     ),
     "the certificate is too small": (
-        decode, "certified_offset", "tl.where(...)", "0.9 * tl.where(...)", "sparse",
+        decode, "certified_offset", "return offset", "return 0.5 * offset", "sparse",
     ),
     "the last live tile is dropped": (
         decode_lists, "list_live_tiles", "return crowded, single", "return tl.maximum(crowded - 1, 0), single", "long",

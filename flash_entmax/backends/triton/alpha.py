@@ -64,6 +64,17 @@ def newton_step(offset, total, weight, exponent):
 
 
 @triton.jit
+def certified_step(offset, total, weight, exponent, spans):
+    """The lesser of an offset and Newton's step from it, rounded up: from F and sum u over some of the scores.
+
+    The rounding of a step is relative to the offset that it starts from. It is 2^-24 for each of the spans of numbers
+    that are added one after the other, and less than 2^-17 for the powers and the sum within a span.
+    """
+    stepped = newton_step(offset, total, weight, exponent) + (spans + 64) * 2.0**-22 * offset
+    return tl.where(stepped < offset, stepped, offset)
+
+
+@triton.jit
 def probability_and_weight(d, exponent, POWER: tl.constexpr, FAST_LOG2: tl.constexpr):
     """(p, u) with p = u d: a general alpha takes one logarithm and one power for both."""
     if POWER:

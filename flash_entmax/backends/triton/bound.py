@@ -142,10 +142,16 @@ def rounding_of_options(queries, C: tl.constexpr):
     if C.SOFTCAP:
         error += options.z_scale * options.softcap * 2.0**-20
     if C.ALIBI:
-        furthest = tl.maximum(tl.abs(queries.position - queries.start), tl.abs(queries.position - queries.stop))
-        finite = tl.where(options.alibi_slopes == float("inf"), 0.0, tl.abs(options.alibi_slopes))
-        error += options.z_scale * finite * furthest.to(tl.float32) * 2.0**-22
+        error += options.z_scale * largest_penalty(queries) * 2.0**-22
     return error
+
+
+@triton.jit
+def largest_penalty(queries):
+    """The most that ALiBi takes from a score of each query. An infinite slope hides its keys, and counts as 0."""
+    slopes = queries.options.alibi_slopes
+    furthest = tl.maximum(tl.abs(queries.position - queries.start), tl.abs(queries.position - queries.stop))
+    return tl.where(slopes == float("inf"), 0.0, tl.abs(slopes)) * furthest.to(tl.float32)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ The maxima also say which queries reach a tile of keys: each of these pairs sets
 import triton
 import triton.language as tl
 
-from .alpha import newton_step, probability, support_weight
+from .alpha import certified_step, probability, support_weight
 from .lists import TileList, append, list_place, load_tile_list, store_counts
 from .queries import open_options
 from .reach import query_words
@@ -78,9 +78,6 @@ def lowest_reaching_score(maximum, offset, score_error, z_scale):
 def certify_offset(column, count, bound_gap, exponent, C: tl.constexpr):
     """An offset at or above the true one: maxima are a subset of the scores, and Newton's steps end above the root."""
     TILE: tl.constexpr = C.TILE
-    # A step's rounding is relative to the offset that it starts from. It is 2^-24 for each span of maxima, which are
-    # added one after the other, and less than 2^-17 for the powers and the sum over a span.
-    rounding = (tl.cdiv(count, PLACES) + 64) * 2.0**-22
     offset = tl.full((TILE,), 1.0, tl.float32)
     for _ in range(STEPS):
         total = tl.zeros((TILE, PLACES), tl.float32)
@@ -89,8 +86,7 @@ def certify_offset(column, count, bound_gap, exponent, C: tl.constexpr):
             d = tl.maximum(load_maxima(column, first, count, C) + (bound_gap + offset)[:, None], 0.0)
             total += probability(d, exponent, C.POWER)
             weight += support_weight(d, exponent, C.POWER)
-        stepped = newton_step(offset, tl.sum(total, 1), tl.sum(weight, 1), exponent) + rounding * offset
-        offset = tl.where(stepped < offset, stepped, offset)
+        offset = certified_step(offset, tl.sum(total, 1), tl.sum(weight, 1), exponent, tl.cdiv(count, PLACES))
     return offset
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .alpha import newton_step, probability_and_weight, support_weight
+from .alpha import certified_step, newton_step, probability_and_weight, support_weight
 from .decode_lists import PLACES, RowScores, TileMaxima, append_keys, distances, list_candidates, load_numbers
 from .decode_values import store_output, sum_of_parts, weighted_values
 from .pages import interval_of_row, keys_of_batch_row, open_batch_row, open_keys_of_row
@@ -265,16 +265,11 @@ def sums_at(row, begin, end, offset, C: tl.constexpr):
 
 @triton.jit
 def certified_offset(row, begin, end, C: tl.constexpr):
-    """An offset at or above the true one: maxima are a subset of the scores, and Newton's steps end above the root.
-
-    The rounding of a step is relative to the offset that it starts from. Its bound is that of certify.py.
-    """
+    """An offset at or above the true one: maxima are a subset of the scores, and Newton's steps end above the root."""
     offset = 1.0
-    rounding = (tl.cdiv(end - begin, PLACES) + 64) * 2.0**-22
     for _ in range(CERTIFY_STEPS):
         total, weight = sums_at(row, begin, end, offset, C)
-        stepped = newton_step(offset, total, weight, row.exponent) + rounding * offset
-        offset = tl.where(stepped < offset, stepped, offset)
+        offset = certified_step(offset, total, weight, row.exponent, tl.cdiv(end - begin, PLACES))
     return offset
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import call
-from .bound import block_alibi_penalty, norm
+from .bound import block_alibi_penalty, largest_penalty, norm
 from .decode import open_queries_of_group, tiles_of_split
 from .lists import append
 from .score import apply_softcap, products_by_key
@@ -73,8 +73,7 @@ def rows_of_program(first_unit, rows, splits, C: tl.constexpr):
 @triton.jit
 def margin_of(queries, C: tl.constexpr):
     """A softcap rises by at most what its score does, and its tanh, computed twice, is off by less than 2^-20. ALiBi
-    takes the same from both scores, but for the roundings of both: 2^-20 of its largest penalty. An infinite slope
-    hides its keys, and adds no error."""
+    takes the same from both scores, but for the roundings of both: 2^-20 of its largest penalty."""
     options = queries.options
     q = queries.q.to(tl.float32)
     largest = tl.max(tl.where(q == q, tl.abs(q), float("inf")), 1)
@@ -84,9 +83,7 @@ def margin_of(queries, C: tl.constexpr):
     if C.SOFTCAP:
         rest += options.softcap * 2.0**-20
     if C.ALIBI:
-        furthest = tl.maximum(tl.abs(queries.position - queries.start), tl.abs(queries.position - queries.stop))
-        finite = tl.where(options.alibi_slopes == float("inf"), 0.0, tl.abs(options.alibi_slopes))
-        rest += finite * furthest[None, :].to(tl.float32) * 2.0**-20
+        rest += largest_penalty(queries)[None, :] * 2.0**-20
     return Margin(length, rest, largest, is_rounded)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...core.tensors import ceil_div
 from ...core.threshold import power_of_alpha
-from .alpha import newton_step, probability, probability_and_weight, support_weight
+from .alpha import certified_step, newton_step, probability, probability_and_weight, support_weight
 
 LONGEST_SEGMENT = 64
 MOST_SEGMENTS = 128  # that a program reads at a time: 8,192 entries, the longest row that is resident
@@ -133,9 +133,6 @@ def certify_row(row, maximum, z_scale, exponent, C: tl.constexpr):
     PLACES: tl.constexpr = C.PLACES
     offset = 1.0
     segments = tl.cdiv(row.n, C.SEGMENT)
-    # A step's rounding is relative to the offset that it starts from. Each group of PLACES maxima adds 2^-24. The
-    # powers, and the sum within a group, add less than 2^-17.
-    rounding = (tl.cdiv(segments, PLACES) + 64) * 2.0**-22
     for _ in range(CERTIFY_STEPS):
         total = tl.zeros((PLACES,), tl.float32)
         weight = tl.zeros((PLACES,), tl.float32)
@@ -143,8 +140,7 @@ def certify_row(row, maximum, z_scale, exponent, C: tl.constexpr):
             d = tl.maximum((maxima_from(row, first, segments, C) - maximum) * z_scale + offset, 0.0)
             total += probability(d, exponent, C.POWER)
             weight += support_weight(d, exponent, C.POWER)
-        stepped = newton_step(offset, tl.sum(total, 0), tl.sum(weight, 0), exponent) + offset * rounding
-        offset = tl.where(stepped < offset, stepped, offset)
+        offset = certified_step(offset, tl.sum(total, 0), tl.sum(weight, 0), exponent, tl.cdiv(segments, PLACES))
     return offset
 
 

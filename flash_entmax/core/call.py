@@ -73,12 +73,12 @@ class ScoreOptions(NamedTuple):
         """Whether alpha is the number 1."""
         return not isinstance(self.alpha, Tensor) and self.alpha == 1.0
 
-    def lowered(self, query: torch.Size, dtype: torch.dtype, device: torch.device) -> "ScoreOptions":
+    def lowered(self, query_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "ScoreOptions":
         """Numbers, or tensors of the dtype of rows, for a query (batch, heads, query length, head size).
 
         Softmax, alpha = 1, keeps its number beside a scale that is a tensor.
         """
-        batch, heads, _, head_size = query
+        batch, heads, _, head_size = query_shape
         alpha, scale, softcap, slopes = self
         scale = head_size**-0.5 if scale is None else scale
         if isinstance(alpha, Tensor) or isinstance(scale, Tensor):
@@ -236,16 +236,16 @@ class Problem:
     @classmethod
     def of(
         cls,
-        query: torch.Size,
-        value: torch.Size,
+        query_shape: torch.Size,
+        value_shape: torch.Size,
         score: ScoreOptions,
         visibility: VisibilityArgs,
         summary: KeySummary | None = None,
         rounded_keys: RoundedKeys | None = None,
     ) -> "Problem":
         """For a query and a value of these shapes."""
-        batch, heads, query_length, head_size = query
-        _, key_heads, key_length, value_size = value
+        batch, heads, query_length, head_size = query_shape
+        _, key_heads, key_length, value_size = value_shape
         sizes = batch, heads, key_heads, query_length, key_length, head_size, value_size
         return cls(*sizes, score, visibility, summary, rounded_keys)
 

@@ -135,7 +135,7 @@ def numbers_of(opened: OpenedKernels, chunk: Chunk) -> tuple[tuple, int, int]:
 def launch_parts(opened: OpenedKernels, chunk: Chunk, device, *arguments) -> None:
     *arguments, paging = arguments
     numbers, programs, _ = numbers_of(opened, chunk)
-    splits = splits_of(programs, ceil_div(chunk.capacity, PART.value), schedule.ADDING_PROGRAMS, device)
+    splits = splits_of(programs, ceil_div(chunk.capacity, PART.value), schedule.DECODE_PARTS_PROGRAMS, device)
     opened.launch(
         decode_parts_kernel, programs * splits, schedule.decode_row_settings, *arguments, *numbers, *paging, splits
     )

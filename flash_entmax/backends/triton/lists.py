@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import WORD, open_rows, open_tile
+from .tile import WORD, launch_index, open_rows, open_tile
 from .visibility import HIDDEN, are_whole, kinds_of, seen_tiles
 
 SPAN = tl.constexpr(128)
@@ -39,7 +39,7 @@ class BlockList(NamedTuple):
 @triton.jit
 def list_place(lists, unit, tile, units, first_unit, first_tile, capacity):
     """(index, places): the index of a tile's list among those of its chunk, and the list's first place."""
-    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile
+    index = launch_index(unit, tile, units, first_unit, first_tile)
     return index, lists + tl.cast(index, tl.int64) * capacity
 
 

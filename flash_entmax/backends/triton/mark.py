@@ -11,7 +11,7 @@ from .keys import open_keys
 from .queries import open_options, open_queries
 from .query_lists import listed_queries, pair_flags
 from .score import transposed_scores
-from .tile import UNSPECIALIZED, Sizes, key_head, open_rows, open_tile, query_head, row_pointers
+from .tile import UNSPECIALIZED, Sizes, key_head, launch_index, open_rows, open_tile, query_head, row_pointers
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -22,7 +22,7 @@ def mark_kernel(
     """The flags of one tile of keys, for one query head and the pairs of tiles that are listed by single queries."""
     sizes = Sizes(heads, group, query_length, key_length)
     unit, tile = first_unit + tl.program_id(0) % units, tl.program_id(0) // units
-    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile
+    index = launch_index(unit, tile, units, first_unit, 0)
     blocks = listed_queries(lists, index, tile_capacity, row_capacity)
     if blocks.row_blocks > 0:  # many programs have nothing to do
         options = open_options(score_options, unit, sizes, C)

@@ -22,7 +22,7 @@ from .lists import BlockList, TileList, append, append_tiles, close_list
 from .queries import KernelScoreOptions, open_options, open_queries
 from .reach import are_kept, key_words, open_record
 from .score import scores
-from .tile import UNSPECIALIZED, WORD, Matrix, Sizes, key_head, open_tile, query_head
+from .tile import UNSPECIALIZED, WORD, Matrix, Sizes, key_head, launch_index, open_tile, query_head
 from .visibility import KernelVisibility, are_whole
 
 SPAN = tl.constexpr(128)
@@ -87,7 +87,7 @@ def list_queries_kernel(
     sizes = Sizes(heads, group, query_length, key_length)
     unit = first_unit + tl.program_id(0) % units
     tile = first_key + tl.program_id(0) // units
-    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_key
+    index = launch_index(unit, tile, units, first_unit, first_key)
     own = open_query_list(lists, index, tile_capacity, row_capacity)
     words = key_words(words, unit, tile, index, first_tile, tiles, sizes, C)
     begin = tl.maximum(first_tile, first_reaching_tile(tile, sizes, C))
@@ -206,7 +206,7 @@ def reaching_kernel(
     sizes = Sizes(heads, group, query_length, key_length)
     unit = first_unit + tl.program_id(0) % units
     tile = first_key + tl.program_id(0) // units
-    index = (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_key
+    index = launch_index(unit, tile, units, first_unit, first_key)
     row = words + tl.cast(index, tl.int64) * ((query_length + C.TILE - 1) // C.TILE) * C.WORDS
     places = open_query_list(lists, index, tile_capacity, row_capacity).candidates
     listed = tiles_that_reach(places, tile_capacity, row, reached_keys, unit, tile, sizes, visibility, C)

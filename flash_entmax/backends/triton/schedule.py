@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .config import WIDEST_PIPELINED, Config
 
-ADDING_PROGRAMS = 2  # of decode.py on a multiprocessor
+DECODE_PARTS_PROGRAMS = 2  # of decode.py on a multiprocessor, which add up parts of long supports
 LISTED_SCORING_PROGRAMS = 4  # of decode_summaries.py where blocks of keys are left out
 
 

@@ -101,6 +101,12 @@ def heaviest_first(units, first_unit, first_tile):
 
 
 @triton.jit
+def launch_index(unit, tile, units, first_unit, first_tile):
+    """The number of a tile of a unit among all of this launch: the tiles of a unit stand together."""
+    return (unit - first_unit) * (tl.num_programs(0) // units) + tile - first_tile
+
+
+@triton.jit
 def query_head(m, unit, sizes):
     """The matrix of one query head. Its data pointer is at the head's first row."""
     return head_of(m, unit // sizes.heads, unit % sizes.heads)

@@ -136,8 +136,7 @@ def add_to_query(sums, context, block, MASKED: tl.constexpr, C: tl.constexpr):
     dp = tl.dot(do, tl.trans(v), input_precision=C.PRECISION) - context.delta[:, None]
     p, u = probability_and_weight(x, queries.options.exponent, C.POWER, C.FAST_LOG2)
     ds = u * dp
-    k = load_block(context.key, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
-    dq = tl.dot((ds * softcap_slope).to(k.dtype), k, sums.dq, input_precision=C.PRECISION)
+    dq = tl.dot((ds * softcap_slope).to(keys.k.dtype), keys.k, sums.dq, input_precision=C.PRECISION)
     weight, sum_ds, share, share_dp, alibi_slope = sums.weight, sums.ds, sums.share, sums.share_dp, sums.alibi_slope
     if C.NEEDS_PARAMETERS:
         e = p * share_logarithm(x, threshold.offset, C.FAST_LOG2)

@@ -123,12 +123,11 @@ def changes(context, block, MASKED: tl.constexpr, C: tl.constexpr):
     keys = open_keys(context.key, block, queries.sizes, MASKED, C)
     x, softcap_slope = relative_distance(queries, threshold, keys, MASKED, C)
     p, u = probability_and_weight(x, queries.options.exponent, C.POWER, C.FAST_LOG2)
-    k = load_block(context.key, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
     dk = load_block(context.key_tangent, block, queries.sizes.key_length, MASKED, C.HEAD, C.HEAD_PADDED)
-    ds = tl.dot(context.dq, tl.trans(k), input_precision=C.PRECISION)
+    ds = tl.dot(context.dq, tl.trans(keys.k), input_precision=C.PRECISION)
     ds = tl.dot(queries.q, tl.trans(dk), ds, input_precision=C.PRECISION) * queries.options.scale
     if C.NEEDS_PARAMETERS:
-        ds += context.scale * tl.dot(queries.q, tl.trans(k), input_precision=C.PRECISION)
+        ds += context.scale * tl.dot(queries.q, tl.trans(keys.k), input_precision=C.PRECISION)
     ds *= softcap_slope
     if C.NEEDS_PARAMETERS:
         distance = tl.abs(queries.position[:, None] - (keys.first + keys.column)[None, :])

@@ -83,7 +83,7 @@ def margin_of(queries, C: tl.constexpr):
     if C.SOFTCAP:
         rest += options.softcap * 2.0**-20
     if C.ALIBI:
-        rest += largest_penalty(queries)[None, :] * 2.0**-20
+        rest += largest_penalty(queries) * 2.0**-20
     return Margin(length, rest, largest, is_rounded)
 
 

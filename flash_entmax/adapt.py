@@ -237,6 +237,9 @@ def evaluate(model: nn.Module, windows: Iterable[Tensor]) -> Evaluation:
             total += sum(_losses(logits, ids))
             count += ids[:, 1:].numel()
             layers.append([_figures(call) for call in calls])
+            names = [[layer for layer, _ in each] for each in (layers[0], layers[-1])]
+            if names[0] != names[1]:
+                raise ValueError(f"every window must be attended to by the same layers, got {names[0]} and {names[1]}")
     if not count:
         raise ValueError("evaluate needs at least one window, got none")
     by_layer = zip(*layers, strict=True)

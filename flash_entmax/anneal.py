@@ -1,5 +1,6 @@
 """From softmax to entmax during training: alpha as a tensor that moves."""
 
+import copy
 import math
 
 import torch
@@ -77,7 +78,11 @@ class AlphaAnnealing:
             raise ValueError(f"shape must be one of {', '.join(map(repr, CURVES))}, got {shape!r}")
         self.steps, self.start, self.end, self.shape, self.hold = steps, float(start), float(end), shape, hold
         self.taken = 0
-        self.alpha = torch.tensor(self.start, dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # wherever it is made, it can be moved elsewhere too
+            self.alpha = torch.tensor(self.start, dtype=torch.float32, device=device)
+
+    def __copy__(self) -> "AlphaAnnealing":
+        return copy.deepcopy(self)
 
     @property
     def last_step(self) -> int:

@@ -154,8 +154,9 @@ def entmax_attention(
         ``return_support`` a pair of it and the ``Support``, which carries no gradient. Of nested inputs the output is
         nested, and the ``Support`` is of all tokens, without a batch. A query that sees no key gets output 0 and
         gradient 0. A NaN or inf among a row's scores, scores that are all -inf, or a NaN or inf in a value that it
-        attends to, make it NaN. Padding must be finite: a hidden NaN makes gradients NaN. A NaN in a tensor alpha,
-        scale or slope makes its head NaN.
+        attends to, make it NaN. Values must be finite also where no query sees them, as in padding: 0 times NaN is NaN,
+        so that a NaN there may make other rows NaN, and a hidden NaN in a key makes gradients NaN. A NaN in a tensor
+        alpha, scale or slope makes its head NaN.
 
     Raises:
         TypeError: an input that is not a floating-point tensor, mixed dtypes, or an option of the wrong type.
@@ -233,9 +234,9 @@ def entmax_attention_varlen(
     """Entmax attention over packed sequences, each of which attends to itself only: ``torch.nn.attention.varlen``.
 
     Sequence n has the query tokens cu_seq_q[n] to cu_seq_q[n + 1] and the key tokens cu_seq_k[n] to cu_seq_k[n + 1];
-    both may be empty. Tokens past the last boundary get output 0 and gradient 0. With the kernels nothing is copied
-    (but heads that are not aligned) and nothing waits for the device. See :func:`entmax_attention` for the mathematics
-    and for all options that are not listed here.
+    both may be empty. Tokens past the last boundary get output 0 and gradient 0; like all values, theirs must be
+    finite. With the kernels nothing is copied (but heads that are not aligned) and nothing waits for the device. See
+    :func:`entmax_attention` for the mathematics and for all options that are not listed here.
 
     Args:
         query: (query tokens, heads, head size).

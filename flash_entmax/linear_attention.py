@@ -49,6 +49,9 @@ class LinearStates(NamedTuple):
         -(alpha - 1) * slope. States are those of their own query's support. A query with another support reads a number
         that is not its attention, or NaN.
         """
+        if query.shape != self.centre.shape or query.dtype != self.centre.dtype:
+            wanted, got = (f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (self.centre, query))
+            raise ValueError(f"query must be {wanted}, as the states are, got {got}")
         degree = len(self.value_moments) - 1
         h = mean_distance(self.size, query, self.key_moments)
         output = torch.zeros_like(self.value_moments[0])

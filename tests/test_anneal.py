@@ -103,11 +103,17 @@ def test_a_wrong_state_is_refused(state, message):
 
 def test_a_copy_has_a_tensor_of_its_own():
     annealing = AlphaAnnealing(10)
-    for copied in (copy.deepcopy(annealing), pickle.loads(pickle.dumps(annealing))):
+    for copied in (copy.copy(annealing), copy.deepcopy(annealing), pickle.loads(pickle.dumps(annealing))):
         assert copied.alpha == annealing.alpha
         value = copied.step()
         assert annealing.alpha != value
         assert copied.state_dict() == annealing.state_dict() | {"taken": copied.taken}
+
+
+def test_one_made_under_inference_mode_moves_outside():
+    with torch.inference_mode():
+        annealing = AlphaAnnealing(2)
+    assert annealing.step() > 1.01
 
 
 @pytest.mark.parametrize(

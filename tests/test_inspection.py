@@ -1,5 +1,8 @@
 """What inspection reports of any call and model: names, supports, thresholds, tiles, and rows as the reference's."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from cases import Case, attend, attend_with_support, make_case, packed_case
@@ -295,6 +298,32 @@ def test_released_inputs():
     assert torch.equal(calls[1].key_density, kept[1].key_density)
     with pytest.raises(RuntimeError, match=r"query and key of 'layers.1.attention' were released"):
         calls[1].rows()
+
+
+def test_copies_of_a_recorded_call():
+    """They count writes to their own inputs, and know of those before."""
+    query, key, value = iid_inputs(1, 1, 20, 8)
+    key.mul_(2)
+    with inspection.record() as calls:
+        entmax_attention(query, key, value)
+    copies = copy.deepcopy(calls[0]), pickle.loads(pickle.dumps(calls[0]))
+    key.add_(1)
+    late = copy.deepcopy(calls[0])
+    for copied in copies:
+        assert copied.rows().shape == (20, 20)
+        copied.inputs[1].add_(1)
+    for spoiled in (*copies, late):
+        with pytest.raises(RuntimeError, match=r"query or key of 'call 0' was written to after the call"):
+            spoiled.rows()
+
+
+def test_numbers_stand_where_the_tensors_are():
+    """Not on the default device."""
+    query, key, value = iid_inputs(1, 1, 20, 8)
+    with inspection.record() as calls, torch.device("meta"):
+        entmax_attention(query, key, value, key_mask=torch.ones(1, 20, dtype=torch.bool, device="cpu"))
+        found = calls[0].rows(), calls[0].live_keys, calls[0].visible_keys, calls[0].key_sparsity
+    assert {tensor.device.type for tensor in found} == {"cpu"}
 
 
 def test_inputs_written_to_after_the_call_are_refused():

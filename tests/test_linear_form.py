@@ -59,6 +59,8 @@ def check_form(alpha, options) -> None:
     assert torch.equal(states.size, sizes.size.long())
     read = states.read(in_units_of_z(tensors[0], alpha, options))
     torch.testing.assert_close(read, expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="as the states are, got"):
+        states.read(in_units_of_z(tensors[0], alpha, options)[..., :1])
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for result, exact in zip(*(torch.autograd.grad(o, made, weights) for o in (output, expected)), strict=True):
         torch.testing.assert_close(result, exact, rtol=1e-11, atol=1e-11)

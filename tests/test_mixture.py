@@ -277,8 +277,10 @@ def test_parameters():
         ({"tol": -1.0}, ValueError, "tol must be a finite number of at least 0, got -1.0"),
         ({"n_init": 0}, ValueError, "n_init must be an integer of at least 1, got 0"),
         ({"reg_covar": float("nan")}, ValueError, "reg_covar must be a finite number of at least 0, got nan"),
+        ({"means_init": [[0.0, torch.nan]]}, ValueError, "means_init must be finite, got"),
         ({"means_init": [[0.0]]}, ValueError, r"means_init must have shape \(1, 2\), got \(1, 1\)"),
         ({"covariances_init": [[1.0, 1.0]]}, ValueError, r"covariances_init must have shape \(1, 2, 2\), got \(1, 2\)"),
+        ({"means_init": [[0.0, 0.0]], "covariances_init": [[[1.0, 5.0], [0.0, 1.0]]]}, ValueError, "must be symmetric"),
         ({"random_state": "0"}, TypeError, "random_state must be None, an integer .* or a torch.Generator, got '0'"),
     ],
 )

@@ -40,5 +40,5 @@ def smoothed_entropy(smoothing: float, n: int, alpha: float) -> float:
         return 0.0
     share = smoothing / n
     entries = (n - 1, share), (1, 1.0 - smoothing + share)
-    total = sum(count * q * math.expm1((alpha - 1.0) * math.log(q)) for count, q in entries)
+    total = sum(count * q * math.expm1((alpha - 1.0) * math.log(q)) for count, q in entries if q > 0)
     return total / (alpha * (alpha - 1.0))

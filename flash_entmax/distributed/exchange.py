@@ -30,9 +30,8 @@ def start_gathering(part: Tensor, ranks: Ranks) -> Arriving:
     parts = part.new_empty(ranks.size, *part.shape)
     if not part.numel():
         return Arriving(parts, lambda: None)
-    sent, received = part.flatten(), parts.flatten()
-    if part.dtype == torch.bool:
-        sent, received = sent.view(torch.uint8), received.view(torch.uint8)
+    # As bytes: the collectives do not know every dtype, and nothing is added up.
+    sent, received = (tensor.flatten().view(torch.uint8) for tensor in (part, parts))
     return Arriving(parts, all_gather(received, sent, group=ranks.group, async_op=True).wait)
 
 
@@ -64,9 +63,9 @@ def exchanged(parts: Tensor, ranks: Ranks) -> Tensor:
 def gathered_in_graph(part: Tensor, ranks: Ranks) -> Tensor:
     if not part.numel():
         return part.new_empty(ranks.size, *part.shape)
-    sent = part.to(torch.uint8) if part.dtype == torch.bool else part
-    parts = collectives.all_gather_into_tensor(sent.contiguous().flatten(), ranks.size, ranks.group.group_name)
-    return collectives.wait_tensor(parts).view(ranks.size, *part.shape).to(part.dtype)
+    sent = part.contiguous().flatten().view(torch.uint8)
+    parts = collectives.all_gather_into_tensor(sent, ranks.size, ranks.group.group_name)
+    return collectives.wait_tensor(parts).view(part.dtype).view(ranks.size, *part.shape)
 
 
 def exchanged_in_graph(parts: Tensor, ranks: Ranks) -> Tensor:

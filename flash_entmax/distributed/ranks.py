@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core.checks import said
+from ..core.checks import is_number, said
 
 Prepared = TypeVar("Prepared")
 Inputs = ParamSpec("Inputs")
@@ -126,6 +126,8 @@ def described(value: object, is_shared: bool) -> str:
     To read the numbers of a tensor on a GPU would wait for it: they are left out.
     """
     if not isinstance(value, Tensor):
+        if is_number(value) and float(value).is_integer():  # 2 and 2.0 are the same call
+            return repr(int(value))
         return repr(value)
     parts = [f"{value.dtype} {tuple(value.shape)} on {value.device.type}"]
     parts += ["with gradient"] if value.requires_grad and torch.is_grad_enabled() else []

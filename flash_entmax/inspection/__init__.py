@@ -127,10 +127,20 @@ class RecordedCall:
         self.name, self.number, self.dtype = name, number, query.dtype
         self.problem, self.impl = ops.unpack_arguments(query, value, self._tensors, self._numbers)
         self._inputs: tuple[Tensor, Tensor] | None = (query, key)
-        self._versions = versions(query, key)
+        self._versions: tuple[int | None, ...] | None = versions(query, key)
         self._state = tuple(tensor.detach() for tensor in results[2:])
         self._maximum, self._offset, self._reached_keys, _ = self._state
         self._tile = ops.tile_of(self.impl, query, value)
+
+    def __getstate__(self) -> dict:
+        """A copy counts its own writes, and knows if the inputs were written to before."""
+        is_written = self._inputs is not None and versions(*self._inputs) != self._versions
+        return {**vars(self), "_versions": None if is_written else self._versions}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self._inputs is not None and self._versions is not None:
+            self._versions = versions(*self._inputs)
 
     def __repr__(self) -> str:
         p = self.problem
@@ -243,7 +253,7 @@ class RecordedCall:
         supports are those of ``rows``, with its memory and its errors. Packed tokens are cut every 64 as well.
         """
         p = self.problem
-        counts = torch.zeros(p.batch, p.heads, ceil_div(p.query_length, QUERIES), dtype=torch.int64)
+        counts = torch.zeros(p.batch, p.heads, ceil_div(p.query_length, QUERIES), dtype=torch.int64, device="cpu")
         for batch, head in product(range(p.batch), range(p.heads)):
             counts[batch, head] = self._head(batch, head).live_keys()
         return counts.to(self._maximum.device)
@@ -317,10 +327,11 @@ class RecordedCall:
         )
         offsets = pad(counts.long().cumsum(0), (1, 0))
         size = self.problem.query_length, self.problem.key_length
+        device = values.device
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # on first use
             values = values.to(dtype).clamp_min(smallest)
-            return torch.sparse_csr_tensor(offsets, keys.long(), values, size, check_invariants=False)
+            return torch.sparse_csr_tensor(offsets, keys.long(), values, size, device=device, check_invariants=False)
 
     def _head(self, batch: int, head: int) -> Head:
         p = self.problem

@@ -52,7 +52,7 @@ class HeadVisibility(NamedTuple):
         kinds, tiles_together = self.tile_kinds, queries // self.tile
         assert kinds is not None
         counts = []
-        for rows in torch.arange(kinds.shape[0]).split(tiles_together):
+        for rows in torch.arange(kinds.shape[0], device="cpu").split(tiles_together):
             seen = torch.zeros(kinds.shape[1] * self.tile, dtype=torch.bool, device=kinds.device)
             for index in rows.tolist():
                 key, visible = self.seen(index, (kinds[index] != HIDDEN).nonzero().flatten())
@@ -81,7 +81,8 @@ class Head(NamedTuple):
         keys = (self.tile_row(index)[1] for index in range(self.live.shape[0]))
         tiles_together = QUERIES // self.visibility.tile
         groups = iter(lambda: list(islice(keys, tiles_together)), [])
-        return torch.tensor([torch.cat(group).unique().numel() for group in groups], dtype=torch.int64)
+        counts = [torch.cat(group).unique().numel() for group in groups]
+        return torch.tensor(counts, dtype=torch.int64, device="cpu")
 
     def tile_row(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """For one tile of queries: how many keys each attends to, then these keys and probabilities, row by row."""

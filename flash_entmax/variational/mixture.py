@@ -245,6 +245,10 @@ def as_start(name: str, given: Any, shape: tuple[int, ...], points: Tensor) -> T
     start = torch.as_tensor(given, dtype=points.dtype, device=points.device)
     if start.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(start.shape)}")
+    if not start.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {start.tolist()}")
+    if name == "covariances_init" and start.dim() == 3 and not torch.allclose(start, start.mT):
+        raise ValueError(f"{name} must be symmetric, got {start.tolist()}")
     return start
 
 

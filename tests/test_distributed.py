@@ -217,7 +217,7 @@ def test_layouts(pool):
 
 
 @pytest.mark.parametrize("layout", ["balanced", "contiguous"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.int16, torch.bool])
 def test_parts_are_put_together_again(pool, dtype, layout):
     whole = (torch.arange(3 * 12 * 2).view(3, 12, 2) % 5).to(dtype)
     for back, of_whole, of_part, places in pool.run(3, round_trip, whole, -2, layout):

@@ -270,7 +270,7 @@ class RecordedCall:
         if kinds is None:
             return union_sizes(self.intervals.long(), queries).unsqueeze(1).expand(shape)
         counts = [
-            [self._visibility(batch, head).visible_keys(queries) for head in range(kinds.shape[1])]
+            [self.visibility(batch, head).visible_keys(queries) for head in range(kinds.shape[1])]
             for batch in range(p.batch)
         ]
         return torch.tensor(counts, device=kinds.device).view(p.batch, kinds.shape[1], -1).expand(shape)
@@ -289,11 +289,11 @@ class RecordedCall:
         """
         return 1 - share(self.live_keys.sum((0, 2)), self.visible_keys.sum((0, 2)))
 
-    @property
+    @cached_property
     def visible_per_query(self) -> float:
-        """The mean number of keys of the queries that see a key. Masks by tile do not count."""
-        start, stop, _ = self.intervals.double().unbind(1)
-        count = (stop - start).clamp_min(0)
+        """The mean number of keys of the queries that see a key."""
+        batches = range(self.problem.batch)
+        count = torch.cat([self.visibility(b, h).sizes() for b in batches for h in range(self.mask_heads)])
         return float(share(count.sum(), (count > 0).sum()))
 
     @property
@@ -346,7 +346,7 @@ class RecordedCall:
             scale[head].item() if isinstance(scale, Tensor) else scale,
             softcap,
             0.0 if slopes is None else slopes[batch, head].item(),
-            self._visibility(batch, head),
+            self.visibility(batch, head),
             self._reached_tiles[batch, head],
         )
 
@@ -354,7 +354,14 @@ class RecordedCall:
     def _reached_tiles(self) -> Tensor:
         return BACKENDS[self.impl].reached_tiles(self.problem, self.dtype, self._reached_keys)
 
-    def _visibility(self, batch: int, head: int) -> HeadVisibility:
+    @property
+    def mask_heads(self) -> int:
+        """1 where all heads see the same keys, else how many heads there are."""
+        kinds = self._tensors.tile_kinds
+        return 1 if kinds is None else kinds.shape[1]
+
+    def visibility(self, batch: int, head: int) -> HeadVisibility:
+        """Which keys one head sees in one batch row, by all masks."""
         p, visibility = self.problem, self.problem.visibility
         own_kinds = None
         if visibility.tile_kinds is not None:

@@ -4,6 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .sparse_rows import HeadVisibility
+
 
 class RecordedSizes(Protocol):
     """``query_length`` tokens take from ``key_length`` tokens, in ``batch`` rows and ``heads`` heads."""
@@ -32,6 +34,7 @@ class Recorded(Protocol):
         block_sparsity_by_position: (query tiles,) float64, the same by tile of queries.
         intervals: (batch, 3, query length), the first key that a query sees, one past the last, and its position.
         visible_per_query: the mean number of keys that a query sees.
+        mask_heads: 1 where all heads see the same keys, else how many heads there are.
     """
 
     name: str
@@ -47,6 +50,11 @@ class Recorded(Protocol):
     block_sparsity_by_position: Tensor
     intervals: Tensor
     visible_per_query: float
+    mask_heads: int
+
+    def visibility(self, batch: int, head: int) -> HeadVisibility:
+        """Which keys one head sees in one batch row."""
+        ...
 
     def rows(self, batch: int = 0, head: int = 0) -> Tensor:
         """Sparse CSR (query length, key length): the keys of each query and their shares."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..backends.reference import entmax_rows
-from ..core.tensors import unpack_tiles
+from ..core.tensors import ceil_div, unpack_tiles
 from ..core.tile_filter import FIRST_PARTIAL, HIDDEN, WHOLE
 
 QUERIES = 64  # consecutive queries whose keys are counted together
@@ -55,10 +55,39 @@ class HeadVisibility(NamedTuple):
         for rows in torch.arange(kinds.shape[0], device="cpu").split(tiles_together):
             seen = torch.zeros(kinds.shape[1] * self.tile, dtype=torch.bool, device=kinds.device)
             for index in rows.tolist():
-                key, visible = self.seen(index, (kinds[index] != HIDDEN).nonzero().flatten())
+                key, visible = self.seen_of_tile(index)
                 seen[key] |= visible.any(0)
             counts.append(int(seen.sum()))
         return counts
+
+    def sizes(self) -> Tensor:
+        """(query length,) int64: how many keys each query sees."""
+        if self.tile_kinds is None:
+            start, stop, _ = self.intervals
+            return (stop - start).clamp_min(0)
+        return torch.cat([self.seen_of_tile(index)[1].sum(-1) for index in range(self.tile_kinds.shape[0])])
+
+    def hidden(self, key_length: int, square: int) -> Tensor:
+        """(ceil(query length / square), ceil(key length / square)) bool: no query of the square sees any key of it."""
+        start, stop, _ = self.intervals
+        if self.tile_kinds is not None:
+            squares = ceil_div(len(start), square), ceil_div(key_length, square)
+            seen = torch.zeros(squares, dtype=torch.bool, device=start.device)
+            for index in range(self.tile_kinds.shape[0]):
+                key, visible = self.seen_of_tile(index)
+                row, column = visible.nonzero(as_tuple=True)
+                seen[(row + index * self.tile) // square, key[column] // square] = True
+            return ~seen
+        blind, padding = start >= stop, (0, -len(start) % square)
+        first = pad(start.masked_fill(blind, key_length), padding, value=key_length).view(-1, square).amin(-1)
+        end = pad(stop.masked_fill(blind, 0), padding).view(-1, square).amax(-1)
+        key = square * torch.arange(ceil_div(key_length, square), device=start.device)
+        return (key + square <= first.unsqueeze(-1)) | (key >= end.unsqueeze(-1))
+
+    def seen_of_tile(self, index: int) -> tuple[Tensor, Tensor]:
+        """`seen` of all key tiles that the mask does not hide whole."""
+        assert self.tile_kinds is not None
+        return self.seen(index, (self.tile_kinds[index] != HIDDEN).nonzero().flatten())
 
 
 class Head(NamedTuple):

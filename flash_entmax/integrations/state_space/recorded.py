@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...core.tensors import ceil_div
-from ...inspection import check_place, share, versions
+from ...inspection import HeadVisibility, check_place, share, versions
 from .measures import MEASURES
 from .mixers import check_covered, check_hidden, check_mask, check_measure, check_mixer, is_accepted
 from .split import shares
@@ -183,6 +183,12 @@ class RecordedMixer:
         """(batch, 3, tokens) int32: the first token that an output token sees, one past the last, and its position."""
         position = torch.arange(self.problem.query_length, dtype=torch.int32)
         return torch.stack((torch.zeros_like(position), position + 1, position)).repeat(self.problem.batch, 1, 1)
+
+    mask_heads = 1
+
+    def visibility(self, batch: int, head: int) -> HeadVisibility:
+        """Which tokens an output token sees, in one batch row; the head is 0."""
+        return HeadVisibility(self.intervals[batch].long(), None, None, TILE)
 
     @property
     def visible_per_query(self) -> float:

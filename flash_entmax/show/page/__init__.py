@@ -62,7 +62,7 @@ def save_page(
                 "number": call.number,
                 "name": call.name,
                 "sizes": [round(size, 2) for size in call.keys_per_query.tolist()],
-                "visible": visible_keys(call, batch),
+                "visible": [call.visibility(batch, head).sizes().tolist() for head in range(call.mask_heads)],
                 "covered": call.covered,
                 "other": others(call, batch),
             }
@@ -119,12 +119,6 @@ def place_of(start: tuple[int, int] | None, calls: list[Recorded]) -> tuple[int,
     if not 0 <= head < heads[number]:
         raise ValueError(f"start must be (layer, head) with a head from 0 to {heads[number] - 1}, got {start}")
     return list(heads).index(number), head
-
-
-def visible_keys(call: Recorded, batch: int) -> list[int]:
-    """How many keys each query may see; masks by tile, which hide more, are left out."""
-    start, stop, _ = call.intervals[batch].unbind()
-    return (stop - start).clamp_min(0).tolist()
 
 
 def others(call: Recorded, batch: int) -> list[list[float]] | None:

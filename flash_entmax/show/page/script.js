@@ -112,7 +112,8 @@ function list() {
   if (attention === null) return;
   $("asking").append(amid(state.asking), " ", make("small", `at position ${state.asking}`));
   const found = keysOf(state.asking).sort((a, b) => b.p - a.p);
-  const { visible: all, covered } = facts.layers[state.layer], visible = all[state.asking];
+  const { visible: byHead, covered } = facts.layers[state.layer];
+  const visible = byHead[byHead.length > 1 ? state.head : 0][state.asking];
   const counted = `${found.length} of ${visible} ${visible === 1 ? "token" : "tokens"}`;
   $("summary").textContent = covered === 1 ? `attends to ${counted}` : `${made(covered)} of its output: ${counted}`;
   for (const { key, p } of found.slice(0, MOST_LISTED)) {

@@ -94,7 +94,8 @@ def map_figure(call: Recorded, title: str, batch: int = 0, head: int = 0, cells:
         label = f"share of pairs {entries}, in squares of {square}"
     image = torch.as_tensor(colours()(norm(density.clamp_min(1e-12).numpy()))[..., :3])
     image[density == 0] = 1.0
-    image[hidden(call, batch, square)] = torch.tensor(rgb(INVISIBLE), dtype=image.dtype)
+    hidden = call.visibility(batch, head).hidden(p.key_length, square).cpu()
+    image[hidden] = torch.tensor(rgb(INVISIBLE), dtype=image.dtype)
     width, height = 6.8, 6.4
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0.8 / width, 0.5 / height, 4.9 / width, 4.9 / height))
@@ -179,17 +180,6 @@ def binned(rows: Tensor, square: int) -> Tensor:
         for n, length in zip(squares, rows.shape, strict=True)
     )
     return counts / (queries.unsqueeze(-1) * keys)
-
-
-def hidden(call: Recorded, batch: int, square: int) -> Tensor:
-    """(squares, squares) bool: no query of the square sees any key of it."""
-    start, stop, _ = call.intervals[batch].cpu().unbind()
-    blind = start >= stop
-    padding = (0, -len(start) % square)
-    first = torch.nn.functional.pad(start.masked_fill(blind, 2**30), padding, value=2**30).view(-1, square).amin(-1)
-    end = torch.nn.functional.pad(stop.masked_fill(blind, 0), padding).view(-1, square).amax(-1)
-    key = square * torch.arange(math.ceil(call.problem.key_length / square))
-    return (key + square <= first.unsqueeze(-1)) | (key >= end.unsqueeze(-1))
 
 
 def add_colourbar(figure: "Figure", axes: "Axes", norm, ticks: list[float], label: str, palette=None) -> None:

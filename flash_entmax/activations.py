@@ -64,8 +64,9 @@ def entmax(
             entries are masked, all probabilities are 0. NaN and +inf make their row NaN.
         alpha: any number above 0. Larger is sparser; 2 is sparsemax, exactly 1 is softmax, and below 1 no probability
             is 0. A tensor gets its exact gradient. It must broadcast to the shape of ``x`` with size 1 at ``dim``:
-            scalar, or (heads, 1, 1) for scores (batch, heads, queries, keys). docs/entmax.md says which backend takes
-            which alpha. Above 4 an entry next to the threshold is ill-conditioned.
+            scalar, or (heads, 1, 1) for scores (batch, heads, queries, keys); for a nested ``x`` it is a scalar.
+            docs/entmax.md says which backend takes which alpha. Above 4 an entry next to the threshold is
+            ill-conditioned.
         dim: the dimension that sums to 1. Any but the last of a contiguous tensor is copied to rows first.
         alpha_range: (lowest, highest), to which alpha is clamped, with gradient 0 outside. None clamps nothing.
         impl: ``"triton"`` (CUDA; CPU tensors under Triton's interpreter), for 1 and for numbers and tensors in
@@ -119,6 +120,9 @@ def entmax_of_jagged(
     check_dim(dim, x.dim())
     if dim % x.dim() < 2:
         raise ValueError(f"dim of a nested tensor must be after the ragged one, from 2 to {x.dim() - 1}, got {dim}")
+    if isinstance(alpha, Tensor) and alpha.numel() != 1:
+        raise ValueError(f"alpha of a nested tensor must be a number or a tensor of one, got {tuple(alpha.shape)}")
+    alpha = alpha.reshape(()) if isinstance(alpha, Tensor) else alpha
     p = entmax(x.values(), alpha, dim % x.dim() - 1, alpha_range=alpha_range, impl=impl)
     nested = jagged_like(x, p)
     return (nested, jagged_like(x, support_size(p, dim % x.dim() - 1))) if return_support_size else nested

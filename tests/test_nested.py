@@ -44,6 +44,11 @@ def test_the_other_activations():
     nested = jagged([torch.randn(length, 16) for length in LENGTHS])
     assert torch.equal(sparsemax(nested).values(), sparsemax(nested.values()))
     assert torch.equal(Entmax(1.5)(nested).values(), entmax15(nested.values()))
+    alpha = torch.full((1, 1, 1), 1.3, requires_grad=True)
+    p = entmax(nested, alpha)
+    assert torch.equal(p.values(), entmax(nested.values(), torch.tensor(1.3)))
+    p.values().square().sum().backward()
+    assert alpha.grad.shape == alpha.shape
 
 
 @pytest.mark.parametrize("position", ["rope", "nape"])
@@ -105,6 +110,10 @@ X, BOUNDARIES = torch.randn(9, 16), torch.tensor([0, 9])
     [
         (lambda nested, _: entmax(nested, dim=1), "dim of a nested tensor must be after the ragged one, .* got 1"),
         (lambda nested, _: entmax(nested, dim=3), "dim must be from -3 to 2, got 3"),
+        (
+            lambda nested, _: entmax(nested, torch.full((3, 1, 1), 1.5)),
+            r"alpha of a nested tensor must .*, got \(3, 1, 1",
+        ),
         (lambda _, strided: entmax(strided), "x must be a tensor that is not nested"),
         (lambda _, strided: entmax(X.to_sparse()), "x must be a dense tensor, got one of layout torch.sparse_coo"),
         (lambda nested, _: entmax_loss(nested, torch.zeros(9).long()), "input must be a tensor that is not nested"),

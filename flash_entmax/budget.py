@@ -9,7 +9,7 @@ from .activations import by_last, check_by_row, check_scores, support_size
 from .core.checks import check_flag, is_number, typed
 from .core.modes import as_given
 from .core.row_thresholds import gaps_at_budget
-from .core.tensors import row_dtype
+from .core.tensors import row_dtype, spoiled
 from .operators.budget import budget_offset
 
 
@@ -80,7 +80,7 @@ def projected(x: Tensor, budget: Tensor) -> Tensor:
     active = ((offset - gap > 0) & (offset - gap < 1)).sum(-1, keepdim=True)
     missing = budget - cut(offset - gap).sum(-1, keepdim=True)
     offset = offset + torch.where(active > 0, missing, 0.0) / active.clamp_min(1)
-    return torch.where(gap.isnan().any(-1, keepdim=True) | budget.isnan(), torch.nan, cut(offset - gap))
+    return spoiled(cut(offset - gap), x, gap.isnan().any(-1, keepdim=True) | budget.isnan())
 
 
 def cut(distance: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .activations import by_last, check_by_row, check_scores, support_size
 from .core.checks import check_flag, is_number, typed
 from .core.modes import as_given
 from .core.row_thresholds import gaps_of
-from .core.tensors import row_dtype
+from .core.tensors import row_dtype, spoiled
 from .losses import check_loss_options, check_target, divide_by_count, refuse_ignored
 from .operators.normmax import known_classes, normmax_losses, normmax_offset
 
@@ -92,7 +92,7 @@ def probabilities(x: Tensor, alpha: Tensor) -> Tensor:
         offset = offset - torch.where(slope > 0, total - 1.0, 0.0) / torch.where(slope > 0, slope, 1.0)
     p = powers(offset - gap, power)
     total = p.sum(-1, keepdim=True)
-    return torch.where(gap.isnan().any(-1, keepdim=True), torch.nan, p / torch.where(total > 0, total, 1.0))
+    return spoiled(p / torch.where(total > 0, total, 1.0), x, gap.isnan().any(-1, keepdim=True))
 
 
 def powers(distance: Tensor, exponent: Tensor) -> Tensor:

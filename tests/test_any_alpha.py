@@ -149,6 +149,17 @@ def test_an_entry_far_above_the_others_takes_no_digits_from_a_budget():
     torch.testing.assert_close(grad, torch.tensor([[0.0, 2 / 3, -1 / 3, -1 / 3], [0.0] * 4]))
 
 
+@pytest.mark.parametrize("f", [lambda x: normmax(x, 2.0), lambda x: budget_sparsemax(x, 1.0), lambda x: entmax(x, 1.5)])
+def test_a_row_of_nan_has_a_gradient_of_nan(f):
+    """And the others have their own, masked entries among them."""
+    x = torch.tensor([[torch.nan, 0.0, 1.0], [-torch.inf, 1.0, 1.2]], requires_grad=True)
+    weights = torch.tensor([0.0, 1.0, 2.0])
+    (gradient,) = torch.autograd.grad((f(x) * weights).sum(), x)
+    assert gradient[0].isnan().all()
+    (alone,) = torch.autograd.grad((f(x[1:]) * weights).sum(), x)
+    assert torch.equal(gradient[1], alone[1])
+
+
 def test_support_sizes():
     x = scores(3, 8, 5, spread=2.0)
     for function in (partial(entmax, alpha=1.7), partial(normmax, alpha=1.5), partial(budget_sparsemax, budget=2)):

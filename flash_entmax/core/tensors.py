@@ -75,6 +75,12 @@ def clamped(number: Tensor, limits: tuple[float, float]) -> Tensor:
     return torch.where(number < lowest, lowest, torch.where(number > highest, highest, number))
 
 
+def spoiled(rows: Tensor, x: Tensor, is_bad: Tensor) -> Tensor:
+    """NaN in bad rows, with a gradient of NaN in x; elsewhere the rows, with their own."""
+    factor = torch.ones_like(is_bad, dtype=x.dtype).masked_fill(is_bad, torch.nan)
+    return torch.where(is_bad, torch.where(is_bad, x, 0.0) * factor, rows)
+
+
 def aligned_size(size: int) -> int:
     """The next multiple of ROW_ALIGNMENT."""
     return ceil_div(size, ROW_ALIGNMENT) * ROW_ALIGNMENT

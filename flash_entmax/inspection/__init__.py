@@ -25,7 +25,7 @@ from ..core.tensors import ceil_div, row_dtype
 from ..core.tile_filter import HIDDEN
 from ..functional import entmax_attention
 from ..operators import attention as ops
-from .recorded import Recorded
+from .recorded import Recorded, check_place, share, versions
 from .recording import Layers, watch_calls
 from .sparse_rows import QUERIES, Head, HeadVisibility, union_sizes
 
@@ -393,20 +393,3 @@ def attention_rows(query: Tensor, key: Tensor, *, batch: int = 0, head: int = 0,
     if not calls:
         raise ValueError("alpha=1 (softmax) and impl='reference' are dense: they have no sparse rows to give")
     return calls[0].rows(batch, head)
-
-
-def check_place(batch: object, head: object, batches: int, heads: int) -> None:
-    for name, index, count in (("batch", batch, batches), ("head", head, heads)):
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise TypeError(f"{name} must be an integer, got {said(index)}")
-        if not 0 <= index < count:
-            raise IndexError(f"{name} must be from 0 to {count - 1}, got {index}")
-
-
-def versions(*tensors: Tensor) -> tuple[int | None, ...]:
-    """How often each tensor was written to; None for inference tensors, which do not count it."""
-    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)
-
-
-def share(part: Tensor, whole: Tensor) -> Tensor:
-    return part.double() / whole.double()

@@ -4,6 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..core.checks import said
 from .sparse_rows import HeadVisibility
 
 
@@ -63,3 +64,20 @@ class Recorded(Protocol):
     def release(self) -> None:
         """Let go of what the layer read, after computing what depends on it."""
         ...
+
+
+def check_place(batch: object, head: object, batches: int, heads: int) -> None:
+    for name, index, count in (("batch", batch, batches), ("head", head, heads)):
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise TypeError(f"{name} must be an integer, got {said(index)}")
+        if not 0 <= index < count:
+            raise IndexError(f"{name} must be from 0 to {count - 1}, got {index}")
+
+
+def versions(*tensors: Tensor) -> tuple[int | None, ...]:
+    """How often each tensor was written to; None for inference tensors, which do not count it."""
+    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def share(part: Tensor, whole: Tensor) -> Tensor:
+    return part.double() / whole.double()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...core.tensors import ceil_div
-from ...inspection import HeadVisibility, check_place, share, versions
+from ...inspection.recorded import check_place, share, versions
+from ...inspection.sparse_rows import HeadVisibility
 from .measures import MEASURES
 from .mixers import check_covered, check_hidden, check_mask, check_measure, check_mixer, is_accepted
 from .split import shares

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...inspection import check_place
+from ...inspection.recorded import check_place
 from ...recurrence import Writes
 from .calls import add_titles
 from .shared import require_matplotlib

@@ -1,6 +1,7 @@
 """A recorded call by itself: which keys each query sees, its copies, and where its numbers stand."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -64,3 +65,15 @@ def test_numbers_stand_where_the_tensors_are():
         entmax_attention(query, key, value, key_mask=torch.ones(1, 20, dtype=torch.bool, device="cpu"))
         found = calls[0].rows(), calls[0].live_keys, calls[0].visible_keys, calls[0].key_sparsity
     assert {tensor.device.type for tensor in found} == {"cpu"}
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(0, 5), (1, 0)])
+def test_a_call_without_queries(batch, queries):
+    query, key, value = (torch.ones(batch, 2, length, 8) for length in (queries, 9, 9))
+    for options in ({}, {"key_mask": torch.ones(batch, 9, dtype=torch.bool)}):
+        with inspection.record() as calls:
+            entmax_attention(query, key, value, **options)
+        for call in calls:
+            assert math.isnan(call.visible_per_query)
+            if batch:
+                assert call.visibility(0, 0).sizes().tolist() == []

@@ -14,7 +14,7 @@ pytest.importorskip("entmax")
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoModel, AutoModelForCausalLM, ViTConfig, WhisperConfig, WhisperForConditionalGeneration
+from transformers import AutoModel, AutoModelForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 from transformers_models import (
     CONFIGS,
     assert_loads_as,
@@ -261,17 +261,6 @@ def test_what_alpha_may_not_be(name):
     with pytest.raises(error, match=message):
         integration.set_alpha(model, alpha)
     assert torch.equal(output(model, ids), before)
-
-
-def test_a_model_without_numbers_of_layers_has_one_alpha():
-    config = ViTConfig(
-        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
-    )
-    model = AutoModel.from_config(config, attn_implementation="entmax")
-    with pytest.raises(
-        ValueError, match=r"the layers of this model have no numbers: give one alpha for all, got \[0, 1"
-    ):
-        integration.set_alpha(model, {0: 1.5, 1: 1.2})
 
 
 def test_layers_without_an_index_take_no_alpha_of_their_own():

@@ -19,6 +19,7 @@ from transformers import (
     FNetConfig,
     GPTNeoConfig,
     MambaConfig,
+    ViTConfig,
 )
 from transformers.masking_utils import causal_mask_function
 from transformers_models import SMALL, make, tokens
@@ -189,3 +190,14 @@ def test_a_mask_can_be_passed_on():
     assert not hasattr(mask, "dtype")
     assert mask._replace(key_length=6).shape == (1, 1, 5, 6)
     assert len({mask, mask}) == 1
+
+
+def test_a_model_without_numbers_of_layers_has_one_alpha():
+    config = ViTConfig(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    model = AutoModel.from_config(config, attn_implementation="entmax")
+    with pytest.raises(
+        ValueError, match=r"the layers of this model have no numbers: give one alpha for all, got \[0, 1"
+    ):
+        integration.set_alpha(model, {0: 1.5, 1: 1.2})

@@ -292,8 +292,8 @@ class RecordedCall:
     @cached_property
     def visible_per_query(self) -> float:
         """The mean number of keys of the queries that see a key."""
-        batches = range(self.problem.batch)
-        count = torch.cat([self.visibility(b, h).sizes() for b in batches for h in range(self.mask_heads)])
+        places = product(range(self.problem.batch), range(self.mask_heads))
+        count = torch.cat([self.intervals.new_zeros(0), *(self.visibility(*place).sizes() for place in places)])
         return float(share(count.sum(), (count > 0).sum()))
 
     @property

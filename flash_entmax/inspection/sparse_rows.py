@@ -65,7 +65,8 @@ class HeadVisibility(NamedTuple):
         if self.tile_kinds is None:
             start, stop, _ = self.intervals
             return (stop - start).clamp_min(0)
-        return torch.cat([self.seen_of_tile(index)[1].sum(-1) for index in range(self.tile_kinds.shape[0])])
+        counts = (self.seen_of_tile(index)[1].sum(-1) for index in range(self.tile_kinds.shape[0]))
+        return torch.cat([self.intervals.new_zeros(0), *counts])
 
     def hidden(self, key_length: int, square: int) -> Tensor:
         """(ceil(query length / square), ceil(key length / square)) bool: no query of the square sees any key of it."""

@@ -10,12 +10,20 @@ from recipe_runs import a_run, silent
 from safetensors.torch import load_file
 
 from flash_entmax.programs.recipes import sequences, sweep, training
+from flash_entmax.programs.recipes.recipe import parent_of
 from flash_entmax.programs.recipes.runs import new_model
 from flash_entmax.programs.recipes.settings import TRAINED
 from flash_entmax.programs.recipes.sweep import RECIPES
 
 ARMS = [(name, arm) for name in TRAINED for arm in RECIPES[name].arms]
 COMPILED = [name for name in TRAINED if RECIPES[name].sizes["full"].compiled]
+
+
+def train_from_the_start(run):
+    """Trains the model that this one goes on from as well."""
+    parent = parent_of(RECIPES[run.recipe], run)
+    for each in (run,) if parent is None else (parent, run):
+        sweep.train(each, silent)
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
@@ -31,9 +39,9 @@ def test_a_graph_trains_as_single_operations_do(tmp_path, monkeypatch, name, arm
             torch._dynamo.reset()
             sizes = RECIPES[name].sizes
             patch.setitem(sizes, "toy", replace(sizes["toy"], compiled=sizes["full"].compiled))
-        sweep.train(graphed, silent)
+        train_from_the_start(graphed)
     monkeypatch.setattr(training, "Graphed", training.Eager)
-    sweep.train(eager, silent)
+    train_from_the_start(eager)
     ours, truth = load_file(graphed.path), load_file(eager.path)
     start = {f"model.{key}": tensor.cpu() for key, tensor in new_model(RECIPES[name], eager).state_dict().items()}
     apart, moved = (

@@ -105,7 +105,7 @@ def test_captured_inputs_are_what_the_model_attends_with(written):
     from flash_entmax.programs.recipes.runs import trained_model
 
     settings = settings_for(written, "toy", "cpu", None, None)
-    run = next(run for run in sparsity.trained(settings) if run.arm == sparsity.CAPTURED)
+    run = sparsity.first(sparsity.trained(settings), *sparsity.CAPTURED)
     model, outputs = trained_model(LANGUAGE_MODEL, run), []
     model.blocks[1].attention.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
@@ -115,6 +115,22 @@ def test_captured_inputs_are_what_the_model_attends_with(written):
         attention = model.blocks[1].attention
         ours = attention.output_norm(attention.out(mixed.transpose(1, 2).flatten(-2)))
     torch.testing.assert_close(ours, outputs[0])
+
+
+def test_models_that_are_not_trained_are_named(tmp_path, capsys):
+    def recipe(*words):
+        return main(["recipe", *words, "--size", "toy", "--device", "cpu", "--out", str(tmp_path)])
+
+    assert recipe("language-model", "--arms", "softmax, NAPE", "--seeds", "1") == 0
+    assert recipe("sparsity") == 1
+    assert "no model with entmax is trained" in capsys.readouterr().err
+    arms = "softmax, NAPE", "entmax 1.5 from softmax, NAPE"
+    assert recipe("language-model", "--arms", *arms, "--seeds", "1") == 0
+    assert recipe("sparsity") == 0
+    assert "no inputs are written: they are of 'entmax 1.5, RoPE' or" in capsys.readouterr().out
+    assert (tmp_path / "sparsity-toy.json").exists()
+    assert recipe("training-speed") == 1
+    assert "no model 'entmax 1.5, RoPE' or 'entmax 1.5 from softmax, RoPE' is trained" in capsys.readouterr().err
 
 
 def test_training_speed_is_of_whole_steps(written):

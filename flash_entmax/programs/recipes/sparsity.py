@@ -30,19 +30,19 @@ from .settings import RecipeSettings
 
 LENGTHS = {"toy": (64, 128), "small": (256, 512, 1024, 2048), "full": (2048, 4096, 8192, 16_384, 32_768)}
 WINDOWS = {"toy": 2, "small": 4, "full": 4}
-CAPTURED = "entmax 1.5, RoPE"  # its scores have no bias, so the peers of the benchmark can run on its inputs
+# The first one that is trained. Their scores have no bias, so the peers of the benchmark can run on their inputs.
+CAPTURED = "entmax 1.5, RoPE", "entmax 1.5 from softmax, RoPE"
 CAPTURED_LENGTHS = {"toy": (128,), "small": (2048,), "full": (8192, 32_768)}
 
 
 def run(settings: RecipeSettings) -> None:
     console = Console(highlight=False)
-    found = {
-        run.key: {str(length): sparsity_of(run, length) for length in LENGTHS[settings.size]}
-        for run in trained(settings)
-        if "entmax" in run.arm.lower()
-    }
+    models = trained(settings)
+    sparse = [run for run in models if "entmax" in run.arm.lower()]
+    if not sparse:
+        raise CommandError(f"no model with entmax is trained: flash-entmax recipe {RECIPE.name} trains all arms")
+    found = {run.key: {str(length): sparsity_of(run, length) for length in LENGTHS[settings.size]} for run in sparse}
     path = settings.out / f"sparsity-{settings.size}.json"
-    captured = [capture(settings, length) for length in CAPTURED_LENGTHS[settings.size]]
     write_json(path, {"conditions": conditions("sparsity", settings), "models": found})
     for quantity, title, shown in (
         ("block_sparsity", "block sparsity, %", lambda value: f"{100 * value:.0f}"),
@@ -50,6 +50,10 @@ def run(settings: RecipeSettings) -> None:
     ):
         console.print(table(found, quantity, title, shown))
     console.print(f"{path}, {draw(found, path.with_suffix('.png'))}", soft_wrap=True)
+    if not any(run.arm in CAPTURED for run in models):
+        console.print(f"no inputs are written: they are of {' or '.join(map(repr, CAPTURED))}", soft_wrap=True)
+        return
+    captured = [capture(first(models, *CAPTURED), length) for length in CAPTURED_LENGTHS[settings.size]]
     console.print(f"to time these: flash-entmax bench --inputs {' '.join(map(str, captured))}", soft_wrap=True)
 
 
@@ -60,6 +64,17 @@ def trained(settings: RecipeSettings) -> list[Run]:
     if "chosen" not in results:
         raise CommandError(f"{path} has no trained models yet: flash-entmax recipe {RECIPE.name} comes first")
     return chosen_runs(RECIPE, settings, results["best"], len(next(iter(results["chosen"].values()))))
+
+
+def first(models: list[Run], *arms: str) -> Run:
+    """The training with seed 0 of the first of these arms that is trained. CommandError if none is."""
+    for arm in arms:
+        for run in models:
+            if run.arm == arm:
+                return run
+    raise CommandError(
+        f"no model {' or '.join(map(repr, arms))} is trained: flash-entmax recipe {RECIPE.name} trains all arms"
+    )
 
 
 def held_out(run: Run, count: int, length: int) -> Tensor:
@@ -88,9 +103,8 @@ def of_softmax(like: Tensor, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def capture(settings: RecipeSettings, length: int) -> Path:
+def capture(run: Run, length: int) -> Path:
     """Write the query, key and value of every layer, each (1, heads, length, head size), for one held-out window."""
-    run = next(run for run in trained(settings) if run.arm == CAPTURED)
     model, values = trained_model(RECIPE, run), []
     hooks = [
         block.attention.value.register_forward_hook(lambda module, inputs, output: values.append(output))
@@ -107,7 +121,7 @@ def capture(settings: RecipeSettings, length: int) -> Path:
         value = value.unflatten(-1, (call.problem.key_heads, -1)).transpose(1, 2)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             tensors[f"layer{number}.{name}"] = tensor.contiguous()
-    path = settings.out / f"{RECIPE.name}-{settings.size}" / f"inputs-{length}.safetensors"
+    path = run.folder / f"inputs-{length}.safetensors"
     save_file(tensors, path, {"source": f"{run.key}, {length:,} bytes of held-out text"})
     return path
 

@@ -31,17 +31,19 @@ from .settings import RecipeSettings
 LENGTHS = {"toy": (64, 128), "small": (256, 1024, 2048), "full": (2048, 8192, 32_768)}
 TOKENS = {"toy": 256, "small": 2048, "full": 65_536}
 REPEATS = {"toy": 2, "small": 4, "full": 8}
-ENTMAX, SOFTMAX = "entmax 1.5, RoPE", "softmax, RoPE"
+SOFTMAX = "softmax, RoPE"
 
 
 def run(settings: RecipeSettings) -> None:
     console = Console(highlight=False)
+    models = sparsity.trained(settings)
+    entmax, softmax = sparsity.first(models, *sparsity.CAPTURED), sparsity.first(models, SOFTMAX)
     found = {}
-    for name, model, context in contestants(settings):
+    for name, model, context in contestants(entmax, softmax):
         found[name] = {}
         for length in LENGTHS[settings.size]:
             batch = max(1, TOKENS[settings.size] // length)
-            data = sparsity.held_out(first(settings, SOFTMAX), batch, length + 1)
+            data = sparsity.held_out(softmax, batch, length + 1)
             with context():
                 seconds = seconds_of_step(model, data, REPEATS[settings.size])
             found[name][str(length)] = data[:, 1:].numel() / seconds
@@ -52,19 +54,13 @@ def run(settings: RecipeSettings) -> None:
     console.print(f"{path}", soft_wrap=True)
 
 
-def first(settings: RecipeSettings, arm: str) -> Run:
-    """The arm's training with seed 0."""
-    return next(run for run in sparsity.trained(settings) if run.arm == arm)
-
-
 def contestants(
-    settings: RecipeSettings,
+    entmax: Run, softmax: Run
 ) -> Iterator[tuple[str, torch.nn.Module, Callable[[], AbstractContextManager]]]:
-    """(name, model, context in which its steps run)."""
-    entmax, softmax = first(settings, ENTMAX), first(settings, SOFTMAX)
+    """(name, model, context in which its steps run) of the models of two trainings."""
     yield "entmax 1.5, trained", trained_model(RECIPE, entmax), nullcontext
     yield "entmax 1.5, before training", new_model(RECIPE, entmax), nullcontext
-    if settings.device == "cuda":
+    if softmax.device == "cuda":
         for title, backend in (("cuDNN", "CUDNN_ATTENTION"), ("FlashAttention-2", "FLASH_ATTENTION")):
             context = partial(sdpa_kernel, getattr(SDPBackend, backend))
             yield f"softmax, {title}", trained_model(RECIPE, softmax), context

@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from . import inspection
 from .anneal import AlphaAnnealing
-from .core.checks import is_number, said
+from .core.checks import is_number, said, typed
 
 ENTMAX = "entmax", "entmax15", "sparsemax"  # as an attn_implementation
 ROWS = 1024  # tokens whose losses are computed at a time
@@ -222,11 +222,14 @@ def evaluate(model: nn.Module, windows: Iterable[Tensor]) -> Evaluation:
             first of each window.
 
     Raises:
-        TypeError: a window is no int64 tensor, or all of them are one.
+        TypeError: the model is no module, a window is no int64 tensor, or all of them are one.
         ValueError: no windows, or one that is not (batch, length) with at least two tokens.
     """
-    if isinstance(windows, Tensor):
-        raise TypeError(f"windows must be a list of tensors (batch, length), got a tensor {tuple(windows.shape)}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {typed(model)}")
+    if isinstance(windows, Tensor) or not isinstance(windows, Iterable):
+        got = f"a tensor {tuple(windows.shape)}" if isinstance(windows, Tensor) else typed(windows)
+        raise TypeError(f"windows must be a list of tensors (batch, length), got {got}")
     total, count, layers = 0.0, 0, []
     with in_evaluation(model):
         for ids in windows:

@@ -6,7 +6,7 @@ import math
 import torch
 
 from .core.call import ALPHAS
-from .core.checks import is_number
+from .core.checks import checked_device, is_number, typed
 
 # Alpha after a share of the steps from start to end.
 CURVES = {
@@ -79,6 +79,7 @@ class AlphaAnnealing:
         self.steps, self.start, self.end, self.shape, self.hold = steps, float(start), float(end), shape, hold
         self.taken = 0
         with torch.inference_mode(False):  # wherever it is made, it can be moved elsewhere too
+            device = None if device is None else checked_device(device)
             self.alpha = torch.tensor(self.start, dtype=torch.float32, device=device)
 
     def __copy__(self) -> "AlphaAnnealing":
@@ -115,9 +116,12 @@ class AlphaAnnealing:
         """Continue after the steps that ``state`` has taken, held ones included. ``{"taken": n}`` alone is enough.
 
         Raises:
+            TypeError: no dict.
             ValueError: the state has other arguments than this object, other keys, or an impossible number of steps.
         """
         own = self.state_dict()
+        if not isinstance(state, dict):
+            raise TypeError(f"a state must be a dict, got {typed(state)}")
         if "taken" not in state or not state.keys() <= own.keys():
             raise ValueError(f"a state must hold taken, and may hold {', '.join(list(own)[1:])}, got {state}")
         other = [

@@ -10,7 +10,7 @@ from .core.alphas import within_range
 from .core.call import KeySummary, ScoreOptions, Support
 from .core.checks import check_keys, require_dense
 from .core.intervals import UNLIMITED
-from .core.keywords import check_keywords
+from .core.keywords import MASKS, check_keywords, refuse_positions
 from .core.modes import as_autocast
 from .core.tensors import is_jagged, is_nested, jagged_like, longest_sequence
 from .core.visibility import Visibility
@@ -28,6 +28,7 @@ OF_VARLEN = {
     "cu_seqlens_k": "it is cu_seq_k", "max_seqlen": "it is max_q and max_k", "max_seqlen_q": "it is max_q",
     "max_seqlen_k": "it is max_k",
 }  # fmt: skip
+NAMED = f"options have names, as is_causal=True; of attn_mask, {MASKS}"
 PACKED = dict.fromkeys((*OF_VARLEN, "cu_seq_q", "cu_seq_k", "max_q", "max_k"), "for entmax_attention_varlen")
 
 
@@ -68,7 +69,7 @@ def entmax_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
+    *by_position: NoReturn,
     alpha: float | Tensor = 1.5,
     alpha_range: tuple[float, float] | None = None,
     is_causal: bool = False,
@@ -164,7 +165,8 @@ def entmax_attention(
             ``return_support`` or more than 16 queries are asked for. A tensor alpha out of range on CUDA, where reading
             it would wait for the device, is a device-side assertion.
     """
-    if unknown:
+    if by_position or unknown:
+        refuse_positions(entmax_attention, ("query", "key", "value"), by_position, NAMED)
         check_keywords(entmax_attention, unknown, PACKED)
     alpha = alpha if alpha_range is None else within_range(alpha, alpha_range)
     score = ScoreOptions(alpha, scale, softcap, alibi_slopes)

@@ -6,17 +6,25 @@ It is 0 exactly where entmax(x) equals the target q. Its gradient in x is entmax
 no probability. Above alpha 1 a class can win for good: once it is ahead by 1 / (alpha - 1), the loss is exactly 0.
 """
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
 from .activations import DTYPES, check_alpha_number, check_scores, choose_for
 from .backends import Impl
 from .core.checks import require_dense
+from .core.keywords import SOLVED, check_keywords
 from .core.modes import as_autocast
 from .operators import rows as row_ops
 from .operators.linear_loss import linear_loss
 
 REDUCTIONS = "mean", "sum", "none"
+OF_LOSSES = {
+    "weight": "there are no weights of classes",
+    **dict.fromkeys(("size_average", "reduce"), "it is reduction"),
+    "k": SOLVED,
+}
 
 
 def entmax_loss(
@@ -28,6 +36,7 @@ def entmax_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     impl: Impl = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """The loss whose prediction is entmax, in place of ``torch.nn.functional.cross_entropy``.
 
@@ -38,7 +47,8 @@ def entmax_loss(
         input: scores, (classes,), (N, classes) or (N, classes, d1, ...); float16, bfloat16, float32 or float64. -inf
             masks a class; as a target it costs inf. With further dimensions, or strides, it is copied to rows first.
         target: class indices, int64, of the shape of ``input`` without the classes; or probabilities, of its shape and
-            a floating-point type, each summing to 1, not differentiated.
+            a floating-point type, each summing to 1, not differentiated. That they do is not checked: of other numbers
+            the result is no loss, or NaN.
         alpha: any number above 0 but 1, which is refused: call ``torch.nn.functional.cross_entropy`` there. 2 is the
             sparsemax loss. The kernels take those from 1.01 to 2, plain PyTorch all.
         ignore_index: rows with this target count for nothing, whatever their scores are. They get gradient 0, whatever
@@ -57,6 +67,7 @@ def entmax_loss(
         TypeError, ValueError: for dtypes, shapes, devices and options that do not fit; ValueError for a class out of
             range. On CUDA, where reading the target would wait for the device, that is a device-side assertion.
     """
+    check_keywords(entmax_loss, unknown, OF_LOSSES)
     class_dim = 0 if isinstance(input, Tensor) and input.dim() == 1 else 1
     check_scores(input, class_dim if isinstance(input, Tensor) and input.dim() > class_dim else 0, "input")
     check_options(alpha, ignore_index, reduction, label_smoothing)
@@ -141,7 +152,7 @@ def linear_entmax_loss(
         A float32 scalar (float64 for float64). Second derivatives are refused.
 
     Raises:
-        TypeError, ValueError: for dtypes, shapes, devices and options that do not fit.
+        TypeError, ValueError: as for :func:`flash_entmax.entmax_loss`.
     """
     if bias is None:
         hidden, weight = as_autocast(hidden, weight)
@@ -186,6 +197,8 @@ def check_options(alpha: float, ignore_index: int, reduction: str, label_smoothi
 def check_loss_options(ignore_index: int, reduction: str, label_smoothing: float) -> None:
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int64, got {ignore_index}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if not isinstance(label_smoothing, (int, float)) or isinstance(label_smoothing, bool):

@@ -64,7 +64,7 @@ def entmax_attention_paged(
             in a page behind them may be anything.
         cu_seq_q: (batch + 1,) int32 or int64: the queries of row b are the tokens cu_seq_q[b] to cu_seq_q[b + 1]. Rows
             may have different numbers of queries, or none. Tokens of no row get output 0.
-        max_q: at least the most queries of a row, where queries are packed. Up to 16, pages are read where they are.
+        max_q: at least the most queries of a row, where queries are packed.
         window_size: (left, right): a query sees at most ``left`` keys before its own; right counts as 0.
         alibi_slopes: (heads,), or (batch, heads) where queries are not packed.
 

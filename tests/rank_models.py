@@ -93,6 +93,15 @@ SMALL_OPT = {
 }  # fmt: skip
 
 
+def told_otherwise(group, ids: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+    """The names of the own part, and how many labels count, of one batch that each rank says in its own way."""
+    batch = {"input_ids": ids, "labels": ids}
+    if distributed.get_rank(group):
+        batch = {"labels": ids, "use_cache": False, "attention_mask": None, "input_ids": ids}
+    with context_parallel(make("llama", 1.5, AutoModelForCausalLM), batch, group) as own:
+        return list(own), own["num_items_in_batch"]
+
+
 def refused(group, case: str) -> None:
     """A block that is refused."""
     ids = torch.arange(3, 19).view(2, 8)
@@ -108,6 +117,11 @@ def refused(group, case: str) -> None:
             model(**own, cu_seq_lens_q=torch.tensor([0, 8], dtype=torch.int32))
     if case == "another batch":
         batch = {"input_ids": ids + distributed.get_rank(group)}
+    if case == "two tokens that cancel" and distributed.get_rank(group):
+        ids = ids.clone()
+        ids[0, 0] += 3
+        ids[0, 1] -= 1
+        batch = {"input_ids": ids}
     if case == "a mask of its own":
         with context_parallel(model, batch, group) as own:
             model(**own | {"attention_mask": torch.ones(2, 1, 8, 8, dtype=torch.bool)})
@@ -135,6 +149,12 @@ def refused(group, case: str) -> None:
         "neither": {"input_ids": None},
         "4-D mask": {"attention_mask": torch.ones(2, 1, 8, 8)},
         "list": {"labels": ids.tolist()},
+        "one row": {"input_ids": ids[0]},
+        "embeddings without width": {"input_ids": None, "inputs_embeds": ids.float()},
+        "float labels": {"labels": ids.float()},
+        "float ids": {"input_ids": ids.float()},
+        "counted in words": {"labels": ids, "num_items_in_batch": "x"},
+        "a key of no name": {3: ids},
         "packed rows": {"position_ids": torch.arange(8).expand(2, -1) % 5},
         "odd": {"input_ids": ids[:, :7]},
     }.get(case, {})

@@ -105,12 +105,14 @@ def dtypes_of(group, tensors: dict, dtype: torch.dtype, under_autocast: bool, me
     return {"output": output.detach(), **{name: tensor.grad for name, tensor in own.items()}}
 
 
-def decode(group, tensors: dict, options: dict, edges: list[int] | None = None) -> torch.Tensor:
+def decode(
+    group, tensors: dict, options: dict, edges: list[int] | None = None, overlap: int = 0
+) -> torch.Tensor:  # fmt: skip
     """The output of the whole query against this rank's keys: those between its edges, or its chunk."""
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     length, options = tensors["key"].shape[2], dict(options)
     edges = edges or [length * r // size for r in range(size + 1)]
-    own = slice(edges[rank], edges[rank + 1])
+    own = slice(edges[rank], edges[rank + 1] + overlap)
     if "first_key" in options:
         options["first_key"] = own.start
     if "key_mask" in options:

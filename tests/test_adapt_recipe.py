@@ -19,6 +19,7 @@ from flash_entmax.adapt import evaluate
 from flash_entmax.core.threshold import power_of_alpha
 from flash_entmax.integrations.transformers import register
 from flash_entmax.programs.cli import main, parser
+from flash_entmax.programs.errors import CommandError
 from flash_entmax.programs.recipes import documents
 from flash_entmax.programs.recipes.adapt import models, plan, text, training
 from flash_entmax.programs.recipes.adapt.settings import SIZES, size_for
@@ -230,7 +231,7 @@ def test_a_folder_is_taken_with_softmax_and_safetensors(tmp_path, capsys):
         (["--hold", "0.6"], "--hold and --ramp are shares of the steps, together at most 1: 0.6, 0.5"),
         (["--lengths", "64", "96"], "--lengths must be even, each a multiple of the one before, got 64 96"),
         (["--distillation", "1.5"], "--distillation must be from 0 to 1, got 1.5"),
-        (["--rates", "0"], "--rates must be positive, got 0"),
+        (["--rates", "0"], "--rates must be positive and finite, got 0"),
         (["--model", "/nowhere"], "--model /nowhere: no folder of a model of Transformers"),
         (["--lengths", "32", "4096"], "the model reads up to 2,048 tokens, and 4,096 are asked for"),
         (["--lengths", "32", "256", "--text", str(ROOT / "LICENSE")], "too little prose"),
@@ -239,6 +240,14 @@ def test_a_folder_is_taken_with_softmax_and_safetensors(tmp_path, capsys):
 def test_what_cannot_run_says_why(tmp_path, capsys, options, message):
     assert run(tmp_path, *options) == 1
     assert message in capsys.readouterr().err
+
+
+def test_an_arm_without_a_finite_loss_says_so():
+    runs = [training.AdaptRun(1.2, rate, 0, 5) for rate in (1e20, 1e30)]
+    with pytest.raises(CommandError, match=r"no training of entmax 1\.2 has a finite loss with --rates 1e\+20 1e\+30"):
+        plan.best_of(runs, {"runs": {each.key: {"validation": math.inf} for each in runs}})
+    found = {runs[0].key: {"validation": math.inf}, runs[1].key: {"validation": 2.0}}
+    assert plan.best_of(runs, {"runs": found}) is runs[1]
 
 
 def test_alphas_may_be_fractions(capsys):

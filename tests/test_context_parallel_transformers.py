@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("entmax")
 
-from rank_models import causal, everything, gradients, hidden, in_one_graph, refused, share
+from rank_models import causal, everything, gradients, hidden, in_one_graph, refused, share, told_otherwise
 from rank_pool import Failure
 from transformers_models import HEADS, make, padding
 
@@ -88,7 +88,14 @@ REFUSED = {
     "whole inputs": "each rank has 4 tokens, but the model was called with 16 queries",
     "nested": "context_parallel is open already",
     "packed by boundaries": "context_parallel packs sequences by position_ids",
-    "another batch": r"same call, got input_ids .* of checksum \d+ on rank 0, .* on rank 1",
+    "another batch": r"same call, got input_ids .* of hash [0-9a-f]+ on rank 0, .* on rank 1",
+    "two tokens that cancel": "same call, got input_ids .* on rank 0, .* on rank 1",
+    "one row": r"input_ids must have shape \(batch, length\), got \(8,\)",
+    "embeddings without width": r"inputs_embeds must have shape \(batch, length, width\), got \(2, 8\)",
+    "float labels": r"labels must be of torch\.int64, got torch\.float32",
+    "float ids": r"input_ids must be of torch\.int64 or torch\.int32, got torch\.float32",
+    "counted in words": "num_items_in_batch must be a number or a tensor, got str 'x'",
+    "a key of no name": "context_parallel shares input_ids, .*, got 3",
     "a mask of its own": "its model passes the mask of the part, got Tensor",
     "masks without positions": "this model makes its masks without position_ids, and does not pack",
     "softmax": "attention is one of 'entmax15', 'sparsemax', 'entmax', got 'sdpa'",
@@ -106,6 +113,13 @@ REFUSED = {
     "odd": "must divide into 4 chunks of one length, .* got length 7",
     "no dict": "batch must be a dict of what the model takes, got list",
 }
+
+
+def test_batches_that_say_the_same_are_the_same(pool):
+    """Whatever the order of the entries, and with what is left out by None or False."""
+    (one, labels), (other, same) = pool.run(2, told_otherwise, IDS)
+    assert torch.equal(labels, same)
+    assert set(one) == set(other)
 
 
 @pytest.mark.parametrize("case", REFUSED)

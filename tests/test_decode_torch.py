@@ -11,6 +11,7 @@ from mutants import Mutant, plant
 
 from flash_entmax.backends.torch import attention, decode, output
 from flash_entmax.core import threshold
+from flash_entmax.core.call import MOST_DECODED
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def decoded(monkeypatch):
 @pytest.mark.parametrize("queries", [1, 16, 17])
 def test_calls_of_few_queries_decode(decoded, queries):
     attend(torch_case(queries), "torch")
-    assert bool(decoded) == (queries <= decode.MAX_QUERIES == 16)
+    assert bool(decoded) == (queries <= MOST_DECODED == 16)
 
 
 def test_calls_with_gradients_or_a_support_do_not_decode(decoded):

@@ -21,6 +21,7 @@ from rank_work import (
 
 from flash_entmax import entmax_attention, entmax_attention_varlen
 from flash_entmax.distributed import context_parallel_attention
+from flash_entmax.distributed.ranks import by_rank
 
 pytestmark = pytest.mark.xdist_group("distributed")
 SIZES = (1, 2, 3, 4)
@@ -367,6 +368,35 @@ def test_parts_of_a_cache_may_end_before_its_length(pool):
     expected = entmax_attention(*(tensors[name] for name in LEARNED[:3]), **options)
     for answer in pool.run(3, decode, tensors, options | {"first_key": None}, [0, 20, 50, LENGTH]):
         torch.testing.assert_close(answer, expected, rtol=0, atol=1e-12)
+
+
+def test_keys_that_two_ranks_hold_are_refused(pool):
+    tensors, options = decoding_case("causal")
+    options |= {"first_key": None, "query_positions": LENGTH - 5}
+    for answer in pool.answers(3, decode, tensors, options, [0, 20, 50, LENGTH], 1):
+        assert isinstance(answer, Failure), answer
+        assert "must not overlap, got first_key=0 to 20 on rank 0 and first_key=20 to 50 on rank 1" in answer.of[1]
+
+
+@pytest.mark.parametrize("queries", [3, LENGTH // 2])
+def test_where_queries_stand_beside_lengths_is_not_guessed(pool, queries):
+    """As for one process: also where a rank has as many keys as there are queries."""
+    tensors, options = decoding_case("causal")
+    tensors["query"] = tensors["key"][:, :, :queries]
+    options |= {"key_lengths": torch.full((2,), LENGTH - 3)}
+    with pytest.raises(ValueError, match="needs query_positions") as own:
+        entmax_attention(*(tensors[name] for name in LEARNED[:3]), **options)
+    for answer in pool.answers(2, decode, tensors, options):
+        assert isinstance(answer, Failure), answer
+        assert answer.of[1] == str(own.value)
+
+
+def test_a_message_shows_where_long_texts_differ():
+    texts = [f"[{', '.join(['7'] * 400)}, {rank}]" for rank in (3, 4)]
+    first, second = by_rank(texts).split(" on rank 0, ")
+    assert first.endswith("7, 3]")
+    assert second.endswith("7, 4] on rank 1")
+    assert by_rank(["a", "b", "a"]) == "a on ranks 0, 2, b on rank 1"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

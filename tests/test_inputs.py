@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from flash_entmax import entmax_attention, entmax_attention_varlen
+from flash_entmax import entmax_attention, entmax_attention_varlen, entmax_loss
 from flash_entmax.core.keywords import SAID_BY
 
 
@@ -70,7 +70,7 @@ TYPES = [
     ({"key_lengths": [8, 8]}, "key_lengths.*list"),
     ({"key_lengths": tensor(2)}, "key_lengths must be int32 or int64.*float32"),
     ({"key_mask": [[True]]}, "key_mask.*list"),
-    ({"key_mask": tensor(2, 8)}, "key_mask.*boolean.*float32: pass its bool"),
+    ({"key_mask": tensor(2, 8)}, "key_mask.*boolean.*float32: pass mask == 0, if it is added"),
     ({"block_mask": tensor(8, 8)}, "block_mask.*BlockMask.*Tensor"),
 ]
 VALUES = [
@@ -189,6 +189,12 @@ def test_unknown_options_are_refused():
         call(is_casual=True)
     with pytest.raises(TypeError, match=r"arguments 'attn_mask' \(padding is key_mask .*, 'dropout_p' \(there is no"):
         call(attn_mask=tensor(8, 8) > 0, dropout_p=0.1)
+    with pytest.raises(TypeError, match=r"got 4 arguments: options have names, as is_causal=True; of attn_mask"):
+        entmax_attention(*(torch.ones(1, 1, 4, 8) for _ in range(3)), torch.ones(4, 4) > 0)
+    with pytest.raises(TypeError, match=r"'s_aux' \(attention sinks are a term of softmax's denominator"):
+        call(s_aux=tensor(1))
+    with pytest.raises(TypeError, match=r"entmax_loss\(\) got .* 'weight' \(there are no weights of classes\)$"):
+        entmax_loss(torch.ones(2, 3), torch.tensor([0, 1]), weight=torch.ones(3))
     with pytest.raises(TypeError, match=r"'cu_seqlens_q' \(for entmax_attention_varlen\)"):
         call(cu_seqlens_q=whole(2))
     boundaries = torch.tensor([0, 4])
@@ -197,7 +203,7 @@ def test_unknown_options_are_refused():
         entmax_attention_varlen(*packed, causal=True)
     with pytest.raises(TypeError, match=r"'max_seqlen_q' \(it is max_q\)"):
         entmax_attention_varlen(*packed, max_seqlen_q=4)
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="takes query, key, value by position"):
         entmax_attention(tensor(), tensor(), tensor(), 1.5)
 
 

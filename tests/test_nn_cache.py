@@ -130,13 +130,33 @@ def test_refusals_leave_the_cache_as_it_was():
             layer(x, cache={})
         with pytest.raises(TypeError, match=r"key must be a torch\.Tensor, got NoneType"):
             cache.append(None, None)
+        for length, error, words in ((-1, ValueError, "capacity of the cache, 4, got -1"), (5, ValueError, "got 5"),
+                                     (2.5, TypeError, "length must be an integer, got float 2.5")):  # fmt: skip
+            with pytest.raises(error, match=words):
+                cache.length = length
+    with pytest.raises(ValueError, match=r"a cache holds no gradients: write under torch\.no_grad\(\)"):
+        cache.append(*(torch.ones(2, HEADS, 1, layer.head_dim, requires_grad=True) for _ in range(2)))
     with pytest.raises(ValueError, match=r"a cache holds no gradients: call the layer under torch\.no_grad\(\)"):
         layer(x[:, :1], cache=cache)
     assert cache.length == 3
     assert torch.equal(cache.keys[:, :, :3], kept[:, :, :3])
 
 
+def test_tokens_are_taken_back(backend):
+    """As drafts that were rejected: what follows stands in their place."""
+    layer, x = layer_of(backend), inputs(backend, 2, 9, WIDTH)
+    cache = layer.new_cache(2, 9)
+    in_chunks(layer, torch.cat((x[:, :4], -x[:, 4:7]), 1), [4, 3], cache, impl=backend.impl)
+    cache.length = 4
+    rest = in_chunks(layer, x[:, 4:], 5, cache, impl=backend.impl)
+    torch.testing.assert_close(rest, layer(x, impl=backend.impl)[:, 4:].detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_refusals_of_a_new_cache():
+    with pytest.raises(ValueError, match=r"device must be a torch\.device or its name, .* got 'nowhere'"):
+        EntmaxAttention(WIDTH, HEADS).new_cache(1, 4, device="nowhere")
+    with pytest.raises(TypeError, match=r"dtype must be one of torch\.float16, .* got torch\.int32"):
+        EntmaxAttention(WIDTH, HEADS).new_cache(1, 4, dtype=torch.int32)
     with pytest.raises(ValueError, match="a cache is for a causal layer, got is_causal=False"):
         EntmaxAttention(WIDTH, HEADS, is_causal=False).new_cache(1, 4)
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):

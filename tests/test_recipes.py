@@ -280,7 +280,8 @@ def test_a_model_that_is_there_is_not_trained_again(tmp_path):
         (["sort", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["language-model", "--text", "/nowhere"], "--text /nowhere: no such file or folder"),
         (["sort", "--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["sort", "--rates", "1e-3", "0"], "--rates must be positive, got 0.001 0"),
+        (["sort", "--rates", "1e-3", "0"], "--rates must be positive and finite, got 0.001 0"),
+        (["sort", "--rates", "inf"], "--rates must be positive and finite, got inf"),
         (["sort", "--arms", "SSMax"], "sort has no arm 'SSMax' (--arms), but 'softmax, pre-norm', 'softmax'"),
         (["sort", "max-retrieval", "--arms", "softmax", "SSMax"], "sort has no arm 'SSMax'"),
         (["language-model", "--arms", "ASEntmax from softmax, NAPE"], "goes on from 'softmax, NAPE': name that arm"),
@@ -323,9 +324,10 @@ def test_results_of_other_conditions_are_not_mixed(written, capsys):
     results.write_text(kept.replace(code, "0123456789abcdef"))
     assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
     assert f"results of code '0123456789abcdef', and this is '{code}'" in capsys.readouterr().err
-    results.write_text("{")
-    assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
-    assert "cannot be read" in capsys.readouterr().err
+    for broken in ("{", '{"conditions": null}'):
+        results.write_text(broken)
+        assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
+        assert "cannot be read" in capsys.readouterr().err
     results.unlink()
     assert main(["recipe", "max-retrieval", "--size", "toy", "--device", "cpu", "--out", str(written)]) == 1
     assert "models without their max-retrieval-toy.json" in capsys.readouterr().err

@@ -74,6 +74,17 @@ def test_boundaries_pack_sequences(name):
     assert_same(packed, torch.cat(alone, 1))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_positions_pack_sequences_where_there_is_no_cache(name):
+    model, lengths = make(name, 1.5), (30, 44)
+    sequences = [tokens(1, length) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    with torch.no_grad():
+        packed = model(torch.cat(sequences, 1), position_ids=positions, use_cache=False).last_hidden_state
+        alone = [model(sequence).last_hidden_state for sequence in sequences]
+    assert_same(packed, torch.cat(alone, 1))
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "gpt2"])
 def test_generate(name, cache):

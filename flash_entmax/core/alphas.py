@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from .call import ALPHAS
-from .checks import is_number, said, typed
+from .checks import is_number, typed
 from .tensors import clamped
 
 ROUNDING = 0.0022  # 1.01 in bfloat16 is 1.0078
-ADVICE = "; alpha_range=(1.01, 2) of entmax_attention clamps it"
+ADVICE = "; alpha_range=(1.01, 2) clamps it"
 
 
 def check_alpha_range(alpha_range: object) -> None:
     """A pair of numbers, lowest first, both above 0."""
     if not isinstance(alpha_range, (tuple, list)) or len(alpha_range) != 2 or not all(map(is_number, alpha_range)):
-        raise TypeError(f"alpha_range must be a pair of numbers, or None, got {said(alpha_range)}")
+        raise TypeError(f"alpha_range must be a pair of numbers, or None, got {alpha_range!r}")
     lowest, highest = alpha_range
     if not 0.0 < lowest <= highest < float("inf"):
         raise ValueError(f"alpha_range must be (lowest, highest), finite and above 0, got {tuple(alpha_range)}")

@@ -17,16 +17,19 @@ SMALLEST_SOFTCAP = 1e-30  # kernels divide by it, and by softcap / scale, in flo
 
 
 def checked_inputs(
-    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility
+    query: Tensor, key: Tensor, value: Tensor, score: ScoreOptions, visibility: Visibility, *, parts: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, under autocast in its dtype, after every refusal but that of a backend that cannot run."""
+    """Query, key and value, under autocast in its dtype, after every refusal but that of a backend that cannot run.
+
+    The keys are one of so many ``parts`` of one length.
+    """
     query, key, value = as_autocast(query, key, value)
     check_inputs(query, key, value)
     check_score_options(query, score)
     if visibility.cu_seq_q is not None:
         check_packed(visibility)
     check_visibility(query, key, visibility)
-    check_alignment(query, key, score, visibility)
+    check_alignment(query.shape[2], parts * key.shape[2], score, visibility)
     if visibility.cu_seq_q is not None:
         check_boundaries(query, visibility)
     return query, key, value
@@ -159,13 +162,23 @@ def check_flag(name: str, value: object) -> None:
 
 def said(value: object) -> str:
     """What was passed, in a message: its value, or its type where that may be long."""
-    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+    is_scalar = getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor)  # of NumPy
+    is_short = is_scalar or isinstance(value, (bool, int, float, str, type(None)))
+    return repr(value) if is_short else type(value).__name__
 
 
 def typed(value: object) -> str:
     """What was passed, in a message about types: its type, and its value where that is short."""
     kind = type(value).__name__
     return kind if said(value) == kind else f"{kind} {said(value)}"
+
+
+def checked_device(device: Any) -> torch.device:
+    """A device, or the name of one. Whether it is there, the first tensor on it says."""
+    try:
+        return torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"device must be a torch.device or its name, as 'cpu' or 'cuda:0', got {device!r}") from error
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -203,20 +216,20 @@ def check_visibility(query: Tensor, key: Tensor, visibility: Visibility) -> None
     if visibility.key_mask is not None:
         _check_tensor("key_mask", visibility.key_mask, query, ((batch, key_length),))
         if visibility.key_mask.dtype != torch.bool:
-            got = f"got {visibility.key_mask.dtype}: pass its bool()"
-            raise TypeError(f"key_mask must be boolean, True where a key may be seen, {got}")
+            dtype = visibility.key_mask.dtype
+            advice = "mask == 0, if it is added to scores" if dtype.is_floating_point else "its bool()"
+            raise TypeError(f"key_mask must be boolean, True where a key may be seen, got {dtype}: pass {advice}")
     if visibility.block_mask is not None:
         if visibility.key_mask is not None:
             raise ValueError("key_mask and block_mask exclude each other: let the block mask's mask_mod hide the keys")
         _check_block_mask(visibility.block_mask, (batch, heads, query_length, key_length), query.device)
 
 
-def check_alignment(query: Tensor, key: Tensor, score: ScoreOptions, visibility: Visibility) -> None:
+def check_alignment(queries: int, keys: int, score: ScoreOptions, visibility: Visibility) -> None:
     """Whether the last query is the last of all keys or of ``key_lengths`` must not be guessed. One causal query sees
     the same keys in both cases."""
     if visibility.key_lengths is None or visibility.query_positions is not None or visibility.cu_seq_q is not None:
         return
-    queries, keys = query.shape[2], key.shape[2]
     left, right = visibility.window_size
     right = 0 if visibility.is_causal else right
     sees_the_past = left == UNLIMITED and score.alibi_slopes is None
@@ -307,7 +320,8 @@ def _check_block_mask(block_mask: object, sizes: tuple[int, int, int, int], devi
     batch, heads, *lengths = sizes
     if tuple(block_mask.seq_lengths) != tuple(lengths):
         raise ValueError(
-            f"block_mask must be for {lengths[0]} queries and {lengths[1]} keys, got one for {block_mask.seq_lengths}"
+            f"block_mask must be for {lengths[0]} queries and {lengths[1]} keys, got one for {block_mask.seq_lengths} "
+            "(of a slice of a mask, set mask_mod, and before torch 2.14 seq_lengths)"
         )
     grid = tuple(ceil_div(length, size) for length, size in zip(lengths, block_mask.BLOCK_SIZE, strict=True))
     for indices in (block_mask.kv_indices, block_mask.full_kv_indices):

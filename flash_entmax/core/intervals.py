@@ -117,7 +117,7 @@ def check_packing(
     """The boundaries' values. On a GPU reading them would wait for the device, so they are asserted there."""
     packings = [("cu_seq_q", cu_seq_q, query_length, max_q), ("cu_seq_k", cu_seq_k, key_length, max_k)]
     if cu_seq_q is cu_seq_k:
-        packings = [("cu_seq_q", cu_seq_q, min(query_length, key_length), max(max_q, max_k))]
+        packings = [("cu_seq_q", cu_seq_q, min(query_length, key_length), min(max_q, max_k))]
     for name, boundaries, tokens, longest in packings:
         valid = _boundaries_are_valid(boundaries, tokens, longest)
         message = f"{name} must rise from 0 to at most {tokens} tokens in steps of at most {longest}"

@@ -1,4 +1,4 @@
-"""Keywords of other attention calls: those that change nothing here, and what says the same as the others."""
+"""Arguments of other attention calls: those that change nothing here, and what says the same as the others."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ MASKS = (
 )
 NO_DROPOUT = f"there is no dropout of probabilities, {LEFT_OUT}"
 SOLVED = f"every row is solved until it is right, {LEFT_OUT}"
+SINKS = "attention sinks are a term of softmax's denominator, which entmax does not have"
 SAID_BY: dict[str, str] = {
     "attn_mask": MASKS,
     "mask": MASKS,
@@ -27,6 +28,8 @@ SAID_BY: dict[str, str] = {
     "varlen": "it is key_lengths",
     "niter": SOLVED,
     "n_iter": SOLVED,
+    "s_aux": SINKS,
+    "sinks": SINKS,
 }
 # Options of scaled_dot_product_attention, with the values that ask for what is so anyway.
 CHANGES_NOTHING: dict[str, object] = {"attn_mask": None, "dropout_p": 0.0, "enable_gqa": True}
@@ -46,7 +49,18 @@ def check_keywords(
     names = list(inspect.signature(function).parameters)
     parts = [f"{name!r}{advice(name, said_by, names)}" for name in refused]
     words = "an unexpected keyword argument" if len(parts) == 1 else "unexpected keyword arguments"
-    raise TypeError(f"{function.__name__}() got {words} {', '.join(parts)}")
+    raise TypeError(f"{function.__qualname__}() got {words} {', '.join(parts)}")
+
+
+def refuse_positions(
+    function: Callable[..., object], own: tuple[str, ...], given: tuple[object, ...], instead: str
+) -> None:
+    """Raise a TypeError for what is given by position behind the function's ``own`` arguments, if anything is."""
+    if given:
+        raise TypeError(
+            f"{function.__qualname__}() takes {', '.join(own)} by position, and got {len(own) + len(given)} arguments: "
+            f"{instead}"
+        )
 
 
 def changes_nothing(name: str, value: object) -> bool:

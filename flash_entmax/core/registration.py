@@ -97,9 +97,10 @@ def below_autograd() -> AbstractContextManager:
     return torch._C._AutoDispatchBelowAutograd()
 
 
-def refuse_second_derivative(operator: OpOverload) -> None:
-    """The derivative has none of its own: a second derivative is refused, not left out."""
-    message = f"{operator.name().rpartition('_')[0]} has no second derivative: impl='reference' of the call has"
+def refuse_second_derivative(operator: OpOverload, instead: str = "") -> None:
+    """The derivative has none of its own: a second derivative is refused, not left out. ``instead`` has one."""
+    advice = f": {instead} has one" if instead else ""
+    message = f"{operator.name().rpartition('_')[0]} has no second derivative{advice}"
 
     class Derivative(torch.autograd.Function):
         @staticmethod

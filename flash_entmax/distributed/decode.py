@@ -5,6 +5,7 @@ steps: a few numbers from each rank. The outputs of the parts are added.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ..core.threshold import MAX_STEPS, newton_step, tolerance
 from ..core.visibility import Visibility
 from ..operators.attention import tile_of
 from .exchange import gathered, summed
-from .ranks import Ranks, agreed, described, outside_of_graphs
+from .ranks import Ranks, agreed, all_gather, described, outside_of_graphs
 
 
 @outside_of_graphs
@@ -64,7 +65,8 @@ def decode_sharded(
         key_lengths: (batch,) int32 or int64, the same on all ranks: of the whole cache, only so many keys exist.
         key_mask: (batch, local key length) bool, this rank's part: True where the key may be seen.
         first_key: the position of this rank's first key. By default the parts are of one length, and follow each other
-            in the order of the ranks. With it, parts may have any length, and ``query_positions`` must be given.
+            in the order of the ranks. With it, parts may have any length and must not overlap, and ``query_positions``
+            must be given.
         impl: as for ``entmax_attention``, but for ``"reference"``.
         check_ranks: as for :func:`context_parallel_attention`.
 
@@ -84,10 +86,11 @@ def decode_sharded(
         visibility = Visibility(is_causal, window_size, query_positions, key_lengths, key_mask)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             require_dense(name, tensor)
-        inputs = checked_inputs(query, key, value, score, visibility)
+        check_first_key(first_key, query_positions)
+        inputs = checked_inputs(query, key, value, score, visibility, parts=ranks.size)
         if isinstance(alpha, Tensor):
             check_alphas(alpha)
-        check_decoding((*inputs, alpha, scale, alibi_slopes), score, first_key, query_positions)
+        check_decoding((*inputs, alpha, scale, alibi_slopes), score)
         if key_lengths is not None:
             check_lengths(key_lengths, FURTHEST if first_key is not None else inputs[1].shape[2] * ranks.size)
         return *inputs, score, visibility, choose(inputs[0].dtype, inputs[0].device, impl)
@@ -105,16 +108,21 @@ def decode_sharded(
         return {"function": "decode_sharded"} | texts
 
     query, key, value, score, visibility, backend = agreed(ranks, prepare, describe, check_ranks)
+    if first_key is not None and check_ranks and not torch.compiler.is_compiling():
+        refuse_overlap(ranks, first_key, key.shape[2])
     with torch.no_grad(), as_given(query):
         problem = own_problem(query, key, value, score, visibility, backend, first_key, ranks)
         return solved(problem, query, key, value, backend, ranks)
 
 
-def check_decoding(tensors: tuple, score: ScoreOptions, first_key: object, query_positions: object) -> None:
+def check_decoding(tensors: tuple, score: ScoreOptions) -> None:
     if is_recorded(tensors):
         raise ValueError("decode_sharded has no gradient: call it under torch.no_grad()")
     if score.is_softmax():
         raise ValueError("alpha must be above 1 here, got 1: softmax has no threshold; use context_parallel_attention")
+
+
+def check_first_key(first_key: object, query_positions: object) -> None:
     if first_key is None:
         return
     if not isinstance(first_key, int) or isinstance(first_key, bool):
@@ -123,6 +131,20 @@ def check_decoding(tensors: tuple, score: ScoreOptions, first_key: object, query
         raise ValueError(f"first_key must be from 0 to 2^30, got {first_key}")
     if query_positions is None:
         raise ValueError(f"first_key={first_key} needs query_positions: where the whole cache ends is not known")
+
+
+def refuse_overlap(ranks: Ranks, first_key: int, size: int) -> None:
+    """A key that two ranks hold would count twice. All ranks see the same parts, and raise the same error."""
+    part = torch.tensor([first_key, first_key + size], device=ranks.device())
+    parts = part.new_empty(2 * ranks.size)
+    all_gather(parts, part, group=ranks.group)
+    held = sorted((first, end, rank) for rank, (first, end) in enumerate(parts.view(-1, 2).tolist()) if first < end)
+    for (first, end, rank), (next_first, next_end, next_rank) in pairwise(held):
+        if next_first < end:
+            raise ValueError(
+                f"the keys of two ranks must not overlap, got first_key={first} to {end - 1} on rank {rank} and "
+                f"first_key={next_first} to {next_end - 1} on rank {next_rank}"
+            )
 
 
 def own_problem(

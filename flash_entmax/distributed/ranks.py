@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from functools import wraps
+from itertools import takewhile
 from textwrap import shorten
 from typing import NamedTuple, NoReturn, ParamSpec, TypeVar
 
@@ -82,7 +83,8 @@ def agreed(
     except Exception as error:
         refusal = error
     told = f"{type(refusal).__name__}: {refusal}" if refusal is not None else description
-    if not all_alike(ranks, repr(told)) or refusal is not None:
+    text = told if isinstance(told, str) else repr(sorted(told.items()))
+    if not all_alike(ranks, text) or refusal is not None:
         refuse(ranks, told, refusal)
     return prepared
 
@@ -112,7 +114,11 @@ def refuse(ranks: Ranks, told: dict[str, str] | str, refusal: Exception | None) 
 
 
 def by_rank(texts: list[str]) -> str:
-    """Each text with the ranks that it comes from."""
+    """Each text with the ranks that it comes from. Long ones begin just before the place where they differ."""
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    start = sum(1 for _ in alike) - SHOWN // 3
+    if start > 0 and max(map(len, texts)) > SHOWN:
+        texts = [f"... {text[start:]}" for text in texts]
     ranks = {text: [str(rank) for rank, other in enumerate(texts) if other == text] for text in dict.fromkeys(texts)}
     return ", ".join(
         f"{shorten(text, SHOWN)} on {'rank' if len(own) == 1 else 'ranks'} {', '.join(own)}"

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core.checks import typed
+from ..core.checks import checked_device, typed
 from .exchange import gather
 from .layout import Layout, check_layout, check_length, local_positions, split
 from .ranks import Ranks
@@ -31,7 +31,7 @@ def positions(
         (local length,) int64.
 
     Raises:
-        TypeError, ValueError: another group or layout, and a length that does not divide.
+        TypeError, ValueError: another group, layout or device, and a length that does not divide.
     """
     ranks = Ranks.of(group)
     check_layout(layout)
@@ -40,7 +40,7 @@ def positions(
     if length < 0:
         raise ValueError(f"length must be at least 0, got {length}")
     check_length(length, ranks.size, layout)
-    return local_positions(length, ranks, layout, device)
+    return local_positions(length, ranks, layout, None if device is None else checked_device(device))
 
 
 def shard(tensor: Tensor, dim: int, group: ProcessGroup | DeviceMesh, layout: Layout = "balanced") -> Tensor:

@@ -2,14 +2,26 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import Impl
-from ..core.checks import check_flag, check_index, check_softcap, check_window, is_number, require_dense, said
+from ..core.checks import (
+    DTYPES,
+    check_flag,
+    check_index,
+    check_softcap,
+    check_window,
+    checked_device,
+    is_number,
+    require_dense,
+    said,
+)
 from ..core.intervals import UNLIMITED
+from ..core.keywords import LEFT_OUT, check_keywords, refuse_positions
+from ..core.modes import is_autocast
 from ..core.tensors import is_jagged, jagged_like, longest_sequence, row_dtype
 from ..functional import entmax_attention, entmax_attention_varlen
 from .alpha import AlphaParameter, WithAlpha
@@ -21,6 +33,22 @@ if TYPE_CHECKING:
     from ..distributed import ContextParallel
 
 TEMPERATURES = "fixed", "adaptive"
+# Arguments of other attention layers, and what says the same here.
+OWN_OPTION = "it is an option of the layer"
+FROM_X = "keys and values come from x: call entmax_attention for others"
+OF_LAYERS = {
+    "num_kv_heads": "it is num_key_heads",
+    "batch_first": f"the batch is the first dimension, {LEFT_OUT}",
+    "kdim": FROM_X,
+    "vdim": FROM_X,
+    "key": FROM_X,
+    "value": FROM_X,
+    "is_causal": OWN_OPTION,
+    "window_size": OWN_OPTION,
+    "attn_mask": "padding is key_mask or key_lengths; of other masks call entmax_attention",
+    "block_mask": "call entmax_attention",
+    "need_weights": "flash_entmax.inspection.record shows what was attended to",
+}
 
 
 class EntmaxAttention(WithAlpha):
@@ -85,8 +113,10 @@ class EntmaxAttention(WithAlpha):
         context_parallel: "ContextParallel | object | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
+        check_keywords(EntmaxAttention.__init__, unknown, OF_LAYERS)
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
         check_heads(embed_dim, num_heads, num_key_heads, head_dim)
         flags = {"bias": bias, "learn_alpha": learn_alpha, "is_causal": is_causal, "output_norm": output_norm}
@@ -137,7 +167,7 @@ class EntmaxAttention(WithAlpha):
     def forward(
         self,
         x: Tensor,
-        *,
+        *by_position: NoReturn,
         alpha: float | Tensor | None = None,
         key_lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
@@ -145,6 +175,7 @@ class EntmaxAttention(WithAlpha):
         max_seq: int | None = None,
         cache: KeyValueCache | None = None,
         impl: Impl = "auto",
+        **unknown: NoReturn,
     ) -> Tensor:
         """Attention of ``x`` to itself, and to the tokens in the cache. The output has the shape of ``x``.
 
@@ -164,6 +195,9 @@ class EntmaxAttention(WithAlpha):
             TypeError, ValueError: for inputs of the wrong type, shape or combination; ValueError where the cache has
                 no room. The cache is as before.
         """
+        if by_position or unknown:
+            refuse_positions(EntmaxAttention.forward, ("x",), by_position, f"options have names; {FROM_X}")
+            check_keywords(EntmaxAttention.forward, unknown, OF_LAYERS)
         if cache is not None:
             self._check_cache(x, alpha, cache, (key_lengths, key_mask, cu_seq, max_seq))
         if is_jagged(x):
@@ -218,15 +252,18 @@ class EntmaxAttention(WithAlpha):
             device, dtype: default those of the layer, or the dtype of autocast where that is on.
 
         Raises:
-            TypeError, ValueError: for sizes of the wrong type or below 1; ValueError for a layer that is not causal.
+            TypeError, ValueError: for sizes of the wrong type or below 1, and another device or dtype; ValueError for a
+                layer that is not causal.
         """
         check_sizes({"batch": batch, "capacity": capacity})
         self._check_may_cache()
         weight = self.key.weight
-        device = weight.device if device is None else torch.device(device)
+        device = weight.device if device is None else checked_device(device)
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         return KeyValueCache(batch, self.num_key_heads, capacity, self.head_dim, device=device, dtype=dtype)
 
     def _positions(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
@@ -288,6 +325,10 @@ class EntmaxAttention(WithAlpha):
         expected = f"(batch, length, {width})" if cu_seq is None else f"(tokens, {width})"
         if x.dim() != (3 if cu_seq is None else 2) or x.shape[-1] != width:
             raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+        if type(self.query) is nn.Linear and x.dtype != self.query.weight.dtype and not is_autocast(x):
+            raise TypeError(f"x must be {self.query.weight.dtype}, the dtype of the layer, got {x.dtype}")
         if cu_seq is None:
             return
         if not (key_lengths is None and key_mask is None):

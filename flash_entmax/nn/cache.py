@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
+from ..core.checks import is_int, typed
+
 
 class KeyValueCache:
     """Room for the keys and values of ``capacity`` tokens of one attention layer: ``EntmaxAttention.new_cache``.
 
     Attributes:
         keys, values: (batch, key heads, capacity, head size), of which the first ``length`` tokens are filled.
-        length: how many tokens each batch row has, a number on the host.
+        length: how many tokens each batch row has, a number on the host. Set it lower to take tokens back, such as
+            drafts that were rejected; TypeError or ValueError for what is no integer from 0 to ``capacity``.
     """
 
     def __init__(
@@ -24,6 +27,18 @@ class KeyValueCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        if not is_int(length):
+            raise TypeError(f"length must be an integer, got {typed(length)}")
+        if not 0 <= length <= self.capacity:
+            raise ValueError(f"length must be from 0 to the capacity of the cache, {self.capacity}, got {length}")
+        self._length = length
+
     def reset(self) -> None:
         """Forget all tokens."""
         self.length = 0
@@ -31,7 +46,7 @@ class KeyValueCache:
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens, (batch, key heads, tokens, head size) each.
 
-        Returns the keys and the values of all tokens so far, in place.
+        Returns views of the cache: the keys and the values of all tokens so far.
 
         Raises:
             TypeError, ValueError: as `write`.
@@ -45,13 +60,16 @@ class KeyValueCache:
 
         Raises:
             TypeError: no tensors, or another dtype.
-            ValueError: another shape or device, or more tokens than there is room for. Nothing is written.
+            ValueError: another shape or device, more tokens than there is room for, or a gradient that is asked for.
+                Nothing is written.
         """
         for name, tensor, held in (("key", key, self.keys), ("value", value, self.values)):
             check_fits(name, tensor, held)
         end = self.length + key.shape[2]
         if key.shape[2] != value.shape[2]:
             raise ValueError(f"key and value must have the same length, got {key.shape[2]} and {value.shape[2]}")
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise ValueError("a cache holds no gradients: write under torch.no_grad(), got a key or value with one")
         if end > self.capacity:
             raise ValueError(
                 f"the cache has room for {self.capacity} tokens: it holds {self.length}, and {key.shape[2]} more were "

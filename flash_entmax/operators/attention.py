@@ -237,8 +237,8 @@ class Attention(torch.autograd.Function):
 
 
 differentiate(attention, Attention)
-refuse_second_derivative(attention_backward)
-refuse_second_derivative(attention_tangent)
+for derivative in (attention_backward, attention_tangent):
+    refuse_second_derivative(derivative, instead="impl='reference' of the call")
 
 batch_into(attention, (*_INPUTS_BATCH, None, *_TENSORS_BATCH), (0,) * 6)
 batch_into(attention_backward, (0, *_INPUTS_BATCH, 0, *_STATE_BATCH, None, *_TENSORS_BATCH), (0, 0, 0, 1))

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...core.call import Problem
+from ...core.call import MOST_DECODED, Problem
 from ...core.tensors import ceil_div, row_dtype
 from ...core.threshold import certified_offset, smallest_offset, solve
 from .output import outputs
 from .tiles import CHUNK_SCORES, TILE, TileVisibility, limits_of
 
-MAX_QUERIES = 16  # of a head
 BLOCK = 64  # keys of which one maximum is kept
 LIST = 64  # lists of keys, and of blocks, are filled up to multiples of it: then sums go in the same order
 DENSE_SHARE = 1 / 4  # of the keys: a row that keeps more is not listed
@@ -49,7 +48,7 @@ class ListedKeys(NamedTuple):
 
 def is_decoding(problem: Problem, needs_backward: bool) -> bool:
     """Whether `decode` computes the call: few queries, and no gradient."""
-    return not needs_backward and not problem.is_empty and problem.query_length <= MAX_QUERIES
+    return not needs_backward and not problem.is_empty and problem.query_length <= MOST_DECODED
 
 
 def decode(

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.call import ScoreOptions
+from ...core.keywords import SINKS
 from ...core.visibility import Visibility
 from ...functional import attend, entmax_attention_varlen
 from .alpha import alpha_of
@@ -25,7 +26,7 @@ REFUSED = {
     "head_mask": "entmax has no mask of whole heads: prune the heads instead",
     "output_attentions": "the probabilities are never stored; record(model) of flash_entmax.inspection shows them",
     "position_bias": "biases added to the scores are not supported: use attn_implementation='eager'",
-    "s_aux": "attention sinks are a term of softmax's denominator, which entmax does not have",
+    "s_aux": SINKS,
 }
 
 

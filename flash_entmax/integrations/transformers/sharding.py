@@ -1,14 +1,16 @@
 """Batches that the processes of a group share: each process has a part of every sequence."""
 
+import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import string_at
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...core.checks import said, typed
+from ...core.checks import is_number, said, typed
 from ...distributed import ContextParallel, positions, shard
 from ...distributed.ranks import Ranks, agreed, described
 from .config import IMPLEMENTATIONS, implementation_of
@@ -17,6 +19,9 @@ from .shared_batch import SharedBatch, close_batch, open_batch, shared_batch
 
 IGNORED = -100  # a label that does not count
 BY_TOKEN = "input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids", "labels", "shift_labels"
+INDICES = torch.int64, torch.int32
+DTYPES = dict.fromkeys(("input_ids", "token_type_ids", "position_ids"), INDICES)
+DTYPES |= dict.fromkeys(("labels", "shift_labels"), (torch.int64,))
 LOCAL_LAYERS = {"full_attention", "sliding_attention", "attention"}  # other layers than these need the whole sequence
 GROWING_ROPE = {"dynamic", "longrope"}  # whose angles depend on the last position that a rank sees
 
@@ -80,17 +85,17 @@ def description(model: nn.Module, batch: dict[str, Any], parallel: ContextParall
     """What must be the same on all ranks."""
     texts = {"function": "context_parallel", "model": type(root_in(model)).__name__}
     texts |= {name: repr(getattr(parallel, name)) for name in ("method", "layout", "heads_at_a_time")}
-    return texts | {name: described_in_short(value) for name, value in batch.items()}
+    given = {name: value for name, value in batch.items() if value is not None and name != "use_cache"}  # it is False
+    return texts | {name: described_in_short(value) for name, value in given.items()}
 
 
 def described_in_short(value: object) -> str:
-    """As `described`, with a checksum in place of the numbers of a tensor."""
+    """As `described`, with a hash in place of the numbers of a tensor."""
     if not isinstance(value, Tensor) or value.device.type != "cpu":
         return described(value, is_shared=False)
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    numbers = value.detach().contiguous().flatten().view(words[value.element_size()]).long()
-    places = torch.arange(1, 2 * len(numbers), 2)
-    return f"{described(value, is_shared=False)}, of checksum {(numbers * places).sum().item()}"
+    numbers = value.detach().contiguous()
+    digest = hashlib.sha256(string_at(numbers.data_ptr(), numbers.nbytes)).hexdigest()
+    return f"{described(value, is_shared=False)}, of hash {digest[:16]}"
 
 
 # The own part
@@ -193,24 +198,43 @@ def check_batch(root: nn.Module, batch: object) -> None:
     unknown = [name for name, value in batch.items() if name not in known and value is not None]
     if unknown:
         raise ValueError(
-            f"context_parallel shares {', '.join(BY_TOKEN)} and num_items_in_batch, got {', '.join(unknown)}"
+            f"context_parallel shares {', '.join(BY_TOKEN)} and num_items_in_batch, got {', '.join(map(str, unknown))}"
         )
     names = [name for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None]
     if len(names) != 1:
         raise ValueError(f"batch must have input_ids or inputs_embeds, got {' and '.join(names) or 'neither'}")
     tokens = batch[names[0]]
+    check_first(names[0], tokens)
     for name in BY_TOKEN:
         if batch.get(name) is not None:
             check_tokens(name, batch[name], tokens)
+    counted = batch.get("num_items_in_batch")
+    if counted is not None and not isinstance(counted, Tensor) and not is_number(counted):
+        raise TypeError(f"num_items_in_batch must be a number or a tensor, got {typed(counted)}")
     if batch.get("labels") is not None or batch.get("shift_labels") is not None:
         check_loss(root)
+
+
+def check_first(name: str, tokens: object) -> None:
+    """What says how many tokens there are."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {typed(tokens)}")
+    expected = ("batch", "length", "width")[: dim_of(name)]
+    if tokens.dim() != len(expected):
+        raise ValueError(f"{name} must have shape ({', '.join(expected)}), got {tuple(tokens.shape)}")
+
+
+def dim_of(name: str) -> int:
+    return 3 if name == "inputs_embeds" else 2
 
 
 def check_tokens(name: str, tensor: object, tokens: Tensor) -> None:
     """A tensor for each token."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {typed(tensor)}")
-    dim = 3 if name == "inputs_embeds" else 2
+    if name in DTYPES and tensor.dtype not in DTYPES[name]:
+        raise TypeError(f"{name} must be of {' or '.join(map(str, DTYPES[name]))}, got {tensor.dtype}")
+    dim = dim_of(name)
     rows = (1, tokens.shape[0]) if name == "position_ids" else (tokens.shape[0],)
     if tensor.dim() != dim or tensor.shape[0] not in rows or tensor.shape[1] != tokens.shape[1]:
         expected = f"({tokens.shape[0]}, {tokens.shape[1]}{', width' if dim == 3 else ''})"

@@ -44,6 +44,8 @@ def opened(path: Path | str) -> Iterator:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
+        if Path(path).exists():
+            raise CommandError(f"--inputs {path}: is no safetensors file ({error})") from error
         raise CommandError(f"--inputs {path}: {error}") from error
 
 

@@ -42,7 +42,7 @@ def load(path: Path, own: dict) -> dict:
         return {"conditions": own, "runs": {}, "measures": {}}
     try:
         results = json.loads(path.read_text())
-        found = results["conditions"]
+        found = dict(results["conditions"])
         own = json.loads(json.dumps(own))  # JSON turns tuples into lists
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{path} cannot be read ({error}): move it away to start anew") from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def of_training(settings: RecipeSettings, given: Mapping[str, Any]) -> RecipeSet
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if given.get("seeds", 1) < 1:
         raise CommandError(f"--seeds must be at least 1, got {given['seeds']}")
-    if not all(rate > 0 for rate in given.get("rates", ())):
-        raise CommandError(f"--rates must be positive, got {' '.join(f'{rate:g}' for rate in given['rates'])}")
+    rates = given.get("rates", ())
+    if not all(0 < rate < inf for rate in rates):
+        raise CommandError(f"--rates must be positive and finite, got {' '.join(f'{rate:g}' for rate in rates)}")
     return replace(settings, **given)

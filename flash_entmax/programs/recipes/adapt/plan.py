@@ -19,6 +19,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import ClassVar
 
@@ -96,7 +97,7 @@ def run(settings: RecipeSettings, size: AdaptSize) -> None:
     alphas = (SOFTMAX, *size.alphas)
     grid = {alpha: [AdaptRun(alpha, rate, 0, size.steps) for rate in size.rates] for alpha in alphas}
     perform([each for runs in grid.values() for each in runs])
-    best = {alpha: min(runs, key=lambda each: results["runs"][each.key]["validation"]) for alpha, runs in grid.items()}
+    best = {alpha: best_of(runs, results) for alpha, runs in grid.items()}
     chosen = {
         alpha: [AdaptRun(alpha, each.rate, seed, size.steps) for seed in range(size.seeds)]
         for alpha, each in best.items()
@@ -108,6 +109,15 @@ def run(settings: RecipeSettings, size: AdaptSize) -> None:
     results["seconds"] = results.get("seconds", 0.0) + time.perf_counter() - start
     write_json(path, results)
     report.write(console, results, path)
+
+
+def best_of(runs: list[AdaptRun], results: dict) -> AdaptRun:
+    """The training of an arm with the lowest validation loss. CommandError if none has a finite one."""
+    best = min(runs, key=lambda each: results["runs"][each.key]["validation"])
+    if not isfinite(results["runs"][best.key]["validation"]):
+        rates = " ".join(f"{each.rate:g}" for each in runs)
+        raise CommandError(f"no training of {best.arm} has a finite loss with --rates {rates}: take lower ones")
+    return best
 
 
 def workers_for(settings: RecipeSettings) -> int:

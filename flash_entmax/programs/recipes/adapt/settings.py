@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,8 @@ def check(size: AdaptSize) -> None:
         raise CommandError(f"--batch must be even, half prose and half code, got {size.batch}")
     if size.rank < 0:
         raise CommandError(f"--rank must be at least 0, got {size.rank}")
-    if not all(rate > 0 for rate in size.rates):
-        raise CommandError(f"--rates must be positive, got {words(size.rates)}")
+    if not all(0 < rate < inf for rate in size.rates):
+        raise CommandError(f"--rates must be positive and finite, got {words(size.rates)}")
     for name in ("rates", "alphas"):
         if len(set(given := getattr(size, name))) < len(given):
             raise CommandError(f"--{name} has a number twice: {words(given)}")

@@ -29,20 +29,17 @@ def is_recorded(arguments: Sequence) -> bool:
 
 def as_given(tensor: Tensor) -> AbstractContextManager:
     """Autocast must not cast inside an operator."""
-    return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else nullcontext()
-
-
-def is_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor is."""
     device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
+    is_on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, inputs in its dtype, as scaled_dot_product_attention takes them; float64 stays."""
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return tensors
-    if not is_autocast(tensors[0]):
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

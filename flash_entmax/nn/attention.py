@@ -21,7 +21,6 @@ from ..core.checks import (
 )
 from ..core.intervals import UNLIMITED
 from ..core.keywords import LEFT_OUT, check_keywords, refuse_positions
-from ..core.modes import is_autocast
 from ..core.tensors import is_jagged, jagged_like, longest_sequence, row_dtype
 from ..functional import entmax_attention, entmax_attention_varlen
 from .alpha import AlphaParameter, WithAlpha
@@ -327,8 +326,9 @@ class EntmaxAttention(WithAlpha):
             raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-        if type(self.query) is nn.Linear and x.dtype != self.query.weight.dtype and not is_autocast(x):
-            raise TypeError(f"x must be {self.query.weight.dtype}, the dtype of the layer, got {x.dtype}")
+        own, is_cast = self.query.weight.dtype, not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if x.dtype != own and not is_cast and type(self.query) is nn.Linear:  # quantized ones take other types
+            raise TypeError(f"x must be {own}, the dtype of the layer, got {x.dtype}")
         if cu_seq is None:
             return
         if not (key_lengths is None and key_mask is None):

@@ -326,9 +326,10 @@ class EntmaxAttention(WithAlpha):
             raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-        own, is_cast = self.query.weight.dtype, not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        if x.dtype != own and not is_cast and type(self.query) is nn.Linear:  # quantized ones take other types
-            raise TypeError(f"x must be {own}, the dtype of the layer, got {x.dtype}")
+        is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        is_plain = type(self.query) is nn.Linear  # a quantized one takes other dtypes than that of its weight
+        if is_plain and not is_cast and x.dtype != self.query.weight.dtype:
+            raise TypeError(f"x must be {self.query.weight.dtype}, the dtype of the layer, got {x.dtype}")
         if cu_seq is None:
             return
         if not (key_lengths is None and key_mask is None):

@@ -223,3 +223,8 @@ X, CLASSES = torch.zeros(2, 5), torch.tensor([1, 2])
 def test_wrong_input(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_large_order_of_normmax_loses_nothing():
+    loss = normmax_loss(torch.zeros(1, 1000), torch.tensor([3]), 200.0)
+    torch.testing.assert_close(loss, torch.tensor(1 - 1000 ** (1 / 200 - 1)))

@@ -16,3 +16,23 @@ def test_the_command_line_runs_as_a_module(module, tmp_path):
     assert done.stderr.startswith("flash-entmax inspect: ")
     shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("usage: flash-entmax ")
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    from flash_entmax.programs import cli, recipes
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "check_arms", interrupted)
+    assert cli.main(["recipe", "sort", "--size", "toy", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "flash-entmax recipe: interrupted: the same command goes on from what is done\n"
+
+
+def test_a_reader_may_close_the_output():
+    """As `flash-entmax info | head -1` does."""
+    command = [sys.executable, "-m", "flash_entmax", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 141

@@ -194,3 +194,11 @@ def test_the_reference_has_second_derivatives(alpha):
 def test_no_samples_at_all_are_refused():
     with pytest.raises(ValueError, match=r"torch\.vmap must have at least one sample"):
         vmap(entmax_attention)(*(torch.randn(0, 1, 1, 4, 8),) * 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["budget_offset", "known_classes", "normmax_losses", "linear_loss_tangent", "attention"]
+)
+def test_operators_have_a_rule_of_their_own_for_vmap(name):
+    """PyTorch's slow rule warns where Python does not see it."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_entmax::{name}", "FuncTorchBatched")

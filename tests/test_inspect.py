@@ -1,5 +1,8 @@
 """The command flash-entmax inspect on a model of Transformers: table, page, maps, and the text that it reads."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from inspect_command import loss_of, run_command, shown_losses, words_of
@@ -114,3 +117,22 @@ def test_a_terminal_sees_how_far_the_work_is(llama_folder, tmp_path, capsys, mon
         assert f"{step} ..." in steps
     assert steps[-1] == ""
     assert "\r" not in printed
+
+
+def test_a_tokenizer_that_cuts_on_the_left_is_read_from_the_start(llama_folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = shutil.copytree(llama_folder, tmp_path / "left")
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(options | {"truncation_side": "left"}))
+    given = "--text", llama_folder / "text.txt", "--tokens", 20, "--device", "cpu", "--out", tmp_path / "out"
+    code, printed, _ = run_command(capsys, folder, *given)
+    assert code == 0
+    expected = loss_of(tiny_llama(), "entmax15", words_of(llama_folder, 0, 20))
+    assert shown_losses(printed)[0] == pytest.approx(expected, abs=0.0006)
+
+
+def test_pieces_of_one_character_show_it_once():
+    from flash_entmax.programs.inspect.transformers_model import REST, pieces
+
+    offsets, names = [(0, 0), (0, 1), (0, 1), (1, 2)], ["<s>", "a", "b", "c"]
+    assert pieces("é!", offsets, names, [1, 0, 0, 0]) == ["<s>", "é", REST, "!"]

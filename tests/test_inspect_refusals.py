@@ -25,6 +25,7 @@ def test_command_refuses(demo_folder, llama_folder, tmp_path, capsys):
         (folder, "--text", text, "--tokens", 0): "--tokens must be from 1 to",
         (folder, "--text", text, "--layers", "7"): "the model has the layers 0 to 1",
         (folder, "--text", text, "--layers", "a"): "numbers and ranges",
+        (folder, "--text", text, "--layers", "0", "1-0"): "--layers 1-0: no layer is in there",
         (folder, "--text", text, "--out", text): "--out",
         (empty, "--text", text): "holds neither",
         (tmp_path / "wrong.safetensors", "--text", text): "not a model that the demo wrote",

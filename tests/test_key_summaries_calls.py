@@ -118,6 +118,23 @@ def test_reorder_copies_batch_rows(backend):
     assert [tensor.data_ptr() for tensor in summaries.tensors()] == addresses
 
 
+def test_reorder_copies_lengths():
+    summaries = KeySummaries(2, 1, 10, 16, dtype=torch.float32, device="cpu", impl="torch")
+    summaries.append(torch.randn(2, 1, 2, 16), torch.tensor([1, 5], dtype=torch.int32))
+    summaries.reorder(torch.tensor([1, 1]))
+    assert summaries.lengths.tolist() == [7, 7]
+
+
+def test_what_is_reset_is_as_new():
+    key = torch.randn(1, 1, 100, 16)
+    summaries = KeySummaries.of(key, skips_blocks=True, impl="torch")
+    summaries.reset()
+    new = KeySummaries(1, 1, 100, 16, dtype=torch.float32, device="cpu", skips_blocks=True, impl="torch")
+    for name in ("unit", "error", "radius", "centre_error"):
+        ours, theirs = (getattr(each.rounded_keys, name) for each in (summaries, new))
+        torch.testing.assert_close(ours, theirs, equal_nan=True, msg=name)
+
+
 def test_bytes():
     """Of 16-bit keys of 128, half, and 4 bytes for each key."""
     summaries = KeySummaries(2, 3, 640, 128, dtype=torch.bfloat16, device="cpu")

@@ -161,3 +161,11 @@ H, W, Y = torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64)
 def test_wrong_input(arguments, options, error, message):
     with pytest.raises(error, match=message):
         linear_entmax_loss(*arguments, **options)
+
+
+def test_a_bias_gradient_in_float16_does_not_overflow():
+    """140,000 rows add up to more than float16 holds before the mean divides."""
+    bias = torch.zeros(2).half().requires_grad_()
+    hidden, weight, target = torch.zeros(140_000, 1).half(), torch.zeros(2, 1).half(), torch.zeros(140_000).long()
+    loss = linear_entmax_loss(hidden, weight, target, bias=bias)
+    torch.testing.assert_close(torch.autograd.grad(loss, bias)[0], torch.tensor([-0.5, 0.5]).half())

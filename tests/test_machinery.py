@@ -342,3 +342,12 @@ def test_cuda_graph_replays_on_new_data(packed):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(*pair) for pair in zip(captured, training_step(), strict=True))
+
+
+def test_flops_of_a_tangent():
+    """The pass itself, and three products of scores and two of values for the tangents."""
+    register_flop_formulas()
+    query, key, value = torch.randn(1, 4, 20, 16), torch.randn(1, 4, 30, 16), torch.randn(1, 4, 30, 8)
+    with FlopCounterMode(display=False) as counter:
+        torch.func.jvp(lambda query: entmax_attention(query, key, value), (query,), (query,))
+    assert counter.get_total_flops() == 4 * 20 * 30 * 2 * ((16 + 8) + (3 * 16 + 2 * 8))

@@ -214,16 +214,34 @@ def test_tensors_need_neither_numpy_nor_scikit_learn(monkeypatch):
 
 def test_starts():
     """The best start is kept, a seed repeats it, and a generator goes on."""
-    points = blobs()
-    energies = [fit(points, 2.0, steps=2, random_state=seed).free_energies_[-1] for seed in range(3)]
-    assert len(set(energies)) > 1
-    draw = torch.Generator().manual_seed(0)
+    points, draw = blobs(), torch.Generator().manual_seed(7)
     in_turn = [fit(points, 2.0, steps=2, random_state=draw).free_energies_[-1] for _ in range(3)]
-    best = fit(points, 2.0, steps=2, random_state=0, n_init=3)
+    assert len(set(in_turn)) == 3
+    assert min(in_turn) != in_turn[0]
+    best = fit(points, 2.0, steps=2, random_state=7, n_init=3)
     assert best.free_energies_[-1] == min(in_turn)
-    assert in_turn[0] == energies[0]
-    torch.manual_seed(0)
-    assert fit(points, 2.0, steps=2).free_energies_[-1] == energies[0]
+    torch.manual_seed(7)
+    assert fit(points, 2.0, steps=2).free_energies_[-1] == in_turn[0]
+
+
+def test_starts_are_of_points_that_lie_apart():
+    points = torch.tensor([[0.0], [1.0], [5.0]], dtype=torch.float64).repeat(10, 1)
+    for seed in range(20):
+        chosen = mixture.spread_points(points, 3, torch.Generator().manual_seed(seed))
+        assert sorted(chosen.flatten().tolist()) == [0.0, 1.0, 5.0]
+
+
+def test_a_mean_that_no_point_is_nearest_to_stays():
+    means = torch.tensor([[0.0, 0.0], [99.0, 99.0]], dtype=torch.float64)
+    points = torch.randn(20, 2, dtype=torch.float64)
+    assert torch.equal(mixture.clustered(points, means)[1], means[1])
+
+
+def test_the_covariance_of_one_point_is_half_that_of_all():
+    points = torch.cat([torch.randn(30, 2, dtype=torch.float64), torch.full((1, 2), 50.0, dtype=torch.float64)])
+    means = torch.tensor([[0.0, 0.0], [50.0, 50.0]], dtype=torch.float64)
+    found = mixture.nearest_points(points, means, True, 0.0).gaussians.covariances[1]
+    torch.testing.assert_close(found, points.T.cov(correction=0) / 2)
 
 
 def test_a_component_without_points_stays_where_it_was():

@@ -151,3 +151,9 @@ def test_values_of_other_lengths_are_refused():
         entmax_attention(query, key, nested(7, 3))
     with pytest.raises(ValueError, match="value must have the sequence lengths of key, got 3 sequences and 2"):
         entmax_attention(query, key, nested(3, 3, 4))
+
+
+def test_the_implementation_of_a_layer_is_that_of_its_nested_call():
+    x = torch.nested.nested_tensor([torch.randn(3, 24), torch.randn(5, 24)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="impl must be"):
+        EntmaxAttention(24, 4)(x, impl="fast")

@@ -8,7 +8,7 @@ import torch
 from conftest import Backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_entmax import entmax, entmax_attention
+from flash_entmax import entmax, entmax_attention, inspection
 from flash_entmax.backends.reference import entmax_rows
 from flash_entmax.nn import AdaptiveTemperature, Entmax, EntmaxAttention, EntmaxLoss
 
@@ -41,7 +41,7 @@ def plain(layer: EntmaxAttention, x, hidden=None):
         g = h // (heads // layer.num_key_heads)
         q, k = query[:, h], key[:, g]
         if layer.position == "rope":
-            q, k = turned(q), turned(k)
+            q, k = turned(q, layer.rope_base), turned(k, layer.rope_base)
         slope = {"alibi": 2.0 ** (-8 * (h + 1) / heads), "nape": 1 / (h - heads // 2 + 1) if h >= heads // 2 else 0}
         slope = slope.get(layer.position, 0)
         scores = q @ k.mT / math.sqrt(size)
@@ -67,11 +67,11 @@ def plain(layer: EntmaxAttention, x, hidden=None):
     return layer.output_norm.weight * output / size
 
 
-def turned(x):
+def turned(x, base):
     """Rotary embedding by complex numbers."""
     half = x.shape[1] // 2
     place, pair = (torch.arange(n, dtype=x.dtype) for n in (x.shape[0], half))
-    angle = place[:, None] * 10_000.0 ** (-pair / half)
+    angle = place[:, None] * base ** (-pair / half)
     z = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((z.real, z.imag), 1)
 
@@ -85,6 +85,7 @@ LAYERS = {
     "encoder, window": {"is_causal": False, "window_size": (5, -1), "head_dim": 10},
     "sparsemax, softcap": {"alpha": 2.0, "softcap": 1.5, "position": "nape"},
     "output norm": {"output_norm": True, "bias": True, "num_key_heads": 2},
+    "rope of another base": {"rope_base": 100.0},
 }
 
 
@@ -188,6 +189,36 @@ def test_other_dtypes_and_devices(backend):
         output = half(x.half(), impl=backend.impl)
         torch.testing.assert_close(output.float(), layer(x, impl=backend.impl), rtol=2e-2, atol=4e-3)
         assert half.alpha.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("position", "slope"), [("nape", 1 / 3), ("alibi", 2 ** (-8 / 6))])
+def test_slopes_are_not_rounded_to_16_bits(position, slope):
+    """6 heads have slopes that 16 bits do not hold."""
+    half, x = EntmaxAttention(60, 6, position=position).bfloat16(), torch.randn(1, 9, 60).bfloat16()
+    with inspection.record() as calls, torch.no_grad():
+        half(x)
+    assert (calls[0].problem.score.alibi_slopes - slope).abs().min() < 1e-7
+
+
+def test_positions_are_not_rounded_to_16_bits():
+    """bfloat16 holds whole numbers up to 256."""
+    torch.manual_seed(0)
+    half, x = EntmaxAttention(60, 6, head_dim=10).bfloat16(), torch.randn(1, 600, 60).bfloat16()
+    with torch.no_grad():
+        half.query.weight.mul_(3)
+        half.key.weight.mul_(3)
+        error = (half(x).float() - copy.deepcopy(half).float()(x.float())).abs().mean()
+    assert error < 0.01
+
+
+def test_a_temperature_is_not_rounded_to_16_bits():
+    temperature, x = AdaptiveTemperature(8, 2), torch.randn(1, 3, 8).bfloat16()
+    for parameter in temperature.parameters():
+        torch.nn.init.normal_(parameter)
+    half, position = temperature.bfloat16(), torch.tensor([1000, 1001, 1003])
+    found, beta, gamma = half(x, position, 2), half.beta(x).float(), half.gamma(x).float()
+    expected = 1 + torch.nn.functional.softplus(beta) * (position + 2.0).log()[:, None] ** (2 * gamma.tanh())
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_alpha_for_one_call(backend):

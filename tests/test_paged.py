@@ -278,3 +278,11 @@ def test_a_cuda_graph_reads_lengths_and_pages_anew(backend):
         tensor.copy_(new)
     graph.replay()
     assert torch.equal(output, other.attend(backend.impl))
+
+
+def test_flops_of_values_of_another_size():
+    register_flop_formulas()
+    query, key, value = torch.randn(1, 4, 2, 16), torch.randn(2, 16, 4, 16), torch.randn(2, 16, 4, 8)
+    with FlopCounterMode(display=False) as counter:
+        entmax_attention_paged(query, key, value, torch.tensor([[0, 1]]), torch.tensor([20]))
+    assert counter.get_total_flops() == 2 * 4 * 32 * 2 * (16 + 8)

@@ -93,3 +93,8 @@ def test_the_map_is_white_where_nothing_is_attended_to(cells):
     grey = torch.tensor([0xE3, 0xE5, 0xE8], dtype=torch.float64) / 255
     assert torch.equal(torch.isclose(image, grey).all(-1), ~seen)
     assert torch.equal((image == 1).all(-1), seen & ~attended)
+
+
+def test_a_picture_has_one_of_three_formats(tmp_path):
+    with pytest.raises(ValueError, match=r"path must end in \.png, \.pdf, \.svg, got .*picture$"):
+        plot.save_figure(None, tmp_path / "picture")

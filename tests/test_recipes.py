@@ -281,6 +281,10 @@ def test_a_model_that_is_there_is_not_trained_again(tmp_path):
         (["language-model", "--text", "/nowhere"], "--text /nowhere: no such file or folder"),
         (["sort", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["sort", "--rates", "1e-3", "0"], "--rates must be positive and finite, got 0.001 0"),
+        (
+            ["sort", "--text", "."],
+            "--text is an option of adapt, language-model, ruler, sparsity, training-speed, got sort",
+        ),
         (["sort", "--rates", "inf"], "--rates must be positive and finite, got inf"),
         (["sort", "--arms", "SSMax"], "sort has no arm 'SSMax' (--arms), but 'softmax, pre-norm', 'softmax'"),
         (["sort", "max-retrieval", "--arms", "softmax", "SSMax"], "sort has no arm 'SSMax'"),

@@ -1,6 +1,7 @@
 """The command line: flash-entmax info, check, demo, inspect, bench, recipe."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from .errors import CommandError, make_folder
+
+INTERRUPTED, CLOSED = 130, 141  # as a shell reports a process that SIGINT or SIGPIPE has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"flash-entmax {options.name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        rest = ": the same command goes on from what is done" if options.name == "recipe" else ""
+        print(f"flash-entmax {options.name}: interrupted{rest}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # who reads the output has closed it; Python would write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -248,7 +258,16 @@ def recipe(options: argparse.Namespace) -> int:
     from .recipes import check_arms, run, run_adapt, run_ruler
     from .recipes.adapt.settings import OPTIONS, size_for
     from .recipes.ruler.settings import RULER_OPTIONS, ruler_size_for
-    from .recipes.settings import ADAPT, NAMES, RULER, TRAINED, TRAINED_OPTIONS, of_training, settings_for
+    from .recipes.settings import (
+        ADAPT,
+        NAMES,
+        READ_TEXT,
+        RULER,
+        TRAINED,
+        TRAINED_OPTIONS,
+        of_training,
+        settings_for,
+    )
 
     names = dict.fromkeys((*NAMES, *options.names) if "all" in options.names else options.names)
     names.pop("all", None)
@@ -263,6 +282,8 @@ def recipe(options: argparse.Namespace) -> int:
         owners = [name for name, taken in own_options.items() if option in taken]
         if not any(name in names for name in owners):
             raise CommandError(f"--{option} is an option of {', '.join(owners)}, got {' '.join(options.names)}")
+    if options.text is not None and not READ_TEXT & names.keys():
+        raise CommandError(f"--text is an option of {', '.join(sorted(READ_TEXT))}, got {' '.join(options.names)}")
     if ADAPT in names:
         size = size_for(settings, given[ADAPT])
     if RULER in names:

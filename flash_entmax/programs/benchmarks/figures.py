@@ -4,6 +4,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flash_entmax.show.plot.shared import shrink
+
 from .settings import NAMES, OURS, TITLES
 
 if TYPE_CHECKING:
@@ -54,8 +56,10 @@ def save_speed(content: dict, path: Path) -> Path | None:
         draw_captured_times(next(parts), captured)
     conditions = content["conditions"]
     machine = f"{conditions['device']}, {conditions['dtype']}, torch {conditions['torch']}, {conditions['date']}"
-    figure.suptitle(f"Entmax attention beside softmax\n{machine}", fontsize=12, weight="bold", x=0.01, ha="left")
+    title = f"Entmax attention beside softmax\n{machine}"
+    heading = figure.suptitle(title, fontsize=12, weight="bold", x=0.01, ha="left")
     add_legend(figure, results)
+    shrink(heading, 0.98 * figure.bbox.width)
     figure.savefig(path, dpi=130, facecolor="white")
     return path
 
@@ -138,7 +142,7 @@ def draw_times(part: "Figure", results: list[dict]) -> None:
             draw_line(axes, name, list(points.items()))
         axes.set(xscale="log", yscale="log")
         axes.set_title(
-            f"{title}, milliseconds: heads of {head_size}, block sparsity {sparsity}", fontsize=9.5, loc="left"
+            f"{title}, milliseconds\nheads of {head_size}, block sparsity {sparsity}", fontsize=9.5, loc="left"
         )
         axes.set_xticks(lengths, [f"{length:,}\n{result['heads']} heads" for length, result in sparsest.items()])
         axes.set_xticks([], minor=True)

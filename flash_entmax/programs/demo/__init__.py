@@ -3,6 +3,7 @@
 Needs matplotlib and rich: pip install ".[demo]", from a clone.
 """
 
+import shlex
 import time
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ def run(settings: DemoSettings) -> None:
     from .generate import continue_text
     from .text import read_corpus
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     make_folder(settings.out)
     trained = checkpoint.load_trained(settings) if settings.generate else None
     if trained is None:
@@ -56,8 +57,9 @@ def train_and_report(settings: DemoSettings, console: "Console") -> None:
     training = train.train(model, settings, corpus.training, console)
     if training.was_cut:
         console.print(
-            f"[yellow]training was cut off after {training.seconds:.0f} s, at step {training.steps} "
+            f"training was cut off after {training.seconds:.0f} s, at step {training.steps} "
             f"of {settings.steps}: this machine is slow or busy",
+            style="yellow",
             soft_wrap=True,
         )
     saved = checkpoint.save(model, settings)
@@ -71,7 +73,8 @@ def train_and_report(settings: DemoSettings, console: "Console") -> None:
     report.write_results(results, losses, layers, tile, training, seconds, facts)
     report.print_report(console, losses, layers, tile, training.tokens_per_second, facts)
     console.print(f"\n{seconds:.0f} s in all; the picture is {picture}, the numbers are {results}", soft_wrap=True)
-    console.print(f"to see any text as the model does: flash-entmax inspect {saved.parent} --text FILE", soft_wrap=True)
+    command = shlex.join(["flash-entmax", "inspect", str(saved.parent), "--text"])
+    console.print(f"to see any text as the model does: {command} FILE", soft_wrap=True)
     if not losses.after <= CLEAR_FALL * before:
         raise CommandError(
             f"the validation loss did not clearly fall: {before:.2f} bits per byte before training, "

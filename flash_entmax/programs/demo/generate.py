@@ -52,7 +52,7 @@ class Reads:
 def continue_text(console: Console, model: Transformer, settings: DemoSettings, validation: Tensor) -> None:
     """Print a beginning, what the model makes of it as it is made, and what was read."""
     beginning = held_out_beginning(validation, settings.context // 2)
-    console.print("\n[bold]A text that the training did not see, and how the model goes on:")
+    console.print("\nA text that the training did not see, and how the model goes on:", style="bold")
     shown = b"\n".join(beginning.split(b"\n")[-SHOWN_LINES:])
     stream = TextStream(console, "dim")
     for byte in shown:
@@ -114,7 +114,7 @@ def reads_of(model: Transformer, settings: DemoSettings, continuation: Continuat
 def print_reads(console: Console, continuation: Continuation, reads: Reads) -> None:
     table = Table.grid(padding=(0, 2))
     speed = continuation.steps / continuation.seconds if continuation.seconds else 0.0
-    table.add_row("[bold]bytes made a second", f"[bold]{speed:,.0f}")
+    table.add_row("bytes made a second", f"{speed:,.0f}", style="bold")
     table.add_row("keys attended to by a query", f"{reads.keys_per_query:.1f} of {reads.visible_per_query:,.0f}")
     table.add_row("keys read", f"{reads.keys / 1e6:,.2f} MB, all that are visible")
     share = 100 * reads.values / max(reads.values_visible, 1)

@@ -114,7 +114,7 @@ def print_report(
     console.print(table)
 
     summary = Table.grid(padding=(0, 2))
-    summary.add_row("[bold]validation, bits per byte", f"[bold]{losses.before:.2f} before, {losses.after:.2f} after")
+    summary.add_row("validation, bits per byte", f"{losses.before:.2f} before, {losses.after:.2f} after", style="bold")
     summary.add_row("  by frequency of bytes alone", f"{losses.by_frequency:.2f}")
     summary.add_row("training, bytes per second", f"{speed:,.0f}")
     for name, value in facts.items():

@@ -71,9 +71,9 @@ def numbers_of(layers: Sequence[str], count: int | None) -> set[int]:
             raise CommandError(f"--layers takes numbers and ranges, such as 0 3-5, got {part!r}")
         if count is not None and int(last or first) >= count:
             raise CommandError(f"--layers {part}: the model has the layers 0 to {count - 1}")
+        if int(first) > int(last or first):
+            raise CommandError(f"--layers {part}: no layer is in there")
         numbers.update(range(int(first), int(last or first) + 1))
-    if layers and not numbers:
-        raise CommandError(f"--layers {' '.join(layers)}: no layer is in there")
     return numbers or set(range(count or 0))
 
 

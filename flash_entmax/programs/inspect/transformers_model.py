@@ -216,20 +216,25 @@ class TransformersModel(Subject):
             self.whole.set_attn_implementation(implementation)
 
 
+REST = "\u22ef"  # in place of the later tokens of one character
+
+
 def encoded(tokenizer, settings: InspectSettings, content: bytes, limit: int) -> tuple[list[int], list[str]]:
     """Ids and texts of at most ``limit`` tokens, from ``settings.offset`` on.
 
     The tokenizer's special tokens stay around them.
     """
     text = content.decode("utf-8", "replace")
-    if limit <= (special := tokenizer.num_special_tokens_to_add()):
-        raise CommandError(f"--tokens {limit}: the tokenizer adds {special} special ones to any text")
+    if limit <= (added := tokenizer.num_special_tokens_to_add()):
+        raise CommandError(f"--tokens {limit}: the tokenizer adds {added} special ones to any text")
+    tokenizer.truncation_side = "right"
     options = {"truncation": True, "max_length": settings.offset + limit, "return_special_tokens_mask": True}
     encoding = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, **options)
     ids = encoding["input_ids"]
     names = tokenizer.convert_ids_to_tokens(ids)
-    texts = pieces(text, encoding["offset_mapping"], names) if tokenizer.is_fast else names
-    own = [place for place, is_special in enumerate(encoding["special_tokens_mask"]) if not is_special]
+    special = encoding["special_tokens_mask"]
+    texts = pieces(text, encoding["offset_mapping"], names, special) if tokenizer.is_fast else names
+    own = [place for place, is_special in enumerate(special) if not is_special]
     if not own:
         raise CommandError(f"--text {settings.text}: the tokenizer finds no token in it")
     check_offset(settings, len(own), "token", content)
@@ -237,13 +242,16 @@ def encoded(tokenizer, settings: InspectSettings, content: bytes, limit: int) ->
     return [ids[place] for place in kept], [texts[place] for place in kept]
 
 
-def pieces(text: str, offsets: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
-    """For each token, the text from the end of the one in front of it to its own end; its name if that is empty.
+def pieces(
+    text: str, offsets: Sequence[tuple[int, int]], names: Sequence[str], special: Sequence[int]
+) -> list[str]:  # fmt: skip
+    """For each token, the text from the end of the one in front of it to its own end.
 
-    So no space that a tokenizer drops is lost. A character of several tokens shows once, a special token by its name.
+    So no space that a tokenizer drops is lost. Of a character of several tokens the first one shows it, and the others
+    are REST; a special token shows its name.
     """
     found, end = [], 0
-    for (_, stop), name in zip(offsets, names, strict=True):
-        found.append(text[end:stop] if stop > end else name)
+    for (_, stop), name, is_special in zip(offsets, names, special, strict=True):
+        found.append(text[end:stop] if stop > end else name if is_special else REST)
         end = max(end, stop)
     return found

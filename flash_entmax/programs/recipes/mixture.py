@@ -85,7 +85,7 @@ DATA = {
 
 
 def run(settings: RecipeSettings) -> None:
-    console, start = Console(highlight=False), perf_counter()
+    console, start = Console(highlight=False, markup=False), perf_counter()
     path = settings.out / f"mixture-{settings.size}.json"
     found = {name: measure(data, settings) for name, data in DATA.items()}
     results = {"conditions": conditions("mixture", settings), "seconds": perf_counter() - start, "found": found}

@@ -15,6 +15,7 @@ FITTED = ("mixture",)  # these fit estimators
 NAMES = (*TRAINED, *MEASURED, *FITTED)
 ADAPT = "adapt"  # takes a pretrained model, needs further packages, and has options of its own
 RULER = "ruler"  # asks pretrained models, and has options of its own
+READ_TEXT = {"language-model", *MEASURED, ADAPT, RULER}
 SIZES = ("toy", "small", "full")  # in seconds, in minutes on a laptop, in minutes on a GPU
 
 

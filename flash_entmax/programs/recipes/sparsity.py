@@ -36,7 +36,7 @@ CAPTURED_LENGTHS = {"toy": (128,), "small": (2048,), "full": (8192, 32_768)}
 
 
 def run(settings: RecipeSettings) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     models = trained(settings)
     sparse = [run for run in models if "entmax" in run.arm.lower()]
     if not sparse:

@@ -40,7 +40,7 @@ MOST_GRAPHS = 64
 
 
 def run(recipe: Recipe, settings: RecipeSettings) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     name, size = recipe.name, recipe.sizes[settings.size]
     path = settings.out / f"{name}-{settings.size}.json"
     results = load(path, conditions(name, settings, size))

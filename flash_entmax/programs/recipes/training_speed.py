@@ -35,7 +35,7 @@ SOFTMAX = "softmax, RoPE"
 
 
 def run(settings: RecipeSettings) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     models = sparsity.trained(settings)
     entmax, softmax = sparsity.first(models, *sparsity.CAPTURED), sparsity.first(models, SOFTMAX)
     found = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...core.checks import typed
 from ...inspection import Recorded
 
 MOST_TOKENS = 8192
@@ -49,6 +50,7 @@ def save_page(
         progress: passes the calls on while they are written, as ``tqdm.tqdm`` does.
 
     Raises:
+        TypeError: a token that is no string.
         ValueError: a start that is not among the calls; tokens and calls that do not fit together; more than
             MOST_TOKENS tokens or MOST_PROBABILITIES positive probabilities (5 to 6 bytes each).
     """
@@ -61,7 +63,7 @@ def save_page(
             {
                 "number": call.number,
                 "name": call.name,
-                "sizes": [round(size, 2) for size in call.keys_per_query.tolist()],
+                "sizes": [round(size, 4) for size in call.keys_per_query.tolist()],
                 "visible": [call.visibility(batch, head).sizes().tolist() for head in range(call.mask_heads)],
                 "covered": call.covered,
                 "other": others(call, batch),
@@ -91,6 +93,9 @@ def save_page(
 def check_calls(tokens: list[str], calls: list[Recorded], batch: int) -> None:
     if not tokens or not calls:
         raise ValueError(f"the page needs tokens and calls, got {len(tokens)} and {len(calls)}")
+    for token in tokens:
+        if not isinstance(token, str):
+            raise TypeError(f"tokens must be strings, the text of each one, got {typed(token)}")
     if len(tokens) > MOST_TOKENS:
         raise ValueError(f"the page holds up to {MOST_TOKENS:,} tokens, got {len(tokens):,}")
     for call in calls:

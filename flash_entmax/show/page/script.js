@@ -45,6 +45,7 @@ function paint(element, x) {
 const number = (p) => (p >= 0.00005 ? p.toFixed(4) : p.toExponential(1));
 const size = (x) => (x < 99.95 ? x.toFixed(1) : x < 9999.5 ? x.toFixed(0) : `${Math.round(x / 1000)}k`);
 
+const amountOf = (covered) => (covered === 1 ? "probability" : "share");
 const made = (covered) => `${+(100 * covered).toFixed(2)} %`;
 
 function make(name, text = "", options = {}) {
@@ -113,6 +114,7 @@ function list() {
   $("asking").append(amid(state.asking), " ", make("small", `at position ${state.asking}`));
   const found = keysOf(state.asking).sort((a, b) => b.p - a.p);
   const { visible: byHead, covered } = facts.layers[state.layer];
+  const amount = amountOf(covered);
   const visible = byHead[byHead.length > 1 ? state.head : 0][state.asking];
   const counted = `${found.length} of ${visible} ${visible === 1 ? "token" : "tokens"}`;
   $("summary").textContent = covered === 1 ? `attends to ${counted}` : `${made(covered)} of its output: ${counted}`;
@@ -123,7 +125,7 @@ function list() {
     bar.style.width = `${(100 * p) / found[0].p}%`;
     paint(bar, Math.sqrt(p));
     row.append(make("output", number(p)), amid(key), make("small", key), bar);
-    const words = `token ${key}, ${facts.tokens[key]}, probability ${number(p)}: see what it attends to`;
+    const words = `token ${key}, ${facts.tokens[key]}, ${amount} ${number(p)}: see what it attends to`;
     row.setAttribute("aria-label", words);
     $("keys").appendChild(make("li")).append(row);
   }
@@ -206,7 +208,7 @@ async function choose(layer, head) {
   $("layer").value = state.layer;
   $("head").value = state.head;
   const { name, covered } = facts.layers[state.layer];
-  $("amount").textContent = covered === 1 ? "probability" : "share";
+  for (const place of ["amount", "scaled"]) $(place).textContent = amountOf(covered);
   $("untouched").textContent = covered === 1 ? "exactly zero" : `other, at most ${made(1 - covered)}`;
   $("name").textContent = name.startsWith("call ") ? "" : name; // a call that no module made has no name
   for (const cell of $("grid").querySelectorAll("button")) {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...inspection import Recorded
-from .shared import INVISIBLE, colours, ink_on, require_matplotlib
+from .shared import INVISIBLE, colours, ink_on, require_matplotlib, shrink
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -196,10 +196,11 @@ def add_colourbar(figure: "Figure", axes: "Axes", norm, ticks: list[float], labe
 def add_titles(figure: "Figure", title: str, explained: str) -> None:
     width, height = figure.get_size_inches()
     place = 0.16 / width, 1 - 0.27 / height
-    text = figure.text(*place, title, fontsize=TITLE_SIZE, weight="bold", va="center", parse_math=False)
-    while text.get_window_extent().width > (width - 2 * 0.16) * figure.dpi and text.get_fontsize() > 4:
-        text.set_fontsize(0.96 * text.get_fontsize())
-    figure.text(0.16 / width, 1 - 0.46 / height, explained, fontsize=10, va="top", color=GREY, parse_math=False)
+    heading = figure.text(*place, title, fontsize=TITLE_SIZE, weight="bold", va="center", parse_math=False)
+    place = 0.16 / width, 1 - 0.46 / height
+    explanation = figure.text(*place, explained, fontsize=10, va="top", color=GREY, parse_math=False)
+    for text in (heading, explanation):
+        shrink(text, (width - 2 * 0.16) * figure.dpi)
 
 
 def compact(number: float) -> str:

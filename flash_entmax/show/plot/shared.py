@@ -9,6 +9,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 INVISIBLE = "#e3e5e8"
 
@@ -21,12 +22,23 @@ def require_matplotlib() -> None:
         raise ImportError("pictures need matplotlib: pip install '.[plot]', from a clone") from error
 
 
+FORMATS = ".png", ".pdf", ".svg"
+
+
 def save_figure(figure: "Figure", path: str | Path) -> Path:
     """Write the figure and its folder, and return ``path``. The suffix names the format: .png, .pdf or .svg."""
     path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"path must end in {', '.join(FORMATS)}, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor="white")
     return path
+
+
+def shrink(text: "Text", width: float) -> None:
+    """Take a smaller font until the text is no wider, in pixels, down to 4 points."""
+    while text.get_window_extent().width > width and text.get_fontsize() > 4:
+        text.set_fontsize(0.96 * text.get_fontsize())
 
 
 def colours() -> "Colormap":

@@ -73,7 +73,7 @@ def opened(settings: RecipeSettings, size: AdaptSize):
 
 def run(settings: RecipeSettings, size: AdaptSize) -> None:
     """Train what is not in the results yet; write results, models, tables, a picture and a page."""
-    console, start = Console(highlight=False), time.perf_counter()
+    console, start = Console(highlight=False, markup=False), time.perf_counter()
     path = settings.out / f"adapt-{settings.size}.json"
     own = conditions("adapt", settings) | {"settings": settings_of_all_runs(size)}
     results = load(path, own)

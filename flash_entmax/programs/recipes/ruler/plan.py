@@ -30,7 +30,7 @@ from .tasks import TASKS, generate, token_ids
 
 def run(settings: RecipeSettings, size: RulerSize) -> None:
     """Ask what is not in the results yet; write results and tables. With ``size.write`` write the prompts, and end."""
-    console, start = Console(highlight=False), time.perf_counter()
+    console, start = Console(highlight=False, markup=False), time.perf_counter()
     models = models_of(size)
     lengths = lengths_for(models, size)
     haystack = prose(settings.text) if settings.text else NOISE

@@ -36,3 +36,14 @@ def test_a_reader_may_close_the_output():
         run.stdout.close()
         assert run.stderr.read() == ""
     assert run.returncode == 141
+
+
+def test_what_cannot_be_written_is_one_line(monkeypatch, capsys):
+    from flash_entmax.programs import cli, recipes
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "out/file")
+
+    monkeypatch.setattr(recipes, "check_arms", full)
+    assert cli.main(["recipe", "sort", "--size", "toy", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == "flash-entmax recipe: out/file: No space left on device\n"

@@ -98,3 +98,12 @@ def test_the_map_is_white_where_nothing_is_attended_to(cells):
 def test_a_picture_has_one_of_three_formats(tmp_path):
     with pytest.raises(ValueError, match=r"path must end in \.png, \.pdf, \.svg, got .*picture$"):
         plot.save_figure(None, tmp_path / "picture")
+
+
+def test_what_cannot_be_pictured_is_refused():
+    with pytest.raises(ValueError, match="no call with a head to picture"):
+        plot.sparsity_figure([], "")
+    with pytest.raises(TypeError, match="calls must be a list of recorded calls, got int 3"):
+        plot.support_figure(3, "")
+    with pytest.raises(ValueError, match="cells must be an integer of at least 1, got int 0"):
+        plot.map_figure(None, "", cells=0)

@@ -22,13 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"flash-entmax {options.name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # who reads the output has closed it; Python would write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    except OSError as error:  # while it writes: a full disk, a folder of that name
+        if error.filename is None:
+            raise
+        print(f"flash-entmax {options.name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         rest = ": the same command goes on from what is done" if options.name == "recipe" else ""
         print(f"flash-entmax {options.name}: interrupted{rest}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # who reads the output has closed it; Python would write the rest when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     add = demo_parser.add_argument
     add("--text", type=Path, metavar="PATH", help="a file or folder of text (default: PyTorch's Python sources)")
     add("--out", type=Path, metavar="DIR", default=Path("out/demo"), help="where the results go (default: %(default)s)")
-    add("--steps", type=int, metavar="N", help="training steps (default: what the device does in two minutes)")
+    about = "training steps; the time limit of the size holds as well (default: what the device does in two minutes)"
+    add("--steps", type=int, metavar="N", help=about)
     add("--smallest", action="store_true", help="a tiny model and few steps: every stage within half a minute")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is a GPU")
     add("--alpha", type=float, default=1.5, help="above 1, at most 2; larger is sparser (default: %(default)s)")

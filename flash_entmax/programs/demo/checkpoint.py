@@ -29,7 +29,10 @@ def load(path: Path, device: str) -> tuple[Transformer, DemoSettings]:
     try:
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            sizes = json.loads((file.metadata() or {})["sizes"])
+            sizes = (file.metadata() or {}).get("sizes")
+        if sizes is None:
+            raise ValueError("it has no sizes of a model; of a model of Transformers name the folder")
+        sizes = json.loads(sizes)
         settings = settings_for(device, path.parent, None, sizes.pop("alpha"), None, smallest=True)
         settings = replace(settings, **sizes)
         model = Transformer(settings.layers, settings.width, settings.heads, alpha=settings.alpha)

@@ -50,10 +50,12 @@ def save_page(
         progress: passes the calls on while they are written, as ``tqdm.tqdm`` does.
 
     Raises:
-        TypeError: a token that is no string.
+        TypeError: a token that is no string, or calls that are no list.
         ValueError: a start that is not among the calls; tokens and calls that do not fit together; more than
             MOST_TOKENS tokens or MOST_PROBABILITIES positive probabilities (5 to 6 bytes each).
     """
+    if not isinstance(calls, Iterable):
+        raise TypeError(f"calls must be a list of recorded calls, got {typed(calls)}")
     tokens, calls = list(tokens), list(calls)
     check_calls(tokens, calls, batch)
     facts = {

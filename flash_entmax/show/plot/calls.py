@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...core.checks import is_int, typed
 from ...inspection import Recorded
 from .shared import INVISIBLE, colours, ink_on, require_matplotlib, shrink
 
@@ -32,9 +33,8 @@ def support_figure(calls: Sequence[Recorded], title: str) -> "Figure":
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
+    check_calls(calls)
     sizes = [call.keys_per_query.cpu() for call in calls]
-    if not any(len(size) for size in sizes):
-        raise ValueError("no call with a head to picture")
     heads, palette = max(map(len, sizes)), colours()
     positive = [size for row in sizes for size in row.tolist() if size > 0]
     norm = LogNorm(min(positive, default=1.0) / 1.02, max(positive, default=1.0) * 1.02)
@@ -81,6 +81,8 @@ def map_figure(call: Recorded, title: str, batch: int = 0, head: int = 0, cells:
     from matplotlib.colors import LogNorm, PowerNorm
     from matplotlib.figure import Figure
 
+    if not is_int(cells) or cells < 1:
+        raise ValueError(f"cells must be an integer of at least 1, got {typed(cells)}")
     p, rows = call.problem, call.rows(batch, head).cpu()
     square = max(1, math.ceil(max(p.query_length, p.key_length) / cells))
     if square == 1:
@@ -127,6 +129,7 @@ def sparsity_figure(calls: Sequence[Recorded], title: str) -> "Figure":
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
+    check_calls(calls)
     grid, tile = sparsity_grid(calls)
     width, height = 8.2, 1.5 + min(7.0, max(1.8, 0.2 * len(calls)))
     figure = Figure(figsize=(width, height))
@@ -150,6 +153,13 @@ def sparsity_figure(calls: Sequence[Recorded], title: str) -> "Figure":
     about = f"Share of the {size}tiles with a visible key that hold no {said_of(calls)}"
     add_titles(figure, title, about)
     return figure
+
+
+def check_calls(calls: object) -> None:
+    if not isinstance(calls, Sequence):
+        raise TypeError(f"calls must be a list of recorded calls, got {typed(calls)}")
+    if not any(len(call.keys_per_query) for call in calls):
+        raise ValueError("no call with a head to picture")
 
 
 def said_of(calls: Sequence[Recorded]) -> str:

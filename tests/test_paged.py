@@ -169,7 +169,7 @@ def call_of_a_backend(backend, case, boundaries=None, query=None, most=2):
     return BACKENDS[backend.impl].attention_paged(problem, pages, query, case.key_cache, case.value_cache)
 
 
-@pytest.mark.parametrize("length", [1000, -3])
+@pytest.mark.parametrize("length", [1000, 33, -3])
 def test_a_length_beyond_the_pages_is_refused_or_gives_nan(backend, length):
     case = make_paged_case(backend, lengths=(20, 32, 5), extra_columns=0)
     case.key_lengths[1] = length
@@ -286,3 +286,11 @@ def test_flops_of_values_of_another_size():
     with FlopCounterMode(display=False) as counter:
         entmax_attention_paged(query, key, value, torch.tensor([[0, 1]]), torch.tensor([20]))
     assert counter.get_total_flops() == 2 * 4 * 32 * 2 * (16 + 8)
+
+
+def test_a_window_may_be_of_any_length():
+    query, cache, pages = torch.randn(1, 1, 1, 16), torch.randn(2, 4, 1, 16), torch.tensor([[0, 1]])
+    whole = entmax_attention_paged(query, cache, cache, pages, torch.tensor([8]))
+    assert torch.equal(
+        entmax_attention_paged(query, cache, cache, pages, torch.tensor([8]), window_size=(2**40, 0)), whole
+    )

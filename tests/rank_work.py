@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_distributed.py do: each function runs on every rank, with its group first."""
+"""What the ranks of tests of flash_entmax.distributed do: each function runs on every rank, with its group first."""
 
 import os
 import time

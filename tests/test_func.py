@@ -197,7 +197,16 @@ def test_no_samples_at_all_are_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["budget_offset", "known_classes", "normmax_losses", "linear_loss_tangent", "attention"]
+    "name",
+    [
+        "budget_offset",
+        "known_classes",
+        "normmax_losses",
+        "linear_loss_tangent",
+        "attention",
+        "attention_support",
+        "summarise",
+    ],
 )
 def test_operators_have_a_rule_of_their_own_for_vmap(name):
     """PyTorch's slow rule warns where Python does not see it."""

@@ -95,6 +95,8 @@ VALUES = [
     ({"query_positions": whole(7)}, r"query_positions must have shape \(8,\) or \(2, 8\), got \(7,\)"),
     ({"query_positions": whole(8, device="meta")}, "query_positions must be on the device.*meta"),
     ({"key_lengths": whole(3)}, r"key_lengths must have shape \(2,\), got \(3,\)"),
+    ({"scale": 1e31}, r"\(alpha - 1\) \* scale must be from 1e-30 to 1e30, got alpha 1\.5 and scale 1e\+31"),
+    ({"scale": 1e-31}, r"\(alpha - 1\) \* scale must be from 1e-30 to 1e30"),
     ({"key_lengths": torch.tensor([0, 99])}, r"key_lengths must be from 0 to \d+, the number of keys, got \[0, 99\]"),
     ({"key_lengths": torch.tensor([-1, 3])}, r"key_lengths must be from 0 to \d+, the number of keys, got \[-1, 3\]"),
     ({"key_lengths": whole(2, device="meta")}, "key_lengths must be on the device.*meta"),

@@ -394,8 +394,3 @@ def test_a_long_text(browser, tmp_path):
     reader.open()
     assert 0 < reader.tab.evaluate("document.querySelector('.asking').getBoundingClientRect().top") < 800
     reader.close()
-
-
-def test_tokens_are_strings(tmp_path):
-    with pytest.raises(TypeError, match="tokens must be strings, the text of each one, got int 0"):
-        page.save_page(tmp_path / "page.html", range(20), record(20, 1, 1), title="")

@@ -59,3 +59,8 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"up to 30 positive probabilities, and these 1 layers have \d+: choose fewer"):
         page.save_page(path, ["a"] * 20, calls, title="")
     assert not os.path.exists(path)
+
+
+def test_tokens_are_strings(tmp_path):
+    with pytest.raises(TypeError, match="tokens must be strings, the text of each one, got int 0"):
+        page.save_page(tmp_path / "page.html", range(20), record(20, 1, 1), title="")
